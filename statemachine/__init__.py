@@ -1,0 +1,65 @@
+"""The verified core: decides what a provider and a consumer do, and touches nothing.
+
+No I/O, no clock, no randomness, no descriptor numbers, no logging: same events, same effects.
+
+    lifecycle    the tables of rows; read this one first
+    messages     what the two roles say to each other
+    errors       what can go wrong, and whose doing it is
+    roles        the seed's two traits
+    events       what has happened: a kernel's input
+    effects      what shall be done: a kernel's output
+    table        checks rows and has `transitions` run them
+    provider     `ProviderKernel`: allocations, answers in order, limits
+    consumer     `ConsumerKernel`: one request, self-service, the word of the end
+"""
+
+from .consumer import ConsumerKernel
+from .errors import (
+    AllocationNotFound,
+    CreationFailed,
+    FdPassing,
+    LocalProtocolError,
+    NamespaceError,
+    ProtocolError,
+    RemoteProtocolError,
+    SocketUnavailable,
+)
+from .lifecycle import AllocationState, ConsumerState, NoticeState
+from .messages import (
+    HANDOFF_SOCKET_PATH,
+    AllocationEnded,
+    Message,
+    NamespaceRequest,
+    NamespaceResponse,
+    NamespaceType,
+    objection,
+)
+from .provider import Limits, ProviderKernel, Snapshot
+from .roles import NamespaceConsumer, NamespaceProvider
+
+__all__ = [
+    "HANDOFF_SOCKET_PATH",
+    "AllocationEnded",
+    "AllocationNotFound",
+    "AllocationState",
+    "ConsumerKernel",
+    "ConsumerState",
+    "CreationFailed",
+    "FdPassing",
+    "Limits",
+    "LocalProtocolError",
+    "Message",
+    "NamespaceConsumer",
+    "NamespaceError",
+    "NamespaceProvider",
+    "NamespaceRequest",
+    "NamespaceResponse",
+    "NamespaceType",
+    "NoticeState",
+    "ProtocolError",
+    "ProviderKernel",
+    "RemoteProtocolError",
+    "Snapshot",
+    "SocketUnavailable",
+    "objection",
+]

@@ -1,0 +1,262 @@
+"""The consumer's kernel: one allocation, from the caller's wish to its end.
+
+Two tables run side by side. `lifecycle.CONSUMER` is the allocation as the caller sees it;
+`lifecycle.NOTICE` is the word of the end that may be owed to the provider. Every event is put to
+both; it is refused only if neither has a row for it. `OweEnd`, an effect of the first table, sets
+off the second and never leaves the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from . import effects as do
+from . import events as on
+from .effects import Effect, Order, Timer, Timing
+from .errors import (
+    AllocationNotFound,
+    CreationFailed,
+    FdPassing,
+    NamespaceError,
+    SocketUnavailable,
+)
+from .events import Event
+from .lifecycle import CONSUMER, NOTICE, ConsumerState, NoticeState
+from .messages import (
+    AllocationEnded,
+    Message,
+    NamespaceRequest,
+    NamespaceResponse,
+)
+from .provider import Snapshot
+from .table import Table, refusal
+
+
+@dataclass(slots=True)
+class _Hold:
+    """What the caller has; the model of the consumer's table."""
+
+    state: ConsumerState = ConsumerState.IDLE
+
+
+@dataclass(slots=True)
+class _Notice:
+    """What the provider is to be told; the model of the notice's table."""
+
+    state: NoticeState = NoticeState.SILENT
+
+
+class ConsumerKernel:
+    """
+    Decides for one allocation of a consumer; performs nothing.
+
+    Feed it every event in the order of happening, and perform the effects of each in the order
+    given before feeding the next. After an exception the state is what it was before.
+
+    Args:
+        request: what the caller wants. It is not judged here: `objection` says beforehand whether
+            anybody could grant it.
+    """
+
+    def __init__(self, request: NamespaceRequest) -> None:
+        self._request = request
+        self._hold = _Hold()
+        self._notice = _Notice()
+        self._is_connected = False
+        self._timers: set[Timer] = set()
+        self._out: list[Effect] = []
+
+    @property
+    def request(self) -> NamespaceRequest:
+        """What the caller wants."""
+        return self._request
+
+    @property
+    def state(self) -> ConsumerState:
+        """Where the allocation stands, for the caller."""
+        return self._hold.state
+
+    @property
+    def notice(self) -> NoticeState:
+        """Where the word to the provider stands."""
+        return self._notice.state
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a connection to the provider."""
+        return self._is_connected
+
+    @property
+    def is_in_debt(self) -> bool:
+        """Whether the provider still has to hear of the end."""
+        return self._notice.state not in (NoticeState.SILENT, NoticeState.HEARD)
+
+    def snapshot(self) -> Snapshot:
+        """Take the whole state as plain values; equal states give equal snapshots."""
+        return (
+            self._request,
+            self._hold.state,
+            self._notice.state,
+            self._is_connected,
+            frozenset(self._timers),
+        )
+
+    @classmethod
+    def restore(cls, snapshot: Snapshot) -> ConsumerKernel:
+        """Make a kernel that goes on exactly where the snapshot was taken."""
+        request, hold, notice, is_connected, timers = snapshot
+        kernel = cls(request)
+        kernel._hold.state = hold
+        kernel._notice.state = notice
+        kernel._is_connected = is_connected
+        kernel._timers = set(timers)
+        return kernel
+
+    def receive(self, event: Event) -> tuple[Effect, ...]:
+        """
+        Take in what happened and say what shall be done.
+
+        Returns:
+            The effects, in the order in which to perform them.
+
+        Raises:
+            LocalProtocolError: the driver or the caller reported what cannot be.
+            RemoteProtocolError: the provider said what it may not say now; feed `FrameRejected`.
+                Nothing changed in either case.
+        """
+        self._out = []
+        kind = type(event)
+        # Which tables know the event is decided before either moves: `OweEnd`, an effect of the
+        # first, moves the second, and that must not make it deaf or open to this very event.
+        hears_hold = CONSUMER.row(kind, self._hold.state) is not None
+        hears_notice = NOTICE.row(kind, self._notice.state) is not None
+        if not hears_hold and not hears_notice:
+            raise refusal(kind, self._hold.state, self._subject)
+        self._note(event)
+        if hears_hold:
+            self._fire(CONSUMER, self._hold, event)
+        if hears_notice:
+            self._fire(NOTICE, self._notice, event)
+        return tuple(self._out)
+
+    def _note(self, event: Event) -> None:
+        match event:
+            case on.Connected():
+                self._is_connected = True
+            case on.ConnectionLost():
+                self._is_connected = False
+            case on.AnswerOverdue():
+                self._timers.discard(Timer.ANSWER)
+            case on.NoticeOverdue():
+                self._timers.discard(Timer.NOTICE)
+            case on.NoticeDue():
+                self._timers.discard(Timer.REDIAL)
+            case _:
+                pass
+
+    def _fire(self, table: Table, model: _Hold | _Notice, event: Event) -> None:
+        for order in table.fire(model, type(event), self._subject):
+            self._build(order, event)
+
+    def _build(self, order: Order, event: Event) -> None:
+        if isinstance(order, Timing):
+            self._time(order)
+        elif order is do.OweEnd:
+            owed = on.EndOwed() if self._is_connected else on.EndOwedApart()
+            self._fire(NOTICE, self._notice, owed)
+        elif order is do.CloseChannel:
+            self._close()
+        else:
+            self._out.append(_BUILDERS[order](self._request, event))
+
+    def _close(self) -> None:
+        if self._is_connected:
+            self._is_connected = False
+            self._out.append(do.CloseChannel())
+
+    def _time(self, order: Timing) -> None:
+        name = self._request.allocation_id
+        if order.starts:
+            self._timers.add(order.timer)
+            self._out.append(do.StartTimer(order.timer, name))
+        elif order.timer in self._timers:
+            self._timers.discard(order.timer)
+            self._out.append(do.StopTimer(order.timer, name))
+
+    @property
+    def _subject(self) -> str:
+        return f"allocation {self._request.allocation_id}"
+
+
+def event_of(request: NamespaceRequest, message: Message) -> Event:
+    """
+    Name what it means for a consumer that a message has arrived.
+
+    Whether the descriptors are what `fd_types` says is the driver's to find out; it reports
+    `ResponseMismatched` in place of `ResponseReceived` when they are not.
+    """
+    match message:
+        case NamespaceResponse():
+            reason = mismatch(request, message)
+            return on.ResponseMismatched(reason) if reason else on.ResponseReceived(message)
+        case AllocationEnded(allocation_id=request.allocation_id):
+            return on.EndAnnounced()
+        case AllocationEnded(allocation_id=other):
+            return on.FrameRejected(f"AllocationEnded for {other!r}, which was never asked for")
+        case CreationFailed():
+            return on.CreationRefused(message)
+        case AllocationNotFound():
+            return on.NotFoundReceived(message)
+        case SocketUnavailable():
+            return on.ProviderUnavailable(message)
+        case FdPassing():
+            return on.PassingFailed(message)
+        case _:
+            return on.FrameRejected(f"{type(message).__name__} is not for the consumer")
+
+
+def mismatch(request: NamespaceRequest, response: NamespaceResponse) -> str | None:
+    """Say in what a response differs from what was asked for, or None if it does not."""
+    if response.allocation_id != request.allocation_id:
+        return f"the response is for {response.allocation_id!r}, not {request.allocation_id!r}"
+    if response.fd_types != request.namespaces:
+        got = [kind.value for kind in response.fd_types]
+        return f"fd_types is {got}, not {[kind.value for kind in request.namespaces]}"
+    if (response.uenv_mount_path is None) != (request.uenv_image is None):
+        return "uenv_mount_path must be there exactly if uenv_image was asked for"
+    return None
+
+
+def _why(event: Event) -> NamespaceError:
+    """Say which of the seed's errors an event amounts to."""
+    error = getattr(event, "error", None)
+    if isinstance(error, NamespaceError):
+        return error
+    match event:
+        case on.AnswerOverdue():
+            return SocketUnavailable("no whole answer within the answer deadline")
+        case on.ConnectionLost(reason=reason):
+            return SocketUnavailable(reason or "the connection was lost before a whole answer")
+        case _:
+            return FdPassing(str(getattr(event, "reason", type(event).__name__)))
+
+
+def _build_delivery(request: NamespaceRequest, event: Any) -> Effect:
+    return do.DeliverDescriptors(event.response, isinstance(event, on.SelfServed))
+
+
+_BUILDERS: Final[dict[type[Effect], Callable[[NamespaceRequest, Any], Effect]]] = {
+    do.Connect: lambda request, event: do.Connect(),
+    do.SendRequest: lambda request, event: do.SendRequest(request),
+    do.SendEnd: lambda request, event: do.SendEnd(request.allocation_id),
+    do.SendFault: lambda request, event: do.SendFault(_why(event).text),
+    do.DeliverDescriptors: _build_delivery,
+    do.DiscardDescriptors: lambda request, event: do.DiscardDescriptors(),
+    do.ReportFallback: lambda request, event: do.ReportFallback(request.allocation_id, _why(event)),
+    do.ServeSelf: lambda request, event: do.ServeSelf(request),
+    do.ReleaseOwn: lambda request, event: do.ReleaseOwn(request.allocation_id),
+    do.ReportRefusal: lambda request, event: do.ReportRefusal(_why(event)),
+    do.ReportEnd: lambda request, event: do.ReportEnd(request.allocation_id),
+}
