@@ -116,8 +116,9 @@ class HandOver(Effect):
     """
     Send a response with its descriptors, in one `sendmsg`.
 
-    Report `ResponseSent` or `ResponseNotSent`, unless the connection is lost or the allocation's
-    `ReleaseNamespaces` comes first; then report nothing of it.
+    Report `ResponseSent`, or, if the descriptors cannot be had, send `FdPassing` in the response's
+    place (answers are matched by order) and report `ResponseNotSent`. If the connection is lost,
+    report only that.
     """
 
     connection: ConnectionId

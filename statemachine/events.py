@@ -288,9 +288,9 @@ class SelfServed(LocalEvent):
 
 @dataclass(frozen=True, slots=True)
 class SelfServiceFailed(LocalEvent):
-    """This side could not make them either."""
+    """This side could not make them either, or may not."""
 
-    error: CreationFailed
+    error: NamespaceError
 
 
 @dataclass(frozen=True, slots=True)

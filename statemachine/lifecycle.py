@@ -161,7 +161,7 @@ PROVIDER: Final = compile_table(
         # The first descriptors have left. More may follow.
         Row(on.ResponseSent, _CREATED, _HANDED_OFF, (do.RecordHandoff,)),
         *_stay(on.ResponseSent, _HANDED_OFF),
-        *_stay(on.ResponseNotSent, _CREATED, _HANDED_OFF, then=(do.Refuse,)),
+        *_stay(on.ResponseNotSent, _CREATED, _HANDED_OFF),
         # The same request again gets the same namespaces; another request gets a refusal.
         *_stay(on.RequestRepeated, _REQUESTED),
         *_stay(on.RequestRepeated, _CREATED, _HANDED_OFF, then=(stop(Timer.CLAIM), do.HandOver)),

@@ -190,16 +190,15 @@ class ProviderKernel:
 
     Args:
         limits: who may use the provider, and how much of it.
-        remembered: names of allocations released before a restart, oldest first.
     """
 
-    def __init__(self, limits: Limits | None = None, remembered: Iterable[str] = ()) -> None:
+    def __init__(self, limits: Limits | None = None) -> None:
         self._limits = limits or Limits()
         self._phase = Phase.STARTING
         self._connections: dict[ConnectionId, _Connection] = {}
         self._allocations: dict[str, _Allocation] = {}
         self._waiting: list[tuple[ConnectionId, _Slot]] = []
-        self._remembered: dict[str, None] = dict.fromkeys(remembered)
+        self._remembered: dict[str, None] = {}
         # Derived from the above, so in no snapshot.
         self._users: defaultdict[int, _User] = defaultdict(_User)
         # Of the `receive` that is under way.
@@ -239,8 +238,9 @@ class ProviderKernel:
     def restore(cls, snapshot: Snapshot, limits: Limits | None = None) -> ProviderKernel:
         """Make a kernel that goes on exactly where the snapshot was taken."""
         phase, connections, allocations, waiting, remembered = snapshot
-        kernel = cls(limits, remembered)
+        kernel = cls(limits)
         kernel._phase = phase
+        kernel.remember(remembered)
         for number, frozen in connections:
             kernel._connections[number] = connection = _Connection.thaw(frozen)
             kernel._users[connection.uid].connections += 1
@@ -252,6 +252,10 @@ class ProviderKernel:
         for number, index in waiting:
             kernel._waiting.append((number, kernel._connections[number].slots[index]))
         return kernel
+
+    def remember(self, names: Iterable[str]) -> None:
+        """Take up the names of allocations released before a restart, oldest first."""
+        self._remembered |= dict.fromkeys(names)
 
     # --- Moving it -----------------------------------------------------------------------------
 

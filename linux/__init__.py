@@ -1,0 +1,14 @@
+"""Does things to this node: the kernel backends and the programs.
+
+    syscalls     the system calls, each failure with its call, errno and path
+    features     which newer kernel features there are, found by trying
+    anchor       the small process that keeps an allocation's namespaces alive
+    forge        where processes come from: anchors, and commands inside namespaces
+    namespaces   opening, naming and checking namespaces
+    cgroups      cgroup v2 scopes: populated, kill, remove
+    mounts       uenv images: squashfs, once per image
+    journal      what must be known after the provider's death
+    backend      `LinuxBackend`: all of that as `transport.contract.Backend`
+    simulated    `SimulatedBackend`: the same without a privileged machine
+    cli          the command `nshandoff`
+"""

@@ -1,0 +1,873 @@
+"""The consumer's driver, in two forms over one kernel: `Consumer` blocks, `AsyncConsumer` awaits.
+
+A call to `obtain` opens one connection, carries one allocation on it, and returns a handoff that
+holds the descriptors. The connection stays open as long as the handoff does, because the provider
+announces the end on it.
+
+What both forms share is `_Exchange`: the kernel, the channel, and everything that can be done at
+once. What can take time (calling the provider, self-service) and waiting itself is left to the
+form.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import select
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Final, TypeAlias
+
+from statemachine import effects as do
+from statemachine import events as on
+from statemachine.consumer import ConsumerKernel, event_of
+from statemachine.effects import Effect, Timer
+from statemachine.errors import (
+    CreationFailed,
+    FdPassing,
+    NamespaceError,
+    RemoteProtocolError,
+    SocketUnavailable,
+)
+from statemachine.events import Event
+from statemachine.lifecycle import ConsumerState
+from statemachine.messages import (
+    AllocationEnded,
+    Message,
+    NamespaceRequest,
+    NamespaceResponse,
+    objection,
+)
+
+from .channel import Channel, Delivery, Lost, Received, Rejected
+from .contract import SelfService
+from .descriptors import (
+    DescriptorBundle,
+    Inspector,
+    NamespaceIdentity,
+    verify_bundle,
+)
+from .endpoint import begin_connect
+
+CONNECT_TIMEOUT_S: Final = 1.0
+"""How long a consumer tries to reach the provider before it serves itself."""
+
+ANSWER_TIMEOUT_S: Final = 30.0
+"""How long it waits for a whole answer."""
+
+REDIAL_S: Final = 1.0
+"""Pause before it calls again to tell of an end."""
+
+CONNECT_PAUSE_S: Final = 0.01
+"""Pause between two tries to get into a full backlog."""
+
+SETTLE_TIMEOUT_S: Final = 2.0
+"""How long leaving a handoff's context may take to tell the provider of an end that is owed."""
+
+AUDIT_EVENT: Final = "namespace.handoff_failed"
+"""The audit event of a consumer that turns to self-service."""
+
+_log: Final = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a consumer waits, in seconds. The defaults are the constants above."""
+
+    connect_s: float = CONNECT_TIMEOUT_S
+    answer_s: float = ANSWER_TIMEOUT_S
+    redial_s: float = REDIAL_S
+
+
+@dataclass(frozen=True, slots=True)
+class Fallback:
+    """Told to the audit when a consumer turns to self-service."""
+
+    allocation_id: str
+    error: NamespaceError
+    """Why the provider's namespaces could not be had."""
+    event: str = AUDIT_EVENT
+
+
+Audit: TypeAlias = Callable[[Fallback], None]
+"""Where fallbacks are reported besides the log; must not raise."""
+
+
+@dataclass(slots=True)
+class _Exchange:
+    """One allocation under way: all that both forms of the consumer have in common."""
+
+    kernel: ConsumerKernel
+    inspector: Inspector
+    service: SelfService | None
+    patience: Patience
+    audit: Audit | None
+    path: str | os.PathLike[str]
+    channel: Channel | None = None
+    slow: deque[Effect] = field(default_factory=deque)
+    """Effects that take time, for the form to perform."""
+    deadlines: dict[Timer, float] = field(default_factory=dict)
+    """When each running timer expires, on the monotonic clock."""
+    arrived: DescriptorBundle | None = None
+    """Descriptors of the message that is being fed to the kernel."""
+    bundle: DescriptorBundle | None = None
+    """What the caller gets."""
+    response: NamespaceResponse | None = None
+    identities: tuple[NamespaceIdentity, ...] = ()
+    fallback: NamespaceError | None = None
+    refusal: NamespaceError | None = None
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the request has its outcome."""
+        return self.response is not None or self.refusal is not None
+
+    @property
+    def is_over(self) -> bool:
+        return self.kernel.state is ConsumerState.ENDED
+
+    # Feeding.
+
+    def feed(self, event: Event) -> None:
+        for effect in self.kernel.receive(event):
+            perform = _AT_ONCE.get(type(effect))
+            if perform is None:
+                self.slow.append(effect)
+            else:
+                perform(self, effect)
+
+    def feed_received(self, received: Received) -> None:
+        """Name what came off the channel, and feed that."""
+        match received:
+            case Delivery(message=message, bundle=bundle):
+                self._feed_message(message, bundle)
+            case Rejected(error=error):
+                self._feed_fault(error.reason)
+            case Lost(reason=reason):
+                self._drop_channel()
+                self.feed(on.ConnectionLost(reason=reason))
+
+    def _feed_message(self, message: Message, bundle: DescriptorBundle) -> None:
+        self.arrived = bundle
+        try:
+            self.feed(self._verified(event_of(self.kernel.request, message), bundle))
+        except RemoteProtocolError as error:
+            self._feed_fault(str(error))
+        finally:
+            if self.arrived is not None:
+                self.arrived.close()
+                self.arrived = None
+
+    def _verified(self, event: Event, bundle: DescriptorBundle) -> Event:
+        """Ask the Linux kernel whether the descriptors are what the response says they are."""
+        if isinstance(event, on.ResponseReceived):
+            try:
+                self.identities = verify_bundle(bundle, self.inspector)
+            except FdPassing as error:
+                return on.ResponseMismatched(error.reason)
+        return event
+
+    def _feed_fault(self, reason: str) -> None:
+        event = on.FrameRejected(reason)
+        try:
+            self.feed(event)
+        except RemoteProtocolError:
+            # Nothing is expected from this connection any more: closing it is all there is to do.
+            self._drop_channel()
+
+    def expire(self, now: float) -> None:
+        """Feed the expiry of every timer that is due."""
+        for timer, deadline in sorted(self.deadlines.items(), key=lambda item: item[1]):
+            if deadline <= now and self.deadlines.pop(timer, None) is not None:
+                self.feed(_EXPIRIES[timer]())
+
+    def read(self) -> None:
+        """Take in whatever has arrived."""
+        channel = self.channel
+        if channel is None:
+            return
+        for received in channel.receive():
+            if self.channel is channel:
+                self.feed_received(received)
+            elif isinstance(received, Delivery):
+                received.bundle.close()
+
+    def write(self) -> None:
+        """Send what waits for room."""
+        if self.channel is not None:
+            with suppress(FdPassing):
+                self.channel.flush()
+
+    def close(self) -> None:
+        """Close the channel and whatever descriptors the caller has not taken out."""
+        self._drop_channel()
+        self.deadlines.clear()
+        self.slow.clear()
+        if self.bundle is not None:
+            self.bundle.close()
+
+    # What the form reports of slow effects.
+
+    def connected(self, sock: socket.socket) -> None:
+        self.channel = Channel(sock, accepts_descriptors=True)
+        self.feed(on.Connected())
+
+    def serve_self(self, effect: do.ServeSelf) -> Event:
+        """Make the namespaces here; takes its time, and may run in a thread."""
+        if self.service is None:
+            assert self.fallback is not None
+            return on.SelfServiceFailed(self.fallback)
+        try:
+            response = self.service.create_namespaces(effect.request)
+            self.bundle = self.service.bundle_of(effect.request.allocation_id)
+            self.identities = tuple(
+                self.inspector.inspect(descriptor.fileno()) for _, descriptor in self.bundle
+            )
+        except NamespaceError as error:
+            reason = f"self-service failed too: {error.text} (the provider: {self.fallback})"
+            return on.SelfServiceFailed(CreationFailed(reason))
+        return on.SelfServed(response)
+
+    def release_own(self, pause: Callable[[float], None]) -> None:
+        """Release what self-service made; takes its time, and may run in a thread."""
+        assert self.service is not None
+        name = self.kernel.request.allocation_id
+        if self.bundle is not None:
+            self.bundle.close()
+        pause_s = OWN_RELEASE_PAUSE_FIRST_S
+        self.service.release_namespaces(name)
+        while self.service.why_alive(name) is not None and pause_s < OWN_RELEASE_PAUSE_MAX_S:
+            pause(pause_s)
+            pause_s *= 2.0
+            self.service.release_namespaces(name)
+
+    # Effects that are done at once.
+
+    def _start_timer(self, effect: do.StartTimer) -> None:
+        spans = {
+            Timer.ANSWER: self.patience.answer_s,
+            Timer.NOTICE: self.patience.answer_s,
+            Timer.REDIAL: self.patience.redial_s,
+        }
+        self.deadlines[effect.timer] = time.monotonic() + spans[effect.timer]
+
+    def _stop_timer(self, effect: do.StopTimer) -> None:
+        self.deadlines.pop(effect.timer, None)
+
+    def _send_request(self, effect: do.SendRequest) -> None:
+        self._send(effect.request)
+
+    def _send_end(self, effect: do.SendEnd) -> None:
+        self._send(AllocationEnded(effect.allocation_id))
+
+    def _send_fault(self, effect: do.SendFault) -> None:
+        self._send(FdPassing(effect.reason))
+
+    def _send(self, message: Message) -> None:
+        if self.channel is None:
+            return
+        # If the provider is gone, the channel says so again when it is read, as `Lost`.
+        with suppress(FdPassing):
+            self.channel.send(message)
+
+    def _close_channel(self, effect: do.CloseChannel) -> None:
+        self._drop_channel()
+
+    def _drop_channel(self) -> None:
+        if self.channel is not None:
+            self.channel.close()
+            self.channel = None
+
+    def _deliver(self, effect: do.DeliverDescriptors) -> None:
+        if not effect.is_degraded:
+            self.bundle, self.arrived = self.arrived, None
+        self.response = effect.response
+
+    def _discard(self, effect: do.DiscardDescriptors) -> None:
+        if self.arrived is not None:
+            self.arrived.close()
+
+    def _report_fallback(self, effect: do.ReportFallback) -> None:
+        self.fallback = effect.error
+        _log.warning(
+            "%s: %s: %s; %s",
+            AUDIT_EVENT,
+            effect.allocation_id,
+            effect.error,
+            "no self-service is allowed" if self.service is None else "serving itself",
+            extra={"event": AUDIT_EVENT, "allocation_id": effect.allocation_id},
+        )
+        if self.audit is not None:
+            self.audit(Fallback(effect.allocation_id, effect.error))
+
+    def _report_refusal(self, effect: do.ReportRefusal) -> None:
+        self.refusal = effect.error
+
+    def _report_end(self, effect: do.ReportEnd) -> None:
+        """Nothing to do: the kernel's state says it."""
+
+
+OWN_RELEASE_PAUSE_FIRST_S: Final = 0.001
+"""Pause before the second try to release what self-service made; doubles with each."""
+
+OWN_RELEASE_PAUSE_MAX_S: Final = 1.0
+"""With a pause this long the tries end; what is left is visible and dies with this process."""
+
+_AT_ONCE: Final[dict[type[Effect], Callable[[_Exchange, Any], None]]] = {
+    do.StartTimer: _Exchange._start_timer,
+    do.StopTimer: _Exchange._stop_timer,
+    do.SendRequest: _Exchange._send_request,
+    do.SendEnd: _Exchange._send_end,
+    do.SendFault: _Exchange._send_fault,
+    do.CloseChannel: _Exchange._close_channel,
+    do.DeliverDescriptors: _Exchange._deliver,
+    do.DiscardDescriptors: _Exchange._discard,
+    do.ReportFallback: _Exchange._report_fallback,
+    do.ReportRefusal: _Exchange._report_refusal,
+    do.ReportEnd: _Exchange._report_end,
+}
+
+_EXPIRIES: Final[dict[Timer, Callable[[], Event]]] = {
+    Timer.ANSWER: on.AnswerOverdue,
+    Timer.NOTICE: on.NoticeOverdue,
+    Timer.REDIAL: on.NoticeDue,
+}
+
+
+class _Held:
+    """What a handoff shows, in both forms."""
+
+    __slots__ = ("_exchange",)
+
+    def __init__(self, exchange: _Exchange) -> None:
+        self._exchange = exchange
+
+    @property
+    def request(self) -> NamespaceRequest:
+        """What was asked for."""
+        return self._exchange.kernel.request
+
+    @property
+    def response(self) -> NamespaceResponse:
+        """The metadata; from the provider, or in the same form from self-service."""
+        assert self._exchange.response is not None
+        return self._exchange.response
+
+    @property
+    def bundle(self) -> DescriptorBundle:
+        """The descriptors, in request order and each by type; the handoff's caller owns them."""
+        assert self._exchange.bundle is not None
+        return self._exchange.bundle
+
+    @property
+    def identities(self) -> tuple[NamespaceIdentity, ...]:
+        """Which namespaces they are, verified with the Linux kernel, in request order."""
+        return self._exchange.identities
+
+    @property
+    def is_degraded(self) -> bool:
+        """Whether self-service made them."""
+        return self._exchange.fallback is not None
+
+    @property
+    def fallback(self) -> NamespaceError | None:
+        """Why the provider's namespaces could not be had; None if they were."""
+        return self._exchange.fallback
+
+    @property
+    def is_ended(self) -> bool:
+        """Whether the allocation is over, as far as is known here."""
+        return self._exchange.is_over
+
+    @property
+    def is_in_debt(self) -> bool:
+        """Whether the provider still has to hear of an end."""
+        return self._exchange.kernel.is_in_debt
+
+
+def _begin(
+    request: NamespaceRequest,
+    inspector: Inspector,
+    service: SelfService | None,
+    patience: Patience,
+    audit: Audit | None,
+    path: str | os.PathLike[str],
+) -> _Exchange:
+    reason = objection(request)
+    if reason is not None:
+        raise CreationFailed(reason)
+    exchange = _Exchange(ConsumerKernel(request), inspector, service, patience, audit, path)
+    exchange.feed(on.NamespacesWanted())
+    return exchange
+
+
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    """How a consumer reaches its provider; the same for both forms."""
+
+    path: str | os.PathLike[str]
+    inspector: Inspector
+    service: SelfService | None = None
+    patience: Patience = field(default_factory=Patience)
+    audit: Audit | None = None
+
+    def begin(self, request: NamespaceRequest) -> _Exchange:
+        return _begin(request, self.inspector, self.service, self.patience, self.audit, self.path)
+
+
+# --- The blocking form -------------------------------------------------------------------------
+
+
+class Consumer:
+    """
+    A consumer that blocks; fulfils the seed's `NamespaceConsumer`.
+
+    Starts no thread and no event loop, so that its caller may fork and execute right after.
+
+    Args:
+        path: the provider's socket.
+        inspector: says what a descriptor really is.
+        service: makes namespaces when the provider cannot be reached; None never does.
+        patience: how long to wait.
+        audit: told of every turn to self-service.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        inspector: Inspector,
+        *,
+        service: SelfService | None = None,
+        patience: Patience | None = None,
+        audit: Audit | None = None,
+    ) -> None:
+        self._settings = _Settings(path, inspector, service, patience or Patience(), audit)
+        self._handoffs: dict[str, Handoff] = {}
+
+    def obtain(self, request: NamespaceRequest) -> Handoff:
+        """
+        Obtain namespaces, from the provider or by self-service.
+
+        Returns:
+            The handoff; the caller owns it and its descriptors. `is_degraded` says whether
+            self-service made them.
+
+        Raises:
+            CreationFailed: the request breaks a rule, the provider refused it, or self-service
+                failed too. There are no namespaces and no descriptors.
+            AllocationNotFound: the provider does not know the allocation.
+            SocketUnavailable, FdPassing: the provider could not be had, and there is no
+                self-service.
+        """
+        exchange = self._settings.begin(request)
+        try:
+            _run(exchange, lambda: exchange.is_settled, deadline=None)
+            if exchange.refusal is not None:
+                raise exchange.refusal
+        except BaseException:
+            exchange.close()
+            raise
+        return Handoff(exchange)
+
+    def request_namespaces(self, request: NamespaceRequest) -> NamespaceResponse:
+        """
+        Obtain namespaces and keep their descriptors here, to be taken with `handoff_of`.
+
+        Raises:
+            As `obtain`.
+
+        Source:
+            Seed 94-104.
+        """
+        handoff = self.obtain(request)
+        previous = self._handoffs.pop(request.allocation_id, None)
+        self._handoffs[request.allocation_id] = handoff
+        if previous is not None:
+            previous.close()
+        return handoff.response
+
+    def handoff_of(self, allocation_id: str) -> Handoff:
+        """
+        Take the handoff that `request_namespaces` kept; the caller owns it from here on.
+
+        Raises:
+            KeyError: nothing is kept for this allocation.
+        """
+        return self._handoffs.pop(allocation_id)
+
+    def close(self) -> None:
+        """Close every handoff that was not taken."""
+        while self._handoffs:
+            self._handoffs.popitem()[1].close()
+
+
+class Handoff(_Held):
+    """
+    Namespaces in hand. Leaving its context closes the descriptors and the connection.
+
+    The allocation goes on when the handoff is closed: it ends when its cgroup empties, or when
+    `end` says so.
+    """
+
+    __slots__ = ()
+
+    def wait_ended(self, timeout_s: float) -> bool:
+        """
+        Wait for the allocation to be over.
+
+        Args:
+            timeout_s: seconds to wait; 0.0 only looks.
+
+        Returns:
+            Whether it is over. A provider that is gone cannot announce anything.
+        """
+        deadline = time.monotonic() + timeout_s
+        _run(self._exchange, lambda: self._exchange.is_over, deadline)
+        return self._exchange.is_over
+
+    def end(self, timeout_s: float = ANSWER_TIMEOUT_S) -> bool:
+        """
+        End the allocation, and wait until the provider has confirmed.
+
+        What self-service made is released here.
+
+        Args:
+            timeout_s: seconds to wait.
+
+        Returns:
+            Whether it is over, and everything that was owed to the provider is said. If not, a
+            later call goes on.
+        """
+        exchange = self._exchange
+        deadline = time.monotonic() + timeout_s
+        if exchange.kernel.state in _ENDABLE:
+            exchange.feed(on.EndWanted())
+        _run(exchange, lambda: exchange.is_over and not exchange.kernel.is_in_debt, deadline)
+        return exchange.is_over and not exchange.kernel.is_in_debt
+
+    def settle(self, timeout_s: float = SETTLE_TIMEOUT_S) -> bool:
+        """
+        Tell the provider of an end that is owed to it, if there is one.
+
+        Returns:
+            Whether nothing is owed any more.
+        """
+        deadline = time.monotonic() + timeout_s
+        _run(self._exchange, lambda: not self._exchange.kernel.is_in_debt, deadline)
+        return not self._exchange.kernel.is_in_debt
+
+    def close(self) -> None:
+        """Close the descriptors and the connection; may be called again."""
+        self._exchange.close()
+
+    def __enter__(self) -> Handoff:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self.settle()
+        finally:
+            self.close()
+
+
+_ENDABLE: Final = frozenset({ConsumerState.HELD, ConsumerState.SELF_HELD})
+
+
+def _run(exchange: _Exchange, is_done: Callable[[], bool], deadline: float | None) -> None:
+    """Drive an exchange until it is done, or the deadline has passed."""
+    exchange.read()
+    while not is_done():
+        if exchange.slow:
+            _perform(exchange, exchange.slow.popleft())
+            continue
+        now = time.monotonic()
+        if deadline is not None and now >= deadline:
+            return
+        if exchange.channel is None and not exchange.deadlines and deadline is None:
+            raise AssertionError("nothing is left that could settle this exchange")
+        _wait(exchange, now, deadline)
+        exchange.expire(time.monotonic())
+
+
+def _wait(exchange: _Exchange, now: float, deadline: float | None) -> None:
+    ends = [*exchange.deadlines.values(), *([] if deadline is None else [deadline])]
+    # One millisecond more: poll rounds down, and would return just before the deadline.
+    timeout_ms = max(0.0, min(ends) - now) * 1000.0 + 1.0 if ends else None
+    poll = select.poll()
+    channel = exchange.channel
+    if channel is not None:
+        wants = select.POLLIN | (select.POLLOUT if channel.wants_write else 0)
+        poll.register(channel.fileno(), wants)
+    for _, happened in poll.poll(timeout_ms):
+        if happened & select.POLLOUT:
+            exchange.write()
+        exchange.read()
+
+
+def _perform(exchange: _Exchange, effect: Effect) -> None:
+    match effect:
+        case do.Connect():
+            _connect(exchange)
+        case do.ServeSelf():
+            exchange.feed(exchange.serve_self(effect))
+        case do.ReleaseOwn():
+            exchange.release_own(time.sleep)
+        case _:
+            raise AssertionError(f"no driver performs {effect}")
+
+
+def _connect(exchange: _Exchange) -> None:
+    deadline = time.monotonic() + exchange.patience.connect_s
+    while True:
+        try:
+            exchange.connected(begin_connect(exchange.path))
+        except SocketUnavailable as error:
+            exchange.feed(on.ProviderUnreachable(error))
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(CONNECT_PAUSE_S)
+                continue
+            exchange.feed(on.ProviderUnreachable(SocketUnavailable(_FULL)))
+        return
+
+
+_FULL: Final = "the provider did not take the connection within the connect deadline"
+
+
+# --- The asyncio form --------------------------------------------------------------------------
+
+
+class AsyncConsumer:
+    """
+    A consumer for an event loop; the same kernel, the same outcomes as `Consumer`.
+
+    Args:
+        path: the provider's socket.
+        inspector: says what a descriptor really is.
+        service: makes namespaces when the provider cannot be reached; None never does. It is
+            called in a thread.
+        patience: how long to wait.
+        audit: told of every turn to self-service.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        inspector: Inspector,
+        *,
+        service: SelfService | None = None,
+        patience: Patience | None = None,
+        audit: Audit | None = None,
+    ) -> None:
+        self._settings = _Settings(path, inspector, service, patience or Patience(), audit)
+
+    async def obtain(self, request: NamespaceRequest) -> AsyncHandoff:
+        """
+        Obtain namespaces, from the provider or by self-service.
+
+        When it is cancelled, the provider is told to end what it may have made, once, and nothing
+        is left open here.
+
+        Returns:
+            The handoff; the caller owns it and its descriptors.
+
+        Raises:
+            As `Consumer.obtain`.
+        """
+        exchange = self._settings.begin(request)
+        loop = _LoopDriver(exchange)
+        try:
+            await loop.until(lambda: exchange.is_settled)
+            if exchange.refusal is not None:
+                raise exchange.refusal
+        except asyncio.CancelledError:
+            await loop.withdraw()
+            raise
+        except BaseException:
+            await loop.close()
+            raise
+        return AsyncHandoff(exchange, loop)
+
+
+class AsyncHandoff(_Held):
+    """
+    Namespaces in hand, in an event loop. Leaving its context closes descriptors and connection.
+
+    While it is open, ends are noticed and debts to the provider are paid in the background.
+    """
+
+    __slots__ = ("_loop",)
+
+    def __init__(self, exchange: _Exchange, loop: _LoopDriver) -> None:
+        super().__init__(exchange)
+        self._loop = loop
+
+    async def wait_ended(self) -> None:
+        """Wait for the allocation to be over; use `asyncio.wait_for` for a limit."""
+        await self._loop.until(lambda: self._exchange.is_over)
+
+    async def end(self) -> None:
+        """End the allocation, and wait until the provider has confirmed."""
+        exchange = self._exchange
+        if exchange.kernel.state in _ENDABLE:
+            self._loop.feed(on.EndWanted())
+        await self._loop.until(lambda: exchange.is_over and not exchange.kernel.is_in_debt)
+
+    async def close(self) -> None:
+        """Close the descriptors and the connection; may be called again."""
+        await self._loop.close()
+
+    async def __aenter__(self) -> AsyncHandoff:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        exchange = self._exchange
+        settled = self._loop.until(lambda: not exchange.kernel.is_in_debt)
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(settled, SETTLE_TIMEOUT_S)
+        await self.close()
+
+
+class _LoopDriver:
+    """Drives one exchange in an event loop: readers, one timer, and tasks for what takes time."""
+
+    def __init__(self, exchange: _Exchange) -> None:
+        self._exchange = exchange
+        self._loop = asyncio.get_running_loop()
+        self._registered: Channel | None = None
+        self._registered_fd = -1
+        self._timer: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._moved = asyncio.Event()
+        self._arm()
+
+    def feed(self, event: Event) -> None:
+        self._exchange.feed(event)
+        self._arm()
+
+    async def until(self, is_done: Callable[[], bool]) -> None:
+        while not is_done():
+            self._moved.clear()
+            await self._moved.wait()
+
+    async def withdraw(self) -> None:
+        """Say goodbye to a request that nobody waits for any more, as far as goes at once."""
+        await self._finish_task()
+        exchange = self._exchange
+        if exchange.kernel.state in (*_ENDABLE, ConsumerState.CONNECTING, ConsumerState.ASKING):
+            exchange.feed(on.EndWanted())
+        while exchange.slow:
+            effect = exchange.slow.popleft()
+            if isinstance(effect, do.ReleaseOwn):
+                await self._perform(effect)
+        await self.close()
+
+    async def close(self) -> None:
+        self._unregister()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        await self._finish_task()
+        self._exchange.close()
+
+    async def _finish_task(self) -> None:
+        """Let work that is under way finish: what it makes must not be lost."""
+        task, self._task = self._task, None
+        if task is not None:
+            await asyncio.shield(asyncio.gather(task, return_exceptions=True))
+
+    # Keeping the loop's view in step with the exchange.
+
+    def _arm(self) -> None:
+        exchange = self._exchange
+        if exchange.channel is not self._registered:
+            self._unregister()
+            self._register()
+        if self._registered is not None:
+            if self._registered.wants_write:
+                self._loop.add_writer(self._registered_fd, self._on_writable)
+            else:
+                self._loop.remove_writer(self._registered_fd)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if exchange.deadlines:
+            delay_s = max(0.0, min(exchange.deadlines.values()) - time.monotonic())
+            self._timer = self._loop.call_later(delay_s, self._on_time)
+        if exchange.slow and self._task is None:
+            self._task = self._loop.create_task(self._work(exchange.slow.popleft()))
+        self._moved.set()
+
+    def _register(self) -> None:
+        channel = self._exchange.channel
+        if channel is not None:
+            self._registered = channel
+            self._registered_fd = channel.fileno()
+            self._loop.add_reader(self._registered_fd, self._on_readable)
+
+    def _unregister(self) -> None:
+        if self._registered is not None:
+            self._loop.remove_reader(self._registered_fd)
+            self._loop.remove_writer(self._registered_fd)
+            self._registered = None
+
+    def _on_readable(self) -> None:
+        self._exchange.read()
+        self._arm()
+
+    def _on_writable(self) -> None:
+        self._exchange.write()
+        self._arm()
+
+    def _on_time(self) -> None:
+        self._exchange.expire(time.monotonic())
+        self._arm()
+
+    async def _work(self, effect: Effect) -> None:
+        await self._perform(effect)
+        self._task = None
+        self._arm()
+
+    async def _perform(self, effect: Effect) -> None:
+        exchange = self._exchange
+        match effect:
+            case do.Connect():
+                await self._connect()
+            case do.ServeSelf():
+                event = await self._loop.run_in_executor(None, exchange.serve_self, effect)
+                exchange.feed(event)
+            case do.ReleaseOwn():
+                await self._loop.run_in_executor(None, exchange.release_own, time.sleep)
+            case _:
+                raise AssertionError(f"no driver performs {effect}")
+
+    async def _connect(self) -> None:
+        exchange = self._exchange
+        deadline = time.monotonic() + exchange.patience.connect_s
+        while True:
+            try:
+                exchange.connected(begin_connect(exchange.path))
+            except SocketUnavailable as error:
+                exchange.feed(on.ProviderUnreachable(error))
+            except BlockingIOError:
+                if time.monotonic() < deadline:
+                    await asyncio.sleep(CONNECT_PAUSE_S)
+                    continue
+                exchange.feed(on.ProviderUnreachable(SocketUnavailable(_FULL)))
+            return
