@@ -259,12 +259,13 @@ CONSUMER: Final = compile_table(
         *_stay(on.PassingFailed, _HELD, then=(do.CloseChannel,)),
         *_stay(on.FrameRejected, _HELD, then=(do.SendFault, do.CloseChannel)),
         # The caller is done, at any time.
+        Row(on.EndWanted, _IDLE, _ENDING, (do.OweEnd,)),
         Row(on.EndWanted, _CONNECTING, _OVER, (do.CloseChannel, do.ReportEnd)),
         Row(on.EndWanted, _ASKING, _ENDING, (stop(Timer.ANSWER), do.OweEnd)),
         Row(on.EndWanted, _HELD, _ENDING, (do.OweEnd,)),
         Row(on.EndWanted, _SELF_HELD, _OVER, (do.ReleaseOwn, do.ReportEnd)),
         Row(on.EndAnnounced, _ENDING, _OVER, (do.ReportEnd,)),
-        Row(on.NotFoundReceived, _ENDING, _OVER, (do.ReportEnd,)),
+        Row(on.NotFoundReceived, _ENDING, _OVER, (do.ReportRefusal, do.ReportEnd)),
         # What still arrives after the consumer has turned away.
         *_stay(on.ResponseReceived, *_TURNED_AWAY, then=(do.DiscardDescriptors,)),
         *_stay(on.ResponseMismatched, *_TURNED_AWAY, then=(do.DiscardDescriptors,)),

@@ -122,6 +122,8 @@ class _Exchange:
     identities: tuple[NamespaceIdentity, ...] = ()
     fallback: NamespaceError | None = None
     refusal: NamespaceError | None = None
+    unreachable: SocketUnavailable | None = None
+    """Why the last call to the provider did not get through."""
 
     @property
     def is_settled(self) -> bool:
@@ -217,6 +219,10 @@ class _Exchange:
     def connected(self, sock: socket.socket) -> None:
         self.channel = Channel(sock, accepts_descriptors=True)
         self.feed(on.Connected())
+
+    def not_connected(self, error: SocketUnavailable) -> None:
+        self.unreachable = error
+        self.feed(on.ProviderUnreachable(error))
 
     def serve_self(self, effect: do.ServeSelf) -> Event:
         """Make the namespaces here; takes its time, and may run in a thread."""
@@ -391,22 +397,6 @@ class _Held:
         return self._exchange.kernel.is_in_debt
 
 
-def _begin(
-    request: NamespaceRequest,
-    inspector: Inspector,
-    service: SelfService | None,
-    patience: Patience,
-    audit: Audit | None,
-    path: str | os.PathLike[str],
-) -> _Exchange:
-    reason = objection(request)
-    if reason is not None:
-        raise CreationFailed(reason)
-    exchange = _Exchange(ConsumerKernel(request), inspector, service, patience, audit, path)
-    exchange.feed(on.NamespacesWanted())
-    return exchange
-
-
 @dataclass(frozen=True, slots=True)
 class _Settings:
     """How a consumer reaches its provider; the same for both forms."""
@@ -417,8 +407,17 @@ class _Settings:
     patience: Patience = field(default_factory=Patience)
     audit: Audit | None = None
 
+    def exchange(self, request: NamespaceRequest) -> _Exchange:
+        kernel = ConsumerKernel(request)
+        return _Exchange(kernel, self.inspector, self.service, self.patience, self.audit, self.path)
+
     def begin(self, request: NamespaceRequest) -> _Exchange:
-        return _begin(request, self.inspector, self.service, self.patience, self.audit, self.path)
+        reason = objection(request)
+        if reason is not None:
+            raise CreationFailed(reason)
+        exchange = self.exchange(request)
+        exchange.feed(on.NamespacesWanted())
+        return exchange
 
 
 # --- The blocking form -------------------------------------------------------------------------
@@ -500,6 +499,25 @@ class Consumer:
             KeyError: nothing is kept for this allocation.
         """
         return self._handoffs.pop(allocation_id)
+
+    def end(self, allocation_id: str, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
+        """
+        End an allocation that this consumer need not hold, and wait until the provider confirms.
+
+        Raises:
+            AllocationNotFound: the provider does not know it.
+            SocketUnavailable: the provider did not confirm in time; it may have heard.
+        """
+        exchange = self._settings.exchange(NamespaceRequest(allocation_id, ()))
+        try:
+            exchange.feed(on.EndWanted())
+            _run(exchange, lambda: exchange.is_over, time.monotonic() + timeout_s)
+            if exchange.refusal is not None:
+                raise exchange.refusal
+            if not exchange.is_over:
+                raise exchange.unreachable or SocketUnavailable(_UNCONFIRMED)
+        finally:
+            exchange.close()
 
     def close(self) -> None:
         """Close every handoff that was not taken."""
@@ -633,15 +651,16 @@ def _connect(exchange: _Exchange) -> None:
         try:
             exchange.connected(begin_connect(exchange.path))
         except SocketUnavailable as error:
-            exchange.feed(on.ProviderUnreachable(error))
+            exchange.not_connected(error)
         except BlockingIOError:
             if time.monotonic() < deadline:
                 time.sleep(CONNECT_PAUSE_S)
                 continue
-            exchange.feed(on.ProviderUnreachable(SocketUnavailable(_FULL)))
+            exchange.not_connected(SocketUnavailable(_FULL))
         return
 
 
+_UNCONFIRMED: Final = "the provider did not confirm the end in time"
 _FULL: Final = "the provider did not take the connection within the connect deadline"
 
 
@@ -864,10 +883,10 @@ class _LoopDriver:
             try:
                 exchange.connected(begin_connect(exchange.path))
             except SocketUnavailable as error:
-                exchange.feed(on.ProviderUnreachable(error))
+                exchange.not_connected(error)
             except BlockingIOError:
                 if time.monotonic() < deadline:
                     await asyncio.sleep(CONNECT_PAUSE_S)
                     continue
-                exchange.feed(on.ProviderUnreachable(SocketUnavailable(_FULL)))
+                exchange.not_connected(SocketUnavailable(_FULL))
             return

@@ -1,0 +1,393 @@
+"""What keeps an allocation's namespaces alive, and how is it recognised again?
+
+A PID namespace lives as long as its first process, so every allocation has an *anchor*: a small
+process that does nothing, outlives the provider, and is killed to end the allocation. While it
+lives, all the allocation's namespaces can be opened from it; the provider holds one pidfd per
+allocation and nothing else.
+
+The anchor runs an existing program (`sleep infinity`). It is started with SIGCHLD ignored, which
+survives the exec, and makes the Linux kernel reap the orphans that come to a PID namespace's
+init: no line of code of ours runs in it.
+
+A provider that starts again must find its anchors, and must never take another process for one.
+So an anchor has two names that outlive the provider:
+
+    identity    what the journal holds: boot, pid, and what tells this process from a later one
+                with the same pid
+    token       a text in the anchor's environment, and nothing else is in there; all anchors of
+                one instance are in one cgroup, so even one that no journal mentions is found
+
+Anchors are started in `forge`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from signal import SIGKILL
+from types import TracebackType
+from typing import Final
+
+from transport.descriptors import Descriptor
+
+from . import syscalls
+from .features import Features
+from .syscalls import SyscallError, calling
+
+ANCHOR_COMMAND: Final = ("sleep", "infinity")
+"""What an anchor executes; the first word is looked up in PATH."""
+
+ANCHOR_VARIABLE: Final = "NSHANDOFF_ANCHOR"
+"""The one variable in an anchor's environment; its value is the token."""
+
+_NAMESPACE_LINKS: Final = ("pid", "net", "mnt")
+
+# Fields of /proc/PID/stat behind the command's name, which may itself contain spaces and brackets:
+# the first one is field 3, and the start time is field 22.
+_STAT_START_TIME: Final = 22 - 3
+
+# What /proc answers about a process that has gone, or is going: as good as no answer.
+_GONE: Final = frozenset({errno.ENOENT, errno.ESRCH})
+
+# What pidfd_open says about a number that no process has. Since 6.15 a thread that leads no
+# process is ENOENT, before it was EINVAL: either way the number has passed on.
+_NO_PROCESS: Final = frozenset({errno.ESRCH, errno.ENOENT, errno.EINVAL})
+
+
+def boot_id() -> str:
+    """Name the current boot of this machine; no pid or inode means anything across two of them."""
+    path = "/proc/sys/kernel/random/boot_id"
+    with calling("read(2)", path):
+        return Path(path).read_text(encoding="ascii").strip()
+
+
+@dataclass(frozen=True, slots=True)
+class AnchorIdentity:
+    """
+    What tells one anchor from every other process, written down before it is forgotten.
+
+    Source:
+        pidfd_open(2), "pidfs"; proc_pid_stat(5). A start time alone is weak: a forced reuse of a
+        pid had the same one in 41 of 50 cases.
+    """
+
+    boot_id: str
+    """The boot in which all the rest is valid."""
+    pid: int
+    """The process' number, as the provider sees it."""
+    pidfs_inode: int | None
+    """Unique for the whole boot; None where the Linux kernel does not have it (before 6.9)."""
+    start_time: int
+    """Clock ticks after the boot."""
+    namespaces: Mapping[str, int] = field(default_factory=dict)
+    """Inode of each namespace, by its name in /proc: a second opinion, since inodes are reused."""
+
+    def as_json(self) -> dict[str, object]:
+        """Give the identity as plain values, for the journal."""
+        return {
+            "boot_id": self.boot_id,
+            "pid": self.pid,
+            "pidfs_inode": self.pidfs_inode,
+            "start_time": self.start_time,
+            "namespaces": dict(self.namespaces),
+        }
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, object]) -> AnchorIdentity:
+        """
+        Read what `as_json` gave.
+
+        Raises:
+            ValueError: it is something else; the text names the field.
+        """
+        inode = plain.get("pidfs_inode")
+        namespaces = plain.get("namespaces")
+        if not isinstance(namespaces, dict):
+            raise ValueError(f"namespaces of an anchor's identity: {namespaces!r}")
+        return cls(
+            boot_id=_text(plain, "boot_id"),
+            pid=_number(plain, "pid"),
+            pidfs_inode=None if inode is None else _number(plain, "pidfs_inode"),
+            start_time=_number(plain, "start_time"),
+            namespaces={str(name): _number(namespaces, name) for name in namespaces},
+        )
+
+
+class Anchor:
+    """
+    One anchor, held by its pidfd: whatever becomes of the pid, this is still the same process.
+
+    Closing it (or leaving the context) forgets the anchor and lets it live; `kill` ends it.
+
+    Args:
+        pid: Its number, for people and for /proc.
+        pidfd: The anchor owns it.
+        token: The value of `ANCHOR_VARIABLE` in its environment.
+    """
+
+    __slots__ = ("pid", "pidfd", "token")
+
+    def __init__(self, pid: int, pidfd: Descriptor, token: str) -> None:
+        self.pid: Final = pid
+        self.pidfd: Final = pidfd
+        self.token: Final = token
+
+    def is_alive(self) -> bool:
+        """
+        Say whether the anchor has not ended; a zombie has.
+
+        One that was killed is alive until the last process of its PID namespace is gone. If a
+        process from outside joined that namespace and was not yet reaped by its parent, that can
+        take for ever: release is never a wait for this.
+
+        Raises:
+            ValueError: the anchor is closed.
+        """
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        return not poll.poll(0)
+
+    def kill(self) -> None:
+        """
+        Kill the anchor, and with it every process of its PID namespace; return at once.
+
+        One that is gone already is no failure.
+
+        Raises:
+            SyscallError: no permission (EPERM); the anchor lives on.
+            ValueError: the anchor is closed.
+        """
+        try:
+            syscalls.pidfd_send_signal(self.pidfd, SIGKILL)
+        except SyscallError as error:
+            if error.errno != errno.ESRCH:
+                raise
+
+    def identity(self, features: Features) -> AnchorIdentity:
+        """
+        Write down which process this is.
+
+        Args:
+            features: Without `pidfs_inodes`, what older kernels offer instead is all there is.
+
+        Raises:
+            SyscallError: ESRCH, the anchor has ended.
+        """
+        inode = os.fstat(self.pidfd.fileno()).st_ino if features.pidfs_inodes else None
+        start_time = _start_time(self.pid)
+        namespaces = _namespace_inodes(self.pid)
+        # Asked last: as the anchor lives now, its number was its own all the while.
+        if start_time is None or len(namespaces) < len(_NAMESPACE_LINKS) or not self.is_alive():
+            raise SyscallError("pidfd", errno.ESRCH, f"anchor {self.pid}")
+        return AnchorIdentity(boot_id(), self.pid, inode, start_time, namespaces)
+
+    def close(self) -> None:
+        """Forget the anchor, which lives on; may be called again."""
+        self.pidfd.close()
+
+    def __enter__(self) -> Anchor:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Anchor(pid={self.pid}, pidfd={self.pidfd!r}, token={self.token!r})"
+
+
+def adopt(identity: AnchorIdentity, token: str, features: Features) -> Anchor | None:
+    """
+    Find the anchor that an identity was written of.
+
+    Args:
+        identity: From `Anchor.identity`, in this life of the provider or an earlier one.
+        token: What its environment must say.
+        features: Without `pidfs_inodes`, the pidfs inode of the identity is ignored.
+
+    Returns:
+        The anchor, which the caller owns; or None, only if it is proven that it has ended: its
+        number is free, or belongs to another process now, or the machine has booted since. What
+        cannot be proven counts as alive, because releasing a living allocation is the greater
+        harm. An anchor that was killed and cannot end yet is alive.
+
+    Raises:
+        SyscallError: it could not be found out (no descriptor left, no permission).
+    """
+    if identity.boot_id != boot_id():
+        return None
+    pidfd = _open_process(identity.pid)
+    if pidfd is None:
+        return None
+    with ExitStack() as undo:
+        undo.enter_context(pidfd)
+        anchor = Anchor(identity.pid, pidfd, token)
+        # The pidfd came first: if its process lives at the end, all that was read in between was
+        # read of this one process.
+        if _is_other(anchor, identity, features) or not anchor.is_alive():
+            return None
+        undo.pop_all()
+        return anchor
+
+
+def find_anchors(cgroup: Path) -> dict[str, Anchor]:
+    """
+    Find every living anchor that was born in a cgroup, also those that no journal mentions.
+
+    One that is just being started has no environment yet and is missed: ask when no forge works
+    in that cgroup.
+
+    The cgroup is read again after the processes were opened, so that a number which passed on to
+    a stranger in between is not taken for an anchor's, whatever the stranger's environment says.
+
+    Args:
+        cgroup: The anchors' cgroup; its children are not looked at.
+
+    Returns:
+        The anchors by their tokens; the caller owns them. Empty if there is no such cgroup.
+
+    Raises:
+        SyscallError: it could not be found out; nothing stays open.
+    """
+    with ExitStack() as undo:
+        found: dict[str, Anchor] = {}
+        for pid in _members(cgroup):
+            anchor = _open_anchor(pid)
+            if anchor is not None:
+                undo.enter_context(anchor)
+                found.setdefault(anchor.token, anchor)
+        members = _members(cgroup)
+        living = {
+            token: anchor
+            for token, anchor in found.items()
+            if anchor.pid in members and anchor.is_alive()
+        }
+        undo.pop_all()
+    for anchor in found.values():
+        if anchor not in living.values():
+            anchor.close()
+    return living
+
+
+def token_of(pid: int) -> str | None:
+    """
+    Read the token in a process' environment.
+
+    Returns:
+        The token; or None if the process is no anchor, has gone, or is going.
+
+    Raises:
+        SyscallError: no permission to look.
+    """
+    return _token_in(_read_proc(pid, "environ") or b"")
+
+
+def _is_other(anchor: Anchor, identity: AnchorIdentity, features: Features) -> bool:
+    """Say whether the process is proven to be another one than the identity's."""
+    if features.pidfs_inodes and identity.pidfs_inode is not None:
+        inode = os.fstat(anchor.pidfd.fileno()).st_ino
+        return inode != identity.pidfs_inode or _has_other_token(anchor)
+    start_time = _start_time(anchor.pid)
+    if start_time is not None and start_time != identity.start_time:
+        return True
+    inodes = _namespace_inodes(anchor.pid)
+    if any(identity.namespaces.get(name, inode) != inode for name, inode in inodes.items()):
+        return True
+    return _has_other_token(anchor)
+
+
+def _has_other_token(anchor: Anchor) -> bool:
+    # An anchor that is being killed has no environment any more, which proves nothing.
+    environment = _read_proc(anchor.pid, "environ")
+    return bool(environment) and _token_in(environment or b"") != anchor.token
+
+
+def _token_in(environment: bytes) -> str | None:
+    prefix = ANCHOR_VARIABLE.encode() + b"="
+    for variable in environment.split(b"\0"):
+        if variable.startswith(prefix):
+            return os.fsdecode(variable[len(prefix) :])
+    return None
+
+
+def _open_process(pid: int) -> Descriptor | None:
+    try:
+        return syscalls.pidfd_open(pid)
+    except SyscallError as error:
+        if error.errno in _NO_PROCESS:
+            return None
+        raise
+
+
+def _open_anchor(pid: int) -> Anchor | None:
+    pidfd = _open_process(pid)
+    if pidfd is None:
+        return None
+    with ExitStack() as undo:
+        undo.enter_context(pidfd)
+        token = token_of(pid)
+        if token is None:
+            return None
+        undo.pop_all()
+        return Anchor(pid, pidfd, token)
+
+
+def _members(cgroup: Path) -> list[int]:
+    path = cgroup / "cgroup.procs"
+    try:
+        # A process of an outer PID namespace is listed as 0: it has no number for us.
+        return [pid for pid in map(int, path.read_text(encoding="ascii").split()) if pid > 0]
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENODEV):
+            return []
+        raise SyscallError.of("read(2)", error, path) from error
+
+
+def _start_time(pid: int) -> int | None:
+    content = _read_proc(pid, "stat")
+    return None if content is None else int(content.rpartition(b")")[2].split()[_STAT_START_TIME])
+
+
+def _namespace_inodes(pid: int) -> dict[str, int]:
+    inodes: dict[str, int] = {}
+    for name in _NAMESPACE_LINKS:
+        path = f"/proc/{pid}/ns/{name}"
+        try:
+            inodes[name] = os.stat(path).st_ino  # noqa: PTH116 - a Path would add nothing
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise SyscallError.of("stat(2)", error, path) from error
+    return inodes
+
+
+def _read_proc(pid: int, name: str) -> bytes | None:
+    path = Path(f"/proc/{pid}/{name}")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        if error.errno in _GONE:
+            return None
+        raise SyscallError.of("read(2)", error, path) from error
+
+
+def _text(plain: Mapping[str, object], name: str) -> str:
+    value = plain.get(name)
+    if not isinstance(value, str):
+        raise ValueError(f"{name} of an anchor's identity: {value!r}")
+    return value
+
+
+def _number(plain: Mapping[str, object], name: str) -> int:
+    value = plain.get(name)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name} of an anchor's identity: {value!r}")
+    return value

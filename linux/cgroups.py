@@ -1,0 +1,728 @@
+"""Is anybody still in there? The cgroup of an allocation: its scope.
+
+Every allocation has one cgroup v2 directory, `<cgroup2>/workload.slice/<allocation_id>.scope`. The
+provider makes it before it answers; the consumer fills it. From then on the scope is how the
+provider learns that the allocation is over, and how it kills what is left.
+
+Two rules shape this module. *Decide from state, never from an event*: events of a cgroup also come
+for freezing, late, or merged, so `ScopeWatch` only says where to look again. *Touch only what is
+provably ours*: each scope carries its owner's token as an extended attribute, which survives the
+owner, and nothing is killed or taken apart that does not carry our own.
+
+A consumer is root on its node and may nest, freeze, thread or remove what it was given. Nothing
+here blocks, recurses or follows names into it without a bound.
+
+Used by `linux.backend`, and by `linux.forge` for the scopes of self-service.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import select
+import signal
+import threading
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Generic, Self, TypeVar
+
+from statemachine.messages import objection_to_id
+from transport.descriptors import Descriptor
+
+from .syscalls import SyscallError, pidfd_open, pidfd_send_signal
+
+WORKLOAD_SLICE: Final = "workload.slice"
+"""Below here are the scopes of allocations."""
+
+ANCHOR_SLICE: Final = "pact.slice"
+"""Below here are the anchors, one cgroup for each provider instance; never inside a scope."""
+
+OWNER_ATTRIBUTE: Final = "user.nshandoff.owner"
+"""Extended attribute of a scope: the token of whoever made it."""
+
+MADE_ATTRIBUTE: Final = "user.nshandoff.made"
+"""Extended attribute of a slice that one of us made, and that may go when it is empty."""
+
+MAKE_ATTEMPTS_MAX: Final = 100
+"""How often a directory is made again when somebody removes what it stands on or in."""
+
+REMOVE_STEPS_MAX: Final = 10_000
+"""Directories that one `remove` visits at most; whoever nests faster than that is met again."""
+
+KILL_ROUNDS_MAX: Final = 16
+"""How often a kill by pid looks again for processes that were born meanwhile."""
+
+KILL_BATCH_MAX: Final = 64
+"""How many pidfds a kill by pid holds at a time."""
+
+EVENTS_BYTES_MAX: Final = 4096
+"""More than `cgroup.events` ever holds; one read of it re-arms its poll."""
+
+_GONE: Final = (errno.ENOENT, errno.ENODEV)
+_BUSY: Final = (errno.EBUSY, errno.ENOTEMPTY)
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+class CgroupUnavailable(Exception):
+    """This node has no usable cgroup v2 hierarchy; no allocation can be tracked on it."""
+
+
+class ScopeError(SyscallError):
+    """
+    A step on a cgroup failed; the text names the call, the error, the path and what may help.
+
+    Nothing that the failing step made is left behind.
+    """
+
+    def __init__(self, call: str, number: int, path: Path, advice: str = "") -> None:
+        super().__init__(call, number, path)
+        self.advice: Final = advice
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}; {self.advice}" if self.advice else super().__str__()
+
+
+def find_cgroup2(mountinfo: str | Path = Path("/proc/self/mountinfo")) -> Path:
+    """
+    Find where cgroup v2 is mounted, by filesystem type: on hybrid nodes it is anywhere.
+
+    Args:
+        mountinfo: The text of a mountinfo file, or the path of one.
+
+    Returns:
+        The first cgroup v2 mount that is writable and not covered by another mount.
+
+    Raises:
+        CgroupUnavailable: there is none.
+
+    Source:
+        proc_pid_mountinfo(5); cgroups(7).
+    """
+    text = mountinfo.read_text() if isinstance(mountinfo, Path) else mountinfo
+    for line in text.splitlines():
+        mount, _, filesystem = line.partition(" - ")
+        fields = mount.split(" ")
+        if filesystem.split(" ")[0] != "cgroup2" or "rw" not in fields[5].split(","):
+            continue
+        root = Path(_unescape(fields[4]))
+        # Only a v2 hierarchy has this file at its top, so a mount that another one covers fails.
+        if (root / "cgroup.controllers").exists():
+            return root
+    raise CgroupUnavailable(
+        "no writable cgroup2 mount in mountinfo; mount one: mount -t cgroup2 none /sys/fs/cgroup"
+    )
+
+
+class Scope:
+    """
+    The cgroup of one allocation. It holds no descriptor: thousands of scopes live at a time.
+
+    Made by `create`, found again by `open`. A scope that somebody else removed counts as empty,
+    over and removed; one that somebody else put in its place is never touched.
+    """
+
+    def __init__(self, path: Path, owner: str) -> None:
+        self.path: Final = path
+        self._token: Final = owner
+        self._was_seen_populated = False
+
+    @classmethod
+    def create(cls, root: Path, allocation_id: str, owner: str) -> Self:
+        """
+        Make the allocation's scope and stamp it with its owner's token.
+
+        A scope that is already there is in use or a leftover. Only an unstamped one is tried with
+        rmdir, which the Linux kernel refuses for as long as anything is in it: whoever made it died
+        before stamping it, or never meant it for us.
+
+        Args:
+            root: The mount point of cgroup v2.
+            allocation_id: The allocation; refused if it cannot be a directory's name.
+            owner: Token of this owner; what carries another one is never touched.
+
+        Raises:
+            ScopeError: nothing was made, and what was there before is still there.
+        """
+        path = _scope_path(root, allocation_id)
+        _make_scope_directory(path)
+        try:
+            _stamp(path, owner)
+            _expect_usable(path)
+        except BaseException:
+            with suppress(OSError):
+                path.rmdir()
+            raise
+        return cls(path, owner)
+
+    @classmethod
+    def open(cls, root: Path, allocation_id: str, owner: str) -> Self | None:
+        """
+        Find the scope that an earlier life of this owner made.
+
+        Returns:
+            The scope, if it carries the owner's token or none at all (the owner died before it
+            could stamp it); None if there is none or it is somebody else's.
+        """
+        path = _scope_path(root, allocation_id)
+        if not path.is_dir() or _read_stamp(path) not in (owner, None):
+            return None
+        return cls(path, owner)
+
+    def owner(self) -> str | None:
+        """Return the token the scope carries now; None if it carries none, or is gone."""
+        return _read_stamp(self.path)
+
+    def is_gone(self) -> bool:
+        """Tell whether the scope was removed, or replaced by somebody else's."""
+        return not self.path.is_dir() or self.owner() not in (self._token, None)
+
+    def is_populated(self) -> bool:
+        """Tell whether a live process, frozen or not, is in the scope or below; zombies are not."""
+        populated = "populated 1" in self._read("cgroup.events").splitlines()
+        self._was_seen_populated |= populated
+        return populated
+
+    def was_used(self) -> bool:
+        """
+        Tell whether anything ever ran in the scope, even if nobody looked while it did.
+
+        CPU time is what proves it: the Linux kernel counts it for every process in the scope and
+        keeps it after the process. Freezing, which also makes an event, does not move it.
+        """
+        for line in self._read("cpu.stat").splitlines():
+            name, _, value = line.partition(" ")
+            if name == "usage_usec":
+                return int(value) > 0
+        return False
+
+    def is_over(self) -> bool:
+        """
+        Tell whether the allocation's processes have come and gone.
+
+        True only if the scope is empty in two readings and was in use before, or if somebody
+        removed it: nothing can run in it any more. An empty scope that was never used is not over.
+
+        Source: protocol, "Conventions on the node".
+        """
+        if self.is_gone():
+            return True
+        if self.is_populated() or not (self._was_seen_populated or self.was_used()):
+            return False
+        return not self.is_populated()
+
+    def kill(self) -> None:
+        """
+        Send SIGKILL to every process in the scope and below it. It does not wait for their death.
+
+        Safe to repeat, and meant to be: a process may enter meanwhile. The Linux kernel kills the
+        cgroup as one. Where it cannot (before 5.14, or the consumer made it threaded), the cgroup
+        is frozen, and stays frozen, so that no process outruns the signals.
+
+        Raises:
+            ScopeError: the scope is populated but not provably ours (nothing was killed), or the
+                Linux kernel refused.
+        """
+        with (
+            _retelling("cgroup.kill", self.path, *_GONE),
+            Descriptor(os.open(self.path, _DIRECTORY)) as directory,
+        ):
+            # Asked of the descriptor: what is checked and what is killed are the same cgroup.
+            stamp = _read_stamp(directory.fileno())
+            if stamp == self._token:
+                self._kill_all(directory)
+            elif stamp is None and self.is_populated():
+                advice = "it carries no owner, so what runs in it is left alone; end it by hand"
+                raise ScopeError("cgroup.kill", errno.EPERM, self.path, advice)
+
+    def remove(self) -> bool:
+        """
+        Remove the scope and every empty cgroup below it.
+
+        Returns:
+            True if the scope is gone, also if it was before; False while something is in it.
+
+        Raises:
+            ScopeError: the Linux kernel refused for another reason than being in use.
+        """
+        if self.is_gone():
+            return True
+        if self.owner() == self._token:
+            with _retelling("rmdir(2)", self.path, *_GONE), _Cursor(self.path) as cursor:
+                if not cursor.remove_below():
+                    return False
+        return _remove_directory(self.path)
+
+    def processes(self) -> list[int]:
+        """
+        List the pids of the processes in the scope and below it, in ascending order.
+
+        A process that this pid namespace cannot see has no pid here and is left out.
+        """
+        found: set[int] = set()
+        with _retelling("read(2)", self.path, *_GONE), _Cursor(self.path) as cursor:
+            for directory in cursor.walk():
+                found.update(_members(directory))
+        return sorted(found - {0})
+
+    def open_procs(self) -> Descriptor:
+        """
+        Open the file that a process enters the scope by, for writing "0" or a pid.
+
+        Returns:
+            The descriptor, owned by the caller.
+
+        Raises:
+            ScopeError: the scope is gone, or may not be entered.
+        """
+        return self._open("cgroup.procs", os.O_WRONLY)
+
+    def open_events(self) -> Descriptor:
+        """
+        Open what `ScopeWatch` watches.
+
+        It has not been read, so a watch reports it once at the beginning: nothing that happened
+        before is missed.
+
+        Returns:
+            The descriptor, owned by the caller.
+
+        Raises:
+            ScopeError: the scope is gone.
+        """
+        return self._open("cgroup.events", os.O_RDONLY)
+
+    def _open(self, name: str, flags: int) -> Descriptor:
+        with _retelling("open(2)", self.path / name):
+            return Descriptor(os.open(self.path / name, flags | os.O_CLOEXEC))
+
+    def _read(self, name: str) -> str:
+        with _retelling("read(2)", self.path / name, *_GONE):
+            return (self.path / name).read_text()
+        return ""
+
+    def _kill_all(self, directory: Descriptor) -> None:
+        try:
+            _write_in(directory, "cgroup.kill", "1")
+        except OSError as error:
+            # ENOENT: a Linux kernel without the file, or no cgroup any more.
+            # EOPNOTSUPP: the consumer made the scope itself threaded.
+            if error.errno not in (*_GONE, errno.EOPNOTSUPP):
+                raise
+            with suppress(OSError):  # without freezing it takes more rounds, no more than that
+                _write_in(directory, "cgroup.freeze", "1")
+        # Always, because cgroup.kill signals the leading thread alone: where that has left and
+        # others have stayed, they live on (measured on 6.18).
+        self._kill_each()
+
+    def _kill_each(self) -> None:
+        killed: set[int] = set()
+        for _ in range(KILL_ROUNDS_MAX):
+            newcomers = sorted(set(self.processes()) - killed)
+            if not newcomers:
+                return
+            for start in range(0, len(newcomers), KILL_BATCH_MAX):
+                self._kill_members(newcomers[start : start + KILL_BATCH_MAX])
+            killed.update(newcomers)
+
+    def _kill_members(self, pids: list[int]) -> None:
+        with ExitStack() as stack:
+            pidfds: dict[int, Descriptor] = {}
+            for pid in pids:
+                with _retelling("pidfd_open(2)", self.path, errno.ESRCH):
+                    pidfds[pid] = stack.enter_context(pidfd_open(pid))
+            # The pidfds came first. If a pid is still listed now, it is its pidfd's process that is
+            # listed, or that process is dead and the signal hits nobody.
+            for pid in pidfds.keys() & set(self.processes()):
+                with _retelling("pidfd_send_signal(2)", self.path, errno.ESRCH):
+                    pidfd_send_signal(pidfds[pid], signal.SIGKILL)
+
+
+class ScopeWatch(Generic[Key]):
+    """
+    Tells which scopes to look at again, and which anchors have died: one descriptor for all.
+
+    One epoll, because a plain read-readiness watch of `cgroup.events` is always ready and spins.
+    Put `fileno()` into an event loop as readable (a nested epoll works) and call `poll` when it is.
+
+    Whatever it watches belongs to the caller, who calls `remove` *before* closing it. Usable from
+    any thread.
+    """
+
+    CHANGES: Final = select.EPOLLPRI
+    """For `cgroup.events`: reported once for every change, and once at the beginning."""
+
+    DEATH: Final = select.EPOLLIN
+    """For a pidfd: reported once, when its process is dead."""
+
+    def __init__(self) -> None:
+        self._guard: Final = threading.Lock()
+        self._epoll: Final = select.epoll()
+        self._keys: Final[dict[int, Key]] = {}
+        self._masks: Final[dict[int, int]] = {}
+        self._fds: Final[dict[Key, int]] = {}
+
+    def fileno(self) -> int:
+        """Return the epoll's number; it is readable while `poll` has something to return."""
+        return self._epoll.fileno()
+
+    def add(self, key: Key, fd: int, mask: int = CHANGES) -> None:
+        """
+        Watch a descriptor; `poll` will name it by its key.
+
+        Args:
+            key: Names it; in use for one descriptor at a time.
+            fd: What to watch; stays the caller's.
+            mask: `CHANGES` or `DEATH`.
+
+        Raises:
+            ValueError: the key or the descriptor is already watched, or the mask is neither.
+        """
+        if mask not in (self.CHANGES, self.DEATH):
+            raise ValueError(f"a watch has the mask CHANGES or DEATH, not {mask:#x}")
+        with self._guard:
+            if key in self._fds or fd in self._keys:
+                raise ValueError(f"{key!r} or its descriptor is already watched")
+            self._epoll.register(fd, mask)
+            self._keys[fd], self._masks[fd], self._fds[key] = key, mask, fd
+
+    def remove(self, key: Key) -> None:
+        """Stop watching; nothing happens if the key is not watched."""
+        with self._guard:
+            fd = self._fds.pop(key, None)
+            if fd is not None:
+                del self._keys[fd], self._masks[fd]
+                self._disarm(fd)
+
+    def poll(self) -> list[Key]:
+        """
+        Name what has something new, without waiting.
+
+        A scope that was removed is named once more; so is a process that died. Neither is heard of
+        again, so that a caller who is slow to `remove` it does not spin.
+        """
+        with self._guard:
+            ready = [fd for fd, _ in self._epoll.poll(0) if fd in self._keys]
+            for fd in ready:
+                if self._masks[fd] == self.DEATH or not _rearm(fd):
+                    self._disarm(fd)
+            return [self._keys[fd] for fd in ready]
+
+    def close(self) -> None:
+        """Stop watching everything. Idempotent; what was watched stays open."""
+        with self._guard:
+            self._epoll.close()
+            for known in (self._keys, self._masks, self._fds):
+                known.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _disarm(self, fd: int) -> None:
+        # ENOENT: disarmed before. EBADF: closed too early, which takes it out of the epoll too.
+        with suppress(OSError):
+            self._epoll.unregister(fd)
+
+
+def anchor_cgroup(root: Path, instance: str) -> Path:
+    """
+    Make the cgroup in which one provider instance keeps its anchors, or find it again.
+
+    Its `cgroup.procs` is a list of anchors that survives every crash of the provider.
+
+    Args:
+        root: The mount point of cgroup v2.
+        instance: Names the provider instance, by the rules of an allocation id.
+
+    Raises:
+        ScopeError: it is not there and could not be made.
+    """
+    path = _anchor_path(root, instance)
+    _make_in_slice(path)
+    return path
+
+
+def remove_anchor_cgroup(root: Path, instance: str) -> bool:
+    """
+    Remove the anchors' cgroup of one provider instance.
+
+    Returns:
+        True if it is gone, also if it was before; False while an anchor lives in it.
+
+    Raises:
+        ScopeError: the Linux kernel refused for another reason than being in use.
+    """
+    return _remove_directory(_anchor_path(root, instance))
+
+
+def remove_slices(root: Path) -> None:
+    """
+    Remove the two slices if they are empty and one of us made them.
+
+    A slice that was there before, or that somebody still uses, stays.
+    """
+    for path in (root / WORKLOAD_SLICE, root / ANCHOR_SLICE):
+        if _read_attribute(path, MADE_ATTRIBUTE) is not None:
+            _remove_directory(path)
+
+
+class _Cursor:
+    """
+    A place in a tree of cgroups, moved one step at a time.
+
+    It holds one descriptor however deep the tree is, and no path, because a consumer can nest
+    deeper than a path, a stack or a descriptor table reaches.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._here = Descriptor(os.open(path, _DIRECTORY))
+        self._depth = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._here.close()
+
+    def walk(self) -> Iterator[Descriptor]:
+        """Visit every cgroup, parents first. Each descriptor is good until the next step."""
+        pending = [self._children()]
+        yield self._here
+        while pending:
+            if pending[-1]:
+                # A child may have been removed since its name was read.
+                with suppress(FileNotFoundError):
+                    self._enter(pending[-1].pop())
+                    pending.append(self._children())
+                    yield self._here
+            else:
+                pending.pop()
+                if pending:
+                    self._enter("..")
+
+    def remove_below(self) -> bool:
+        """Remove every cgroup below the first, leaves first; False once one turns out in use."""
+        for _ in range(REMOVE_STEPS_MAX):
+            children = self._children()
+            if not children:
+                if self._depth == 0:
+                    return True
+                self._enter("..")
+            elif not self._remove_child(children[0]):
+                self._enter(children[0])
+                if not self._children():
+                    return False  # a leaf that cannot be removed is populated
+        return False
+
+    def _enter(self, name: str) -> None:
+        there = Descriptor(os.open(name, _DIRECTORY, dir_fd=self._here.fileno()))
+        self._here.close()
+        self._here = there
+        self._depth += -1 if name == ".." else 1
+
+    def _children(self) -> list[str]:
+        with os.scandir(self._here.fileno()) as listing:
+            return [entry.name for entry in listing if entry.is_dir(follow_symlinks=False)]
+
+    def _remove_child(self, name: str) -> bool:
+        try:
+            os.rmdir(name, dir_fd=self._here.fileno())
+        except OSError as error:
+            if error.errno in _BUSY:
+                return False
+            if error.errno not in _GONE:
+                raise
+        return True
+
+
+def _scope_path(root: Path, allocation_id: str) -> Path:
+    return root / WORKLOAD_SLICE / _directory_name(allocation_id)
+
+
+def _anchor_path(root: Path, instance: str) -> Path:
+    return root / ANCHOR_SLICE / _directory_name(instance)
+
+
+def _directory_name(name: str) -> str:
+    # Asked again here, whoever asked before: this is where a name becomes a path.
+    objection = objection_to_id(name)
+    if objection is not None:
+        raise ScopeError("mkdir(2)", errno.EINVAL, Path(ascii(name)), objection)
+    return f"{name}.scope"
+
+
+def _make_scope_directory(path: Path) -> None:
+    for _ in range(MAKE_ATTEMPTS_MAX):
+        try:
+            _make_in_slice(path, exist_ok=False)
+        except ScopeError as error:
+            if error.errno != errno.EEXIST or not _is_abandoned(path):
+                raise
+        else:
+            return
+    raise ScopeError("mkdir(2)", errno.EEXIST, path, "somebody else keeps making it; ask who")
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Tell whether a scope that stood in the way is gone now; explain the one that is not."""
+    stamp = _read_stamp(path)
+    if stamp is not None:
+        advice = f"it belongs to owner {stamp}; release that allocation first"
+        raise ScopeError("mkdir(2)", errno.EEXIST, path, advice)
+    if not _remove_directory(path):
+        advice = "it has no owner but is in use; end what runs in it, then remove it"
+        raise ScopeError("mkdir(2)", errno.EEXIST, path, advice)
+    return True
+
+
+def _make_in_slice(path: Path, *, exist_ok: bool = True) -> None:
+    for _ in range(MAKE_ATTEMPTS_MAX):
+        _make_slice(path.parent)
+        try:
+            path.mkdir(mode=0o755, exist_ok=exist_ok)
+        except FileNotFoundError:
+            continue  # somebody removed the slice, which was empty, between our two steps
+        except OSError as error:
+            raise _retold("mkdir(2)", error, path) from error
+        return
+    raise ScopeError("mkdir(2)", errno.ENOENT, path, "somebody keeps removing the slice")
+
+
+def _make_slice(path: Path) -> None:
+    try:
+        path.mkdir(mode=0o755)
+    except FileExistsError:
+        return
+    except OSError as error:
+        raise _retold("mkdir(2)", error, path) from error
+    # Gone again, or a Linux kernel without these attributes: then it just stays when it is empty.
+    with suppress(OSError):
+        os.setxattr(path, MADE_ATTRIBUTE, b"1")
+
+
+def _stamp(path: Path, owner: str) -> None:
+    try:
+        # XATTR_CREATE: of two who meet at one directory, exactly one becomes its owner.
+        os.setxattr(path, OWNER_ATTRIBUTE, owner.encode(), os.XATTR_CREATE)
+    except OSError as error:
+        raise _retold("setxattr(2)", error, path) from error
+
+
+def _expect_usable(path: Path) -> None:
+    with _retelling("read(2)", path / "cgroup.type"):
+        kind = (path / "cgroup.type").read_text().strip()
+    if kind != "domain":
+        advice = f"its type is {kind!r}: a cgroup beside or above it was made threaded; remove that"
+        raise ScopeError("mkdir(2)", errno.EOPNOTSUPP, path, advice)
+
+
+def _remove_directory(path: Path) -> bool:
+    try:
+        path.rmdir()
+    except OSError as error:
+        if error.errno in _BUSY:
+            return False
+        if error.errno not in _GONE:
+            raise _retold("rmdir(2)", error, path) from error
+    return True
+
+
+def _read_stamp(path: Path | int) -> str | None:
+    return _read_attribute(path, OWNER_ATTRIBUTE)
+
+
+def _read_attribute(path: Path | int, name: str) -> str | None:
+    try:
+        return os.getxattr(path, name).decode("utf-8", "replace")
+    except OSError as error:
+        if error.errno in (*_GONE, errno.ENODATA, errno.EOPNOTSUPP):
+            return None
+        raise _retold("getxattr(2)", error, Path(str(path))) from error
+
+
+def _members(directory: Descriptor) -> set[int]:
+    """List the processes of one cgroup; empty if it was removed."""
+    try:
+        return {int(pid) for pid in _read_in(directory, "cgroup.procs").split()}
+    except OSError as error:
+        if error.errno in _GONE:
+            return set()
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+    # A threaded cgroup only lists threads. A thread that ended meanwhile has no process any more.
+    threads = _read_in(directory, "cgroup.threads").split()
+    return {pid for pid in map(_process_of_thread, threads) if pid is not None}
+
+
+def _process_of_thread(thread: str) -> int | None:
+    with suppress(OSError):
+        found = re.search(r"^Tgid:\s+(\d+)$", Path(f"/proc/{thread}/status").read_text(), re.M)
+        return int(found[1]) if found else None
+    return None
+
+
+def _read_in(directory: Descriptor, name: str) -> str:
+    with open(name, opener=_opener_in(directory)) as file:
+        return file.read()
+
+
+def _write_in(directory: Descriptor, name: str, text: str) -> None:
+    # Unbuffered: one write, and its error arrives here instead of in close().
+    with open(name, "wb", buffering=0, opener=_opener_in(directory)) as file:
+        file.write(text.encode())
+
+
+def _opener_in(directory: Descriptor) -> Callable[[str, int], int]:
+    # Without O_CREAT and O_TRUNC, which open() adds: in a cgroup one does not make files.
+    def opener(name: str, flags: int) -> int:
+        access = flags & (os.O_ACCMODE | os.O_CLOEXEC)
+        return os.open(name, access, dir_fd=directory.fileno())
+
+    return opener
+
+
+def _rearm(fd: int) -> bool:
+    """Read the events file, which is what makes its next change count; False once it is gone."""
+    try:
+        os.pread(fd, EVENTS_BYTES_MAX, 0)
+    except OSError:
+        return False
+    return True
+
+
+def _unescape(field: str) -> str:
+    """Undo the octal escapes that mountinfo has for blanks and backslashes."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
+
+
+def _retold(call: str, error: OSError, path: Path) -> ScopeError:
+    return ScopeError(call, error.errno or errno.EIO, path)
+
+
+@contextmanager
+def _retelling(call: str, path: Path, *tolerated: int) -> Iterator[None]:
+    """Turn an OSError of the body into a `ScopeError`, or into nothing if it is tolerated."""
+    try:
+        yield
+    except ScopeError:
+        raise  # said already, and better
+    except OSError as error:
+        if error.errno not in tolerated:
+            raise _retold(call, error, path) from error

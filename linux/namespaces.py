@@ -1,0 +1,198 @@
+"""Which namespace is this descriptor, and how is it opened from an anchor?
+
+The seed's three types meet the Linux kernel's flags here and nowhere else. Descriptors are opened
+from an anchor when they are handed over, not before: an allocation costs the provider one
+descriptor, not four.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from types import MappingProxyType
+from typing import Final
+
+from statemachine.errors import FdPassing
+from statemachine.messages import NamespaceType
+from transport.descriptors import Descriptor, DescriptorBundle, NamespaceIdentity
+
+from . import syscalls
+from .anchor import Anchor
+from .features import Features
+from .syscalls import Ioctl, SyscallError
+
+CLONE_FLAGS: Final[Mapping[NamespaceType, int]] = MappingProxyType(
+    {
+        NamespaceType.PID: syscalls.CLONE_NEWPID,
+        NamespaceType.NET: syscalls.CLONE_NEWNET,
+        NamespaceType.MOUNT: syscalls.CLONE_NEWNS,
+    }
+)
+"""What each type is called in unshare(2) and setns(2)."""
+
+KINDS: Final[Mapping[int, NamespaceType]] = MappingProxyType(
+    {flag: kind for kind, flag in CLONE_FLAGS.items()}
+)
+"""What NS_GET_NSTYPE's answer means, for the types that are handed off."""
+
+PROC_NAMES: Final[Mapping[NamespaceType, str]] = MappingProxyType(
+    {NamespaceType.PID: "pid", NamespaceType.NET: "net", NamespaceType.MOUNT: "mnt"}
+)
+"""What each type is called in /proc/PID/ns."""
+
+_PIDFD_REQUESTS: Final[Mapping[NamespaceType, Ioctl]] = MappingProxyType(
+    {
+        NamespaceType.PID: Ioctl.PIDFD_GET_PID_NAMESPACE,
+        NamespaceType.NET: Ioctl.PIDFD_GET_NET_NAMESPACE,
+        NamespaceType.MOUNT: Ioctl.PIDFD_GET_MNT_NAMESPACE,
+    }
+)
+
+_INIT_PID: Final = 1
+"""The number that the first process of a PID namespace has inside it."""
+
+
+def open_namespace(anchor: Anchor, kind: NamespaceType, features: Features) -> Descriptor:
+    """
+    Open one of the namespaces an anchor is in.
+
+    Ask only for a type that the anchor was made with: of any other type it is in the node's own
+    namespace, like every process.
+
+    Args:
+        anchor: Lent; must be alive.
+        kind: Which one.
+        features: Without `pidfd_namespaces` it is found in /proc.
+
+    Returns:
+        The namespace; the caller owns it. It stays usable when the anchor has ended, except a PID
+        namespace, in which nothing can be started any more.
+
+    Raises:
+        SyscallError: the anchor has ended (ESRCH), or no descriptor is left (EMFILE).
+
+    Source:
+        ioctl_pidfd(2); namespaces(7), "The /proc/pid/ns/ directory".
+    """
+    if features.pidfd_namespaces:
+        return syscalls.ioctl_descriptor(anchor.pidfd, _PIDFD_REQUESTS[kind])
+    return _open_in_proc(anchor, kind)
+
+
+def open_bundle(
+    anchor: Anchor, kinds: Sequence[NamespaceType], features: Features
+) -> DescriptorBundle:
+    """
+    Open several of an anchor's namespaces, in the given order: all or none.
+
+    Returns:
+        The bundle; the caller owns it.
+
+    Raises:
+        SyscallError: as `open_namespace`; nothing stays open.
+    """
+    with ExitStack() as undo:
+        opened = [undo.enter_context(open_namespace(anchor, kind, features)) for kind in kinds]
+        undo.pop_all()
+    return DescriptorBundle(tuple(kinds), opened)
+
+
+def has_dead_init(namespace: Descriptor, features: Features) -> bool:
+    """
+    Say whether it is proven that a PID namespace's first process has ended.
+
+    Its descriptor does not tell by itself: it can be opened, passed on and entered, and only then
+    does every fork fail, with ENOMEM.
+
+    Args:
+        namespace: A PID namespace; lent.
+        features: Without `pidfd_namespaces` (the same release brought both) nothing can be proven.
+
+    Source:
+        ioctl_nsfs(2), NS_GET_PID_FROM_PIDNS.
+    """
+    if not features.pidfd_namespaces:
+        return False
+    try:
+        syscalls.ioctl(namespace, Ioctl.NS_GET_PID_FROM_PIDNS, _INIT_PID)
+    except SyscallError as error:
+        return error.errno == errno.ESRCH
+    return False
+
+
+class KernelInspector:
+    """
+    The Linux kernel's word on what a descriptor is: an `Inspector` for received bundles.
+
+    Args:
+        features: Decides what an identity is made of. Compare only identities that were made with
+            the same features.
+    """
+
+    def __init__(self, features: Features) -> None:
+        self._features: Final = features
+
+    def inspect(self, fd: int) -> NamespaceIdentity:
+        """
+        Say which namespace a descriptor refers to.
+
+        Args:
+            fd: Lent. Anything may stand behind it: a peer chose it.
+
+        Raises:
+            FdPassing: it is no namespace, or of a type that is never handed off.
+
+        Source:
+            ioctl_nsfs(2), NS_GET_NSTYPE.
+        """
+        try:
+            flag = syscalls.ioctl(fd, Ioctl.NS_GET_NSTYPE)
+            kind = KINDS.get(flag)
+            if kind is None:
+                raise FdPassing(f"it is a namespace of another type (CLONE flag {flag:#x})")
+            return NamespaceIdentity(kind, self._key(fd, kind))
+        except SyscallError as error:
+            raise FdPassing(f"it is no namespace: {error}") from error
+
+    def own(self, kind: NamespaceType) -> NamespaceIdentity | None:
+        """Say which namespace of a type this process is in; None if /proc does not tell."""
+        try:
+            path = f"/proc/self/ns/{PROC_NAMES[kind]}"
+            with syscalls.openat2(syscalls.AT_FDCWD, path, os.O_RDONLY) as namespace:
+                return self.inspect(namespace.fileno())
+        except SyscallError:
+            return None
+
+    def _key(self, fd: int, kind: NamespaceType) -> tuple[int, ...]:
+        if self._features.namespace_ids:
+            return (_namespace_id(fd, Ioctl.NS_GET_ID),)
+        if self._features.mount_namespace_ids and kind is NamespaceType.MOUNT:
+            return (_namespace_id(fd, Ioctl.NS_GET_MNTNS_ID),)
+        # The inode is used again when the namespace has gone, but not while this is open.
+        status = os.fstat(fd)
+        return (status.st_dev, status.st_ino)
+
+
+def _open_in_proc(anchor: Anchor, kind: NamespaceType) -> Descriptor:
+    path = f"/proc/{anchor.pid}/ns/{PROC_NAMES[kind]}"
+    try:
+        namespace = syscalls.openat2(syscalls.AT_FDCWD, path, os.O_RDONLY)
+    except SyscallError as error:
+        # An anchor that is a zombie, or gone, has no such link: say it as the other way does.
+        if error.errno == errno.ENOENT:
+            raise SyscallError(error.call, errno.ESRCH, path) from error
+        raise
+    # Asked afterwards: as the anchor lives now, the number in the path was its own.
+    if not anchor.is_alive():
+        namespace.close()
+        raise SyscallError("openat2(2)", errno.ESRCH, path)
+    return namespace
+
+
+def _namespace_id(fd: int, request: Ioctl) -> int:
+    answer = bytearray(8)
+    syscalls.ioctl(fd, request, answer)
+    return int(struct.unpack("=Q", answer)[0])

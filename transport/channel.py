@@ -1,0 +1,481 @@
+"""How do messages and descriptors travel between two processes?
+
+A stream socket carries two things that keep step loosely. Bytes arrive in order, cut anywhere.
+Descriptors (SCM_RIGHTS) arrive in order too, each set with the bytes of the `sendmsg` it was sent
+with; but one read can return the end of an earlier frame, which brings none, glued in front of
+them. What holds on every cut is this: **a read ends with the bytes its descriptors came with**.
+So descriptors belong to the frame that contains the last byte of their read.
+
+    sent      |F0      |F1 +1 descriptor |F2 +3 descriptors     |F3     |
+    read      |F0 F1         +1          |F2...    +3|...F2     |F3     |
+    last byte                ^ in F1               ^ in F2
+
+A `Channel` is one end of a connection: it never blocks, owns its socket and every descriptor that
+is waiting on either side of it, and leaves none open on any path. Whether a descriptor really is
+the namespace it is announced to be is the receiver's to check (`descriptors.verify_bundle`).
+
+This module is the only one that calls `sendmsg` or `recvmsg`. `send_once` and `receive_once` are
+those two calls with their traps closed, for whoever passes descriptors without frames.
+"""
+
+from __future__ import annotations
+
+import array
+import socket
+from collections import deque
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, NamedTuple, TypeAlias
+
+from statemachine.errors import FdPassing
+from statemachine.messages import Message, NamespaceResponse, NamespaceType
+
+from .codec import decode_message, encode_message
+from .descriptors import Descriptor, DescriptorBundle, adopt_all, close_all
+from .framing import Frame, FrameReader, encode_frame
+
+SENDMSG_DESCRIPTORS_MAX: Final = 253
+"""Most descriptors in one `sendmsg` (the Linux kernel's SCM_MAX_FD)."""
+
+FRAME_DESCRIPTORS_MAX: Final = len(NamespaceType)
+"""Most descriptors with one frame: no type is handed off twice."""
+
+RECEIVE_BYTES_MAX: Final = 65_536
+"""Most bytes that one `Channel.receive` reads, so that a busy peer does not keep others waiting."""
+
+RECEIVE_READS_MAX: Final = 16
+"""Most reads of one `Channel.receive`: every set of descriptors ends a read."""
+
+OUTGOING_BYTES_MAX: Final = 1_048_576
+"""Most bytes that wait for a peer to read what was sent before."""
+
+OUTGOING_BUNDLES_MAX: Final = 256
+"""Most bundles that wait likewise: each holds descriptors of ours open."""
+
+
+class Reception(NamedTuple):
+    """What one `recvmsg` returned."""
+
+    data: bytes
+    """Empty at the end of the stream."""
+    descriptors: list[Descriptor]
+    """Close-on-exec, in the sender's order; whoever called owns them."""
+    is_truncated: bool
+    """Whether the Linux kernel threw something away: descriptors, or the rest of a packet."""
+
+
+def send_once(sock: socket.socket, data: bytes | memoryview, fds: Sequence[int] = ()) -> int:
+    """
+    Call `sendmsg` once: bytes, and descriptors with the first of them.
+
+    On a stream fewer bytes can leave than were given. The descriptors then have left with the
+    first of them, whole, and must not be given again with the rest.
+
+    Args:
+        sock: A connected AF_UNIX socket of any type; blocking, with a timeout, or neither.
+        data: At least one byte: without any, Linux sends nothing and drops descriptors silently.
+        fds: At most `SENDMSG_DESCRIPTORS_MAX`; lent, they stay open and the caller's.
+
+    Returns:
+        How many bytes left; at least 1.
+
+    Raises:
+        ValueError: no data, or too many descriptors. Nothing was sent.
+        BlockingIOError: there is no room now. Nothing was sent.
+        OSError: nothing was sent: EPIPE (the peer is gone, no signal is raised), EPERM (the peer
+            refuses descriptors), EBADF, ETOOMANYREFS, or TimeoutError.
+
+    Source:
+        unix(7), SCM_RIGHTS. sendmsg(2).
+    """
+    if not data:
+        raise ValueError("descriptors travel with bytes: at least one is needed")
+    if len(fds) > SENDMSG_DESCRIPTORS_MAX:
+        raise ValueError(f"{len(fds)} descriptors; at most {SENDMSG_DESCRIPTORS_MAX} can be sent")
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    return sock.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
+
+
+def receive_once(sock: socket.socket, size: int, descriptors_max: int) -> Reception:
+    """
+    Call `recvmsg` once, and own whatever comes with it.
+
+    On a stream one call returns the descriptors of at most one `sendmsg`, and ends with the bytes
+    of that `sendmsg`; bytes sent before it, without descriptors, may stand in front.
+
+    Args:
+        sock: A connected AF_UNIX socket of any type; blocking, with a timeout, or neither.
+        size: Most bytes to read.
+        descriptors_max: Most descriptors to accept. The Linux kernel drops what comes beyond
+            that, without ever opening it here, and the result is truncated.
+
+    Returns:
+        The caller owns the descriptors. They can be fewer than were sent, also because this
+        process has no number left for them: then, too, the result is truncated.
+
+    Raises:
+        BlockingIOError: there is nothing now.
+        OSError: the connection is broken (ECONNRESET), or TimeoutError. Nothing was received.
+
+    Source:
+        unix(7), SCM_RIGHTS. recvmsg(2). cmsg(3).
+    """
+    # CMSG_LEN, not CMSG_SPACE: the padding of the latter has room for one descriptor more.
+    # recvmsg, not socket.recv_fds: the latter ignores its flags, so that what it returns would be
+    # inherited by whatever is executed (CPython issue 107898).
+    ancillary_bytes = _cmsg_len(descriptors_max) if descriptors_max else 0
+    data, ancillary, flags, _ = sock.recvmsg(size, ancillary_bytes, socket.MSG_CMSG_CLOEXEC)
+    fds = array.array("i")
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+    is_truncated = bool(flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC))
+    return Reception(data, adopt_all(fds), is_truncated)
+
+
+def _cmsg_len(descriptors: int) -> int:
+    return socket.CMSG_LEN(descriptors * array.array("i").itemsize)
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A whole message with the descriptors it announced; whoever receives it owns the bundle."""
+
+    message: Message
+    bundle: DescriptorBundle
+    """As long as the response's `fd_types`; empty for every other message."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """
+    The peer sent what is no message, or the wrong descriptors; they are closed.
+
+    Nothing more can be received. The error is what the peer is told before the channel is closed.
+    """
+
+    error: FdPassing
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The peer is gone; nothing more can be received."""
+
+    reason: str
+    """How it went, for a person to read."""
+
+
+Received: TypeAlias = Delivery | Rejected | Lost
+"""What `Channel.receive` returns; the last two are final."""
+
+
+@dataclass(slots=True)
+class _Outgoing:
+    """A frame on its way out; the bundle is empty once the first byte has left."""
+
+    rest: memoryview
+    bundle: DescriptorBundle
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    """Descriptors that came with a read, until the frame they belong to is whole."""
+
+    last_byte: int
+    """Where the read ended: the stream offset of its last byte."""
+    descriptors: list[Descriptor]
+    fault: str | None
+    """Why the frame cannot be delivered, if it cannot."""
+
+
+class Channel:
+    """
+    One end of a connection: messages out, messages in, each with its descriptors; never blocks.
+
+    For one thread. The socket is meant to be waited on for as long as it is readable, and, while
+    `wants_write`, writable (level-triggered).
+
+    Args:
+        sock: A connected AF_UNIX stream socket; owned from here on, and made non-blocking.
+        accepts_descriptors: Whether this end takes descriptors. If not, those that come are
+            dropped by the Linux kernel before they are opened here, and their frame is rejected.
+    """
+
+    __slots__ = (
+        "_accepts_descriptors",
+        "_arrivals",
+        "_frames",
+        "_is_deaf",
+        "_mute_reason",
+        "_outgoing",
+        "_outgoing_bundles",
+        "_outgoing_bytes",
+        "_sock",
+    )
+
+    def __init__(self, sock: socket.socket, *, accepts_descriptors: bool) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._accepts_descriptors = accepts_descriptors
+        self._frames = FrameReader()
+        self._arrivals: list[_Arrival] = []
+        self._is_deaf = False
+        self._outgoing: deque[_Outgoing] = deque()
+        self._outgoing_bytes = 0
+        self._outgoing_bundles = 0
+        self._mute_reason: str | None = None
+
+    def fileno(self) -> int:
+        """
+        Lend the socket's number, to wait on.
+
+        Raises:
+            ValueError: the channel is closed.
+        """
+        if self.closed:
+            raise ValueError("the channel is closed")
+        return self._sock.fileno()
+
+    @property
+    def closed(self) -> bool:
+        """Whether this end was closed here."""
+        return self._sock.fileno() < 0
+
+    @property
+    def wants_write(self) -> bool:
+        """Whether something waits for room; call `flush` when the socket is writable."""
+        return bool(self._outgoing)
+
+    @property
+    def is_mid_frame(self) -> bool:
+        """Whether a frame has begun to arrive and is not whole."""
+        return self._frames.is_partial
+
+    def send(self, message: Message, bundle: DescriptorBundle | None = None) -> None:
+        """
+        Send a message, or as much of it as there is room for; the rest waits for `flush`.
+
+        Messages leave in the order of the calls. Descriptors leave with the first byte of their
+        frame, once, and are closed here as soon as they have.
+
+        Args:
+            message: Anything that can stand in a frame.
+            bundle: For a response its descriptors, in `fd_types` order. Owned by the channel from
+                here on, also if it raises.
+
+        Raises:
+            FdPassing: the peer is gone, does not read, or takes no descriptors. Everything that
+                was waiting is closed and will not be sent, nor will anything else. What the peer
+                sent before can still be received.
+            ValueError: the bundle is not what the message announces, the message cannot be
+                encoded, or the channel is closed. The bundle is closed; nothing else changed.
+
+        Source:
+            protocol.md, "Wire". unix(7), SCM_RIGHTS.
+        """
+        owned = DescriptorBundle() if bundle is None else bundle
+        with ExitStack() as undo:
+            undo.callback(owned.close)
+            self.fileno()
+            _check_announced(message, owned)
+            frame = encode_frame(encode_message(message))
+            self._check_room(len(frame), owned)
+            undo.pop_all()
+        self._outgoing.append(_Outgoing(memoryview(frame), owned))
+        self._outgoing_bytes += len(frame)
+        self._outgoing_bundles += bool(owned)
+        self.flush()
+
+    def flush(self) -> bool:
+        """
+        Send what is waiting, as far as there is room.
+
+        Returns:
+            Whether nothing is left to send.
+
+        Raises:
+            FdPassing: as `send`.
+        """
+        self._check_not_mute()
+        try:
+            while self._outgoing:
+                self._send_some(self._outgoing[0])
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise self._fall_mute(f"sending failed: {error.strerror}") from error
+        return True
+
+    def receive(self) -> list[Received]:
+        """
+        Take what has arrived: whole messages, in the order they were sent.
+
+        Returns:
+            Possibly nothing. The caller owns every bundle. After `Rejected` or `Lost` nothing
+            follows, in this call or any later one, and descriptors that were not delivered are
+            closed. A call reads a bounded amount; what is left keeps the socket readable.
+
+        Raises:
+            ValueError: the channel is closed.
+
+        Source:
+            protocol.md, "Receiving descriptors". unix(7), SCM_RIGHTS.
+        """
+        self.fileno()
+        received: list[Received] = []
+        bytes_left = RECEIVE_BYTES_MAX
+        for _ in range(RECEIVE_READS_MAX):
+            if self._is_deaf or not bytes_left:
+                break
+            try:
+                reception = receive_once(self._sock, bytes_left, self._descriptors_max)
+            except BlockingIOError:
+                break
+            except OSError as error:
+                received.append(self._fall_deaf(Lost(f"the connection broke: {error.strerror}")))
+                break
+            bytes_left -= len(reception.data)
+            received += self._accept(reception)
+        return received
+
+    def close(self) -> None:
+        """Close the socket and every descriptor that waits on either side; may be called again."""
+        with ExitStack() as stack:
+            stack.callback(self._sock.close)
+            stack.callback(self._drop_outgoing)
+            stack.callback(self._drop_incoming)
+
+    def __enter__(self) -> Channel:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # Sending.
+
+    def _check_room(self, frame_bytes: int, bundle: DescriptorBundle) -> None:
+        self._check_not_mute()
+        if self._outgoing_bytes + frame_bytes > OUTGOING_BYTES_MAX:
+            raise self._fall_mute(f"the peer does not read: {self._outgoing_bytes} bytes wait")
+        if self._outgoing_bundles + bool(bundle) > OUTGOING_BUNDLES_MAX:
+            raise self._fall_mute(f"the peer does not read: {self._outgoing_bundles} bundles wait")
+
+    def _check_not_mute(self) -> None:
+        if self._mute_reason is not None:
+            raise FdPassing(self._mute_reason)
+
+    def _send_some(self, frame: _Outgoing) -> None:
+        sent = send_once(self._sock, frame.rest, frame.bundle.filenos())
+        # The first byte has left, and the descriptors with it. They are forgotten before anything
+        # else can fail, so that they can never be sent twice.
+        bundle, frame.bundle = frame.bundle, DescriptorBundle()
+        frame.rest = frame.rest[sent:]
+        self._outgoing_bytes -= sent
+        self._outgoing_bundles -= bool(bundle)
+        if not frame.rest:
+            self._outgoing.popleft()
+        bundle.close()
+
+    def _fall_mute(self, reason: str) -> FdPassing:
+        self._mute_reason = reason
+        self._drop_outgoing()
+        return FdPassing(reason)
+
+    def _drop_outgoing(self) -> None:
+        dropped, self._outgoing = self._outgoing, deque()
+        self._outgoing_bytes = self._outgoing_bundles = 0
+        with ExitStack() as stack:
+            for frame in dropped:
+                stack.callback(frame.bundle.close)
+
+    # Receiving.
+
+    @property
+    def _descriptors_max(self) -> int:
+        return FRAME_DESCRIPTORS_MAX if self._accepts_descriptors else 0
+
+    def _accept(self, reception: Reception) -> list[Received]:
+        if not reception.data:
+            place = "in the middle of a frame" if self.is_mid_frame else "the connection"
+            return [self._fall_deaf(Lost(f"the peer closed {place}"))]
+        self._frames.feed(reception.data)
+        self._note_arrival(reception)
+        received: list[Received] = []
+        try:
+            while (frame := self._frames.take()) is not None:
+                received.append(self._deliver(frame))
+            # What has not been delivered belongs to the frame that has only begun. If it can be
+            # refused now, it is: its peer might never send the rest.
+            _sole(self._arrivals)
+        except FdPassing as error:
+            received.append(self._fall_deaf(Rejected(error)))
+        return received
+
+    def _note_arrival(self, reception: Reception) -> None:
+        fault = None
+        if reception.is_truncated:
+            fault = (
+                f"descriptors were cut off: more than {FRAME_DESCRIPTORS_MAX} came with a frame, "
+                "or the receiver has no descriptor left"
+                if self._accepts_descriptors
+                else "descriptors came with a frame; none are accepted here"
+            )
+        if reception.descriptors or fault is not None:
+            last_byte = self._frames.bytes_fed - 1
+            self._arrivals.append(_Arrival(last_byte, reception.descriptors, fault))
+
+    def _deliver(self, frame: Frame) -> Delivery:
+        # Arrivals of earlier frames are gone, so what ends before this frame does is this frame's.
+        # They are let go only when nothing can fail any more; until then the channel owns them.
+        arrivals = [arrival for arrival in self._arrivals if arrival.last_byte < frame.end]
+        descriptors = _sole(arrivals)
+        message = decode_message(frame.body)
+        types = _announced(message)
+        if len(descriptors) != len(types):
+            raise FdPassing(
+                f"{type(message).__name__} announces {len(types)} descriptors "
+                f"and came with {len(descriptors)}"
+            )
+        del self._arrivals[: len(arrivals)]
+        return Delivery(message, DescriptorBundle(types, descriptors))
+
+    def _fall_deaf(self, last: Rejected | Lost) -> Rejected | Lost:
+        self._drop_incoming()
+        return last
+
+    def _drop_incoming(self) -> None:
+        self._is_deaf = True
+        self._frames = FrameReader()
+        dropped, self._arrivals = self._arrivals, []
+        close_all(descriptor for arrival in dropped for descriptor in arrival.descriptors)
+
+
+def _announced(message: Message) -> tuple[NamespaceType, ...]:
+    return message.fd_types if isinstance(message, NamespaceResponse) else ()
+
+
+def _check_announced(message: Message, bundle: DescriptorBundle) -> None:
+    if _announced(message) != bundle.types:
+        raise ValueError(f"{type(message).__name__} does not announce {bundle!r}")
+    if len(bundle) > FRAME_DESCRIPTORS_MAX:
+        raise ValueError(f"{len(bundle)} descriptors; a frame has {FRAME_DESCRIPTORS_MAX}")
+    bundle.filenos()
+
+
+def _sole(arrivals: Sequence[_Arrival]) -> Sequence[Descriptor]:
+    # One frame's descriptors come in one sendmsg. A second set is refused, rather than appended:
+    # that also bounds how many a peer can make this end hold for a frame it never finishes.
+    if len(arrivals) > 1:
+        raise FdPassing("descriptors came twice with one frame")
+    for arrival in arrivals:
+        if arrival.fault is not None:
+            raise FdPassing(arrival.fault)
+        return arrival.descriptors
+    return ()

@@ -1,0 +1,443 @@
+"""Where do provider and consumer meet, and who is at the other end?
+
+They meet at a path. The provider listens there (`listen`), a consumer connects (`begin_connect`),
+and the provider learns from the Linux kernel, not from the peer, who has connected
+(`PeerCredentials`).
+
+The path is created with its final permissions and answers nobody before everything about it is in
+place. One that a dead provider left behind is taken over; one that is in use, or is no socket at
+all, is left alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+import struct
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+from statemachine.errors import FdPassing, SocketUnavailable
+
+from .channel import Channel
+from .descriptors import Descriptor
+
+SOCKET_PATH_BYTES_MAX: Final = 107
+"""Longest path of a socket, in bytes: `sun_path` has 108, one of them for the closing NUL."""
+
+SOCKET_MODE: Final = 0o600
+"""Permissions of the socket file, unless configured: its owner may connect."""
+
+BACKLOG_CONNECTIONS: Final = 128
+"""How many connections may wait to be accepted before `connect` says EAGAIN."""
+
+SO_PEERPIDFD: Final = 77
+"""Socket option (Linux 6.5): a pidfd of the process that connected."""
+
+SO_PASSRIGHTS: Final = 83
+"""Socket option (Linux 6.16): whether a peer may send descriptors; on by default."""
+
+_UCRED: Final = struct.Struct("iII")
+
+_EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_NO_PEER_PIDFD: Final = frozenset(
+    {errno.ENOPROTOOPT, errno.EINVAL, errno.ENODATA, errno.ESRCH, errno.EOPNOTSUPP}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PeerCredentials:
+    """
+    Who was at the other end when the connection was made, in the Linux kernel's words.
+
+    A pid alone says nothing once its process has ended, because it is given out again. The pidfd
+    keeps meaning the process that connected. Whoever holds the credentials owns it.
+    """
+
+    pid: int
+    """0 if the peer is in a PID namespace that cannot be seen from here."""
+    uid: int
+    gid: int
+    pidfd: Descriptor | None
+    """Close-on-exec, readable once the process has ended; None where Linux has none to give."""
+
+    @classmethod
+    def of(cls, sock: socket.socket, *, use_peerpidfd: bool = True) -> PeerCredentials:
+        """
+        Ask who is at the other end of a connected socket; the caller owns the result.
+
+        Args:
+            sock: Lent.
+            use_peerpidfd: False does as on a Linux before 6.5.
+
+        Raises:
+            OSError: no descriptor is left for the pidfd (EMFILE, ENFILE), or the socket is not
+                connected.
+
+        Source:
+            unix(7), SO_PEERCRED, SO_PEERPIDFD.
+        """
+        ucred = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        pid, uid, gid = _UCRED.unpack(ucred)
+        return cls(pid, uid, gid, _peer_pidfd(sock) if use_peerpidfd else None)
+
+    def close(self) -> None:
+        """Close the pidfd, if there is one; may be called again."""
+        if self.pidfd is not None:
+            self.pidfd.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A new connection; whoever accepts it owns both parts."""
+
+    channel: Channel
+    """Takes no descriptors: a provider never does."""
+    credentials: PeerCredentials
+    """To be checked before any effect."""
+
+    def close(self) -> None:
+        """Close the connection and the pidfd; may be called again."""
+        with ExitStack() as stack:
+            stack.callback(self.credentials.close)
+            stack.callback(self.channel.close)
+
+
+def listen(
+    path: str | os.PathLike[str],
+    *,
+    mode: int = SOCKET_MODE,
+    gid: int | None = None,
+    backlog: int = BACKLOG_CONNECTIONS,
+    use_passrights: bool = True,
+    use_peerpidfd: bool = True,
+) -> Listener:
+    """
+    Open the endpoint; from the moment this returns, consumers can connect.
+
+    There is no moment at which more may connect than `mode` and `gid` say, and no process-wide
+    umask is touched: the mode is set on the socket before it has a name, and a socket that is
+    bound and does not listen yet refuses everybody.
+
+    Args:
+        path: Where; its directory must exist. At most `SOCKET_PATH_BYTES_MAX` bytes.
+        mode: Permissions of the socket file; whoever may write to it may connect.
+        gid: Its group; None leaves the process's own.
+        backlog: Most connections that wait to be accepted.
+        use_passrights: False does as on a Linux before 6.16: descriptors that a consumer sends
+            are dropped here, instead of refused where they are sent.
+        use_peerpidfd: False does as on a Linux before 6.5.
+
+    Returns:
+        The listener; the caller owns it.
+
+    Raises:
+        SocketUnavailable: somebody listens there, something else than a socket is there, the
+            directory does not exist, the path is too long, or Linux refuses. Whatever was at the
+            path is still there, unless it was a socket that nobody listened on.
+
+    Source:
+        Seed 9-13. protocol.md, "Wire". unix(7).
+    """
+    address = _address(path)
+    try:
+        with ExitStack() as undo:
+            sock = undo.enter_context(_stream_socket())
+            os.fchmod(sock.fileno(), mode)
+            _bind(sock, address)
+            inode = _inode_of(address)
+            undo.callback(_unlink_if, address, inode)
+            if gid is not None:
+                os.chown(address, -1, gid)
+            address.chmod(mode)  # bind() let the umask take bits away.
+            if use_passrights:
+                _refuse_descriptors(sock)
+            sock.listen(backlog)
+            _check_still_ours(address, inode)
+            listener = Listener(sock, address, inode, use_peerpidfd=use_peerpidfd)
+            undo.pop_all()
+            return listener
+    except OSError as error:
+        raise SocketUnavailable(_listen_fault(address, error)) from error
+
+
+def begin_connect(path: str | os.PathLike[str]) -> socket.socket:
+    """
+    Connect to the endpoint, or say at once why not; never waits.
+
+    Returns:
+        A connected, non-blocking socket; the caller owns it. Connected means that the provider's
+        backlog has taken it, not that the provider has looked at it.
+
+    Raises:
+        BlockingIOError: the backlog is full; somebody listens, and it is worth trying again.
+        SocketUnavailable: there is no such path, nobody listens there, or Linux refuses.
+
+    Source:
+        connect(2). unix(7).
+    """
+    address = _address(path)
+    try:
+        with ExitStack() as undo:
+            sock = undo.enter_context(_stream_socket())
+            sock.connect(str(address))
+            undo.pop_all()
+            return sock
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise SocketUnavailable(_connect_fault(address, error)) from error
+
+
+class Listener:
+    """
+    The provider's end of the path; made by `listen`.
+
+    When no descriptor is left to accept a connection with, the connection stays in the backlog
+    and the listener readable, so that a driver would spin. Pausing would leave the consumer
+    without an answer until its deadline. So a descriptor is kept in reserve: it is given up for
+    the connection, which is told `SocketUnavailable` and closed, and then taken back.
+    """
+
+    __slots__ = ("_inode", "_path", "_reserve", "_sock", "_use_peerpidfd")
+
+    def __init__(
+        self, sock: socket.socket, path: Path, inode: tuple[int, int], *, use_peerpidfd: bool
+    ) -> None:
+        self._reserve = _open_reserve()
+        self._sock = sock
+        self._path = path
+        self._inode = inode
+        self._use_peerpidfd = use_peerpidfd
+
+    @property
+    def path(self) -> Path:
+        """Where consumers connect."""
+        return self._path
+
+    @property
+    def is_starved(self) -> bool:
+        """
+        Whether even the reserve is gone: another thread took it while it was given up.
+
+        The driver then waits for a descriptor to be closed before it waits on the listener again.
+        """
+        return self._reserve.closed
+
+    def fileno(self) -> int:
+        """
+        Lend the socket's number, to wait on: readable means that a connection waits.
+
+        Raises:
+            ValueError: the listener is closed.
+        """
+        if self._sock.fileno() < 0:
+            raise ValueError("the listener is closed")
+        return self._sock.fileno()
+
+    def accept(self) -> Accepted | None:
+        """
+        Take the next connection.
+
+        Returns:
+            The connection, which the caller owns; None if none waits, or if no descriptor was
+            left for it and it has been turned away.
+
+        Raises:
+            ValueError: the listener is closed.
+
+        Source:
+            accept(2).
+        """
+        self.fileno()
+        try:
+            sock, _ = self._sock.accept()
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            if error.errno not in _EXHAUSTED:
+                raise
+            self._turn_away_next()
+            return None
+        return self._accepted(sock)
+
+    def close(self) -> None:
+        """
+        Stop listening, and remove the path if it is still this listener's; may be called again.
+
+        Connections that nobody accepted are reset; accepted ones live on.
+        """
+        with ExitStack() as stack:
+            stack.callback(self._reserve.close)
+            stack.callback(self._sock.close)
+            # While the socket is open its inode cannot be given to another file; so first the
+            # path, then the socket.
+            if self._sock.fileno() >= 0:
+                stack.callback(_unlink_if, self._path, self._inode)
+
+    def __enter__(self) -> Listener:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _accepted(self, sock: socket.socket) -> Accepted | None:
+        try:
+            credentials = PeerCredentials.of(sock, use_peerpidfd=self._use_peerpidfd)
+        except OSError:
+            # A peer that cannot be told from another is not served.
+            _turn_away(sock)
+            return None
+        return Accepted(Channel(sock, accepts_descriptors=False), credentials)
+
+    def _turn_away_next(self) -> None:
+        self._reserve.close()
+        try:
+            with suppress(OSError):
+                sock, _ = self._sock.accept()
+                _turn_away(sock)
+        finally:
+            with suppress(OSError):
+                self._reserve = _open_reserve()
+
+
+def _address(path: str | os.PathLike[str]) -> Path:
+    address = Path(path)
+    path_bytes = len(os.fsencode(address))
+    if path_bytes > SOCKET_PATH_BYTES_MAX:
+        raise SocketUnavailable(
+            f"{address}: the path has {path_bytes} bytes; a socket's has {SOCKET_PATH_BYTES_MAX}"
+        )
+    # A leading NUL would name an abstract socket, which has no permissions at all.
+    if "\0" in str(address):
+        raise SocketUnavailable(f"{str(address)!r}: a path has no NUL")
+    return address
+
+
+def _stream_socket() -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.setblocking(False)
+    return sock
+
+
+def _refuse_descriptors(sock: socket.socket) -> None:
+    # Accepted sockets inherit it. A Linux that does not know it leaves the refusal to Channel.
+    with suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
+
+
+def _peer_pidfd(sock: socket.socket) -> Descriptor | None:
+    try:
+        return Descriptor(sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD))
+    except OSError as error:
+        if error.errno not in _NO_PEER_PIDFD:
+            raise
+        return None
+
+
+def _open_reserve() -> Descriptor:
+    return Descriptor(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+
+
+def _turn_away(sock: socket.socket) -> None:
+    with Channel(sock, accepts_descriptors=False) as channel, suppress(FdPassing):
+        channel.send(SocketUnavailable("the provider has no file descriptor left"))
+
+
+# The path: who has it, and taking it over from the dead.
+
+
+def _bind(sock: socket.socket, path: Path) -> None:
+    try:
+        sock.bind(str(path))
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        _remove_stale(path)
+        sock.bind(str(path))
+
+
+def _remove_stale(path: Path) -> None:
+    # Two providers can start at once, each thinking the path is stale. So the file is moved aside
+    # and asked again there: what listens by now is put back. A provider whose socket was moved
+    # between its bind and its listen notices that itself (_check_still_ours).
+    with suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise SocketUnavailable(f"{path} is not a socket; it is left alone")
+        if _is_listening(path):
+            raise SocketUnavailable(f"somebody else listens on {path}")
+        aside = path.rename(path.with_name(f".{path.name}.{os.getpid()}"))
+        try:
+            if _is_listening_in(aside.parent, aside.name):
+                with suppress(FileExistsError):
+                    path.hardlink_to(aside)
+                raise SocketUnavailable(f"somebody else listens on {path}")
+        finally:
+            aside.unlink()
+
+
+def _is_listening_in(directory: Path, name: str) -> bool:
+    # By way of the directory's descriptor, because the longer name may not fit into sun_path.
+    with Descriptor(os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as folder:
+        return _is_listening(Path(f"/proc/self/fd/{folder.fileno()}/{name}"))
+
+
+def _is_listening(path: Path) -> bool:
+    with _stream_socket() as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return False
+        except OSError as error:
+            # Alive as well: its backlog is full, or it is a socket of another type.
+            if error.errno not in (errno.EAGAIN, errno.EPROTOTYPE):
+                raise
+    return True
+
+
+def _inode_of(path: Path) -> tuple[int, int]:
+    status = path.lstat()
+    return status.st_dev, status.st_ino
+
+
+def _unlink_if(path: Path, inode: tuple[int, int]) -> None:
+    with suppress(FileNotFoundError):
+        if _inode_of(path) == inode:
+            path.unlink()
+
+
+def _check_still_ours(path: Path, inode: tuple[int, int]) -> None:
+    with suppress(FileNotFoundError):
+        if _inode_of(path) == inode:
+            return
+    raise SocketUnavailable(f"{path} was taken over by another provider that is starting")
+
+
+def _listen_fault(path: Path, error: OSError) -> str:
+    match error.errno:
+        case errno.ENOENT:
+            return f"{path}: the directory {path.parent} does not exist; create it first"
+        case errno.EADDRINUSE:
+            return f"{path} was taken by another provider that is starting"
+        case _:
+            return f"cannot listen on {path}: {error.strerror}"
+
+
+def _connect_fault(path: Path, error: OSError) -> str:
+    match error.errno:
+        case errno.ENOENT:
+            return f"{path} does not exist"
+        case errno.ECONNREFUSED:
+            return f"nobody listens on {path}"
+        case _:
+            return f"cannot connect to {path}: {error.strerror}"
