@@ -11,6 +11,7 @@ No I/O, no clock, no randomness, no descriptor numbers, no logging: same events,
     table        checks rows and has `transitions` run them
     provider     `ProviderKernel`: allocations, answers in order, limits
     consumer     `ConsumerKernel`: one request, self-service, the word of the end
+    drawing      tables as pictures
 """
 
 from .consumer import ConsumerKernel

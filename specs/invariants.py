@@ -1,0 +1,254 @@
+"""What is true at every moment, whatever happened before: one small predicate for each promise.
+
+Every predicate takes plain values (ids, types, numbers, messages), never a harness, so that the
+same sentence holds the kernels to it, a provider on a real socket, and a real node. It returns what
+is wrong, one line for each finding; nothing wrong is an empty list. `require` turns findings into a
+failure.
+
+What a value stands for:
+
+    incarnation   whatever tells one life of an allocation from the next: a number, a token
+    identity      whatever is unique to one namespace for ever: a number, (kind, NS_GET_ID)
+    connection    whatever tells one connection from every other one, those before it included
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+
+from statemachine.errors import AllocationNotFound, FdPassing, NamespaceError
+from statemachine.messages import (
+    AllocationEnded,
+    Message,
+    NamespaceRequest,
+    NamespaceResponse,
+    NamespaceType,
+)
+
+
+class InvariantBroken(AssertionError):
+    """Something was found that must never be."""
+
+
+def require(*findings: list[str]) -> None:
+    """
+    Fail if any predicate found anything.
+
+    Raises:
+        InvariantBroken: with every finding.
+    """
+    lines = [line for finding in findings for line in finding]
+    if lines:
+        raise InvariantBroken("\n".join(lines))
+
+
+# --- One hand-over -----------------------------------------------------------------------------
+
+
+def response_answers_its_request(
+    request: NamespaceRequest, response: NamespaceResponse
+) -> list[str]:
+    """The id is echoed, the types are the request's in the request's order, the mount as asked."""
+    found = []
+    if response.allocation_id != request.allocation_id:
+        found.append(f"asked for {request.allocation_id!r}, answered {response.allocation_id!r}")
+    if response.fd_types != request.namespaces:
+        found.append(f"asked for {request.namespaces}, answered {response.fd_types}")
+    if (response.uenv_mount_path is None) != (request.uenv_image is None):
+        found.append(f"image {request.uenv_image!r} is mounted at {response.uenv_mount_path!r}")
+    return found
+
+
+def descriptors_are_what_the_response_says(
+    fd_types: Sequence[NamespaceType], kinds: Sequence[NamespaceType]
+) -> list[str]:
+    """There is one descriptor for each announced type, of that type, in that order."""
+    if list(fd_types) != list(kinds):
+        return [f"announced {list(fd_types)}, attached {list(kinds)}"]
+    return []
+
+
+# --- Allocations and their incarnations --------------------------------------------------------
+
+
+def allocations_are_isolated(live: Mapping[Hashable, Iterable[Hashable]]) -> list[str]:
+    """No namespace belongs to two live sets; `live` has the identities in each set."""
+    owners: dict[Hashable, Hashable] = {}
+    found = []
+    for owner, identities in live.items():
+        for identity in identities:
+            if owners.setdefault(identity, owner) != owner:
+                found.append(f"{identity} belongs to {owners[identity]} and to {owner}")
+    return found
+
+
+def an_incarnation_is_one_set_of_namespaces(
+    hand_overs: Iterable[tuple[Hashable, tuple[Hashable, ...]]],
+) -> list[str]:
+    """Every hand-over of an incarnation passes the same namespaces; of another one, others."""
+    sets: dict[Hashable, tuple[Hashable, ...]] = {}
+    found = []
+    for incarnation, identities in hand_overs:
+        first = sets.setdefault(incarnation, identities)
+        if first != identities:
+            found.append(f"{incarnation} was handed over as {first} and as {identities}")
+    return found + allocations_are_isolated(sets)
+
+
+def ended_at_most_once(ends: Iterable[Hashable]) -> list[str]:
+    """Exactly one reason to end counts for an incarnation."""
+    return [f"{one} ended {n} times" for one, n in Counter(ends).items() if n > 1]
+
+
+def released_at_most_once(releases: Iterable[Hashable]) -> list[str]:
+    """What an incarnation has is freed once."""
+    return [f"{one} was released {n} times" for one, n in Counter(releases).items() if n > 1]
+
+
+def released_only_after_its_end(
+    releases: Iterable[Hashable], alive: Iterable[Hashable]
+) -> list[str]:
+    """Nothing is freed of an incarnation that counts as alive."""
+    return [f"{one} is alive and released" for one in set(releases) & set(alive)]
+
+
+# --- The word of the end -----------------------------------------------------------------------
+
+
+def end_is_pushed_at_most_once(pushes: Iterable[tuple[Hashable, Hashable]]) -> list[str]:
+    """A connection hears unasked of the end of an incarnation once; items: (connection, it)."""
+    return [
+        f"connection {connection} was told {n} times of the end of {incarnation}"
+        for (connection, incarnation), n in Counter(pushes).items()
+        if n > 1
+    ]
+
+
+def end_is_told_only_to_whom_it_concerns(
+    pushes: Iterable[tuple[Hashable, Hashable]], handed: Iterable[tuple[Hashable, Hashable]]
+) -> list[str]:
+    """Nobody hears unasked of an allocation that was not handed over on that connection."""
+    strangers = set(pushes) - set(handed)
+    return [f"connection {c} heard of {i}, which it never had" for c, i in strangers]
+
+
+def every_holder_has_heard(
+    handed: Iterable[tuple[Hashable, Hashable]],
+    told: Iterable[tuple[Hashable, Hashable]],
+    ended: Iterable[Hashable],
+    open_connections: Iterable[Hashable],
+) -> list[str]:
+    """At rest: every open connection that was handed what has ended knows of the end."""
+    over, is_open = set(ended), set(open_connections)
+    concerned = {(c, i) for c, i in handed if c in is_open and i in over}
+    return [f"connection {c} never heard of the end of {i}" for c, i in concerned - set(told)]
+
+
+def at_most_one_live_set(
+    own: Iterable[tuple[Hashable, str]],
+    in_debt: Iterable[Hashable],
+    provided: Iterable[tuple[Hashable, str]],
+) -> list[str]:
+    """
+    A consumer that made its own namespaces and owes nothing has none at the provider.
+
+    Args:
+        own: (consumer, allocation id) of every set made by self-service that is alive.
+        in_debt: consumers that still have to tell the provider of an end.
+        provided: (consumer, allocation id) of every set that is alive at the provider, or will be
+            made there, at the wish of that consumer.
+    """
+    settled = set(own) - {(c, a) for c, a in own if c in set(in_debt)}
+    return [f"{c} has {a} twice" for c, a in settled & set(provided)]
+
+
+# --- One connection ----------------------------------------------------------------------------
+
+
+def answers_come_in_order(
+    messages: Sequence[Message | None], replies: Sequence[Message], *, is_closed: bool
+) -> list[str]:
+    """
+    Every reply answers the oldest message that has none, or is an end that is told unasked.
+
+    Args:
+        messages: what the provider has read on a connection; None for a frame that is unreadable.
+        replies: what it has sent there.
+        is_closed: whether the provider has closed it; only then may an error stand last that
+            answers no message, because it concerns the connection as a whole.
+    """
+    answers = [reply for _, reply in _matched(messages, replies) if reply is not None]
+    surplus = len(answers) - len(messages)
+    if surplus > 0 and not (surplus == 1 and is_closed and isinstance(answers[-1], NamespaceError)):
+        return [f"{len(messages)} messages have {len(answers)} answers: {answers}"]
+    return [
+        f"{message} was answered by {reply}"
+        for message, reply in _matched(messages, replies)
+        if reply is not None and not _can_answer(message, reply)
+    ]
+
+
+def unanswered(
+    messages: Sequence[Message | None], replies: Sequence[Message]
+) -> list[Message | None]:
+    """List the messages that have no answer yet, the oldest first."""
+    answers = len([reply for _, reply in _matched(messages, replies) if reply is not None])
+    return list(messages[answers:])
+
+
+def told_unasked(messages: Sequence[Message | None], replies: Sequence[Message]) -> list[str]:
+    """List the allocations whose end a connection was told of without an end of its own."""
+    answers = [id(reply) for _, reply in _matched(messages, replies)]
+    return [
+        reply.allocation_id
+        for reply in replies
+        if isinstance(reply, AllocationEnded) and id(reply) not in answers
+    ]
+
+
+def nothing_follows_a_close(actions: Sequence[str]) -> list[str]:
+    """After a connection is closed nothing is sent on it; items: "send" or "close"."""
+    if "close" in actions and actions.index("close") != len(actions) - 1:
+        return [f"after the close came {actions[actions.index('close') + 1 :]}"]
+    return []
+
+
+def every_message_is_answered(
+    messages: Sequence[Message | None], replies: Sequence[Message]
+) -> list[str]:
+    """At rest: no message of an open connection waits for its answer."""
+    return [f"{message} was never answered" for message in unanswered(messages, replies)]
+
+
+# --- Errors ------------------------------------------------------------------------------------
+
+
+def an_error_changes_nothing(before: object, after: object) -> list[str]:
+    """What is refused leaves the state as it was; both are snapshots."""
+    return [] if before == after else [f"an error changed {before} into {after}"]
+
+
+def _matched(
+    messages: Sequence[Message | None], replies: Sequence[Message]
+) -> list[tuple[Message | None, Message | None]]:
+    """Pair messages with their answers; pushes are left out, surplus answers have no message."""
+    pairs: list[tuple[Message | None, Message | None]] = []
+    for reply in replies:
+        asked = messages[len(pairs)] if len(pairs) < len(messages) else None
+        if not isinstance(reply, AllocationEnded) or asked == reply:
+            pairs.append((asked, reply))
+    return pairs
+
+
+def _can_answer(message: Message | None, reply: Message) -> bool:
+    match reply:
+        case NamespaceResponse():
+            is_request = isinstance(message, NamespaceRequest)
+            return is_request and not response_answers_its_request(message, reply)
+        case AllocationNotFound(allocation_id=name):
+            return message == AllocationEnded(name)
+        case FdPassing():
+            return not isinstance(message, AllocationEnded)
+        case _:
+            return True
