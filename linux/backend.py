@@ -532,8 +532,7 @@ class LinuxBackend:
             return None
         if life.scope.is_over():
             return Sighting.EMPTIED
-        # Neither over nor populated: made and not used yet, or frozen and thawed.
-        return Sighting.POPULATED if life.scope.is_populated() else None
+        return Sighting.POPULATED if life.scope.is_populated() else Sighting.CHANGED
 
 
 _STANDINGS: Final = {"created": Standing.CREATED, "handed_off": Standing.HANDED_OFF}

@@ -136,9 +136,9 @@ class Scope:
         """
         Make the allocation's scope and stamp it with its owner's token.
 
-        A scope that is already there is in use or a leftover. Only an unstamped one is tried with
-        rmdir, which the Linux kernel refuses for as long as anything is in it: whoever made it died
-        before stamping it, or never meant it for us.
+        A scope that is already there is in use or a leftover. Only one that nobody owns and nothing
+        is in is replaced: whoever made it died before stamping it. Of several who make the same
+        scope at the same time exactly one succeeds.
 
         Args:
             root: The mount point of cgroup v2.
@@ -149,9 +149,8 @@ class Scope:
             ScopeError: nothing was made, and what was there before is still there.
         """
         path = _scope_path(root, allocation_id)
-        _make_scope_directory(path)
+        _make_scope_directory(path, owner)
         try:
-            _stamp(path, owner)
             _expect_usable(path)
         except BaseException:
             with suppress(OSError):
@@ -192,7 +191,9 @@ class Scope:
         Tell whether anything ever ran in the scope, even if nobody looked while it did.
 
         CPU time is what proves it: the Linux kernel counts it for every process in the scope and
-        keeps it after the process. Freezing, which also makes an event, does not move it.
+        keeps it after the process. Freezing, which also makes an event, does not move it. The last
+        stretch is counted when the process is off the CPU, which can be a moment after the scope
+        is empty: who is told False after an event asks again a little later.
         """
         for line in self._read("cpu.stat").splitlines():
             name, _, value = line.partition(" ")
@@ -229,7 +230,7 @@ class Scope:
         """
         with (
             _retelling("cgroup.kill", self.path, *_GONE),
-            Descriptor(os.open(self.path, _DIRECTORY)) as directory,
+            _open_directory(self.path) as directory,
         ):
             # Asked of the descriptor: what is checked and what is killed are the same cgroup.
             stamp = _read_stamp(directory.fileno())
@@ -251,10 +252,15 @@ class Scope:
         """
         if self.is_gone():
             return True
-        if self.owner() == self._token:
-            with _retelling("rmdir(2)", self.path, *_GONE), _Cursor(self.path) as cursor:
-                if not cursor.remove_below():
-                    return False
+        if self.owner() is None:
+            return _remove_unowned(self.path, self._token)
+        with (
+            _retelling("rmdir(2)", self.path, *_GONE),
+            _open_directory(self.path) as directory,
+            _Cursor(directory) as cursor,
+        ):
+            if not cursor.remove_below():
+                return False
         return _remove_directory(self.path)
 
     def processes(self) -> list[int]:
@@ -263,11 +269,9 @@ class Scope:
 
         A process that this pid namespace cannot see has no pid here and is left out.
         """
-        found: set[int] = set()
-        with _retelling("read(2)", self.path, *_GONE), _Cursor(self.path) as cursor:
-            for directory in cursor.walk():
-                found.update(_members(directory))
-        return sorted(found - {0})
+        with _retelling("open(2)", self.path, *_GONE), _open_directory(self.path) as directory:
+            return self._processes_in(directory)
+        return []
 
     def open_procs(self) -> Descriptor:
         """
@@ -305,6 +309,13 @@ class Scope:
             return (self.path / name).read_text()
         return ""
 
+    def _processes_in(self, directory: Descriptor) -> list[int]:
+        found: set[int] = set()
+        with _retelling("read(2)", self.path, *_GONE), _Cursor(directory) as cursor:
+            for cgroup in cursor.walk():
+                found.update(_members(cgroup))
+        return sorted(found - {0})
+
     def _kill_all(self, directory: Descriptor) -> None:
         try:
             _write_in(directory, "cgroup.kill", "1")
@@ -317,19 +328,19 @@ class Scope:
                 _write_in(directory, "cgroup.freeze", "1")
         # Always, because cgroup.kill signals the leading thread alone: where that has left and
         # others have stayed, they live on (measured on 6.18).
-        self._kill_each()
+        self._kill_each(directory)
 
-    def _kill_each(self) -> None:
+    def _kill_each(self, directory: Descriptor) -> None:
         killed: set[int] = set()
         for _ in range(KILL_ROUNDS_MAX):
-            newcomers = sorted(set(self.processes()) - killed)
+            newcomers = sorted(set(self._processes_in(directory)) - killed)
             if not newcomers:
                 return
             for start in range(0, len(newcomers), KILL_BATCH_MAX):
-                self._kill_members(newcomers[start : start + KILL_BATCH_MAX])
+                self._kill_members(directory, newcomers[start : start + KILL_BATCH_MAX])
             killed.update(newcomers)
 
-    def _kill_members(self, pids: list[int]) -> None:
+    def _kill_members(self, directory: Descriptor, pids: list[int]) -> None:
         with ExitStack() as stack:
             pidfds: dict[int, Descriptor] = {}
             for pid in pids:
@@ -337,7 +348,7 @@ class Scope:
                     pidfds[pid] = stack.enter_context(pidfd_open(pid))
             # The pidfds came first. If a pid is still listed now, it is its pidfd's process that is
             # listed, or that process is dead and the signal hits nobody.
-            for pid in pidfds.keys() & set(self.processes()):
+            for pid in pidfds.keys() & set(self._processes_in(directory)):
                 with _retelling("pidfd_send_signal(2)", self.path, errno.ESRCH):
                     pidfd_send_signal(pidfds[pid], signal.SIGKILL)
 
@@ -381,6 +392,7 @@ class ScopeWatch(Generic[Key]):
 
         Raises:
             ValueError: the key or the descriptor is already watched, or the mask is neither.
+            OSError: the user's limit of watches is reached (ENOSPC); nothing is watched.
         """
         if mask not in (self.CHANGES, self.DEATH):
             raise ValueError(f"a watch has the mask CHANGES or DEATH, not {mask:#x}")
@@ -478,6 +490,10 @@ def remove_slices(root: Path) -> None:
             _remove_directory(path)
 
 
+def _open_directory(path: Path) -> Descriptor:
+    return Descriptor(os.open(path, _DIRECTORY))
+
+
 class _Cursor:
     """
     A place in a tree of cgroups, moved one step at a time.
@@ -486,8 +502,8 @@ class _Cursor:
     deeper than a path, a stack or a descriptor table reaches.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._here = Descriptor(os.open(path, _DIRECTORY))
+    def __init__(self, start: Descriptor) -> None:
+        self._here = start.duplicate()
         self._depth = 0
 
     def __enter__(self) -> Self:
@@ -568,27 +584,61 @@ def _directory_name(name: str) -> str:
     return f"{name}.scope"
 
 
-def _make_scope_directory(path: Path) -> None:
+def _make_scope_directory(path: Path, owner: str) -> None:
     for _ in range(MAKE_ATTEMPTS_MAX):
         try:
             _make_in_slice(path, exist_ok=False)
         except ScopeError as error:
-            if error.errno != errno.EEXIST or not _is_abandoned(path):
+            if error.errno != errno.EEXIST:
                 raise
+            _make_way(path, owner)
         else:
-            return
-    raise ScopeError("mkdir(2)", errno.EEXIST, path, "somebody else keeps making it; ask who")
+            if _claim(path, owner):
+                return
+    raise ScopeError("mkdir(2)", errno.EEXIST, path, "somebody else keeps making it; find out who")
 
 
-def _is_abandoned(path: Path) -> bool:
-    """Tell whether a scope that stood in the way is gone now; explain the one that is not."""
+def _make_way(path: Path, owner: str) -> None:
+    """Remove a scope that stands in the way and is nobody's; explain the one that is not."""
     stamp = _read_stamp(path)
     if stamp is not None:
         advice = f"it belongs to owner {stamp}; release that allocation first"
         raise ScopeError("mkdir(2)", errno.EEXIST, path, advice)
-    if not _remove_directory(path):
+    if not _remove_unowned(path, owner):
         advice = "it has no owner but is in use; end what runs in it, then remove it"
         raise ScopeError("mkdir(2)", errno.EEXIST, path, advice)
+
+
+def _remove_unowned(path: Path, owner: str) -> bool:
+    """Remove a scope that carries no owner; False while something is in it."""
+    if _is_in_use(path):
+        return False
+    # It is claimed first: somebody may be about to stamp what looks abandoned, and only who owns
+    # a scope may remove it.
+    if not _claim(path, owner) or _remove_directory(path):
+        return True
+    with suppress(OSError):
+        os.removexattr(path, OWNER_ATTRIBUTE)
+    return False
+
+
+def _is_in_use(path: Path) -> bool:
+    with _retelling("read(2)", path, *_GONE):
+        events = (path / "cgroup.events").read_text()
+        return "populated 1" in events or any(entry.is_dir() for entry in path.iterdir())
+    return False
+
+
+def _claim(path: Path, owner: str) -> bool:
+    """Stamp a scope that has no owner; False if another was faster, or it is gone."""
+    try:
+        # XATTR_CREATE: of two who meet at one directory, exactly one becomes its owner.
+        os.setxattr(path, OWNER_ATTRIBUTE, owner.encode(), os.XATTR_CREATE)
+    except OSError as error:
+        if error.errno in (*_GONE, errno.EEXIST):
+            return False
+        _remove_directory(path)
+        raise _retold("setxattr(2)", error, path) from error
     return True
 
 
@@ -615,14 +665,6 @@ def _make_slice(path: Path) -> None:
     # Gone again, or a Linux kernel without these attributes: then it just stays when it is empty.
     with suppress(OSError):
         os.setxattr(path, MADE_ATTRIBUTE, b"1")
-
-
-def _stamp(path: Path, owner: str) -> None:
-    try:
-        # XATTR_CREATE: of two who meet at one directory, exactly one becomes its owner.
-        os.setxattr(path, OWNER_ATTRIBUTE, owner.encode(), os.XATTR_CREATE)
-    except OSError as error:
-        raise _retold("setxattr(2)", error, path) from error
 
 
 def _expect_usable(path: Path) -> None:

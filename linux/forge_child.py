@@ -370,10 +370,14 @@ class ForgeProgram:
 
     def _answer(self, plan: AnchorPlan, image: Descriptor | None) -> None:
         self._drop_last()
+        work = Work(plan, image, self._settings)
         try:
-            self._last = self._make(Work(plan, image, self._settings))
+            self._last = self._make(work)
         except ForgeError as error:
             send_once(self._owner, encode_failure(error.step, error.cause))
+            if work.is_away:
+                # It could not come home, and must not make the next anchor from here.
+                raise SystemExit(1) from error
             return
         try:
             send_once(self._owner, encode_success(self._last.pid), [self._last.pidfd.fileno()])
@@ -390,7 +394,7 @@ class ForgeProgram:
                         _perform(step, work)
             finally:
                 if work.is_away:
-                    self._go_home(work.plan)
+                    _perform(Step("come home", lambda work: True, self._go_home), work)
             if self._settings.tied:
                 self._tie(work)
         except BaseException:
@@ -398,10 +402,10 @@ class ForgeProgram:
             raise
         return work.started
 
-    def _go_home(self, plan: AnchorPlan) -> None:
-        # Should this fail, the forge is nowhere it may work: it lets the error end it.
-        for kind in plan.kinds:
+    def _go_home(self, work: Work) -> None:
+        for kind in work.plan.kinds:
             syscalls.setns(self._home[kind], CLONE_FLAGS[kind])
+        work.is_away = False
 
     def _tie(self, work: Work) -> None:
         self._ties = [tie for tie in self._ties if not self._untied(tie)]

@@ -178,32 +178,33 @@ def answers_come_in_order(
         is_closed: whether the provider has closed it; only then may an error stand last that
             answers no message, because it concerns the connection as a whole.
     """
-    answers = [reply for _, reply in _matched(messages, replies) if reply is not None]
-    surplus = len(answers) - len(messages)
-    if surplus > 0 and not (surplus == 1 and is_closed and isinstance(answers[-1], NamespaceError)):
-        return [f"{len(messages)} messages have {len(answers)} answers: {answers}"]
-    return [
-        f"{message} was answered by {reply}"
-        for message, reply in _matched(messages, replies)
-        if reply is not None and not _can_answer(message, reply)
+    answers = _answers(messages, replies)
+    paired, surplus = answers[: len(messages)], answers[len(messages) :]
+    found = [
+        f"{message} was answered by {replies[index]}"
+        for index, message in paired
+        if not _can_answer(message, replies[index])
     ]
+    is_farewell = is_closed and all(isinstance(replies[i], NamespaceError) for i, _ in surplus)
+    if len(surplus) > is_farewell:
+        found.append(f"nothing was asked, but answered: {[replies[i] for i, _ in surplus]}")
+    return found
 
 
 def unanswered(
     messages: Sequence[Message | None], replies: Sequence[Message]
 ) -> list[Message | None]:
     """List the messages that have no answer yet, the oldest first."""
-    answers = len([reply for _, reply in _matched(messages, replies) if reply is not None])
-    return list(messages[answers:])
+    return list(messages[len(_answers(messages, replies)) :])
 
 
 def told_unasked(messages: Sequence[Message | None], replies: Sequence[Message]) -> list[str]:
     """List the allocations whose end a connection was told of without an end of its own."""
-    answers = [id(reply) for _, reply in _matched(messages, replies)]
+    answers = {index for index, _ in _answers(messages, replies)}
     return [
         reply.allocation_id
-        for reply in replies
-        if isinstance(reply, AllocationEnded) and id(reply) not in answers
+        for index, reply in enumerate(replies)
+        if isinstance(reply, AllocationEnded) and index not in answers
     ]
 
 
@@ -229,23 +230,24 @@ def an_error_changes_nothing(before: object, after: object) -> list[str]:
     return [] if before == after else [f"an error changed {before} into {after}"]
 
 
-def _matched(
+def _answers(
     messages: Sequence[Message | None], replies: Sequence[Message]
-) -> list[tuple[Message | None, Message | None]]:
-    """Pair messages with their answers; pushes are left out, surplus answers have no message."""
-    pairs: list[tuple[Message | None, Message | None]] = []
-    for reply in replies:
-        asked = messages[len(pairs)] if len(pairs) < len(messages) else None
+) -> list[tuple[int, Message | None]]:
+    """Find the replies that are answers: the index of each, and the message that it answers."""
+    found: list[tuple[int, Message | None]] = []
+    for index, reply in enumerate(replies):
+        asked = messages[len(found)] if len(found) < len(messages) else None
         if not isinstance(reply, AllocationEnded) or asked == reply:
-            pairs.append((asked, reply))
-    return pairs
+            found.append((index, asked))
+    return found
 
 
 def _can_answer(message: Message | None, reply: Message) -> bool:
     match reply:
         case NamespaceResponse():
-            is_request = isinstance(message, NamespaceRequest)
-            return is_request and not response_answers_its_request(message, reply)
+            if not isinstance(message, NamespaceRequest):
+                return False
+            return not response_answers_its_request(message, reply)
         case AllocationNotFound(allocation_id=name):
             return message == AllocationEnded(name)
         case FdPassing():

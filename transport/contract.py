@@ -23,6 +23,12 @@ class Sighting(Enum):
     """Its cgroup has processes."""
     EMPTIED = "emptied"
     """Its cgroup has been used, and is empty now."""
+    CHANGED = "changed"
+    """Its cgroup has changed and is empty, and there is no proof yet that it was ever used.
+
+    The Linux kernel books the time that a process has used a moment after its end. To be looked at
+    again (`is_over`), because nothing else will be reported of a life that short.
+    """
     INIT_DIED = "init_died"
     """The process that holds its namespaces is dead."""
 

@@ -12,11 +12,12 @@ all, is left alone.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import socket
-import stat
 import struct
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -42,9 +43,9 @@ SO_PEERPIDFD: Final = 77
 SO_PASSRIGHTS: Final = 83
 """Socket option (Linux 6.16): whether a peer may send descriptors; on by default."""
 
-_UCRED: Final = struct.Struct("iII")
+_UCRED: Final = struct.Struct("iII")  # pid, uid, gid
 
-_EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_SHORTAGE: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _NO_PEER_PIDFD: Final = frozenset(
     {errno.ENOPROTOOPT, errno.EINVAL, errno.ENODATA, errno.ESRCH, errno.EOPNOTSUPP}
 )
@@ -146,7 +147,7 @@ def listen(
     """
     address = _address(path)
     try:
-        with ExitStack() as undo:
+        with _sole_starter(address), ExitStack() as undo:
             sock = undo.enter_context(_stream_socket())
             os.fchmod(sock.fileno(), mode)
             _bind(sock, address)
@@ -158,7 +159,6 @@ def listen(
             if use_passrights:
                 _refuse_descriptors(sock)
             sock.listen(backlog)
-            _check_still_ours(address, inode)
             listener = Listener(sock, address, inode, use_peerpidfd=use_peerpidfd)
             undo.pop_all()
             return listener
@@ -250,6 +250,7 @@ class Listener:
 
         Raises:
             ValueError: the listener is closed.
+            OSError: the listener is broken; shortage, and a peer that is gone, are no errors.
 
         Source:
             accept(2).
@@ -260,7 +261,7 @@ class Listener:
         except BlockingIOError:
             return None
         except OSError as error:
-            if error.errno not in _EXHAUSTED:
+            if error.errno not in _SHORTAGE:
                 raise
             self._turn_away_next()
             return None
@@ -318,9 +319,10 @@ def _address(path: str | os.PathLike[str]) -> Path:
         raise SocketUnavailable(
             f"{address}: the path has {path_bytes} bytes; a socket's has {SOCKET_PATH_BYTES_MAX}"
         )
-    # A leading NUL would name an abstract socket, which has no permissions at all.
-    if "\0" in str(address):
-        raise SocketUnavailable(f"{str(address)!r}: a path has no NUL")
+    # An empty path, or one that begins with NUL, would make an abstract socket: one without a
+    # file, and so without permissions.
+    if not address.name or "\0" in str(address):
+        raise SocketUnavailable(f"{str(path)!r} is not the path of a socket")
     return address
 
 
@@ -357,6 +359,36 @@ def _turn_away(sock: socket.socket) -> None:
 # The path: who has it, and taking it over from the dead.
 
 
+@contextmanager
+def _sole_starter(path: Path) -> Iterator[None]:
+    # Between asking whether anybody listens and removing the file, another provider could put its
+    # own there, and lose it. So only one at a time may start on a path. The lock is a file that
+    # only its owner can open: a lock on the directory could be held by anybody who may read it.
+    lock_path = path.with_name(f".{path.name}.lock")
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    while True:
+        with Descriptor(os.open(lock_path, flags, 0o600)) as lock:
+            try:
+                fcntl.flock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise SocketUnavailable(f"another provider is starting on {path}") from error
+            # Whoever had the lock before has removed the file, so it may not be at its path any
+            # more; then the lock excludes nobody.
+            if not _is_at(lock_path, lock):
+                continue
+            try:
+                yield
+            finally:
+                lock_path.unlink(missing_ok=True)
+            return
+
+
+def _is_at(path: Path, descriptor: Descriptor) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(path.lstat(), os.fstat(descriptor.fileno()))
+    return False
+
+
 def _bind(sock: socket.socket, path: Path) -> None:
     try:
         sock.bind(str(path))
@@ -368,28 +400,11 @@ def _bind(sock: socket.socket, path: Path) -> None:
 
 
 def _remove_stale(path: Path) -> None:
-    # Two providers can start at once, each thinking the path is stale. So the file is moved aside
-    # and asked again there: what listens by now is put back. A provider whose socket was moved
-    # between its bind and its listen notices that itself (_check_still_ours).
-    with suppress(FileNotFoundError):
-        if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise SocketUnavailable(f"{path} is not a socket; it is left alone")
-        if _is_listening(path):
-            raise SocketUnavailable(f"somebody else listens on {path}")
-        aside = path.rename(path.with_name(f".{path.name}.{os.getpid()}"))
-        try:
-            if _is_listening_in(aside.parent, aside.name):
-                with suppress(FileExistsError):
-                    path.hardlink_to(aside)
-                raise SocketUnavailable(f"somebody else listens on {path}")
-        finally:
-            aside.unlink()
-
-
-def _is_listening_in(directory: Path, name: str) -> bool:
-    # By way of the directory's descriptor, because the longer name may not fit into sun_path.
-    with Descriptor(os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as folder:
-        return _is_listening(Path(f"/proc/self/fd/{folder.fileno()}/{name}"))
+    if not path.is_socket() or path.is_symlink():
+        raise SocketUnavailable(f"{path} is not a socket; it is left alone")
+    if _is_listening(path):
+        raise SocketUnavailable(f"somebody else listens on {path}")
+    path.unlink()
 
 
 def _is_listening(path: Path) -> bool:
@@ -416,19 +431,10 @@ def _unlink_if(path: Path, inode: tuple[int, int]) -> None:
             path.unlink()
 
 
-def _check_still_ours(path: Path, inode: tuple[int, int]) -> None:
-    with suppress(FileNotFoundError):
-        if _inode_of(path) == inode:
-            return
-    raise SocketUnavailable(f"{path} was taken over by another provider that is starting")
-
-
 def _listen_fault(path: Path, error: OSError) -> str:
     match error.errno:
         case errno.ENOENT:
             return f"{path}: the directory {path.parent} does not exist; create it first"
-        case errno.EADDRINUSE:
-            return f"{path} was taken by another provider that is starting"
         case _:
             return f"cannot listen on {path}: {error.strerror}"
 

@@ -43,6 +43,9 @@ PARTIAL_FRAME_TIMEOUT_S: Final = 5.0
 FAREWELL_TIMEOUT_S: Final = 1.0
 """How long a connection that is being closed may take to read what was sent to it."""
 
+LOOK_AGAIN_S: Final = 0.05
+"""When to look again at a cgroup that changed and does not prove its use: some scheduler ticks."""
+
 STOP_TIMEOUT_S: Final = 5.0
 """How long a provider that shuts down waits for backend work that is under way."""
 
@@ -339,8 +342,15 @@ class Provider:
                 self._feed(on.ScopePopulated(name))
             case Sighting.EMPTIED:
                 self._start_grace(name)
+            case Sighting.CHANGED:
+                self._loop.call_later(LOOK_AGAIN_S, self._look_again, name)
             case Sighting.INIT_DIED:
                 self._feed(on.InitDied(name))
+
+    def _look_again(self, name: str) -> None:
+        is_watched = self._kernel.state_of(name) in _OBSERVED and name not in self._clock.graces
+        if is_watched and self._backend.is_over(name):
+            self._start_grace(name)
 
     def _start_grace(self, name: str) -> None:
         self._stop_grace(name)

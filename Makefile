@@ -1,0 +1,29 @@
+# A fresh clone needs Python 3.11 and make; every target fetches what else it needs, once.
+# More words for the program behind a target: make test ARGS='tests/test_codec.py -x'
+
+.PHONY: help demo test lint clean
+
+help:
+	@echo 'make demo    one allocation from request to release, on this machine, explained'
+	@echo 'make test    the whole suite; as root also what needs real namespaces'
+	@echo 'make lint    ruff, ruff format and mypy --strict'
+	@echo 'make clean   remove the environment and everything generated'
+	@echo "ARGS='...' is handed on; PYTHON=... chooses the interpreter for .venv"
+
+demo:
+	@.ci/setup test
+	.venv/bin/nshandoff demo $(ARGS)
+
+test:
+	@.ci/setup test
+	.venv/bin/pytest $(ARGS)
+
+lint:
+	@.ci/setup lint
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+clean:
+	rm -rf .venv build dist *.egg-info .hypothesis .*_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +

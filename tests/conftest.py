@@ -1,0 +1,175 @@
+"""What every test can count on: Hypothesis profiles, shared fixtures, and nothing left behind.
+
+Fixtures: `cgroup2`, `allocation_id`, `image_root`, `make_image`; marker: `needs_root`. The autouse
+fixture `census` fails a test that leaves a descriptor, a thread, a process, a scope, a loop device
+or a mount.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Generator, Iterator, Mapping
+from pathlib import Path
+from typing import Final
+
+import pytest
+from census import MACHINE_WIDE, SCOPE_PREFIX, Census, Session
+from hypothesis import HealthCheck, settings
+
+IN_CI: Final = os.environ.get("CI", "").lower() not in ("", "0", "false", "no")
+PERMITTED_SKIP: Final = "kernel lacks"
+"""How the reason of a skip must begin to be one under CI."""
+
+# How fast a machine is today is no property of the code: no deadline, no complaint about slowness.
+settings.register_profile(
+    "dev",
+    deadline=None,
+    max_examples=50,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile(
+    "ci", settings.get_profile("dev"), derandomize=True, database=None, max_examples=100
+)
+settings.register_profile("long", settings.get_profile("dev"), max_examples=5_000)
+settings.load_profile("ci" if IN_CI else "dev")  # --hypothesis-profile=long comes later, and wins
+
+MakeImage = Callable[[Path, Mapping[str, str]], Path]
+
+session_census: Final = Session()
+_at_start: Final = session_census.census()
+_call_failed: Final = pytest.StashKey[bool]()
+_ran: Final = pytest.StashKey[int]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs_root: makes real namespaces, cgroups or mounts")
+    config.stash[_ran] = 0
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("needs_root") and os.geteuid() != 0:
+        pytest.skip("needs root")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    refuse_skip_in_ci(report)
+    if call.when == "call":
+        item.config.stash[_ran] += not report.skipped
+        item.stash[_call_failed] = report.failed
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    refuse_skip_in_ci(report)
+    return report
+
+
+def refuse_skip_in_ci(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Under CI turn a skip into a failure, unless the kernel is what is missing."""
+    if IN_CI and report.skipped and not hasattr(report, "wasxfail"):
+        text = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
+        reason = text.removeprefix("Skipped: ")
+        if not reason.startswith(PERMITTED_SKIP):
+            report.outcome = "failed"
+            report.longrepr = f"skipped, which CI does not permit: {reason}"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """What fixtures of a wider scope left is no single test's, and still a failure of the run."""
+    left = session_census.left_since(_at_start, MACHINE_WIDE)
+    if left:
+        _tell(session.config, "left behind by the session:", *session_census.clean(left))
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    if IN_CI and session.exitstatus == pytest.ExitCode.OK and not session.config.stash[_ran]:
+        _tell(session.config, "not one test has run")
+        session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+
+
+def _tell(config: pytest.Config, *lines: str) -> None:
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter:
+        reporter.write_line("\n" + "\n  ".join(lines), red=True)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _session_directory(tmp_path_factory: pytest.TempPathFactory) -> None:
+    session_census.directory = f"{tmp_path_factory.getbasetemp()}/"
+
+
+@pytest.fixture(autouse=True)
+def census(request: pytest.FixtureRequest) -> Iterator[Census]:
+    """What was there before the test; afterwards nothing more may be there."""
+    before = session_census.census()
+    yield before
+    if request.node.stash.get(_call_failed, True):
+        # Its traceback keeps descriptors alive. One failure is enough; the machine is tidied.
+        left = session_census.left_since(before, MACHINE_WIDE, patience_s=0.5)
+        for line in session_census.clean(left):
+            request.node.add_report_section("teardown", "left behind", line)
+        return
+    left = session_census.left_since(before)
+    if left:
+        account = "\n  ".join(["left behind by the test:", *session_census.clean(left)])
+        pytest.fail(account, pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def cgroup2() -> Path:
+    """Where this node has mounted cgroup v2."""
+    if session_census.cgroup2 is None:
+        pytest.skip("kernel lacks a mounted cgroup v2")
+    return session_census.cgroup2
+
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture
+def allocation_id() -> str:
+    """A valid id nobody else on this machine uses; append to it where one test needs several."""
+    return f"{SCOPE_PREFIX}{next(_numbers)}"
+
+
+@pytest.fixture(scope="session")
+def make_image(tmp_path_factory: pytest.TempPathFactory) -> MakeImage:
+    """Call it with a path and the files by name; those below `bin/` are made executable."""
+    mksquashfs = shutil.which("mksquashfs")
+    if mksquashfs is None:
+        pytest.skip("mksquashfs is missing (Debian package squashfs-tools)")
+
+    def make(image: Path, files: Mapping[str, str]) -> Path:
+        tree = tmp_path_factory.mktemp("image-tree")
+        for name, text in files.items():
+            file = tree / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+            file.chmod(0o755 if name.startswith("bin/") else 0o644)
+        image.parent.mkdir(parents=True, exist_ok=True)
+        options = ["-noappend", "-all-root", "-no-progress", "-quiet"]
+        subprocess.run([mksquashfs, tree, image, *options], check=True, stdout=subprocess.DEVNULL)
+        return image
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def image_root(tmp_path_factory: pytest.TempPathFactory, make_image: MakeImage) -> Path:
+    """A directory with one image, `hello.sqfs`; shared, so make your own to change anything."""
+    root = tmp_path_factory.mktemp("uenv")
+    files = {
+        "hello.txt": "hello from the image\n",
+        "bin/marker": "#!/bin/sh\necho marker\n",
+    }
+    make_image(root / "hello.sqfs", files)
+    return root

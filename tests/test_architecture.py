@@ -1,0 +1,296 @@
+"""The shape of the tree, read from its imports: arrows point inward, danger has one owner.
+
+Each rule is a function from a module to what is wrong with it, and is shown able to fail below.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+ROOT: Final = Path(__file__).parents[1]
+PACKAGES: Final = ("statemachine", "transport", "linux")
+"""From the inside outward: each may import those before it."""
+
+FUNCTION_LINES_MAX: Final = 60
+
+CLOCK_READERS: Final = r"transport/(serve|request)\.py|linux/(cli\w*|demo)\.py"
+
+IMPORT_OWNERS: Final = {
+    "msgpack": r"transport/codec\.py",
+    "transitions": r"statemachine/table\.py",
+    "ctypes": r"linux/syscalls\.py",
+    "sqlite3": r"linux/journal\.py",
+    "subprocess": r"linux/forge(_child|_spawn|_exec)?\.py",
+    "multiprocessing": r"linux/forge(_child|_spawn|_exec)?\.py",
+    "pty": r"linux/forge(_child|_spawn|_exec)?\.py",
+    "time": CLOCK_READERS,
+    "datetime": CLOCK_READERS,
+}
+"""Who alone may import a thing; the only packages not of the standard library are among them."""
+
+NAME_OWNERS: Final = {
+    r"os\.(fork|forkpty|posix_spawnp?|spawn[lv]p?e?|system|popen)": r"linux/forge(_child|_spawn|_exec)?\.py",
+    r"asyncio\.create_subprocess_\w+": r"linux/forge(_child|_spawn|_exec)?\.py",
+    r"os\.(close|closerange|dup|dup2)": r"transport/descriptors\.py",
+    r"fcntl\.F_DUPFD\w*": r"transport/descriptors\.py",
+    # However the socket is called that they are asked of.
+    r"(.*\.)?(sendmsg|sendmsg_afalg|recvmsg|recvmsg_into|send_fds|recv_fds)": (
+        r"transport/channel\.py"
+    ),
+    # What would hide an import from all the rules here.
+    r"(builtins\.)?__import__|importlib\.(import_module|__import__)": "(nobody)",
+}
+"""Who alone may even mention a name."""
+
+PURE: Final = r"statemachine/.*|transport/(codec|framing)\.py"
+PURE_IMPORTS: Final = re.compile(
+    "__future__|abc|collections|dataclasses|enum|functools|itertools|operator|re|string|struct"
+    "|types|typing|unicodedata"
+)
+"""What the standard library has that neither touches nor asks anything outside the program."""
+
+
+@dataclass(frozen=True)
+class Module:
+    """One source file: where it stands and what it says."""
+
+    path: str
+    """Relative to the root, as in `transport/codec.py`."""
+    text: str
+
+    @property
+    def package(self) -> str:
+        return self.path.partition("/")[0]
+
+    @cached_property
+    def nodes(self) -> list[ast.AST]:
+        return list(ast.walk(ast.parse(self.text, self.path)))
+
+    @cached_property
+    def imports(self) -> list[tuple[int, str, str]]:
+        """(line, dotted origin, name here); an origin in the own package begins with a dot."""
+        found = []
+        for node in self.nodes:
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    origin = alias.name if alias.asname else alias.name.partition(".")[0]
+                    found.append((node.lineno, origin, alias.asname or origin))
+                    if origin != alias.name:
+                        found.append((node.lineno, alias.name, ""))
+            elif isinstance(node, ast.ImportFrom):
+                start = "." * node.level + (f"{node.module}." if node.module else "")
+                for alias in node.names:
+                    found.append((node.lineno, start + alias.name, alias.asname or alias.name))
+        return found
+
+    @cached_property
+    def names(self) -> list[tuple[int, str]]:
+        """(line, dotted name) of all that is mentioned, with the module's own aliases undone."""
+        origins = {name: origin for _, origin, name in self.imports if name}
+        found = [(line, origin) for line, origin, _ in self.imports]
+        for node in self.nodes:
+            if isinstance(node, ast.Name | ast.Attribute):
+                parts: list[str] = []
+                inner: ast.expr = node
+                while isinstance(inner, ast.Attribute):
+                    parts.append(inner.attr)
+                    inner = inner.value
+                first = origins.get(inner.id, inner.id) if isinstance(inner, ast.Name) else "()"
+                found.append((node.lineno, ".".join([first, *reversed(parts)])))
+        return found
+
+
+Rule = Callable[[Module], Iterator[tuple[int, str]]]
+RULES: dict[str, Rule] = {}
+
+
+def rule(check: Rule) -> Rule:
+    RULES[check.__name__] = check
+    return check
+
+
+@rule
+def imports_point_inward(module: Module) -> Iterator[tuple[int, str]]:
+    inner = PACKAGES[: PACKAGES.index(module.package)]
+    for line, origin, _ in module.imports:
+        top = origin.partition(".")[0]
+        if origin.startswith(".."):
+            yield line, f"{origin} leaves the package by a relative import"
+        elif top == module.package:
+            yield line, f"{origin} is of the same package: import it relatively"
+        elif top and top not in (*sys.stdlib_module_names, *inner, *IMPORT_OWNERS):
+            yield line, f"{origin} is not for {module.package}"
+
+
+@rule
+def dangerous_modules_have_one_owner(module: Module) -> Iterator[tuple[int, str]]:
+    for line, origin, _ in module.imports:
+        owner = IMPORT_OWNERS.get(origin.partition(".")[0])
+        if owner and not re.fullmatch(owner, module.path):
+            yield line, f"{origin} is only for {owner}"
+
+
+@rule
+def dangerous_calls_have_one_owner(module: Module) -> Iterator[tuple[int, str]]:
+    for line, name in module.names:
+        for pattern, owner in NAME_OWNERS.items():
+            if re.fullmatch(pattern, name) and not re.fullmatch(owner, module.path):
+                yield line, f"{name} is only for {owner}"
+
+
+@rule
+def deciding_modules_are_pure(module: Module) -> Iterator[tuple[int, str]]:
+    if not re.fullmatch(PURE, module.path):
+        return
+    for line, origin, _ in module.imports:
+        top = origin.partition(".")[0]
+        if top not in ("", *PACKAGES, *IMPORT_OWNERS) and not PURE_IMPORTS.fullmatch(top):
+            yield line, f"{origin} touches the world"
+    for line, name in module.names:
+        if name in ("print", "input", "open", "breakpoint"):
+            yield line, f"{name} touches the world"
+
+
+@rule
+def functions_can_be_taken_in_at_once(module: Module) -> Iterator[tuple[int, str]]:
+    for node in module.nodes:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body[1:] if ast.get_docstring(node, clean=False) else node.body
+            # A docstring is not held against anyone; the signature is.
+            lines = (node.body[0].lineno - node.lineno) + (
+                (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+            )
+            if lines > FUNCTION_LINES_MAX:
+                yield node.lineno, f"{node.name} has {lines} lines, over {FUNCTION_LINES_MAX}"
+
+
+@rule
+def nothing_is_put_off(module: Module) -> Iterator[tuple[int, str]]:
+    for line, text in enumerate(module.text.splitlines(), 1):
+        if re.search(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X)\b", text):
+            yield line, text.strip()
+
+
+def modules(*folders: str) -> list[Module]:
+    return [
+        Module(str(path.relative_to(ROOT)), path.read_text(encoding="utf-8"))
+        for folder in folders
+        for path in sorted((ROOT / folder).rglob("*.py"))
+    ]
+
+
+def violations(check: Rule, of: list[Module]) -> list[str]:
+    return [f"{m.path}:{line}: {what}" for m in of for line, what in check(m)]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_basic_the_packages_keep_the_rule(name: str) -> None:
+    assert violations(RULES[name], modules(*PACKAGES)) == []
+
+
+def test_nothing_is_put_off_in_tests_and_specs_either() -> None:
+    assert violations(nothing_is_put_off, modules("tests", "specs", "bench")) == []
+
+
+VIOLATIONS: Final = [
+    (imports_point_inward, "statemachine/a.py", "import transport"),
+    (imports_point_inward, "statemachine/a.py", "from transport.codec import decode_message"),
+    (imports_point_inward, "transport/a.py", "def f():\n    from linux import forge"),
+    (imports_point_inward, "transport/a.py", "from transport.codec import decode_message"),
+    (imports_point_inward, "transport/a.py", "from ..statemachine import messages"),
+    (imports_point_inward, "linux/a.py", "from tests import census"),
+    (imports_point_inward, "linux/a.py", "import psutil"),
+    (dangerous_modules_have_one_owner, "transport/framing.py", "import msgpack.exceptions"),
+    (dangerous_modules_have_one_owner, "statemachine/provider.py", "from transitions import core"),
+    (dangerous_modules_have_one_owner, "linux/forge.py", "import ctypes as c"),
+    (dangerous_modules_have_one_owner, "linux/backend.py", "import sqlite3"),
+    (dangerous_modules_have_one_owner, "linux/cgroups.py", "from subprocess import run"),
+    (dangerous_modules_have_one_owner, "transport/channel.py", "import time"),
+    (dangerous_modules_have_one_owner, "linux/mounts.py", "from datetime import datetime"),
+    (dangerous_calls_have_one_owner, "linux/forge.py", "def f(s): s.sock.recvmsg(1)"),
+    (dangerous_calls_have_one_owner, "linux/forge.py", "f().sendmsg([b''])"),
+    (dangerous_calls_have_one_owner, "linux/forge.py", "from socket import recv_fds as r"),
+    (dangerous_calls_have_one_owner, "linux/forge.py", "import os\nos.close(3)"),
+    (dangerous_calls_have_one_owner, "linux/forge.py", "import os as o\no.dup2(3, 4)"),
+    (dangerous_calls_have_one_owner, "linux/forge.py", "from os import close as shut"),
+    (dangerous_calls_have_one_owner, "linux/anchor.py", "import fcntl\nfcntl.F_DUPFD_CLOEXEC"),
+    (dangerous_calls_have_one_owner, "linux/anchor.py", "import os\nspawn = os.posix_spawn"),
+    (dangerous_calls_have_one_owner, "linux/cli.py", "import os\nos.fork()"),
+    (dangerous_calls_have_one_owner, "linux/cli.py", "__import__('ctypes')"),
+    (dangerous_calls_have_one_owner, "linux/cli.py", "from importlib import import_module"),
+    (deciding_modules_are_pure, "statemachine/provider.py", "import os.path"),
+    (deciding_modules_are_pure, "statemachine/consumer.py", "import random"),
+    (deciding_modules_are_pure, "statemachine/table.py", "import logging"),
+    (deciding_modules_are_pure, "transport/codec.py", "from logging import getLogger"),
+    (deciding_modules_are_pure, "transport/framing.py", "print('here')"),
+    (functions_can_be_taken_in_at_once, "linux/a.py", "def f():\n" + "    pass\n" * 60),
+    (nothing_is_put_off, "linux/a.py", "x = 1  # TO" + "DO: later"),
+]
+
+
+@pytest.mark.parametrize(
+    ("check", "path", "text"), VIOLATIONS, ids=lambda v: getattr(v, "__name__", None)
+)
+def test_the_rule_sees_a_violation(check: Rule, path: str, text: str) -> None:
+    assert violations(check, [Module(path, text)]) != []
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("transport/codec.py", "import msgpack\nfrom statemachine.messages import Message"),
+        ("transport/channel.py", "import os\ndef f(s): s.recvmsg(1); os.read(1, 1)"),
+        ("transport/descriptors.py", "import os, fcntl\nos.close(fcntl.fcntl(1, fcntl.F_DUPFD))"),
+        ("statemachine/table.py", "import transitions\nfrom .messages import Message"),
+        ("linux/cli_serve.py", "import time\nprint(time.monotonic())\nprint('x'.close)"),
+        ("linux/a.py", 'def f():\n    """Say.' + "\n" * 60 + '    """\n' + "    pass\n" * 55),
+    ],
+)
+def test_no_rule_forbids_what_an_owner_does(path: str, text: str) -> None:
+    assert [v for check in RULES.values() for v in violations(check, [Module(path, text)])] == []
+
+
+def test_every_owner_is_a_module_that_exists() -> None:
+    paths = [module.path for module in modules(*PACKAGES)]
+    owners = {*IMPORT_OWNERS.values(), *NAME_OWNERS.values(), PURE} - {"(nobody)"}
+    unfilled = [o for o in sorted(owners) if not any(re.fullmatch(o, path) for path in paths)]
+    assert unfilled == []
+
+
+def test_a_file_name_says_which_package_it_is_in() -> None:
+    names = Counter(Path(module.path).name for module in modules(*PACKAGES))
+    names -= Counter({"__init__.py": len(PACKAGES), "__main__.py": len(PACKAGES)})
+    assert [name for name, times in names.items() if times > 1] == []
+
+
+def test_no_folder_of_tests_can_shadow_a_package() -> None:
+    nested = [m.path for m in modules("tests") if m.path.count("/") > 1]
+    assert nested == []
+
+
+LOADED_BY_IMPORT: Final = """
+import sys
+before = set(sys.modules)
+import statemachine.provider, statemachine.consumer
+print(*{name.partition(".")[0] for name in set(sys.modules) - before})
+"""
+
+
+def test_the_decider_brings_nothing_along_but_the_table_runner() -> None:
+    run = subprocess.run(
+        [sys.executable, "-I", "-c", LOADED_BY_IMPORT], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    foreign = set(run.stdout.split()) - sys.stdlib_module_names
+    assert foreign == {"statemachine", "transitions", "six"}

@@ -1,0 +1,641 @@
+"""A scope must say truthfully whether anybody is in it, and nothing of a stranger's may be hurt."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from linux.cgroups import (
+    ANCHOR_SLICE,
+    OWNER_ATTRIBUTE,
+    WORKLOAD_SLICE,
+    CgroupUnavailable,
+    Scope,
+    ScopeError,
+    ScopeWatch,
+    anchor_cgroup,
+    find_cgroup2,
+    remove_anchor_cgroup,
+    remove_slices,
+)
+from linux.syscalls import pidfd_open
+from transport.descriptors import Descriptor
+
+pytestmark = pytest.mark.needs_root
+
+OWNER: Final = "token-of-this-test"
+STRANGER: Final = "token-of-somebody-else"
+DEADLINE_S: Final = 10.0
+IDLE_S: Final = 0.2
+"""How long an idle watch is counted; a spinning one wakes thousands of times in it."""
+
+
+@pytest.fixture
+def root(cgroup2: Path, allocation_id: str) -> Iterator[Path]:
+    """A cgroup of this test's own to be the root: what it does to slices is seen by nobody else."""
+    root = cgroup2 / f"{allocation_id}-root"
+    root.mkdir()
+    yield root
+    (root / "cgroup.kill").write_text("1")
+    wait_until(lambda: "populated 0" in (root / "cgroup.events").read_text())
+    for directory, _, _ in os.walk(root, topdown=False):
+        Path(directory).rmdir()
+
+
+@pytest.fixture
+def scope(root: Path) -> Scope:
+    return Scope.create(root, "alloc", OWNER)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.001)
+
+
+@contextmanager
+def running(directory: Path, *command: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a command in a cgroup, from its first instruction; kill and reap it at the end."""
+    program = command or ("sleep", "1000")
+    entry = ["sh", "-c", 'echo 0 > "$0/cgroup.procs" && exec "$@"', str(directory), *program]
+    process = subprocess.Popen(entry, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    with process, process.stdout:
+        try:
+            wait_until(lambda: is_member(process.pid, directory) or process.poll() is not None)
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                process.kill()
+
+
+def is_member(pid: int, directory: Path) -> bool:
+    return Path(f"/proc/{pid}/cgroup").read_text().rstrip().endswith(f"/{directory.name}")
+
+
+def run_to_end(directory: Path) -> None:
+    with running(directory, "true") as process:
+        process.wait(DEADLINE_S)
+
+
+def exit_status(process: subprocess.Popen[bytes]) -> int:
+    return process.wait(DEADLINE_S)
+
+
+# --- where ---------------------------------------------------------------------------------------
+
+
+def test_basic(root: Path) -> None:
+    scope = Scope.create(root, "alloc-42", OWNER)
+    assert scope.path == root / "workload.slice" / "alloc-42.scope"
+    assert (scope.owner(), scope.is_populated(), scope.is_over()) == (OWNER, False, False)
+    with running(scope.path) as process:
+        assert scope.is_populated()
+        assert scope.processes() == [process.pid]
+        assert not scope.is_over()
+        assert not scope.remove()
+        scope.kill()
+        assert exit_status(process) == -signal.SIGKILL
+    wait_until(scope.is_over)
+    assert scope.remove()
+    assert scope.is_gone()
+    assert scope.remove()
+
+
+def test_the_cgroup2_mount_is_found_by_its_type(cgroup2: Path) -> None:
+    assert find_cgroup2() == cgroup2
+    assert (find_cgroup2() / "cgroup.controllers").exists()
+
+
+def mountinfo_line(point: Path, fstype: str, options: str = "rw,relatime") -> str:
+    return f"41 31 0:38 / {str(point).replace(' ', chr(92) + '040')} {options} - {fstype} x rw\n"
+
+
+def hierarchy(path: Path) -> Path:
+    path.mkdir()
+    (path / "cgroup.controllers").write_text("")
+    return path
+
+
+def test_covered_readonly_and_foreign_mounts_are_passed_over(tmp_path: Path) -> None:
+    good = hierarchy(tmp_path / "a place\\with 100%")
+    text = (
+        mountinfo_line(tmp_path / "covered", "cgroup2")
+        + mountinfo_line(hierarchy(tmp_path / "frozen"), "cgroup2", "ro,relatime")
+        + mountinfo_line(hierarchy(tmp_path / "v1"), "cgroup")
+        + mountinfo_line(good, "cgroup2").replace("place\\with", "place\\134with")
+    )
+    assert find_cgroup2(text) == good
+    file = tmp_path / "mountinfo"
+    file.write_text(text)
+    assert find_cgroup2(file) == good
+
+
+@pytest.mark.parametrize("text", ["", "41 31 0:38 / /sys/fs/cgroup rw - cgroup cgroup rw\n"])
+def test_a_node_without_cgroup2_is_told_what_to_do(text: str) -> None:
+    with pytest.raises(CgroupUnavailable, match="mount -t cgroup2"):
+        find_cgroup2(text)
+
+
+# --- making --------------------------------------------------------------------------------------
+
+HOSTILE: Final = [
+    "", ".", "..", "a/b", "../../etc", "/etc", "a\0b", "a\nb", "\x1b[2J", "cgroup.procs",
+    "cgroup.", "\udc80", "x" * 129, "ü" * 65,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=ascii)
+def test_a_hostile_id_makes_nothing(root: Path, name: str) -> None:
+    before = sorted(path.name for path in root.iterdir())
+    attempts: list[Callable[[], object]] = [
+        lambda: Scope.create(root, name, OWNER),
+        lambda: Scope.open(root, name, OWNER),
+        lambda: anchor_cgroup(root, name),
+    ]
+    for attempt in attempts:
+        with pytest.raises(ScopeError) as refusal:
+            attempt()
+        assert refusal.value.errno == errno.EINVAL
+        str(refusal.value).encode()
+    assert sorted(path.name for path in root.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["x" * 128, "ü" * 64, "a b", "-rf", "%n$(id)", "alloc.scope"])
+def test_an_odd_but_legal_id_lives_its_life(root: Path, name: str) -> None:
+    scope = Scope.create(root, name, OWNER)
+    found = Scope.open(root, name, OWNER)
+    assert found is not None
+    assert found.path == scope.path
+    run_to_end(scope.path)
+    wait_until(found.is_over)
+    assert found.remove()
+
+
+def test_a_scope_of_somebody_else_is_named_and_left_alone(root: Path) -> None:
+    theirs = Scope.create(root, "alloc", STRANGER)
+    with running(theirs.path) as process:
+        with pytest.raises(ScopeError, match=rf"EEXIST.*alloc\.scope; it belongs .* {STRANGER}"):
+            Scope.create(root, "alloc", OWNER)
+        assert Scope.open(root, "alloc", OWNER) is None
+        mine = Scope(theirs.path, OWNER)
+        mine.kill()
+        assert mine.is_gone()
+        assert mine.remove()
+        assert process.poll() is None
+    assert theirs.owner() == STRANGER
+
+
+def test_our_own_scope_is_not_made_a_second_time(root: Path) -> None:
+    Scope.create(root, "alloc", OWNER)
+    with pytest.raises(ScopeError, match=f"belongs to owner {OWNER}"):
+        Scope.create(root, "alloc", OWNER)
+
+
+def test_an_empty_scope_without_an_owner_is_replaced(scope: Scope, root: Path) -> None:
+    os.removexattr(scope.path, OWNER_ATTRIBUTE)
+    before = scope.path.stat().st_ino
+    assert Scope.create(root, "alloc", OWNER).owner() == OWNER
+    assert scope.path.stat().st_ino != before
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_used_scope_without_an_owner_is_never_touched(
+    scope: Scope, root: Path, nested: bool
+) -> None:
+    os.removexattr(scope.path, OWNER_ATTRIBUTE)
+    place = scope.path / "below" if nested else scope.path
+    place.mkdir(exist_ok=True)
+    with running(place) as process:
+        with pytest.raises(ScopeError, match="it has no owner but is in use"):
+            Scope.create(root, "alloc", OWNER)
+        found = Scope.open(root, "alloc", OWNER)
+        assert found is not None
+        with pytest.raises(ScopeError, match=r"EPERM.*carries no owner"):
+            found.kill()
+        assert not found.remove()
+        assert process.poll() is None
+        assert place.is_dir()
+
+
+def test_a_scope_whose_maker_died_before_stamping_it_is_removed(scope: Scope, root: Path) -> None:
+    os.removexattr(scope.path, OWNER_ATTRIBUTE)
+    found = Scope.open(root, "alloc", OWNER)
+    assert found is not None
+    found.kill()
+    assert found.remove()
+
+
+def test_a_failure_in_the_middle_leaves_nothing(root: Path) -> None:
+    # A sibling that was made threaded takes the use of every new cgroup beside it.
+    neighbour = Scope.create(root, "neighbour", OWNER)
+    (neighbour.path / "cgroup.type").write_text("threaded")
+    with pytest.raises(ScopeError, match=r"not supported.*'domain invalid'.*made threaded"):
+        Scope.create(root, "alloc", OWNER)
+    assert not (root / WORKLOAD_SLICE / "alloc.scope").exists()
+
+
+def test_a_full_hierarchy_is_reported_by_call_errno_and_path(root: Path) -> None:
+    Scope.create(root, "alloc", OWNER)
+    (root / "cgroup.max.descendants").write_text("2")
+    with pytest.raises(ScopeError) as refusal:
+        Scope.create(root, "second", OWNER)
+    assert str(refusal.value) == (
+        f"mkdir(2): EAGAIN (Resource temporarily unavailable): {root}/workload.slice/second.scope"
+    )
+
+
+def test_many_makers_of_one_scope_make_one(root: Path) -> None:
+    makers = 8
+    outcomes: list[object] = []
+
+    def make(number: int) -> None:
+        try:
+            outcomes.append(Scope.create(root, "alloc", f"owner-{number}").owner())
+        except ScopeError as error:
+            outcomes.append(error.errno)
+
+    threads = [threading.Thread(target=make, args=(number,)) for number in range(makers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    winners = [outcome for outcome in outcomes if isinstance(outcome, str)]
+    assert len(winners) == 1
+    found = Scope.open(root, "alloc", winners[0])
+    assert found is not None
+    assert found.owner() == winners[0]
+
+
+# --- over or not -------------------------------------------------------------------------------
+
+
+def test_a_scope_never_used_is_not_over(scope: Scope) -> None:
+    assert not scope.was_used()
+    assert not scope.is_over()
+
+
+def test_freezing_is_neither_use_nor_end(scope: Scope) -> None:
+    for word in ("1", "0"):
+        (scope.path / "cgroup.freeze").write_text(word)
+        assert (scope.was_used(), scope.is_populated(), scope.is_over()) == (False, False, False)
+    with running(scope.path):
+        (scope.path / "cgroup.freeze").write_text("1")
+        wait_until(lambda: "frozen 1" in (scope.path / "cgroup.events").read_text())
+        assert scope.is_populated()
+        assert not scope.is_over()
+
+
+def test_use_that_nobody_watched_is_still_proved(scope: Scope, root: Path) -> None:
+    run_to_end(scope.path)
+    found = Scope.open(root, "alloc", OWNER)
+    assert found is not None
+    wait_until(found.was_used)
+    wait_until(found.is_over)
+
+
+def test_a_process_below_counts(scope: Scope) -> None:
+    below = scope.path / "a" / "b"
+    below.mkdir(parents=True)
+    with running(below) as process:
+        assert (scope.path / "cgroup.procs").read_text() == ""
+        assert scope.is_populated()
+        assert scope.processes() == [process.pid]
+        assert not scope.is_over()
+    wait_until(scope.is_over)
+
+
+def test_a_zombie_does_not_count(scope: Scope) -> None:
+    with running(scope.path, "true") as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert "Z" in Path(f"/proc/{process.pid}/stat").read_text().split(")")[1]
+        assert not scope.is_populated()
+        wait_until(scope.is_over)
+        assert scope.remove()
+
+
+LEADERLESS: Final = """
+import ctypes, os, threading, time
+EXIT_THIS_THREAD = {"x86_64": 60, "aarch64": 93}[os.uname().machine]
+threading.Thread(target=time.sleep, args=(1000,)).start()
+ctypes.CDLL(None).syscall(EXIT_THIS_THREAD, 0)
+"""
+
+
+def test_a_leader_that_left_its_threads_behind_counts_and_dies(scope: Scope) -> None:
+    """cgroup.kill alone does not reach them."""
+    with running(scope.path, sys.executable, "-c", LEADERLESS) as process:
+        stat = Path(f"/proc/{process.pid}/stat")
+        wait_until(lambda: stat.read_text().split(")")[1].split()[0] == "Z")
+        assert scope.is_populated()
+        assert not scope.is_over()
+        scope.kill()
+        assert exit_status(process) == -signal.SIGKILL
+    wait_until(scope.is_over)
+
+
+def test_moving_the_last_process_out_empties_it(scope: Scope, root: Path) -> None:
+    elsewhere = root / "elsewhere"
+    elsewhere.mkdir()
+    with running(scope.path) as process:
+        assert scope.is_populated()
+        (elsewhere / "cgroup.procs").write_text(str(process.pid))
+        wait_until(scope.is_over)
+
+
+def test_a_scope_that_somebody_removed_is_over_and_removed(scope: Scope) -> None:
+    scope.path.rmdir()
+    assert scope.is_gone()
+    wait_until(scope.is_over)
+    assert not scope.is_populated()
+    assert not scope.was_used()
+    assert scope.owner() is None
+    assert scope.processes() == []
+    scope.kill()
+    assert scope.remove()
+    for attempt in (scope.open_procs, scope.open_events):
+        with pytest.raises(ScopeError, match=r"open\(2\): ENOENT"):
+            attempt()
+
+
+def test_a_process_enters_by_the_procs_descriptor(scope: Scope) -> None:
+    with scope.open_procs() as procs, subprocess.Popen(["sleep", "1000"]) as process:
+        os.write(procs.fileno(), str(process.pid).encode())
+        assert scope.processes() == [process.pid]
+        assert not os.get_inheritable(procs.fileno())
+        scope.kill()
+        assert exit_status(process) == -signal.SIGKILL
+
+
+# --- kill and remove -----------------------------------------------------------------------------
+
+FORKER: Final = "import os, signal\nfor _ in range(5): os.fork()\nsignal.pause()\n"
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_kill_reaches_everyone_frozen_nested_and_detached(scope: Scope, is_frozen: bool) -> None:
+    below = scope.path / "below"
+    below.mkdir()
+    with (
+        running(scope.path, sys.executable, "-c", FORKER),
+        running(below, "setsid", "sleep", "1000"),
+    ):
+        wait_until(lambda: len(scope.processes()) == 33)
+        if is_frozen:
+            (scope.path / "cgroup.freeze").write_text("1")
+        scope.kill()
+        scope.kill()
+        wait_until(lambda: not scope.is_populated())
+    assert scope.remove()
+
+
+THREADED: Final = """
+import os, sys, threading, time
+def live():
+    with open(sys.argv[1] + "/cgroup.threads", "w") as threads:
+        threads.write(str(threading.get_native_id()))
+    print("in", flush=True)
+    time.sleep(1000)
+threading.Thread(target=live).start()
+"""
+
+
+def test_threads_of_a_threaded_cgroup_count_and_die(scope: Scope) -> None:
+    below = scope.path / "threads"
+    below.mkdir()
+    (below / "cgroup.type").write_text("threaded")
+    with running(scope.path, sys.executable, "-c", THREADED, str(below)) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"in\n"
+        with pytest.raises(OSError, match="not supported"):
+            (below / "cgroup.procs").read_text()
+        assert scope.processes() == [process.pid]
+        scope.kill()
+        assert exit_status(process) == -signal.SIGKILL
+    wait_until(scope.is_over)
+    assert scope.remove()
+
+
+def test_a_scope_made_threaded_is_killed_process_by_process(scope: Scope) -> None:
+    """The Linux kernel refuses cgroup.kill there; it is also how kernels before 5.14 are served."""
+    (scope.path / "cgroup.type").write_text("threaded")
+    below = scope.path / "below"
+    below.mkdir()
+    (below / "cgroup.type").write_text("threaded")
+    with ExitStack() as stack:
+        places = (scope.path, below, below)
+        processes = [stack.enter_context(running(place)) for place in places]
+        assert scope.is_populated()
+        assert scope.processes() == sorted(process.pid for process in processes)
+        with pytest.raises(OSError, match="not supported"):
+            (scope.path / "cgroup.kill").write_text("1")
+        scope.kill()
+        assert [exit_status(process) for process in processes] == [-signal.SIGKILL] * 3
+    wait_until(scope.is_over)
+    assert scope.remove()
+
+
+def test_remove_takes_a_wide_and_a_deep_nest(scope: Scope) -> None:
+    for number in range(20):
+        (scope.path / f"wide-{number}" / "below").mkdir(parents=True)
+    depth, name = 40, "n" * 200
+    here = Descriptor(os.open(scope.path, os.O_RDONLY | os.O_DIRECTORY))
+    for _ in range(depth):
+        os.mkdir(name, dir_fd=here.fileno())  # longer as a path than any path can be
+        with here:
+            here = Descriptor(os.open(name, os.O_RDONLY | os.O_DIRECTORY, dir_fd=here.fileno()))
+    here.close()
+    assert scope.processes() == []
+    assert scope.remove()
+
+
+def test_remove_waits_for_nobody(scope: Scope) -> None:
+    below = scope.path / "a" / "b"
+    below.mkdir(parents=True)
+    (scope.path / "empty").mkdir()
+    with running(below):
+        assert not scope.remove()
+        assert scope.is_populated()
+    assert scope.remove()
+
+
+# --- watching ----------------------------------------------------------------------------------
+
+
+def wait_readable(watch: ScopeWatch[str]) -> bool:
+    poll = select.poll()
+    poll.register(watch.fileno(), select.POLLIN)
+    return bool(poll.poll(DEADLINE_S * 1000))
+
+
+def wait_for(watch: ScopeWatch[str], key: str) -> None:
+    while True:
+        assert wait_readable(watch), f"{key} was never reported"
+        if key in watch.poll():
+            return
+
+
+def idle_wakeups(watch: ScopeWatch[str]) -> int:
+    """How often an event loop would wake up for the watch while nothing happens."""
+    poll = select.poll()
+    poll.register(watch.fileno(), select.POLLIN)
+    deadline = time.monotonic() + IDLE_S
+    count = 0
+    while (left := deadline - time.monotonic()) > 0:
+        if poll.poll(left * 1000):
+            count += 1
+            watch.poll()
+    return count
+
+
+def test_the_watch_reports_use_and_end(scope: Scope) -> None:
+    with ScopeWatch[str]() as watch, scope.open_events() as events:
+        watch.add("alloc", events.fileno())
+        assert watch.poll() == ["alloc"]
+        assert watch.poll() == []
+        with running(scope.path):
+            wait_for(watch, "alloc")
+            assert not scope.is_over()
+        wait_for(watch, "alloc")
+        wait_until(scope.is_over)
+
+
+def test_a_life_too_short_to_be_seen_is_reported_and_over(scope: Scope) -> None:
+    with ScopeWatch[str]() as watch, scope.open_events() as events:
+        watch.add("alloc", events.fileno())
+        watch.poll()
+        run_to_end(scope.path)
+        wait_for(watch, "alloc")
+        wait_until(scope.is_over)
+
+
+def test_the_watch_does_not_spin(scope: Scope, root: Path) -> None:
+    gone = Scope.create(root, "gone", OWNER)
+    with (
+        ScopeWatch[str]() as watch,
+        scope.open_events() as events,
+        gone.open_events() as gone_events,
+        running(scope.path, "true") as process,
+        pidfd_open(process.pid) as pidfd,
+    ):
+        watch.add("alloc", events.fileno())
+        watch.add("gone", gone_events.fileno())
+        watch.add("anchor", pidfd.fileno(), ScopeWatch.DEATH)
+        exit_status(process)
+        assert gone.remove()
+        told: set[str] = set()
+        while told != {"alloc", "gone", "anchor"}:
+            assert wait_readable(watch)
+            told.update(watch.poll())
+        wait_until(lambda: not scope.is_populated())
+        # One late event may still come: the Linux kernel holds back what follows too soon.
+        assert idle_wakeups(watch) <= 1
+        assert idle_wakeups(watch) == 0
+
+
+def test_a_death_is_reported_once(scope: Scope) -> None:
+    with ScopeWatch[str]() as watch, running(scope.path) as process, pidfd_open(process.pid) as fd:
+        watch.add("anchor", fd.fileno(), ScopeWatch.DEATH)
+        assert watch.poll() == []
+        process.kill()
+        wait_for(watch, "anchor")
+        assert watch.poll() == []
+        watch.remove("anchor")
+        watch.remove("anchor")
+
+
+def test_removal_by_somebody_is_reported_as_a_change(scope: Scope) -> None:
+    with ScopeWatch[str]() as watch, scope.open_events() as events:
+        watch.add("alloc", events.fileno())
+        watch.poll()
+        scope.path.rmdir()
+        wait_for(watch, "alloc")
+        wait_until(scope.is_over)
+        assert watch.poll() == []
+
+
+def test_a_key_can_be_watched_again_after_it_was_removed(scope: Scope) -> None:
+    with ScopeWatch[str]() as watch:
+        for _ in range(3):
+            with scope.open_events() as events:
+                watch.add("alloc", events.fileno())
+                assert watch.poll() == ["alloc"]
+                watch.remove("alloc")
+        assert watch.poll() == []
+
+
+def test_misuse_of_the_watch_is_refused(scope: Scope) -> None:
+    with ScopeWatch[str]() as watch, scope.open_events() as one, scope.open_events() as two:
+        watch.add("alloc", one.fileno())
+        for key, fd in (("alloc", two.fileno()), ("other", one.fileno())):
+            with pytest.raises(ValueError, match="already watched"):
+                watch.add(key, fd)
+        with pytest.raises(ValueError, match="CHANGES or DEATH"):
+            watch.add("other", two.fileno(), select.EPOLLOUT)
+        assert watch.poll() == ["alloc"]
+    watch.close()
+
+
+# --- anchors and slices ------------------------------------------------------------------------
+
+
+def test_the_anchors_cgroup_is_made_found_and_removed_when_empty(root: Path) -> None:
+    path = anchor_cgroup(root, "instance-1")
+    assert path == root / ANCHOR_SLICE / "instance-1.scope"
+    assert anchor_cgroup(root, "instance-1") == path
+    with running(path):
+        assert not remove_anchor_cgroup(root, "instance-1")
+    assert remove_anchor_cgroup(root, "instance-1")
+    assert remove_anchor_cgroup(root, "instance-1")
+
+
+def test_our_slices_go_when_they_are_empty(root: Path) -> None:
+    scope = Scope.create(root, "alloc", OWNER)
+    anchor_cgroup(root, "instance")
+    remove_slices(root)
+    assert scope.path.is_dir()
+    scope.remove()
+    remove_slices(root)
+    assert not (root / WORKLOAD_SLICE).exists()
+    assert (root / ANCHOR_SLICE).exists()
+    remove_anchor_cgroup(root, "instance")
+    remove_slices(root)
+    remove_slices(root)
+    assert not (root / ANCHOR_SLICE).exists()
+
+
+def test_a_slice_that_was_there_before_stays(root: Path) -> None:
+    (root / WORKLOAD_SLICE).mkdir()
+    Scope.create(root, "alloc", OWNER).remove()
+    remove_slices(root)
+    assert (root / WORKLOAD_SLICE).is_dir()
+
+
+def test_scopes_are_made_while_somebody_removes_the_empty_slice(root: Path) -> None:
+    done = threading.Event()
+
+    def tidy() -> None:
+        while not done.is_set():
+            remove_slices(root)
+
+    tidier = threading.Thread(target=tidy)
+    tidier.start()
+    try:
+        for number in range(50):
+            assert Scope.create(root, f"alloc-{number}", OWNER).remove()
+    finally:
+        done.set()
+        tidier.join()

@@ -1,0 +1,95 @@
+"""What is installed is what the tree holds, and nobody else's `statemachine` is in its place."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.metadata import distribution, packages_distributions
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+ROOT: Final = Path(__file__).parents[1]
+PACKAGES: Final = {"statemachine", "transport", "linux"}
+PROJECT: Final = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(directory)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    (built,) = directory.iterdir()
+    return built
+
+
+def test_basic_the_wheel_holds_the_three_packages_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
+    in_tree = {
+        str(path.relative_to(ROOT))
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*")
+        if path.is_file() and path.suffix != ".pyc"
+    }
+    assert packed == in_tree
+    assert {f"{package}/py.typed" for package in PACKAGES} <= packed
+
+
+def test_the_wheel_says_what_it_needs_and_under_which_licence(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        lines = archive.read(metadata).decode().partition("\n\n")[0].splitlines()
+        licence = archive.read(metadata.replace("METADATA", "licenses/LICENSE")).decode()
+    needed = [
+        line for line in lines if line.startswith("Requires-Dist:") and "extra ==" not in line
+    ]
+    assert [line.split()[1].partition("<")[0].partition(">")[0] for line in needed] == [
+        "msgpack",
+        "transitions",
+    ]
+    assert "License-Expression: Apache-2.0" in lines
+    assert "Classifier: Private :: Do Not Upload" in lines
+    assert licence.split()[:4] == ["Apache", "License", "Version", "2.0,"]
+    assert "END OF TERMS AND CONDITIONS" in licence
+
+
+def test_only_this_project_provides_the_three_names_here() -> None:
+    # Installed from the tree, this project records a pointer to it and not the names themselves.
+    listed = packages_distributions()
+    assert {name: set(listed.get(name, ())) - {PROJECT["name"]} for name in PACKAGES} == {
+        name: set() for name in PACKAGES
+    }
+
+
+def test_the_three_packages_come_from_one_place() -> None:
+    found = {Path(str(importlib.import_module(name).__file__)).parents[1] for name in PACKAGES}
+    assert found == {ROOT}
+
+
+def test_a_clash_with_python_statemachine_would_be_seen(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "ours")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "ours")])
+    assert packages_distributions() == {name: [PROJECT["name"]] for name in PACKAGES}
+
+    info = tmp_path / "theirs" / "python_statemachine-3.2.2.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: python-statemachine\n")
+    (info / "RECORD").write_text("statemachine/__init__.py,,\nstatemachine/state.py,,\n")
+    sys.path.append(str(info.parent))
+    owners = set(packages_distributions()["statemachine"])
+    assert owners == {PROJECT["name"], "python-statemachine"}
+
+
+def test_the_command_is_where_the_project_says() -> None:
+    (script,) = distribution(PROJECT["name"]).entry_points.select(group="console_scripts")
+    assert {script.name: script.value} == PROJECT["scripts"] == {"nshandoff": "linux.cli:main"}
+    assert callable(script.load())
