@@ -29,6 +29,7 @@ from .messages import (
     Message,
     NamespaceRequest,
     NamespaceResponse,
+    shown,
 )
 from .provider import Snapshot
 from .table import Table, refusal
@@ -204,7 +205,9 @@ def event_of(request: NamespaceRequest, message: Message) -> Event:
         case AllocationEnded(allocation_id=request.allocation_id):
             return on.EndAnnounced()
         case AllocationEnded(allocation_id=other):
-            return on.FrameRejected(f"AllocationEnded for {other!r}, which was never asked for")
+            return on.FrameRejected(
+                f"AllocationEnded for {shown(other)}, which was never asked for"
+            )
         case CreationFailed():
             return on.CreationRefused(message)
         case AllocationNotFound():
@@ -220,9 +223,9 @@ def event_of(request: NamespaceRequest, message: Message) -> Event:
 def mismatch(request: NamespaceRequest, response: NamespaceResponse) -> str | None:
     """Say in what a response differs from what was asked for, or None if it does not."""
     if response.allocation_id != request.allocation_id:
-        return f"the response is for {response.allocation_id!r}, not {request.allocation_id!r}"
+        return f"the response is for {shown(response.allocation_id)}, not {request.allocation_id!r}"
     if response.fd_types != request.namespaces:
-        got = [kind.value for kind in response.fd_types]
+        got = [kind.value for kind in response.fd_types[: len(request.namespaces) + 1]]
         return f"fd_types is {got}, not {[kind.value for kind in request.namespaces]}"
     if (response.uenv_mount_path is None) != (request.uenv_image is None):
         return "uenv_mount_path must be there exactly if uenv_image was asked for"

@@ -23,6 +23,9 @@ ALLOCATION_ID_BYTES_MAX: Final = 128
 UENV_IMAGE_BYTES_MAX: Final = 4096
 """Longest image path, in bytes of UTF-8 (Linux' PATH_MAX)."""
 
+SHOWN_CHARACTERS_MAX: Final = 80
+"""Most characters of a peer's text that a reason repeats: a reason must fit into a frame."""
+
 UENV_SUFFIX: Final = ".sqfs"
 """The ending that an image's mount point does not carry."""
 
@@ -127,14 +130,28 @@ def objection_to_id(allocation_id: str) -> str | None:
     An id becomes one directory name (`<id>.scope`), so it must be one path component on any file
     system, printable in a log, and must not collide with the kernel's own `cgroup.*` files.
     """
-    size = len(allocation_id.encode("utf-8", "surrogatepass"))
-    if not 1 <= size <= ALLOCATION_ID_BYTES_MAX:
-        return f"allocation_id has {size} bytes; 1 to {ALLOCATION_ID_BYTES_MAX} are allowed"
+    reason = objection_to_size(allocation_id)
+    if reason is not None:
+        return reason
     if "/" in allocation_id or any(_is_unprintable(c) for c in allocation_id):
         return f"allocation_id {allocation_id!r} has a slash or a control character"
     if allocation_id in (".", "..") or allocation_id.startswith("cgroup."):
         return f"allocation_id {allocation_id!r} is a name that the kernel reserves"
     return None
+
+
+def objection_to_size(allocation_id: str) -> str | None:
+    """Say why a text is too short or too long for an allocation's id, or None if it is not."""
+    size = len(allocation_id.encode("utf-8", "surrogatepass"))
+    if not 1 <= size <= ALLOCATION_ID_BYTES_MAX:
+        return f"allocation_id has {size} bytes; 1 to {ALLOCATION_ID_BYTES_MAX} are allowed"
+    return None
+
+
+def shown(text: str) -> str:
+    """Quote a text that came from outside, cut so that it can stand in a reason."""
+    cut = text[:SHOWN_CHARACTERS_MAX]
+    return repr(cut) if cut == text else f"{cut!r}..."
 
 
 def mount_path_below(base: str, image: str) -> str:
@@ -162,10 +179,10 @@ def _objection_to_image(request: NamespaceRequest) -> str | None:
     if not 1 <= len(image.encode("utf-8", "surrogatepass")) <= UENV_IMAGE_BYTES_MAX:
         return f"uenv_image must have 1 to {UENV_IMAGE_BYTES_MAX} bytes"
     if any(_is_unprintable(c) for c in image):
-        return f"uenv_image {image!r} has a control character"
+        return f"uenv_image {shown(image)} has a control character"
     parts = image.removesuffix(UENV_SUFFIX).split("/")
     if any(part in ("", ".", "..") for part in parts):
-        return f"uenv_image {image!r} is not a plain path below the image root"
+        return f"uenv_image {shown(image)} is not a plain path below the image root"
     return None
 
 

@@ -30,7 +30,14 @@ from .errors import (
 )
 from .events import ConnectionId, Event
 from .lifecycle import PROVIDER, AllocationState
-from .messages import AllocationEnded, Message, NamespaceRequest, NamespaceResponse, objection
+from .messages import (
+    AllocationEnded,
+    Message,
+    NamespaceRequest,
+    NamespaceResponse,
+    objection,
+    objection_to_size,
+)
 from .table import refusal
 
 WAITING_MAX: Final = 128
@@ -704,6 +711,10 @@ def event_of(connection: ConnectionId, message: Message) -> Event:
         case NamespaceRequest():
             return on.RequestReceived(connection, message)
         case AllocationEnded(allocation_id=allocation_id):
+            # Its answer repeats the id, and would not fit into a frame if the id hardly did.
+            reason = objection_to_size(allocation_id)
+            if reason is not None:
+                return on.FrameRejected(reason, connection)
             return on.EndReceived(connection, allocation_id)
         case _:
             name = type(message).__name__
