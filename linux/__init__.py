@@ -11,4 +11,6 @@
     backend      `LinuxBackend`: all of that as `transport.contract.Backend`
     simulated    `SimulatedBackend`: the same without a privileged machine
     cli          the command `nshandoff`
+
+The `forge_*` modules belong to `forge`, the `cli_*` and `demo_*` modules to `cli` and `demo`.
 """

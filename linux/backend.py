@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 import threading
 import uuid
@@ -51,7 +52,7 @@ from .journal import Entry, Journal, JournalError, State
 from .mounts import ImageError, ImageStore
 from .namespaces import open_bundle
 from .survey import states_of, zombies_below
-from .syscalls import SyscallError
+from .syscalls import SyscallError, calling
 
 IMAGE_ROOT: Final = Path("/var/lib/uenv")
 """Where images are looked for."""
@@ -67,6 +68,11 @@ HOLD_TIME_S: Final = 60.0
 
 SELF_SERVICE_SLICE: Final = "self-service.slice"
 """Mirrors the cgroup layout for a consumer whose scope's name is taken by the provider's set."""
+
+SURVEY_AFTER_TRIES: Final = 6
+"""From which try to end an init on to ask who keeps it: before, it has not had time to die."""
+
+_log: Final = logging.getLogger(__name__)
 
 Failure: TypeAlias = SyscallError | ForgeError | ImageError | JournalError
 """What a step can fail with; each names its call, errno and path."""
@@ -105,7 +111,12 @@ class _Life:
     anchor: Anchor | None = None
     events: Descriptor | None = None
     """`cgroup.events`, while the allocation is watched."""
+    is_watched: bool = False
+    is_journaled: bool = False
+    """Whether the journal has an entry that says so."""
     undo: list[Undo] = field(default_factory=list)
+    tries: int = 0
+    """How often the init has been killed."""
     is_released: bool = False
     """Whether the end is journaled and undoing has begun."""
     why: str | None = None
@@ -123,7 +134,9 @@ class Step(NamedTuple):
     act: Callable[[LinuxBackend, _Life], None]
 
 
-_WatchKey: TypeAlias = tuple[Literal["scope", "anchor"], str]
+_WatchKey: TypeAlias = tuple[Literal["scope", "anchor", "again"], str]
+
+_AGAIN: Final[_WatchKey] = ("again", "")
 
 
 class LinuxBackend:
@@ -150,6 +163,9 @@ class LinuxBackend:
         self._images: Final = ImageStore(settings.image_root, settings.hold_time_s, clock, features)
         self._forge: Final = Forge(cgroup=anchors, tied=journal is None, features=features)
         self._watch: Final = ScopeWatch[_WatchKey]()
+        # Always readable. To watch it is to be called again at once, for what is in `_again`.
+        self._nudge: Final = Descriptor(os.eventfd(1, os.EFD_CLOEXEC))
+        self._again: Final[set[str]] = set()
         self._guard: Final = threading.Lock()
         self._lives: Final[dict[str, _Life]] = {}
         self._on_close: Final = on_close
@@ -263,10 +279,13 @@ class LinuxBackend:
         life = self._life(allocation_id)
         self._end(life)
         life.why = _attempt(life.undo)
-        if life.undo:
-            self._note(life, "ended", why=life.why)
-        else:
-            self._strike_out(life)
+        try:
+            if life.undo:
+                self._note(life, "ended", why=life.why)
+            else:
+                self._strike_out(life)
+        except JournalError as error:
+            life.why = life.why or f"strike it out of the journal: {error}"
 
     # --- The rest of the contract --------------------------------------------------------------
 
@@ -304,19 +323,28 @@ class LinuxBackend:
         return life.why or "its release has not been tried"
 
     def record_handed_off(self, allocation_id: str) -> None:
-        """Journal that an allocation was handed over."""
+        """
+        Journal that an allocation was handed over.
+
+        If the journal cannot be written, a later provider takes it for one that was not handed over
+        yet: it is adopted and handed over all the same.
+        """
         life = self._lives.get(allocation_id)
         if life is not None and not life.is_released:
-            self._note(life, "handed_off")
+            try:
+                self._note(life, "handed_off")
+            except JournalError as error:
+                _log.warning("the hand-off of %s is not journaled: %s", allocation_id, error)
 
     def watch(self, allocation_id: str) -> None:
         """Begin to observe an allocation's scope and its anchor."""
         life = self._life(allocation_id)
-        if life.scope is not None:
-            # A scope that is gone already cannot be opened: it is over, and the next look says so.
-            with suppress(ScopeError):
-                life.events = life.scope.open_events()
-                self._watch.add(("scope", life.name), life.events.fileno())
+        life.is_watched = True
+        try:
+            self._watch_scope(life)
+        except ScopeError:
+            # It is gone already, which the next look tells; or no descriptor is left for it.
+            self._call_again(life.name)
         if life.anchor is not None:
             self._watch.add(("anchor", life.name), life.anchor.pidfd.fileno(), ScopeWatch.DEATH)
 
@@ -328,15 +356,27 @@ class LinuxBackend:
         """Say what has been seen since the last call; an event is a hint, the state decides."""
         seen: list[Observation] = []
         for kind, name in self._watch.poll():
-            sighting = Sighting.INIT_DIED if kind == "anchor" else self._look_at_scope(name)
-            if sighting is not None:
-                seen.append(Observation(name, sighting))
+            if kind == "anchor":
+                seen.append(Observation(name, Sighting.INIT_DIED))
+            else:
+                names = self._take_again() if kind == "again" else [name]
+                seen += [o for o in map(self._look_at_scope, names) if o is not None]
         return seen
 
     def is_over(self, allocation_id: str) -> bool:
         """Read whether the scope was used and is empty."""
         life = self._lives.get(allocation_id)
-        return life is not None and life.scope is not None and life.scope.is_over()
+        if life is None or life.scope is None:
+            return False
+        try:
+            if life.scope.is_over():
+                return True
+        except ScopeError:
+            self._call_again(allocation_id)
+            return False
+        if life.is_watched and life.events is None:
+            self._call_again(allocation_id)
+        return False
 
     def tidy(self) -> float | None:
         """Unmount images whose last user left long enough ago."""
@@ -353,12 +393,14 @@ class LinuxBackend:
             stack.callback(self._on_close)
             stack.callback(self._images.close)
             stack.callback(self._forge.close)
+            stack.callback(self._nudge.close)
             stack.callback(self._watch.close)
-            for life in self._lives.values():
-                for descriptor in (life.image, life.events, life.anchor):
-                    if descriptor is not None:
-                        stack.callback(descriptor.close)
-        self._lives.clear()
+            with self._guard:
+                for life in self._lives.values():
+                    for descriptor in (life.image, life.events, life.anchor):
+                        if descriptor is not None:
+                            stack.callback(descriptor.close)
+                self._lives.clear()
 
     # --- Steps ---------------------------------------------------------------------------------
 
@@ -371,6 +413,7 @@ class LinuxBackend:
     def _intend(self, life: _Life) -> None:
         if self._journal is not None:
             self._journal.intend(Entry(life.name, life.token, "requested", life.request))
+            life.is_journaled = True
 
     def _make_scope(self, life: _Life) -> None:
         root = self._settings.cgroup2
@@ -424,8 +467,7 @@ class LinuxBackend:
 
     def _abandon(self, life: _Life) -> None:
         """Undo what was done of a plan; what cannot go yet stays, for `release_namespaces`."""
-        with suppress(JournalError):
-            self._end(life)
+        self._end(life)
         life.why = _attempt(life.undo)
         if not life.undo:
             with suppress(JournalError):
@@ -434,8 +476,14 @@ class LinuxBackend:
     def _end(self, life: _Life) -> None:
         if life.is_released:
             return
-        self._note(life, "ended")
-        life.is_released = True
+        try:
+            self._note(life, "ended")
+        except JournalError as error:
+            # What runs is ended all the same. A provider that starts before it is gone, and can
+            # read what could not be written, finds it half gone: remains.
+            _log.warning("the end of %s is not journaled: %s", life.name, error)
+        with self._guard:
+            life.is_released = True
         self._watch.remove(("scope", life.name))
         self._watch.remove(("anchor", life.name))
         for descriptor in (life.events, life.image):
@@ -443,7 +491,7 @@ class LinuxBackend:
                 descriptor.close()
 
     def _strike_out(self, life: _Life, *, remember: bool = True) -> None:
-        if self._journal is not None:
+        if self._journal is not None and life.is_journaled:
             self._journal.forget(life.name, remember=remember)
         with self._guard:
             self._lives.pop(life.name, None)
@@ -470,7 +518,7 @@ class LinuxBackend:
 
     def _adopt(self, entry: Entry, found: Anchor | None) -> Adoption:
         """Rebuild a life from what the journal says and the Linux kernel confirms."""
-        life = _Life(entry.request, entry.incarnation)
+        life = _Life(entry.request, entry.incarnation, is_journaled=True)
         self._lives[life.name] = life
         self._adopt_scope(life)
         if entry.request.uenv_image is not None:
@@ -517,7 +565,7 @@ class LinuxBackend:
         return life
 
     def _note(self, life: _Life, state: State, *, why: str | None = None) -> None:
-        if self._journal is not None:
+        if self._journal is not None and life.is_journaled:
             self._journal.publish(life.name, state, why=why)
 
     def _response_to(self, request: NamespaceRequest) -> NamespaceResponse:
@@ -526,13 +574,36 @@ class LinuxBackend:
             path = mount_path_below(str(self._settings.uenv_base), request.uenv_image)
         return NamespaceResponse(request.allocation_id, request.namespaces, path)
 
-    def _look_at_scope(self, name: str) -> Sighting | None:
+    def _watch_scope(self, life: _Life) -> None:
+        with self._guard:  # against `_end`, in another thread
+            if life.scope is not None and life.events is None and not life.is_released:
+                life.events = life.scope.open_events()
+                self._watch.add(("scope", life.name), life.events.fileno())
+
+    def _look_at_scope(self, name: str) -> Observation | None:
         life = self._lives.get(name)
         if life is None or life.scope is None or life.is_released:
             return None
-        if life.scope.is_over():
-            return Sighting.EMPTIED
-        return Sighting.POPULATED if life.scope.is_populated() else Sighting.CHANGED
+        try:
+            if life.scope.is_over():
+                return Observation(name, Sighting.EMPTIED)
+            self._watch_scope(life)
+            is_populated = life.scope.is_populated()
+        except ScopeError:
+            # It is there and could not be read; no descriptor is left, perhaps.
+            return Observation(name, Sighting.CHANGED)
+        return Observation(name, Sighting.POPULATED if is_populated else Sighting.CHANGED)
+
+    def _call_again(self, name: str) -> None:
+        """Have `observe` called at once, to look at a scope of which nothing need be heard."""
+        self._again.add(name)
+        self._watch.remove(_AGAIN)
+        self._watch.add(_AGAIN, self._nudge.fileno(), ScopeWatch.DEATH)
+
+    def _take_again(self) -> list[str]:
+        names = sorted(self._again)
+        self._again.clear()
+        return names
 
 
 _STANDINGS: Final = {"created": Standing.CREATED, "handed_off": Standing.HANDED_OFF}
@@ -585,6 +656,9 @@ def _undo_anchor(life: _Life) -> str | None:
         return None
     anchor.kill()
     if anchor.is_alive():
+        life.tries += 1
+        if life.tries < SURVEY_AFTER_TRIES:
+            return f"init {anchor.pid} is being killed"
         return zombies_below(anchor.pid)
     anchor.close()
     life.anchor = None
@@ -603,7 +677,8 @@ def _undo_scope(life: _Life) -> str | None:
 
 def _mirror(root: Path) -> Path:
     mirror = root / SELF_SERVICE_SLICE
-    mirror.mkdir(exist_ok=True)
+    with calling("mkdir(2)", mirror):
+        mirror.mkdir(exist_ok=True)
     return mirror
 
 

@@ -24,7 +24,8 @@ import socket
 import subprocess
 import sys
 import threading
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final
@@ -37,6 +38,7 @@ from .anchor import ANCHOR_COMMAND, ANCHOR_VARIABLE, Anchor, token_of
 from .features import Features
 from .forge_child import UNDO_LAST
 from .forge_plan import (
+    COME_HOME,
     RECORD_BYTES_MAX,
     AnchorPlan,
     ForgeError,
@@ -45,12 +47,13 @@ from .forge_plan import (
     encode_plan,
     encode_settings,
 )
-from .forge_spawn import InitDead, restore_foreground, spawn_within
+from .forge_spawn import Child, InitDead, restore_foreground, spawn_within
 from .syscalls import SyscallError, calling
 
 __all__ = [
     "FORGE_TIMEOUT_S",
     "AnchorPlan",
+    "Child",
     "Forge",
     "ForgeError",
     "InitDead",
@@ -61,6 +64,9 @@ __all__ = [
 FORGE_TIMEOUT_S: Final = 10.0
 """How long the forge may take to start, to make an anchor, or to end. It needs a millisecond."""
 
+LAST_WORDS_BYTES_MAX: Final = 4096
+"""How much of what a dying forge printed is looked at; its last line says what went wrong."""
+
 _PACKAGES: Final = str(Path(__file__).resolve().parent.parent)
 
 
@@ -69,7 +75,7 @@ class Forge:
     The owner's side of a forge. Any thread may use it; anchors are made one at a time.
 
     Ready when constructed: the forge starts with the first anchor, or with `start`. One that died
-    is replaced when the next anchor is asked for; the anchors it made live on.
+    is replaced, without a word, when the next anchor is asked for; the anchors it made live on.
 
     Args:
         cgroup: Directory of the cgroup in which the anchors (and the forge) shall live, so that
@@ -88,6 +94,7 @@ class Forge:
         self._guard: Final = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
+        self._stderr: Descriptor | None = None
         self._closed = False
 
     @classmethod
@@ -122,8 +129,8 @@ class Forge:
             The anchor, living; the caller owns it.
 
         Raises:
-            ForgeError: a step failed, or the forge died or took longer than `FORGE_TIMEOUT_S` (it
-                is dead then). Nothing is left of the attempt.
+            ForgeError: a step failed, or the forge took longer than `FORGE_TIMEOUT_S` (it is dead
+                then), or two of them died. Nothing is left of the attempt.
             ValueError: plan and image do not fit, or the forge is closed.
         """
         with ExitStack() as stack:
@@ -170,14 +177,13 @@ class Forge:
             self._launch()
             answer = self._ask(encode_settings(self._settings()), None)
             decode_answer(answer.data)
-        except ForgeError:
+        except OSError as error:
+            cause = SyscallError.of("execve(2)", error, self._last_words() or sys.executable)
+            self._end(patiently=False)
+            raise ForgeError("start the forge", cause) from error
+        except BaseException:
             self._end(patiently=False)
             raise
-        except OSError as error:
-            self._end(patiently=False)
-            raise ForgeError(
-                "start the forge", SyscallError.of("execve(2)", error, sys.executable)
-            ) from error
 
     def _launch(self) -> None:
         with calling("socketpair(2)"):
@@ -185,13 +191,15 @@ class Forge:
         self._socket = ours
         ours.settimeout(FORGE_TIMEOUT_S)
         with theirs:
+            with calling("memfd_create(2)"):
+                self._stderr = Descriptor(os.memfd_create("forge", os.MFD_CLOEXEC))
             # A session of its own: Ctrl-C at the owner's terminal is not for the forge. No stream
-            # of the owner's: whoever waits for the end of one would wait for the anchors too.
+            # of the owner's: whoever waits for the end of one would wait for the forge too.
             self._child = subprocess.Popen(
                 [sys.executable, "-P", "-m", "linux.forge_child", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+                stderr=self._stderr.fileno(),
                 cwd="/",
                 env=_environment(),
                 pass_fds=[theirs.fileno()],
@@ -207,22 +215,53 @@ class Forge:
         )
 
     def _exchange(self, plan: AnchorPlan, record: bytes, image: Descriptor | None) -> Anchor:
+        answer = self._ask_for(plan, record, image)
         try:
-            answer = self._ask(record, image)
-        except OSError as error:
-            self._end(patiently=False)
-            self._kill_unannounced(plan.token)
-            raise ForgeError(
-                "ask the forge", SyscallError.of("recvmsg(2)", error, "the forge")
-            ) from error
-        pid = decode_answer(answer.data)
+            pid = decode_answer(answer.data)
+        except ForgeError as error:
+            if error.step == COME_HOME:
+                self._end(patiently=True)
+            raise
         if not answer.descriptors:
             # The pidfd was sent; there was no number left for it here. The forge still has it.
-            self._ask(UNDO_LAST, None)
+            with self._ending_what_is_unanswered(plan):
+                self._ask(UNDO_LAST, None)
             raise ForgeError("receive the anchor", SyscallError("recvmsg(2)", errno.EMFILE))
         return Anchor(pid, answer.descriptors[0], plan.token)
 
+    def _ask_for(self, plan: AnchorPlan, record: bytes, image: Descriptor | None) -> Reception:
+        """Ask for an anchor; ask a second forge if the first one turns out dead, or dies of it."""
+        with self._ending_what_is_unanswered(plan):
+            with suppress(ConnectionError):
+                return self._ask(record, image)
+            self._end(patiently=False)
+            self._kill_unannounced(plan.token)
+            self._start()
+            return self._ask(record, image)
+
+    @contextmanager
+    def _ending_what_is_unanswered(self, plan: AnchorPlan) -> Iterator[None]:
+        """Should the body fail, end the forge, and the anchor that it may have started."""
+        try:
+            yield
+        except BaseException as error:
+            # Also when only the asking was interrupted: the answer would be taken for the next's.
+            words = self._last_words()
+            self._end(patiently=False)
+            self._kill_unannounced(plan.token)
+            if isinstance(error, OSError):
+                cause = SyscallError.of("recvmsg(2)", error, words or "the forge")
+                raise ForgeError("ask the forge", cause) from error
+            raise
+
     def _ask(self, record: bytes, descriptor: Descriptor | None) -> Reception:
+        """
+        Ask, and take the answer.
+
+        Raises:
+            ConnectionError: the forge is dead, before it did anything about it or afterwards.
+            TimeoutError: it did not answer.
+        """
         assert self._socket is not None
         send_once(self._socket, record, [] if descriptor is None else [descriptor.fileno()])
         answer = receive_once(self._socket, RECORD_BYTES_MAX, 1)
@@ -230,7 +269,19 @@ class Forge:
             raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
         return answer
 
+    def _last_words(self) -> str:
+        """Say what the forge printed last: nothing, unless it died of a mistake."""
+        if self._stderr is None:
+            return ""
+        size = os.fstat(self._stderr.fileno()).st_size
+        begin = max(0, size - LAST_WORDS_BYTES_MAX)
+        printed = os.pread(self._stderr.fileno(), LAST_WORDS_BYTES_MAX, begin)
+        return printed.decode("utf-8", "replace").strip().rpartition("\n")[2]
+
     def _end(self, *, patiently: bool) -> None:
+        if self._stderr is not None:
+            self._stderr.close()
+            self._stderr = None
         if self._socket is not None:
             self._socket.close()
             self._socket = None
@@ -270,7 +321,7 @@ def _find_program() -> str:
 def _environment() -> dict[str, str]:
     """Give the forge our environment, and the way to these packages wherever they lie."""
     environment = {name: value for name, value in os.environ.items() if name != ANCHOR_VARIABLE}
-    paths = [_PACKAGES, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+    paths = [_PACKAGES, *(str(Path(entry).absolute()) for entry in sys.path if entry)]
     return {**environment, "PYTHONPATH": os.pathsep.join(paths)}
 
 
@@ -278,5 +329,7 @@ def _pids_in(cgroup: Path | None) -> list[int]:
     """List where an unannounced anchor can be: in the anchors' cgroup, else anywhere."""
     if cgroup is None:
         return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-    with calling("read(2)", cgroup):
+    try:
         return [int(pid) for pid in (cgroup / "cgroup.procs").read_text().split()]
+    except OSError:
+        return []  # a cgroup that is gone has nobody in it

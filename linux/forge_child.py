@@ -38,6 +38,7 @@ from .anchor import ANCHOR_COMMAND, ANCHOR_VARIABLE, Anchor
 from .cgroups import Scope
 from .features import Features
 from .forge_plan import (
+    COME_HOME,
     RECORD_BYTES_MAX,
     AnchorPlan,
     ForgeError,
@@ -157,7 +158,9 @@ def _separate_mounts(work: Work) -> None:
 
 
 def _bring_up_lo(work: Work) -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+    with calling("socket(2)"):
+        any_socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    with any_socket:
         request = bytearray(_IFREQ.pack(b"lo", 0))
         syscalls.ioctl(any_socket, Ioctl.SIOCGIFFLAGS, request)
         name, flags = _IFREQ.unpack(request)
@@ -233,6 +236,7 @@ def _mount_proc_from_outside(work: Work) -> None:
         namespace = open_namespace(work.started, NamespaceType.PID, work.features)
         stack.enter_context(namespace)
         context = stack.enter_context(syscalls.fsopen("proc"))
+        syscalls.fsconfig_string(context, "source", "proc")
         syscalls.fsconfig_fd(context, "pidns", namespace)
         syscalls.fsconfig_create(context)
         mounted = stack.enter_context(syscalls.fsmount(context, _PROC_ATTRIBUTES))
@@ -242,7 +246,8 @@ def _mount_proc_from_outside(work: Work) -> None:
 def _mount_proc_from_inside() -> None:
     # A /proc shows the PID namespace of whoever mounts it, and the forge is in none but the node's.
     # Its next child, however, is in the anchor's.
-    answer, question = map(Descriptor, os.pipe())
+    with calling("pipe(2)"):
+        answer, question = map(Descriptor, os.pipe())
     with answer, question:
         with calling("fork(2)"):
             pid = os.fork()
@@ -375,8 +380,7 @@ class ForgeProgram:
             self._last = self._make(work)
         except ForgeError as error:
             send_once(self._owner, encode_failure(error.step, error.cause))
-            if work.is_away:
-                # It could not come home, and must not make the next anchor from here.
+            if error.step == COME_HOME:
                 raise SystemExit(1) from error
             return
         try:
@@ -391,10 +395,10 @@ class ForgeProgram:
             try:
                 for step in STEPS:
                     if step.applies(work):
-                        _perform(step, work)
+                        _perform(step.name, step.act, work)
             finally:
                 if work.is_away:
-                    _perform(Step("come home", lambda work: True, self._go_home), work)
+                    _perform(COME_HOME, self._go_home, work)
             if self._settings.tied:
                 self._tie(work)
         except BaseException:
@@ -440,11 +444,11 @@ class ForgeProgram:
             self._last = None
 
 
-def _perform(step: Step, work: Work) -> None:
+def _perform(name: str, act: Callable[[Work], None], work: Work) -> None:
     try:
-        step.act(work)
-    except OSError as error:
-        raise ForgeError(step.name, SyscallError.of("(unknown call)", error)) from error
+        act(work)
+    except SyscallError as error:
+        raise ForgeError(name, error) from error
 
 
 def _make_folders(path: str) -> None:
@@ -488,6 +492,10 @@ def main() -> None:
         send_once(owner, encode_success(os.getpid()))
         try:
             program.serve()
+        except Exception:
+            # Said before the socket closes: the owner quotes it as soon as it notices.
+            sys.excepthook(*sys.exc_info())
+            raise SystemExit(1) from None
         finally:
             program.end_ties()
 

@@ -23,6 +23,10 @@ RECORD_BYTES_MAX: Final = 65_536
 """Longest record. Two paths of PATH_MAX fit, each byte of them escaped."""
 
 
+COME_HOME: Final = "come home"
+"""The one step whose failure ends the forge: it must not work where it is, and cannot leave."""
+
+
 class ForgeError(Exception):
     """
     An anchor, or a command, was not made; nothing is left of the attempt.

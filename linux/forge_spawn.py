@@ -40,6 +40,9 @@ STATUS_BYTES_MAX: Final = 8192
 Stream: TypeAlias = int | IO[bytes] | None
 """As `subprocess.Popen` takes its standard streams."""
 
+Child: TypeAlias = subprocess.Popen[bytes]
+"""A running command; the name lets others speak of one without starting any."""
+
 _PROGRAM: Final = Path(__file__).with_name("forge_exec.py")
 
 # The mount namespace last: the others must be entered while this thread still sees the node.
@@ -71,7 +74,7 @@ def spawn_within(
     stdout: Stream = None,
     stderr: Stream = None,
     foreground: bool = False,
-) -> subprocess.Popen[bytes]:
+) -> Child:
     """
     Start a command in an allocation's namespaces and scope.
 
@@ -108,7 +111,7 @@ def spawn_within(
         answer, question = (stack.enter_context(Descriptor(fd)) for fd in os.pipe())
         passed = [question, variables, *([scope] if scope is not None else [])]
 
-        def start() -> subprocess.Popen[bytes]:
+        def start() -> Child:
             tty = 0 if foreground and _is_terminal(stdin) else -1
             numbers = (question.fileno(), variables.fileno(), scope.fileno() if scope else -1, tty)
             return subprocess.Popen(
@@ -145,11 +148,9 @@ def restore_foreground(tty: int) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _in_thread_within(
-    bundle: DescriptorBundle, start: Callable[[], subprocess.Popen[bytes]]
-) -> subprocess.Popen[bytes]:
+def _in_thread_within(bundle: DescriptorBundle, start: Callable[[], Child]) -> Child:
     """Call `start` in a thread that is in the bundle's namespaces; the thread ends with it."""
-    results: list[subprocess.Popen[bytes]] = []
+    results: list[Child] = []
     errors: list[BaseException] = []
 
     def run() -> None:
@@ -175,9 +176,7 @@ def _enter(bundle: DescriptorBundle) -> None:
             syscalls.setns(bundle[kind], CLONE_FLAGS[kind])
 
 
-def _start_or_say_dead(
-    start: Callable[[], subprocess.Popen[bytes]], bundle: DescriptorBundle
-) -> subprocess.Popen[bytes]:
+def _start_or_say_dead(start: Callable[[], Child], bundle: DescriptorBundle) -> Child:
     try:
         return start()
     except OSError as error:
@@ -187,9 +186,7 @@ def _start_or_say_dead(
         raise
 
 
-def _await_start(
-    child: subprocess.Popen[bytes], answer: Descriptor, command: Sequence[str]
-) -> None:
+def _await_start(child: Child, answer: Descriptor, command: Sequence[str]) -> None:
     """Wait until the command runs; if it never will, bury the child and say why."""
     poll = select.poll()
     poll.register(answer, select.POLLIN)

@@ -29,6 +29,7 @@ from statemachine.messages import (
     NamespaceResponse,
     NamespaceType,
     mount_path_below,
+    objection,
 )
 from transport.contract import Adoption, Observation, Recovery, Sighting, Standing
 from transport.descriptors import (
@@ -269,6 +270,8 @@ class SimulatedNode:
             self._tell(Observation(allocation_id, Sighting.POPULATED))
         elif scope is None or scope.was_used:
             self._tell(Observation(allocation_id, Sighting.EMPTIED))
+        else:
+            self._tell(Observation(allocation_id, Sighting.CHANGED))
 
     def _tell(self, observation: Observation) -> None:
         for watcher in self._watchers:
@@ -307,12 +310,18 @@ class SimulatedBackend:
         Make an allocation on the node.
 
         Raises:
-            CreationFailed: a step failed; the steps before it are undone.
+            CreationFailed: the request breaks a rule, its allocation is alive, or a step failed;
+                the steps before it are undone.
         """
+        reason = objection(request)
+        if reason is not None:
+            raise CreationFailed(reason)
         name = request.allocation_id
         node = self._node
         node.step(Step.INTEND, name)
         with node.lock:
+            if name in node.journal:
+                raise CreationFailed(f"allocation {name} is alive already")
             node.journal[name] = _Entry(request)
             life = node.lives.setdefault(name, _Life())
         try:
@@ -339,21 +348,25 @@ class SimulatedBackend:
         node = self._node
         with node.lock:
             entry = node.journal.get(allocation_id)
-            if entry is None:
-                raise AllocationNotFound(allocation_id)
-            node.step(Step.RECORD_END, allocation_id)
+        if entry is None:
+            raise AllocationNotFound(allocation_id)
+        node.step(Step.RECORD_END, allocation_id)
+        with node.lock:
             entry.standing = Standing.REMAINS
             self._watched.discard(allocation_id)
-            node.step(Step.KILL, allocation_id)
+        node.step(Step.KILL, allocation_id)
+        with node.lock:
             life = node.lives.setdefault(allocation_id, _Life())
             life.is_init_alive = False
             if life.scope is not None and life.scope.processes > 0:
                 # Killed now, gone when next looked at: like the Linux kernel, never at once.
                 life.scope.processes = life.scope.unkillable
                 return
-            node.step(Step.REMOVE_SCOPE, allocation_id)
+        node.step(Step.REMOVE_SCOPE, allocation_id)
+        with node.lock:
             self._undo(allocation_id)
-            node.step(Step.FORGET, allocation_id)
+        node.step(Step.FORGET, allocation_id)
+        with node.lock:
             node.remembered.append(allocation_id)
 
     # The rest of the contract.
@@ -362,7 +375,7 @@ class SimulatedBackend:
         """Open the allocation's namespaces, in request order; the caller owns the bundle."""
         with self._node.lock:
             life = self._node.lives.get(allocation_id)
-            if life is None:
+            if life is None or self._node.journal[allocation_id].standing is Standing.REMAINS:
                 raise AllocationNotFound(allocation_id)
             if not life.is_init_alive:
                 raise FdPassing(f"the init of {allocation_id} is dead")
@@ -395,8 +408,10 @@ class SimulatedBackend:
     def watch(self, allocation_id: str) -> None:
         """Begin to observe an allocation."""
         with self._node.lock:
+            life = self._node.lives.get(allocation_id)
+            if life is None:
+                raise AllocationNotFound(allocation_id)
             self._watched.add(allocation_id)
-            life = self._node.lives[allocation_id]
             if not life.is_init_alive:
                 self.hear(Observation(allocation_id, Sighting.INIT_DIED))
             if life.scope is None or (life.scope.was_used and not life.scope.is_populated):
@@ -420,7 +435,9 @@ class SimulatedBackend:
         """Read whether the cgroup was used and is empty; a cgroup that is gone is empty."""
         with self._node.lock:
             life = self._node.lives.get(allocation_id)
-            if life is None or life.scope is None:
+            if life is None:
+                return False
+            if life.scope is None:
                 return True
             return life.scope.was_used and not life.scope.is_populated
 

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
 from statemachine.errors import AllocationNotFound, FdPassing, NamespaceError
 from statemachine.messages import (
@@ -25,6 +27,9 @@ from statemachine.messages import (
     NamespaceResponse,
     NamespaceType,
 )
+
+Spoken: TypeAlias = tuple[Literal["read", "sent"], Message | None]
+"""Something the provider read or sent on a connection; None for a frame that is unreadable."""
 
 
 class InvariantBroken(AssertionError):
@@ -166,60 +171,47 @@ def at_most_one_live_set(
 # --- One connection ----------------------------------------------------------------------------
 
 
-def answers_come_in_order(
-    messages: Sequence[Message | None], replies: Sequence[Message], *, is_closed: bool
-) -> list[str]:
+def answers_come_in_order(history: Sequence[Spoken], *, is_closed: bool) -> list[str]:
     """
     Every reply answers the oldest message that has none, or is an end that is told unasked.
 
     Args:
-        messages: what the provider has read on a connection; None for a frame that is unreadable.
-        replies: what it has sent there.
+        history: all that was said on a connection, as the provider read and sent it.
         is_closed: whether the provider has closed it; only then may an error stand last that
             answers no message, because it concerns the connection as a whole.
     """
-    answers = _answers(messages, replies)
-    paired, surplus = answers[: len(messages)], answers[len(messages) :]
+    talk = _match(history)
     found = [
-        f"{message} was answered by {replies[index]}"
-        for index, message in paired
-        if not _can_answer(message, replies[index])
+        f"{message} was answered by {reply}"
+        for message, reply in talk.answered
+        if not _can_answer(message, reply)
     ]
-    is_farewell = is_closed and all(isinstance(replies[i], NamespaceError) for i, _ in surplus)
-    if len(surplus) > is_farewell:
-        found.append(f"nothing was asked, but answered: {[replies[i] for i, _ in surplus]}")
+    is_farewell = is_closed and all(isinstance(reply, NamespaceError) for reply in talk.surplus)
+    if len(talk.surplus) > is_farewell:
+        found.append(f"nothing was asked, but answered: {talk.surplus}")
     return found
 
 
-def unanswered(
-    messages: Sequence[Message | None], replies: Sequence[Message]
-) -> list[Message | None]:
-    """List the messages that have no answer yet, the oldest first."""
-    return list(messages[len(_answers(messages, replies)) :])
-
-
-def told_unasked(messages: Sequence[Message | None], replies: Sequence[Message]) -> list[str]:
-    """List the allocations whose end a connection was told of without an end of its own."""
-    answers = {index for index, _ in _answers(messages, replies)}
-    return [
-        reply.allocation_id
-        for index, reply in enumerate(replies)
-        if isinstance(reply, AllocationEnded) and index not in answers
-    ]
+def every_message_is_answered(history: Sequence[Spoken]) -> list[str]:
+    """At rest: no message of an open connection waits for its answer."""
+    return [f"{message} was never answered" for message in unanswered(history)]
 
 
 def nothing_follows_a_close(actions: Sequence[str]) -> list[str]:
-    """After a connection is closed nothing is sent on it; items: "send" or "close"."""
-    if "close" in actions and actions.index("close") != len(actions) - 1:
-        return [f"after the close came {actions[actions.index('close') + 1 :]}"]
+    """After a connection is closed nothing is sent on it; items: "sent" or "closed"."""
+    if "closed" in actions and actions.index("closed") != len(actions) - 1:
+        return [f"after the close came {actions[actions.index('closed') + 1 :]}"]
     return []
 
 
-def every_message_is_answered(
-    messages: Sequence[Message | None], replies: Sequence[Message]
-) -> list[str]:
-    """At rest: no message of an open connection waits for its answer."""
-    return [f"{message} was never answered" for message in unanswered(messages, replies)]
+def unanswered(history: Sequence[Spoken]) -> list[Message | None]:
+    """List the messages that have no answer yet, the oldest first."""
+    return _match(history).open
+
+
+def told_unasked(history: Sequence[Spoken]) -> list[str]:
+    """List the allocations whose end was told without an end that it could answer."""
+    return _match(history).pushed
 
 
 # --- Errors ------------------------------------------------------------------------------------
@@ -230,16 +222,29 @@ def an_error_changes_nothing(before: object, after: object) -> list[str]:
     return [] if before == after else [f"an error changed {before} into {after}"]
 
 
-def _answers(
-    messages: Sequence[Message | None], replies: Sequence[Message]
-) -> list[tuple[int, Message | None]]:
-    """Find the replies that are answers: the index of each, and the message that it answers."""
-    found: list[tuple[int, Message | None]] = []
-    for index, reply in enumerate(replies):
-        asked = messages[len(found)] if len(found) < len(messages) else None
-        if not isinstance(reply, AllocationEnded) or asked == reply:
-            found.append((index, asked))
-    return found
+@dataclass
+class _Talk:
+    """What was said on a connection, taken apart."""
+
+    open: list[Message | None] = field(default_factory=list)
+    answered: list[tuple[Message | None, Message]] = field(default_factory=list)
+    pushed: list[str] = field(default_factory=list)
+    surplus: list[Message] = field(default_factory=list)
+
+
+def _match(history: Sequence[Spoken]) -> _Talk:
+    talk = _Talk()
+    for verb, message in history:
+        oldest = talk.open[0] if talk.open else None
+        if verb == "read":
+            talk.open.append(message)
+        elif isinstance(message, AllocationEnded) and message != oldest:
+            talk.pushed.append(message.allocation_id)
+        elif message is not None and talk.open:
+            talk.answered.append((talk.open.pop(0), message))
+        elif message is not None:
+            talk.surplus.append(message)
+    return talk
 
 
 def _can_answer(message: Message | None, reply: Message) -> bool:

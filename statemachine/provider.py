@@ -288,6 +288,9 @@ class ProviderKernel:
 
     def _on_allocation_event(self, event: on.AllocationEvent) -> None:
         allocation = self._model(event.allocation_id)
+        if isinstance(event, _ADOPTIONS) and allocation.state is AllocationState.RELEASED:
+            # The name was released before, and given to the life that is adopted now.
+            allocation.state = AllocationState.UNKNOWN
         if PROVIDER.row(type(event), allocation.state) is None:
             raise refusal(type(event), allocation.state, f"allocation {event.allocation_id}")
         self._note(allocation, event)
@@ -315,10 +318,10 @@ class ProviderKernel:
                 allocation.timers.discard(Timer.RELEASE)
             case on.CreatedAdopted() | on.HandedOffAdopted():
                 allocation.request, allocation.response = event.request, event.response
-                self._allocations[event.allocation_id] = allocation
+                self._enter(allocation)
             case on.RemainsFound(request=request):
                 allocation.request = request
-                self._allocations[event.allocation_id] = allocation
+                self._enter(allocation)
             case _:
                 pass
 
@@ -484,10 +487,14 @@ class ProviderKernel:
     def _admit(self, number: ConnectionId, request: NamespaceRequest) -> _Allocation:
         name = request.allocation_id
         allocation = _Allocation(name, request, uid=self._connections[number].uid)
-        self._allocations[name] = allocation
-        self._count_allocation(allocation, +1)
-        self._remembered.pop(name, None)
+        self._enter(allocation)
         return allocation
+
+    def _enter(self, allocation: _Allocation) -> None:
+        """Take an allocation up among those that are alive."""
+        self._allocations[allocation.allocation_id] = allocation
+        self._count_allocation(allocation, +1)
+        self._remembered.pop(allocation.allocation_id, None)
 
     def _ask_for_end(self, number: ConnectionId, name: str) -> None:
         allocation = self._model(name)
@@ -722,6 +729,8 @@ def event_of(connection: ConnectionId, message: Message) -> Event:
 
 
 _PeerSaid: TypeAlias = on.RequestReceived | on.EndReceived | on.FrameRejected | on.ConnectionLost
+
+_ADOPTIONS: Final = (on.CreatedAdopted, on.HandedOffAdopted, on.RemainsFound)
 
 _OPEN_MESSAGES: Final = "unanswered messages of one connection"
 _STOPPING: Final = "the provider is shutting down"

@@ -36,7 +36,7 @@ DEADLINE_S: Final = 10.0
 KERNELS: Final = {"this kernel": Features.probe(), "oldest kernel": OLDEST}
 
 
-@pytest.fixture(scope="module", params=KERNELS.values(), ids=KERNELS.keys())
+@pytest.fixture(scope="module", params=list(KERNELS.values()), ids=list(KERNELS))
 def features(request: pytest.FixtureRequest) -> Features:
     found: Features = request.param
     return found

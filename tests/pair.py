@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any, Final, TypeAlias
 
 from specs import invariants as always
+from specs.invariants import Spoken
 from statemachine import effects as do
 from statemachine import events as on
 from statemachine.consumer import ConsumerKernel
@@ -42,7 +43,7 @@ from statemachine.provider import event_of as provider_event_of
 LIVE: Final = (AllocationState.REQUESTED, AllocationState.CREATED, AllocationState.HANDED_OFF)
 """States in which an allocation counts."""
 
-STEPS_TO_REST_MAX: Final = 2_000
+STEPS_TO_REST_MAX: Final = 300
 """More steps than any world here needs to come to rest once nothing fails any more."""
 
 Identity: TypeAlias = tuple[NamespaceType, int]
@@ -88,14 +89,12 @@ class Link:
     number: int
     session: int
     """Which wish of which consumer it belongs to."""
-    to_provider: deque[Message | None] = field(default_factory=deque)
-    """None is a frame that nobody can read."""
+    to_provider: deque[Message] = field(default_factory=deque)
     to_consumer: deque[Parcel] = field(default_factory=deque)
     is_accepted: bool = False
     has_provider: bool = True
     has_consumer: bool = True
-    read: list[Message | None] = field(default_factory=list)
-    sent: list[Message] = field(default_factory=list)
+    history: list[Spoken] = field(default_factory=list)
     actions: list[str] = field(default_factory=list)
 
 
@@ -174,7 +173,7 @@ class World:
         self.timers: set[tuple[Timer, str]] = set()
         self.lanes: dict[str, deque[Effect]] = {}
         self.watched: set[str] = set()
-        self.sightings: deque[Event] = deque()
+        self.sightings: deque[on.AllocationEvent] = deque()
         self._events: deque[Event] = deque()
         self.provider.remember(self.remembered)
         for name, life in sorted(self.lives.items()):
@@ -197,6 +196,9 @@ class World:
     def crash(self) -> None:
         """Kill the provider's program; the node goes on."""
         self.provider = None
+        self.lanes.clear()
+        self.sightings.clear()
+        self.timers.clear()
         for link in self.links.values():
             self._shut_provider_end(link)
 
@@ -268,23 +270,23 @@ class World:
 
     def _announce(self, effect: do.AnnounceEnd) -> None:
         link, name = self.links[effect.connection], effect.allocation_id
-        unasked_before = len(always.told_unasked(link.read, link.sent))
+        unasked_before = len(always.told_unasked(link.history))
         self._send(link, Parcel(AllocationEnded(name)))
         if name in self.incarnations:
             item = (link.number, self.incarnations[name])
             self.told.append(item)
-            if len(always.told_unasked(link.read, link.sent)) > unasked_before:
+            if len(always.told_unasked(link.history)) > unasked_before:
                 self.pushed.append(item)
 
     def _send(self, link: Link, parcel: Parcel) -> None:
-        link.actions.append("send")
-        link.sent.append(parcel.message)
+        link.actions.append("sent")
+        link.history.append(("sent", parcel.message))
         if link.has_provider and link.has_consumer:
             link.to_consumer.append(parcel)
 
     def _close(self, effect: do.CloseConnection) -> None:
         link = self.links[effect.connection]
-        link.actions.append("close")
+        link.actions.append("closed")
         self._shut_provider_end(link)
         self._events.append(on.ConnectionLost(link.number, "closed"))
 
@@ -306,14 +308,10 @@ class World:
             self.feed(on.ConnectionOpened(link.number, 0))
         elif link.to_provider:
             message = link.to_provider.popleft()
-            link.read.append(message)
-            if message is None:
-                self.feed(on.FrameRejected("unreadable", link.number))
-            else:
-                event = provider_event_of(link.number, message)
-                if isinstance(event, on.FrameRejected):
-                    link.read[-1] = None
-                self.feed(event)
+            event = provider_event_of(link.number, message)
+            is_readable = not isinstance(event, on.FrameRejected)
+            link.history.append(("read", message if is_readable else None))
+            self.feed(event)
         elif not link.has_consumer:
             self._shut_provider_end(link)
             self.feed(on.ConnectionLost(link.number, "closed by the consumer"))
@@ -365,6 +363,7 @@ class World:
         if life is not None:
             del self.lives[name]
             self.releases.append(life.incarnation)
+        self.sightings = deque(x for x in self.sightings if x.allocation_id != name)
         self.remembered.append(name)
         self.feed(on.NamespacesReleased(name))
 
@@ -390,7 +389,7 @@ class World:
 
     def observe(self) -> None:
         """Let the provider take in the oldest thing that the backend has seen."""
-        event: Any = self.sightings.popleft()
+        event = self.sightings.popleft()
         name = event.allocation_id
         if name not in self.watched or self.kernel.state_of(name) not in _OBSERVED:
             return
@@ -544,22 +543,33 @@ class World:
         """
         if self.provider is None:
             self.restart()
-        if self.kernel.phase is Phase.STARTING:
-            self.get_ready()
         self.can_open_descriptors = True
         for life in self.lives.values():
             life.is_hung = False
-        for steps in itertools.count():
-            assert steps < STEPS_TO_REST_MAX, "this world never comes to rest"
+        assert self.go_on(STEPS_TO_REST_MAX) < STEPS_TO_REST_MAX, "it never comes to rest"
+
+    def go_on(self, steps: int) -> int:
+        """Do what is next to be done, as often as said or until there is nothing; count it."""
+        for done in range(steps):
             step = next(self._next_steps(), None)
             if step is None:
-                return
+                return done
             step()
+            self.check()
+        return steps
 
     def _next_steps(self) -> Iterator[Callable[[], object]]:
         for link in self.links.values():
             if self.has_news_for_provider(link):
                 yield partial(self.listen_to, link)
+        if self.provider is not None:
+            yield from self._next_steps_of_provider()
+        for client in self.present:
+            yield from self._next_steps_of(client)
+
+    def _next_steps_of_provider(self) -> Iterator[Callable[[], object]]:
+        if self.kernel.phase is Phase.STARTING:
+            yield self.get_ready
         for name in self.lanes:
             yield partial(self.work, name)
         if self.sightings:
@@ -567,8 +577,6 @@ class World:
         for timer, name in sorted(self.timers, key=str):
             if timer is Timer.RETRY:
                 yield partial(self.expire, timer, name)
-        for client in self.present:
-            yield from self._next_steps_of(client)
 
     def _next_steps_of(self, client: Client) -> Iterator[Callable[[], object]]:
         if client.is_calling:
@@ -625,7 +633,7 @@ class World:
         )
         for link in self.links.values():
             if link.has_provider and link.has_consumer:
-                always.require(always.every_message_is_answered(link.read, link.sent))
+                always.require(always.every_message_is_answered(link.history))
         assert set(self.kernel.states.values()) <= {
             AllocationState.CREATED,
             AllocationState.HANDED_OFF,
@@ -643,9 +651,7 @@ class World:
 
     def _check_link(self, link: Link) -> None:
         always.require(
-            always.answers_come_in_order(
-                link.read, link.sent, is_closed="close" in link.actions or not link.has_provider
-            ),
+            always.answers_come_in_order(link.history, is_closed="closed" in link.actions),
             always.nothing_follows_a_close(link.actions),
         )
 
@@ -664,9 +670,7 @@ class World:
         assert len(ends) <= 1
 
     def _counting(self) -> list[int]:
-        if self.provider is None:
-            return []
-        return [self.incarnations[n] for n, s in self.provider.states.items() if s in LIVE]
+        return [self.incarnations[name] for name in self._counting_names()]
 
     def _over(self) -> set[int]:
         return set(self.ends) | set(self.releases)
@@ -686,16 +690,19 @@ class World:
 
     def _provided(self) -> set[tuple[int, str]]:
         """Find what is alive, or asked for and not taken back, at the wish of each session."""
-        sessions = {link.number: link.session for link in self.links.values()}
-        counting = {self.incarnations[n]: n for n in self._counting_names()}
-        found = {(sessions[c], counting[i]) for c, i in self.handed if i in counting}
+        if self.provider is None:
+            return set()
+        counting = {self.incarnations[name]: name for name in self._counting_names()}
+        found: set[tuple[int, str]] = set()
         for link in self.links.values():
-            coming = [*always.unanswered(link.read, link.sent), *link.to_provider]
-            for message in coming if link.has_provider and self.provider is not None else []:
-                if isinstance(message, NamespaceRequest):
-                    name = message.allocation_id
-                    if AllocationEnded(name) not in coming:
-                        found.add((link.session, name))
+            coming = [*always.unanswered(link.history), *link.to_provider]
+            coming = coming if link.has_provider else []
+            names = [x.allocation_id for x in coming if isinstance(x, NamespaceRequest)]
+            names += [counting[i] for c, i in self.handed if c == link.number and i in counting]
+            # What was handed over on a connection that is lost is alive all the same.
+            found |= {(link.session, name) for name in names} - {
+                (link.session, x.allocation_id) for x in coming if isinstance(x, AllocationEnded)
+            }
         return found
 
     def _counting_names(self) -> list[str]:

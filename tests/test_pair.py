@@ -5,24 +5,23 @@ from __future__ import annotations
 from typing import Any, Final
 
 import pytest
+from hypothesis import Phase as HypothesisPhase
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from pair import Client, Link, World
 
 from specs import invariants as always
-from statemachine import effects as do
 from statemachine.effects import Timer
 from statemachine.errors import AllocationNotFound, CreationFailed, FdPassing, SocketUnavailable
 from statemachine.lifecycle import ConsumerState, NoticeState
 from statemachine.messages import (
     AllocationEnded,
-    Message,
     NamespaceRequest,
     NamespaceResponse,
     NamespaceType,
 )
-from statemachine.provider import Limits, Phase
+from statemachine.provider import Phase
 
 PID, NET, MOUNT = NamespaceType.PID, NamespaceType.NET, NamespaceType.MOUNT
 
@@ -35,9 +34,140 @@ REQUESTS: Final = (
 
 CLIENTS: Final = 3
 STEPS: Final = 40
+EXAMPLES_FACTOR: Final = 4
+"""A step here costs microseconds: more examples than elsewhere in the same time."""
 
 _pick: Final = st.integers(min_value=0, max_value=5)
 """Chooses among what is there now: the first at 0, so that failures shrink to the first."""
+
+
+def run(world: World, client: Client, *steps: str) -> None:
+    """Let named things happen to one consumer, one after the other, and hold each to the rules."""
+    for step in steps:
+        match step:
+            case "call":
+                world.answer_call(client)
+            case "hear":
+                world.hear(client)
+            case "read" if client.link is not None:
+                world.listen_to(client.link)
+            case "create" | "release":
+                world.work(client.kernel.request.allocation_id)
+            case "answer is late":
+                world.expire_for(client, Timer.ANSWER)
+            case "serve itself":
+                world.serve_self(client, is_able=True)
+            case "end":
+                world.end(client)
+            case _:
+                raise AssertionError(step)
+        world.check()
+
+
+def begin(request: NamespaceRequest = REQUESTS[0]) -> tuple[World, Client]:
+    """Bring up a provider that is ready and a consumer that calls it."""
+    world = World(CLIENTS)
+    world.get_ready()
+    return world, join(world, 0, request)
+
+
+def join(world: World, index: int, request: NamespaceRequest = REQUESTS[0]) -> Client:
+    world.want(index, request)
+    client = world.clients[index]
+    assert client is not None
+    return client
+
+
+def finish(world: World) -> None:
+    world.settle()
+    world.check_at_rest()
+    world.clear()
+    world.check_at_rest()
+    world.check_cleared()
+
+
+def test_basic_asked_created_handed_over_and_ended() -> None:
+    world, client = begin()
+    run(world, client, "call", "read", "read", "create", "hear")
+    assert client.kernel.state is ConsumerState.HELD
+    run(world, client, "end", "read", "release", "hear")
+    assert client.is_done
+    assert (len(world.ends), len(world.releases)) == (1, 1)
+    finish(world)
+
+
+def test_ends_that_cross_count_as_one() -> None:
+    world, client = begin()
+    run(world, client, "call", "read", "read", "create", "hear")
+    world.populate("a", is_populated=True)
+    world.populate("a", is_populated=False)
+    while world.sightings:
+        world.observe()
+    run(world, client, "end", "release", "hear")
+    assert client.kernel.state is ConsumerState.ENDED
+    assert len(world.ends) == 1
+    finish(world)
+
+
+def test_an_answer_after_the_fallback_leaves_one_live_set() -> None:
+    world, client = begin()
+    run(world, client, "call", "read", "read", "answer is late", "serve itself")
+    run(world, client, "create", "hear", "read", "release", "hear")
+    assert client.kernel.state is ConsumerState.SELF_HELD
+    assert client.kernel.notice is NoticeState.HEARD
+    assert world.lives == {}
+    finish(world)
+
+
+def test_a_provider_that_dies_before_the_answer_is_told_after_its_restart() -> None:
+    world, client = begin()
+    run(world, client, "call", "read", "read", "create")
+    link = client.link
+    assert link is not None
+    link.to_consumer.clear()
+    world.crash()
+    run(world, client, "hear", "serve itself")
+    assert client.kernel.is_in_debt
+    incarnation = world.lives["a"].incarnation
+    finish(world)
+    assert incarnation in world.ends
+
+
+def test_what_was_handed_over_survives_the_provider() -> None:
+    world, client = begin()
+    run(world, client, "call", "read", "read", "create", "hear")
+    world.crash()
+    run(world, client, "hear")
+    assert client.kernel.state is ConsumerState.HELD
+    world.restart()
+    other = join(world, 1)
+    world.settle()
+    assert other.kernel.state is ConsumerState.HELD
+    (first, again) = world.hand_overs
+    assert first == again
+    finish(world)
+
+
+def test_a_name_in_use_again_survives_the_provider() -> None:
+    world, client = begin()
+    run(world, client, "call", "read", "read", "create", "hear", "end", "read", "release", "hear")
+    again = join(world, 0)
+    run(world, again, "call", "read", "read", "create", "hear")
+    world.crash()
+    world.restart()
+    assert list(world.kernel.states) == ["a"]
+    finish(world)
+
+
+def test_a_caller_who_is_done_while_its_request_waits_for_a_release_gets_no_second_set() -> None:
+    world, client = begin()
+    run(world, client, "call", "read", "read", "create", "hear", "end", "read")
+    early = join(world, 1)
+    run(world, early, "call", "read", "read", "answer is late", "read", "serve itself")
+    world.settle()
+    assert early.kernel.state is ConsumerState.SELF_HELD
+    assert world.lives == {}
+    finish(world)
 
 
 class Pair(RuleBasedStateMachine):
@@ -90,6 +220,11 @@ class Pair(RuleBasedStateMachine):
     def is_up(self) -> bool:
         return self.world.provider is not None
 
+    # Without this, half of all runs would be over before anything was handed over.
+    @rule(steps=st.integers(1, 12))
+    def things_take_their_course(self, steps: int) -> None:
+        self.world.go_on(steps)
+
     # The consumers and their callers.
 
     @precondition(lambda self: self.free())
@@ -128,9 +263,11 @@ class Pair(RuleBasedStateMachine):
         running = self.running_for()
         self.world.expire_for(*running[pick % len(running)])
 
-    @rule(index=st.integers(0, CLIENTS - 1))
-    def a_consumer_dies(self, index: int) -> None:
-        self.world.drop(index)
+    @precondition(lambda self: self.world.present)
+    @rule(pick=_pick)
+    def a_consumer_dies(self, pick: int) -> None:
+        present = self.world.present
+        self.world.drop(self.world.clients.index(present[pick % len(present)]))
 
     # The link.
 
@@ -230,4 +367,101 @@ class Pair(RuleBasedStateMachine):
 
 
 TestPair = Pair.TestCase
-TestPair.settings = settings(stateful_step_count=STEPS)
+TestPair.settings = settings(
+    max_examples=EXAMPLES_FACTOR * settings().max_examples,
+    stateful_step_count=STEPS,
+    # Explaining a failure costs minutes here, and says less than the shrunk steps do.
+    phases=[phase for phase in HypothesisPhase if phase is not HypothesisPhase.explain],
+)
+
+
+# --- Every invariant can fail ------------------------------------------------------------------
+
+ASKED: Final = NamespaceRequest("a", (NET, PID))
+GIVEN: Final = NamespaceResponse("a", (NET, PID))
+OVER: Final = AllocationEnded("a")
+
+BROKEN: Final[list[tuple[str, list[str]]]] = [
+    ("id", always.response_answers_its_request(ASKED, NamespaceResponse("b", (NET, PID)))),
+    ("order", always.response_answers_its_request(ASKED, NamespaceResponse("a", (PID, NET)))),
+    ("mount", always.response_answers_its_request(ASKED, NamespaceResponse("a", (NET, PID), "/"))),
+    ("kinds", always.descriptors_are_what_the_response_says((NET, PID), (PID, NET))),
+    ("count", always.descriptors_are_what_the_response_says((NET, PID), (NET,))),
+    ("shared", always.allocations_are_isolated({"a": [1, 2], "b": [2]})),
+    ("other set", always.an_incarnation_is_one_set_of_namespaces([(1, (7,)), (1, (8,))])),
+    ("reused set", always.an_incarnation_is_one_set_of_namespaces([(1, (7,)), (2, (7,))])),
+    ("ended twice", always.ended_at_most_once([1, 2, 1])),
+    ("released twice", always.released_at_most_once([1, 1])),
+    ("released alive", always.released_only_after_its_end([1], [1])),
+    ("pushed twice", always.end_is_pushed_at_most_once([(9, 1), (9, 1)])),
+    ("pushed astray", always.end_is_told_only_to_whom_it_concerns([(9, 1)], [(8, 1)])),
+    ("never heard", always.every_holder_has_heard([(9, 1)], [(8, 1)], [1], [9])),
+    ("two sets", always.at_most_one_live_set([("c", "a")], [], [("c", "a")])),
+    ("swapped", always.answers_come_in_order([("read", OVER), ("sent", GIVEN)], is_closed=False)),
+    (
+        "answered twice",
+        always.answers_come_in_order(
+            [("read", ASKED), ("sent", GIVEN), ("sent", CreationFailed("x"))], is_closed=False
+        ),
+    ),
+    (
+        "somebody else's id",
+        always.answers_come_in_order(
+            [("read", OVER), ("sent", AllocationNotFound("b"))], is_closed=False
+        ),
+    ),
+    ("unanswered", always.every_message_is_answered([("read", ASKED), ("sent", OVER)])),
+    ("after the close", always.nothing_follows_a_close(["sent", "closed", "sent"])),
+    ("moved", always.an_error_changes_nothing(1, 2)),
+]
+
+
+@pytest.mark.parametrize(("name", "finding"), BROKEN, ids=[name for name, _ in BROKEN])
+def test_an_invariant_sees_when_it_is_broken(name: str, finding: list[str]) -> None:
+    assert len(finding) == 1
+    with pytest.raises(always.InvariantBroken):
+        always.require([], finding)
+
+
+def test_no_invariant_forbids_what_is_right() -> None:
+    history: list[always.Spoken] = [
+        ("read", ASKED),
+        ("read", AllocationEnded("nobody")),
+        ("sent", GIVEN),
+        ("sent", OVER),
+        ("sent", AllocationNotFound("nobody")),
+        ("read", OVER),
+        ("sent", OVER),
+        ("read", None),
+        ("sent", FdPassing("unreadable")),
+    ]
+    assert always.told_unasked(history) == ["a"]
+    assert always.unanswered(history) == []
+    farewell: list[always.Spoken] = [("sent", SocketUnavailable("user 7 may not"))]
+    always.require(
+        always.answers_come_in_order(history, is_closed=True),
+        always.answers_come_in_order(farewell, is_closed=True),
+        always.every_message_is_answered(history),
+        always.nothing_follows_a_close(["sent", "closed"]),
+        always.response_answers_its_request(ASKED, GIVEN),
+        always.descriptors_are_what_the_response_says((), ()),
+        always.an_incarnation_is_one_set_of_namespaces([(1, (7,)), (1, (7,)), (2, (8,)), (3, ())]),
+        always.every_holder_has_heard([(9, 1), (8, 1), (9, 2)], [(9, 1)], [1], [9]),
+        always.at_most_one_live_set([("c", "a"), ("d", "b")], ["c"], [("c", "a")]),
+        always.an_error_changes_nothing((1,), (1,)),
+    )
+
+
+def test_the_harness_sees_a_provider_that_says_everything_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world, client = begin()
+    once = World._send
+
+    def twice(self: World, link: Link, parcel: Any) -> None:
+        once(self, link, parcel)
+        once(self, link, parcel)
+
+    monkeypatch.setattr(World, "_send", twice)
+    with pytest.raises(always.InvariantBroken):
+        run(world, client, "call", "read", "read", "create")

@@ -18,7 +18,7 @@ import select
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -29,6 +29,7 @@ from statemachine import events as on
 from statemachine.consumer import ConsumerKernel, event_of
 from statemachine.effects import Effect, Timer
 from statemachine.errors import (
+    AllocationNotFound,
     CreationFailed,
     FdPassing,
     NamespaceError,
@@ -43,6 +44,7 @@ from statemachine.messages import (
     NamespaceRequest,
     NamespaceResponse,
     objection,
+    objection_to_id,
 )
 
 from .channel import Channel, Delivery, Lost, Received, Rejected
@@ -69,6 +71,9 @@ CONNECT_PAUSE_S: Final = 0.01
 
 SETTLE_TIMEOUT_S: Final = 2.0
 """How long leaving a handoff's context may take to tell the provider of an end that is owed."""
+
+FAULT_CHARACTERS_MAX: Final = 1024
+"""Longest account of a fault that the provider is given: it may quote a whole frame of its own."""
 
 AUDIT_EVENT: Final = "namespace.handoff_failed"
 """The audit event of a consumer that turns to self-service."""
@@ -116,6 +121,8 @@ class _Exchange:
     """When each running timer expires, on the monotonic clock."""
     arrived: DescriptorBundle | None = None
     """Descriptors of the message that is being fed to the kernel."""
+    arrived_identities: tuple[NamespaceIdentity, ...] = ()
+    """Which namespaces those are."""
     bundle: DescriptorBundle | None = None
     """What the caller gets."""
     response: NamespaceResponse | None = None
@@ -133,6 +140,11 @@ class _Exchange:
     @property
     def is_over(self) -> bool:
         return self.kernel.state is ConsumerState.ENDED
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it is over, and nothing is left to be said to the provider or to be undone."""
+        return self.is_over and not self.kernel.is_in_debt and not self.slow
 
     # Feeding.
 
@@ -170,7 +182,7 @@ class _Exchange:
         """Ask the Linux kernel whether the descriptors are what the response says they are."""
         if isinstance(event, on.ResponseReceived):
             try:
-                self.identities = verify_bundle(bundle, self.inspector)
+                self.arrived_identities = verify_bundle(bundle, self.inspector)
             except FdPassing as error:
                 return on.ResponseMismatched(error.reason)
         return event
@@ -206,8 +218,16 @@ class _Exchange:
             with suppress(FdPassing):
                 self.channel.flush()
 
+    def hurry(self) -> None:
+        """Call the provider now that was to be called later."""
+        if self.deadlines.pop(Timer.REDIAL, None) is not None:
+            self.feed(on.NoticeDue())
+
     def close(self) -> None:
         """Close the channel and whatever descriptors the caller has not taken out."""
+        if self.channel is not None and self.kernel.state is ConsumerState.HELD:
+            # It is held on, without the provider: an end that is wanted later has to call it.
+            self.feed(on.ConnectionLost(reason="closed here"))
         self._drop_channel()
         self.deadlines.clear()
         self.slow.clear()
@@ -218,6 +238,7 @@ class _Exchange:
 
     def connected(self, sock: socket.socket) -> None:
         self.channel = Channel(sock, accepts_descriptors=True)
+        self.unreachable = None
         self.feed(on.Connected())
 
     def not_connected(self, error: SocketUnavailable) -> None:
@@ -230,28 +251,42 @@ class _Exchange:
             assert self.fallback is not None
             return on.SelfServiceFailed(self.fallback)
         try:
-            response = self.service.create_namespaces(effect.request)
-            self.bundle = self.service.bundle_of(effect.request.allocation_id)
+            return on.SelfServed(self._make_own(self.service, effect.request))
+        except NamespaceError as error:
+            why = error.text
+        except Exception as error:
+            # A bug of the service costs this allocation, and nobody waits for it for ever.
+            _log.exception("self-service of %s failed", effect.request.allocation_id)
+            why = f"{type(error).__name__}: {error}"
+        reason = f"self-service failed too: {why} (the provider: {self.fallback})"
+        return on.SelfServiceFailed(CreationFailed(reason))
+
+    def _make_own(self, service: SelfService, request: NamespaceRequest) -> NamespaceResponse:
+        """Make the namespaces and open them: both, or nothing is left of either."""
+        response = service.create_namespaces(request)
+        try:
+            self.bundle = service.bundle_of(request.allocation_id)
             self.identities = tuple(
                 self.inspector.inspect(descriptor.fileno()) for _, descriptor in self.bundle
             )
-        except NamespaceError as error:
-            reason = f"self-service failed too: {error.text} (the provider: {self.fallback})"
-            return on.SelfServiceFailed(CreationFailed(reason))
-        return on.SelfServed(response)
+        except BaseException:
+            self.release_own()
+            raise
+        return response
 
-    def release_own(self, pause: Callable[[float], None]) -> None:
+    def release_own(self) -> None:
         """Release what self-service made; takes its time, and may run in a thread."""
         assert self.service is not None
         name = self.kernel.request.allocation_id
         if self.bundle is not None:
             self.bundle.close()
         pause_s = OWN_RELEASE_PAUSE_FIRST_S
-        self.service.release_namespaces(name)
-        while self.service.why_alive(name) is not None and pause_s < OWN_RELEASE_PAUSE_MAX_S:
-            pause(pause_s)
+        while (why := _try_to_release(self.service, name)) is not None:
+            if pause_s >= OWN_RELEASE_PAUSE_MAX_S:
+                _log.warning("%s: what self-service made is not released: %s", name, why)
+                return
+            time.sleep(pause_s)
             pause_s *= 2.0
-            self.service.release_namespaces(name)
 
     # Effects that are done at once.
 
@@ -273,7 +308,7 @@ class _Exchange:
         self._send(AllocationEnded(effect.allocation_id))
 
     def _send_fault(self, effect: do.SendFault) -> None:
-        self._send(FdPassing(effect.reason))
+        self._send(FdPassing(effect.reason[:FAULT_CHARACTERS_MAX]))
 
     def _send(self, message: Message) -> None:
         if self.channel is None:
@@ -293,6 +328,7 @@ class _Exchange:
     def _deliver(self, effect: do.DeliverDescriptors) -> None:
         if not effect.is_degraded:
             self.bundle, self.arrived = self.arrived, None
+            self.identities = self.arrived_identities
         self.response = effect.response
 
     def _discard(self, effect: do.DiscardDescriptors) -> None:
@@ -324,6 +360,18 @@ OWN_RELEASE_PAUSE_FIRST_S: Final = 0.001
 
 OWN_RELEASE_PAUSE_MAX_S: Final = 1.0
 """With a pause this long the tries end; what is left is visible and dies with this process."""
+
+
+def _try_to_release(service: SelfService, name: str) -> str | None:
+    """Try once; say what is left, or None when nothing is."""
+    try:
+        service.release_namespaces(name)
+        return service.why_alive(name)
+    except AllocationNotFound:
+        return None
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
 
 _AT_ONCE: Final[dict[type[Effect], Callable[[_Exchange, Any], None]]] = {
     do.StartTimer: _Exchange._start_timer,
@@ -505,9 +553,12 @@ class Consumer:
         End an allocation that this consumer need not hold, and wait until the provider confirms.
 
         Raises:
-            AllocationNotFound: the provider does not know it.
+            AllocationNotFound: the provider does not know it; no provider can, if it is no valid
+                id, and none is asked.
             SocketUnavailable: the provider did not confirm in time; it may have heard.
         """
+        if objection_to_id(allocation_id) is not None:
+            raise AllocationNotFound(allocation_id)
         exchange = self._settings.exchange(NamespaceRequest(allocation_id, ()))
         try:
             exchange.feed(on.EndWanted())
@@ -566,8 +617,8 @@ class Handoff(_Held):
         deadline = time.monotonic() + timeout_s
         if exchange.kernel.state in _ENDABLE:
             exchange.feed(on.EndWanted())
-        _run(exchange, lambda: exchange.is_over and not exchange.kernel.is_in_debt, deadline)
-        return exchange.is_over and not exchange.kernel.is_in_debt
+        _run(exchange, lambda: exchange.is_done, deadline)
+        return exchange.is_done
 
     def settle(self, timeout_s: float = SETTLE_TIMEOUT_S) -> bool:
         """
@@ -581,8 +632,16 @@ class Handoff(_Held):
         return not self._exchange.kernel.is_in_debt
 
     def close(self) -> None:
-        """Close the descriptors and the connection; may be called again."""
-        self._exchange.close()
+        """
+        Close the descriptors and the connection; may be called again.
+
+        An end that is owed to the provider is said, if that can be done at once.
+        """
+        try:
+            self._exchange.hurry()
+            self.settle(0.0)
+        finally:
+            self._exchange.close()
 
     def __enter__(self) -> Handoff:
         return self
@@ -640,28 +699,39 @@ def _perform(exchange: _Exchange, effect: Effect) -> None:
         case do.ServeSelf():
             exchange.feed(exchange.serve_self(effect))
         case do.ReleaseOwn():
-            exchange.release_own(time.sleep)
+            exchange.release_own()
         case _:
             raise AssertionError(f"no driver performs {effect}")
 
 
 def _connect(exchange: _Exchange) -> None:
-    deadline = time.monotonic() + exchange.patience.connect_s
-    while True:
-        try:
-            exchange.connected(begin_connect(exchange.path))
-        except SocketUnavailable as error:
-            exchange.not_connected(error)
-        except BlockingIOError:
-            if time.monotonic() < deadline:
-                time.sleep(CONNECT_PAUSE_S)
-                continue
-            exchange.not_connected(SocketUnavailable(_FULL))
-        return
+    deadline = _connect_deadline(exchange)
+    while not _try_to_connect(exchange, deadline):
+        time.sleep(CONNECT_PAUSE_S)
+
+
+def _connect_deadline(exchange: _Exchange) -> float:
+    # Only a request waits to get into a full backlog. To tell of an end it is called again later,
+    # and a caller who waits for self-service meanwhile must not wait for that as well.
+    is_asking = exchange.kernel.state is ConsumerState.CONNECTING
+    return time.monotonic() + (exchange.patience.connect_s if is_asking else 0.0)
+
+
+def _try_to_connect(exchange: _Exchange, deadline: float) -> bool:
+    """Call the provider once; say whether that has an outcome, or is worth another try."""
+    try:
+        exchange.connected(begin_connect(exchange.path))
+    except SocketUnavailable as error:
+        exchange.not_connected(error)
+    except BlockingIOError:
+        if time.monotonic() < deadline:
+            return False
+        exchange.not_connected(SocketUnavailable(_FULL))
+    return True
 
 
 _UNCONFIRMED: Final = "the provider did not confirm the end in time"
-_FULL: Final = "the provider did not take the connection within the connect deadline"
+_FULL: Final = "the provider takes no connection: its backlog is full"
 
 
 # --- The asyncio form --------------------------------------------------------------------------
@@ -741,10 +811,14 @@ class AsyncHandoff(_Held):
         exchange = self._exchange
         if exchange.kernel.state in _ENDABLE:
             self._loop.feed(on.EndWanted())
-        await self._loop.until(lambda: exchange.is_over and not exchange.kernel.is_in_debt)
+        await self._loop.until(lambda: exchange.is_done and self._loop.is_idle)
 
     async def close(self) -> None:
-        """Close the descriptors and the connection; may be called again."""
+        """
+        Close the descriptors and the connection; may be called again.
+
+        An end that is owed to the provider is said, if that can be done at once.
+        """
         await self._loop.close()
 
     async def __aenter__(self) -> AsyncHandoff:
@@ -756,11 +830,14 @@ class AsyncHandoff(_Held):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        exchange = self._exchange
-        settled = self._loop.until(lambda: not exchange.kernel.is_in_debt)
-        with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(settled, SETTLE_TIMEOUT_S)
-        await self.close()
+        try:
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._settle(), SETTLE_TIMEOUT_S)
+        finally:
+            await self.close()
+
+    async def _settle(self) -> None:
+        await self._loop.until(lambda: not self._exchange.kernel.is_in_debt)
 
 
 class _LoopDriver:
@@ -773,6 +850,7 @@ class _LoopDriver:
         self._registered_fd = -1
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
+        self._is_closing = False
         self._moved = asyncio.Event()
         self._arm()
 
@@ -785,31 +863,55 @@ class _LoopDriver:
             self._moved.clear()
             await self._moved.wait()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no work that takes time is under way."""
+        return self._task is None
+
     async def withdraw(self) -> None:
         """Say goodbye to a request that nobody waits for any more, as far as goes at once."""
-        await self._finish_task()
-        exchange = self._exchange
-        if exchange.kernel.state in (*_ENDABLE, ConsumerState.CONNECTING, ConsumerState.ASKING):
-            exchange.feed(on.EndWanted())
-        while exchange.slow:
-            effect = exchange.slow.popleft()
-            if isinstance(effect, do.ReleaseOwn):
-                await self._perform(effect)
-        await self.close()
+        await _undisturbed(self._withdraw())
 
     async def close(self) -> None:
-        self._unregister()
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        await _undisturbed(self._close())
+
+    async def _withdraw(self) -> None:
         await self._finish_task()
-        self._exchange.close()
+        if self._exchange.kernel.state in _WITHDRAWABLE:
+            self._exchange.feed(on.EndWanted())
+        await self._close()
+
+    async def _close(self) -> None:
+        try:
+            await self._finish_task()
+            self._exchange.hurry()
+            await self._perform_rest()
+        finally:
+            self._unregister()
+            self._stop_timer()
+            self._exchange.close()
+            self._is_closing = False
+
+    async def _perform_rest(self) -> None:
+        slow = self._exchange.slow
+        while slow:
+            effect = slow.popleft()
+            # Nobody wants own namespaces any more that have not even been begun.
+            if not isinstance(effect, do.ServeSelf):
+                await self._perform(effect)
 
     async def _finish_task(self) -> None:
-        """Let work that is under way finish: what it makes must not be lost."""
-        task, self._task = self._task, None
-        if task is not None:
-            await asyncio.shield(asyncio.gather(task, return_exceptions=True))
+        """
+        Let work that is under way finish, and begin no more: what it makes must not be lost.
+
+        Only waiting to get into a full backlog makes nothing.
+        """
+        self._is_closing = True
+        if self._task is None:
+            return
+        if self._exchange.kernel.state is ConsumerState.CONNECTING:
+            self._task.cancel()
+        await asyncio.wait({self._task})
 
     # Keeping the loop's view in step with the exchange.
 
@@ -823,13 +925,11 @@ class _LoopDriver:
                 self._loop.add_writer(self._registered_fd, self._on_writable)
             else:
                 self._loop.remove_writer(self._registered_fd)
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._stop_timer()
         if exchange.deadlines:
             delay_s = max(0.0, min(exchange.deadlines.values()) - time.monotonic())
             self._timer = self._loop.call_later(delay_s, self._on_time)
-        if exchange.slow and self._task is None:
+        if exchange.slow and self._task is None and not self._is_closing:
             self._task = self._loop.create_task(self._work(exchange.slow.popleft()))
         self._moved.set()
 
@@ -846,6 +946,11 @@ class _LoopDriver:
             self._loop.remove_writer(self._registered_fd)
             self._registered = None
 
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
     def _on_readable(self) -> None:
         self._exchange.read()
         self._arm()
@@ -859,9 +964,11 @@ class _LoopDriver:
         self._arm()
 
     async def _work(self, effect: Effect) -> None:
-        await self._perform(effect)
-        self._task = None
-        self._arm()
+        try:
+            await self._perform(effect)
+        finally:
+            self._task = None
+            self._arm()
 
     async def _perform(self, effect: Effect) -> None:
         exchange = self._exchange
@@ -872,21 +979,28 @@ class _LoopDriver:
                 event = await self._loop.run_in_executor(None, exchange.serve_self, effect)
                 exchange.feed(event)
             case do.ReleaseOwn():
-                await self._loop.run_in_executor(None, exchange.release_own, time.sleep)
+                await self._loop.run_in_executor(None, exchange.release_own)
             case _:
                 raise AssertionError(f"no driver performs {effect}")
 
     async def _connect(self) -> None:
-        exchange = self._exchange
-        deadline = time.monotonic() + exchange.patience.connect_s
-        while True:
-            try:
-                exchange.connected(begin_connect(exchange.path))
-            except SocketUnavailable as error:
-                exchange.not_connected(error)
-            except BlockingIOError:
-                if time.monotonic() < deadline:
-                    await asyncio.sleep(CONNECT_PAUSE_S)
-                    continue
-                exchange.not_connected(SocketUnavailable(_FULL))
-            return
+        deadline = _connect_deadline(self._exchange)
+        while not _try_to_connect(self._exchange, deadline):
+            await asyncio.sleep(CONNECT_PAUSE_S)
+
+
+_WITHDRAWABLE: Final = frozenset({*_ENDABLE, ConsumerState.CONNECTING, ConsumerState.ASKING})
+
+
+async def _undisturbed(work: Coroutine[Any, Any, None]) -> None:
+    """Await work to its end; a cancellation that comes meanwhile is passed on afterwards."""
+    task = asyncio.ensure_future(work)
+    cancellation: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as error:
+            cancellation = error
+    task.result()
+    if cancellation is not None:
+        raise cancellation

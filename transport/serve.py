@@ -12,6 +12,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
@@ -26,7 +27,8 @@ from statemachine.provider import Limits, ProviderKernel, event_of
 
 from .channel import Channel, Delivery, Rejected
 from .contract import Adoption, Backend, Observation, Sighting, Standing
-from .endpoint import Listener, PeerCredentials
+from .descriptors import DescriptorBundle
+from .endpoint import Accepted, Listener, PeerCredentials
 
 READINESS_TIMEOUT_S: Final = 30.0
 """Longest wait of a message for the provider to be ready."""
@@ -46,6 +48,9 @@ FAREWELL_TIMEOUT_S: Final = 1.0
 LOOK_AGAIN_S: Final = 0.05
 """When to look again at a cgroup that changed and does not prove its use: some scheduler ticks."""
 
+BACKEND_PAUSE_S: Final = 1.0
+"""Pause before a backend is asked again that failed where none may fail."""
+
 STOP_TIMEOUT_S: Final = 5.0
 """How long a provider that shuts down waits for backend work that is under way."""
 
@@ -60,6 +65,9 @@ ACCEPT_PAUSE_S: Final = 0.1
 
 ACCEPTS_PER_TURN_MAX: Final = 64
 """Most connections accepted before others get their turn."""
+
+ERROR_CHARACTERS_MAX: Final = 1024
+"""Longest text of an error that cannot be sent as it is: too long for a frame, or not Unicode."""
 
 WORKERS_MAX: Final = 8
 """Most pieces of backend work at a time: more than cores, because images may be slow to mount."""
@@ -91,9 +99,16 @@ class _Peer:
     channel: Channel
     credentials: PeerCredentials
     """Held as long as the connection: its pidfd pins who it was opened by."""
+    is_deaf: bool = False
+    """Whether nothing more is read from it."""
+    is_mute: bool = False
+    """Whether nothing more can be sent to it."""
     is_leaving: bool = False
+    """Whether it is closed as soon as it has read what was sent."""
     deadline: asyncio.TimerHandle | None = None
-    """For the frame that has begun to arrive, or for the farewell."""
+    """For the frame that has begun to arrive."""
+    farewell: asyncio.TimerHandle | None = None
+    """For all of it, once one direction is done."""
 
 
 @dataclass(slots=True)
@@ -139,8 +154,10 @@ class Provider:
         self._clock = _Clock()
         self._lanes: dict[str, asyncio.Task[None]] = {}
         self._tidying: asyncio.Task[None] | None = None
+        self._untidy = asyncio.Event()
         self._pool = ThreadPoolExecutor(WORKERS_MAX, thread_name_prefix="backend")
         self._stop_asked = asyncio.Event()
+        self._is_closed = False
 
     @property
     def kernel(self) -> ProviderKernel:
@@ -162,49 +179,73 @@ class Provider:
         """
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._listener.fileno(), self._accept)
+        starting = self._loop.create_task(self._start(on_ready))
+        stopping = self._loop.create_task(self._stop_asked.wait())
         try:
-            await self._recover()
-            if not self._stop_asked.is_set():
-                self._loop.add_reader(self._backend.fileno(), self._observe)
-                self._feed(on.ProviderReady())
-                self._schedule_tidy(0.0)
-                if on_ready is not None:
-                    on_ready()
-            await self._stop_asked.wait()
+            # Recovering may take long, or hang; a provider can be stopped nevertheless.
+            await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                starting.result()
+                await stopping
         finally:
-            await self._wind_up()
+            await self._wind_up(starting)
 
     def stop(self) -> None:
         """Ask `run` to return; to be called in the loop's thread. May be called again."""
         self._stop_asked.set()
+        self._untidy.set()
 
     # --- Starting and stopping -----------------------------------------------------------------
 
-    async def _recover(self) -> None:
+    async def _start(self, on_ready: Callable[[], None] | None) -> None:
         recovery = await self._loop.run_in_executor(self._pool, self._backend.recover)
+        if self._stop_asked.is_set():
+            return
         self._kernel.remember(recovery.remembered)
         for adoption in recovery.adoptions:
             self._feed(_adopted(adoption))
+        self._loop.add_reader(self._backend.fileno(), self._observe)
+        self._feed(on.ProviderReady())
+        self._tidying = self._loop.create_task(self._keep_tidy())
+        if on_ready is not None:
+            on_ready()
 
-    async def _wind_up(self) -> None:
+    async def _wind_up(self, starting: asyncio.Task[None]) -> None:
+        self.stop()
         self._loop.remove_reader(self._listener.fileno())
         self._listener.close()
         self._feed(on.ProviderStopping())
-        tasks = [*self._lanes.values(), *([self._tidying] if self._tidying else [])]
-        if tasks:
-            await asyncio.wait(tasks, timeout=STOP_TIMEOUT_S)
+        left = await self._wait_for_work(starting)
         self._loop.remove_reader(self._backend.fileno())
-        for handle in (*self._clock.handles.values(), *self._clock.graces.values()):
-            handle.cancel()
         for peer in tuple(self._peers.values()):
             self._drop(peer, "the provider is shutting down")
+        # Last of all, because a connection that is lost can start a timer. What is alive now stays
+        # alive, whatever else this loop does.
+        self._is_closed = True
+        for handle in (*self._clock.handles.values(), *self._clock.graces.values()):
+            handle.cancel()
+        for task in left:
+            task.cancel()
         # Work that still hangs is not waited for: its intent is in the journal.
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def _wait_for_work(self, starting: asyncio.Task[None]) -> set[asyncio.Task[None]]:
+        """Let backend work finish, and what follows from it; return what does not in time."""
+        deadline = self._loop.time() + STOP_TIMEOUT_S
+        left = {starting, *([self._tidying] if self._tidying else [])}
+        while left := {task for task in (*left, *self._lanes.values()) if not task.done()}:
+            timeout_s = deadline - self._loop.time()
+            if timeout_s <= 0:
+                break
+            await asyncio.wait(left, timeout=timeout_s)
+        return left
 
     # --- Events in, effects out ----------------------------------------------------------------
 
     def _feed(self, event: Event) -> None:
         """Give the kernel an event, and whatever events performing its effects brings about."""
+        if self._is_closed:
+            return
         self._events.append(event)
         if self._is_pumping:
             return
@@ -226,10 +267,8 @@ class Provider:
 
     def _accept(self) -> None:
         for _ in range(ACCEPTS_PER_TURN_MAX):
-            accepted = self._listener.accept()
+            accepted = self._accept_next()
             if accepted is None:
-                if self._listener.is_starved:
-                    self._pause_accepting()
                 return
             peer = _Peer(self._next_number, accepted.channel, accepted.credentials)
             self._next_number += 1
@@ -237,8 +276,20 @@ class Provider:
             self._loop.add_reader(peer.channel.fileno(), self._read, peer)
             self._feed(on.ConnectionOpened(peer.number, peer.credentials.uid))
 
+    def _accept_next(self) -> Accepted | None:
+        # The listener stays readable while a connection waits that cannot be accepted: without a
+        # pause, this would spin.
+        try:
+            accepted = self._listener.accept()
+        except OSError:
+            _log.exception("accepting on %s failed", self._listener.path)
+            self._pause_accepting()
+            return None
+        if accepted is None and self._listener.is_starved:
+            self._pause_accepting()
+        return accepted
+
     def _pause_accepting(self) -> None:
-        # The listener stays readable while a connection waits: without a pause, this would spin.
         self._loop.remove_reader(self._listener.fileno())
         self._loop.call_later(ACCEPT_PAUSE_S, self._resume_accepting)
 
@@ -248,21 +299,31 @@ class Provider:
 
     def _read(self, peer: _Peer) -> None:
         for received in peer.channel.receive():
-            if peer.is_leaving or peer.channel.closed:
+            if peer.is_deaf:
                 return
             if isinstance(received, Delivery):
                 self._stop_deadline(peer)
-                self._feed(event_of(peer.number, received.message))
+                self._hear(peer, event_of(peer.number, received.message))
             elif isinstance(received, Rejected):
-                self._loop.remove_reader(peer.channel.fileno())
-                self._feed(on.FrameRejected(received.error.reason, peer.number))
+                self._hear(peer, on.FrameRejected(received.error.reason, peer.number))
             else:
                 self._drop(peer, received.reason)
         self._time_frame(peer)
 
+    def _hear(self, peer: _Peer, event: Event) -> None:
+        if isinstance(event, on.FrameRejected):
+            # What follows is not listened to, though the refusal may have to wait for its turn.
+            self._stop_reading(peer)
+        self._feed(event)
+
+    def _stop_reading(self, peer: _Peer) -> None:
+        peer.is_deaf = True
+        self._stop_deadline(peer)
+        self._loop.remove_reader(peer.channel.fileno())
+
     def _time_frame(self, peer: _Peer) -> None:
         """Give the frame that has begun to arrive its deadline, once."""
-        if peer.channel.closed or peer.is_leaving:
+        if peer.is_deaf:
             return
         if not peer.channel.is_mid_frame:
             self._stop_deadline(peer)
@@ -271,9 +332,8 @@ class Provider:
             peer.deadline = self._loop.call_later(span_s, self._reject_slow, peer)
 
     def _reject_slow(self, peer: _Peer) -> None:
-        self._loop.remove_reader(peer.channel.fileno())
         reason = f"a frame was not whole within {self._spans.partial_frame_s:g} s"
-        self._feed(on.FrameRejected(reason, peer.number))
+        self._hear(peer, on.FrameRejected(reason, peer.number))
 
     def _stop_deadline(self, peer: _Peer) -> None:
         if peer.deadline is not None:
@@ -285,43 +345,70 @@ class Provider:
         if peer is None:
             return
         try:
-            peer.channel.send(message)
-        except FdPassing as error:
-            self._drop(peer, error.reason)
-        else:
-            self._await_room(peer)
+            self._put(peer, message)
+        except ValueError:
+            # Only an error quotes what it likes, of a peer or of the machine. Its kind is what
+            # counts, and order is how it is matched: so it must leave, whatever it says.
+            assert isinstance(message, NamespaceError)
+            self._put(peer, _sendable(message))
 
-    def _await_room(self, peer: _Peer) -> None:
+    def _put(self, peer: _Peer, message: Message, bundle: DescriptorBundle | None = None) -> bool:
+        """
+        Put a message on its way; say whether the peer still takes any.
+
+        Raises:
+            ValueError: it cannot be put into a frame; nothing was sent, the bundle is closed.
+        """
+        try:
+            peer.channel.send(message, bundle)
+        except FdPassing as error:
+            self._stop_writing(peer, error.reason)
+            return False
         if peer.channel.wants_write:
             self._loop.add_writer(peer.channel.fileno(), self._write, peer)
+        return True
 
     def _write(self, peer: _Peer) -> None:
         try:
             is_done = peer.channel.flush()
         except FdPassing as error:
-            self._drop(peer, error.reason)
+            self._stop_writing(peer, error.reason)
             return
         if is_done:
             self._loop.remove_writer(peer.channel.fileno())
             if peer.is_leaving:
                 self._drop(peer, "closed")
 
+    def _stop_writing(self, peer: _Peer, reason: str) -> None:
+        """Give up telling a peer anything. What it said before it went away still counts."""
+        self._loop.remove_writer(peer.channel.fileno())
+        if peer.is_deaf:
+            self._drop(peer, reason)
+        elif not peer.is_mute:
+            peer.is_mute = True
+            self._bid_farewell(peer, reason)
+
     def _leave(self, peer: _Peer) -> None:
         """Close a connection as soon as the peer has what was sent, or the farewell is over."""
         peer.is_leaving = True
-        self._stop_deadline(peer)
-        if not peer.channel.wants_write:
+        self._stop_reading(peer)
+        if peer.channel.wants_write:
+            self._bid_farewell(peer, "closed")
+        else:
             self._drop(peer, "closed")
-            return
-        self._loop.remove_reader(peer.channel.fileno())
-        peer.deadline = self._loop.call_later(self._spans.farewell_s, self._drop, peer, "closed")
+
+    def _bid_farewell(self, peer: _Peer, reason: str) -> None:
+        if peer.farewell is not None:
+            peer.farewell.cancel()
+        peer.farewell = self._loop.call_later(self._spans.farewell_s, self._drop, peer, reason)
 
     def _drop(self, peer: _Peer, reason: str) -> None:
         if self._peers.pop(peer.number, None) is None:
             return
-        self._stop_deadline(peer)
-        self._loop.remove_reader(peer.channel.fileno())
+        self._stop_reading(peer)
         self._loop.remove_writer(peer.channel.fileno())
+        if peer.farewell is not None:
+            peer.farewell.cancel()
         peer.channel.close()
         peer.credentials.close()
         self._feed(on.ConnectionLost(peer.number, reason))
@@ -329,8 +416,22 @@ class Provider:
     # --- What the backend sees -----------------------------------------------------------------
 
     def _observe(self) -> None:
-        for observation in self._backend.observe():
+        if self._is_closed:
+            return
+        try:
+            observations = self._backend.observe()
+        except Exception:
+            # It may stay readable for ever: without a pause, this would spin.
+            _log.exception("observing failed")
+            self._loop.remove_reader(self._backend.fileno())
+            self._loop.call_later(BACKEND_PAUSE_S, self._resume_observing)
+            return
+        for observation in observations:
             self._see(observation)
+
+    def _resume_observing(self) -> None:
+        if not self._stop_asked.is_set():
+            self._loop.add_reader(self._backend.fileno(), self._observe)
 
     def _see(self, observation: Observation) -> None:
         name = observation.allocation_id
@@ -348,9 +449,18 @@ class Provider:
                 self._feed(on.InitDied(name))
 
     def _look_again(self, name: str) -> None:
-        is_watched = self._kernel.state_of(name) in _OBSERVED and name not in self._clock.graces
-        if is_watched and self._backend.is_over(name):
+        if name not in self._clock.graces and self._is_over(name):
             self._start_grace(name)
+
+    def _is_over(self, name: str) -> bool:
+        if self._is_closed or self._kernel.state_of(name) not in _OBSERVED:
+            return False
+        try:
+            return self._backend.is_over(name)
+        except Exception:
+            _log.exception("looking at %s failed", name)
+            self._loop.call_later(BACKEND_PAUSE_S, self._look_again, name)
+            return False
 
     def _start_grace(self, name: str) -> None:
         self._stop_grace(name)
@@ -367,7 +477,7 @@ class Provider:
 
     def _end_grace(self, name: str) -> None:
         self._clock.graces.pop(name, None)
-        if self._kernel.state_of(name) in _OBSERVED and self._backend.is_over(name):
+        if self._is_over(name):
             self._feed(on.ScopeEmptied(name))
 
     # --- Performing ----------------------------------------------------------------------------
@@ -421,26 +531,37 @@ class Provider:
         self._feed(event)
         if isinstance(event, on.NamespacesReleased):
             self._clock.tries.pop(name, None)
-            self._schedule_tidy(0.0)
+            self._untidy.set()
 
-    def _schedule_tidy(self, delay_s: float) -> None:
-        if self._tidying is not None:
-            self._tidying.cancel()
-        self._tidying = self._loop.create_task(self._tidy(delay_s))
-
-    async def _tidy(self, delay_s: float) -> None:
-        due_s: float | None = delay_s
-        while due_s is not None and not self._stop_asked.is_set():
-            await asyncio.sleep(due_s)
-            due_s = await self._loop.run_in_executor(self._pool, self._backend.tidy)
+    async def _keep_tidy(self) -> None:
+        """Have the backend tidy up whenever something is due, and after every release."""
+        while not self._stop_asked.is_set():
+            self._untidy.clear()
+            due_s = await self._loop.run_in_executor(self._pool, _try_to_tidy, self._backend)
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._untidy.wait(), due_s)
 
     def _watch(self, effect: do.Watch) -> None:
-        self._backend.watch(effect.allocation_id)
+        try:
+            self._backend.watch(effect.allocation_id)
+        except Exception:
+            # What nobody watches would never end. So it ends now.
+            _log.exception("watching %s failed", effect.allocation_id)
+            self._loop.call_soon(self._give_up, effect.allocation_id)
+            return
         # What is so already has made nothing readable that the loop would wake for.
         self._loop.call_soon(self._observe)
 
+    def _give_up(self, name: str) -> None:
+        if self._kernel.state_of(name) in _OBSERVED:
+            self._feed(on.ReleaseRequested(name))
+
     def _record(self, effect: do.RecordHandoff) -> None:
-        self._backend.record_handed_off(effect.allocation_id)
+        try:
+            self._backend.record_handed_off(effect.allocation_id)
+        except Exception:
+            # Adopted after a restart, it counts as not handed over yet, which is as good.
+            _log.exception("recording the hand-off of %s failed", effect.allocation_id)
 
     def _hand_over(self, effect: do.HandOver) -> None:
         peer = self._peers.get(effect.connection)
@@ -448,18 +569,15 @@ class Provider:
             return
         name = effect.response.allocation_id
         try:
-            bundle = self._backend.bundle_of(name)
-        except NamespaceError as error:
+            is_sent = self._put(peer, effect.response, self._backend.bundle_of(name))
+        except Exception as error:
+            if not isinstance(error, NamespaceError):
+                _log.exception("opening %s failed", name)
             failure = FdPassing(f"the descriptors of {name} cannot be had: {error}")
             self._send(effect.connection, failure)
             self._feed(on.ResponseNotSent(name, effect.connection, failure))
             return
-        try:
-            peer.channel.send(effect.response, bundle)
-        except FdPassing as error:
-            self._drop(peer, error.reason)
-        else:
-            self._await_room(peer)
+        if is_sent:
             self._feed(on.ResponseSent(name, effect.connection))
 
     def _refuse(self, effect: do.Refuse) -> None:
@@ -523,6 +641,20 @@ def _try_to_release(backend: Backend, effect: do.ReleaseNamespaces) -> Event:
         _log.exception("releasing %s failed", name)
         why = f"{type(error).__name__}: {error}"
     return on.NamespacesReleased(name) if why is None else on.ReleaseDelayed(name, why)
+
+
+def _try_to_tidy(backend: Backend) -> float | None:
+    try:
+        return backend.tidy()
+    except Exception:
+        _log.exception("tidying up failed")
+        return BACKEND_PAUSE_S
+
+
+def _sendable(error: NamespaceError) -> NamespaceError:
+    """Say the same so that it fits into a frame, whatever it quotes."""
+    text = error.text.encode("ascii", "backslashreplace").decode()
+    return type(error)(text[:ERROR_CHARACTERS_MAX])
 
 
 def _adopted(adoption: Adoption) -> Event:

@@ -1,0 +1,8 @@
+"""`python -m linux`: the command `nshandoff`, without an installation."""
+
+from __future__ import annotations
+
+from .cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

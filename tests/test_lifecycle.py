@@ -1,0 +1,402 @@
+"""The tables say what the protocol says: cell by cell, and as a whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Final
+
+import pytest
+
+from statemachine import effects as do
+from statemachine import events as on
+from statemachine.effects import Order, Timer, order_name, start, stop
+from statemachine.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
+from statemachine.events import Event, PeerEvent
+from statemachine.lifecycle import (
+    CONSUMER,
+    NOTICE,
+    OUTSIDE_EFFECTS,
+    OUTSIDE_EVENTS,
+    PROVIDER,
+    TABLES,
+    AllocationState,
+    ConsumerState,
+    NoticeState,
+)
+from statemachine.table import Row, Table
+
+UNKNOWN, REQUESTED = AllocationState.UNKNOWN, AllocationState.REQUESTED
+CREATED, HANDED_OFF = AllocationState.CREATED, AllocationState.HANDED_OFF
+ENDED, RELEASED = AllocationState.ENDED, AllocationState.RELEASED
+ALIVE: Final = (REQUESTED, CREATED, HANDED_OFF)
+
+PROVIDER_GRID: Final = """
+                      unknown     requested   created     handed_off  ended       released
+RequestReceived       requested   peer        peer        peer        peer        peer
+NamespacesCreated     local       created     local       local       stays       local
+NamespacesNotCreated  local       ended       local       local       stays       local
+ResponseSent          local       local       handed_off  stays       stays       local
+ResponseNotSent       local       local       stays       stays       stays       local
+RequestRepeated       peer        stays       stays       stays       peer        peer
+RequestConflicting    peer        stays       stays       stays       peer        peer
+RequestEarly          peer        peer        peer        peer        stays       peer
+RequestDuringDrain    peer        peer        peer        peer        stays       peer
+Unclaimed             local       stays       stays       stays       stays       local
+ScopePopulated        local       local       stays       stays       stays       local
+EndReceived           stays       ended       ended       ended       stays       peer
+ReleaseRequested      local       ended       ended       ended       stays       local
+ScopeEmptied          local       local       ended       ended       stays       local
+InitDied              local       local       ended       ended       stays       local
+ClaimExpired          local       local       ended       ended       local       local
+ReleaseDelayed        local       local       local       local       stays       local
+RetryDue              local       local       local       local       stays       local
+ReleaseOverdue        local       local       local       local       stays       local
+NamespacesReleased    local       local       local       local       released    local
+EndRepeated           peer        peer        peer        peer        stays       stays
+CreatedAdopted        created     local       local       local       local       local
+HandedOffAdopted      handed_off  local       local       local       local       local
+RemainsFound          ended       local       local       local       local       local
+"""
+"""Where each event leads from each state; or whose fault it is that it leads nowhere."""
+
+
+@dataclass(slots=True)
+class Model:
+    state: Any
+
+
+def cell_text(table: Table, event: type[Event], state: Enum) -> str:
+    row = table.row(event, state)
+    if row is None:
+        return "peer" if issubclass(event, PeerEvent) else "local"
+    return "stays" if row.target is row.source else str(row.target.value)
+
+
+def grid_of(table: Table) -> str:
+    head = ["", *(str(state.value) for state in table.states)]
+    body = [
+        [event.__name__, *(cell_text(table, event, state) for state in table.states)]
+        for event in table.events
+    ]
+    lines = [
+        "".join(text.ljust(22 if column == 0 else 12) for column, text in enumerate(line)).rstrip()
+        for line in (head, *body)
+    ]
+    return "\n".join(lines)
+
+
+def rows_from(table: Table, *states: Enum) -> list[Row]:
+    return [row for row in table.rows if row.source in states]
+
+
+def rows_into(table: Table, state: Enum) -> list[Row]:
+    return [row for row in table.rows if row.target is state and row.source is not state]
+
+
+def rows_out_of(table: Table, state: Enum) -> list[Row]:
+    return [row for row in table.rows if row.source is state and row.target is not state]
+
+
+def named(rows: list[Row]) -> set[str]:
+    return {row.event.__name__ for row in rows}
+
+
+def test_basic_the_provider_does_in_every_cell_what_the_grid_says() -> None:
+    assert grid_of(PROVIDER).split() == PROVIDER_GRID.split(), f"\n{grid_of(PROVIDER)}"
+
+
+CELLS: Final = [
+    pytest.param(table, event, state, id=f"{table.name}-{event.__name__}-{state.value}")
+    for table in TABLES
+    for event in table.events
+    for state in table.states
+]
+
+
+@pytest.mark.parametrize(("table", "event", "state"), CELLS)
+def test_every_cell_is_a_row_or_a_refusal_with_a_culprit(
+    table: Table, event: type[Event], state: Enum
+) -> None:
+    model = Model(state)
+    row = table.row(event, state)
+    if row is not None:
+        assert table.fire(model, event, "it") == row.effects
+        assert model.state is row.target
+        return
+    with pytest.raises(ProtocolError) as caught:
+        table.fire(model, event, "it")
+    blame = RemoteProtocolError if issubclass(event, PeerEvent) else LocalProtocolError
+    assert type(caught.value) is blame
+    assert (caught.value.event, caught.value.state) == (event.__name__, state.value)
+    assert model.state is state
+
+
+def test_every_event_and_effect_stands_in_a_table_or_concerns_the_whole() -> None:
+    used = {event for table in TABLES for event in table.events}
+    assert used.isdisjoint(OUTSIDE_EVENTS)
+    orders = {o for table in TABLES for row in table.rows for o in row.effects}
+    assert orders.isdisjoint(OUTSIDE_EFFECTS)
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
+def test_only_final_states_may_be_left_by_nothing(table: Table) -> None:
+    left = {row.source for row in table.rows if row.target is not row.source}
+    assert set(table.states) - left == table.finals
+
+
+# --- The provider ------------------------------------------------------------------------------
+
+
+def test_the_states_are_those_of_the_protocol_in_its_order() -> None:
+    assert [state.value for state in AllocationState] == [
+        "unknown",
+        "requested",
+        "created",
+        "handed_off",
+        "ended",
+        "released",
+    ]
+
+
+def test_no_row_leads_back() -> None:
+    order: list[Enum] = list(AllocationState)
+    for row in PROVIDER.rows:
+        assert order.index(row.target) >= order.index(row.source), row
+
+
+def test_exactly_one_row_leads_to_released() -> None:
+    (row,) = rows_into(PROVIDER, RELEASED)
+    assert (row.event, row.source) == (on.NamespacesReleased, ENDED)
+
+
+def test_nothing_leaves_ended_but_the_release() -> None:
+    assert named(rows_out_of(PROVIDER, ENDED)) == {"NamespacesReleased"}
+
+
+def test_nothing_leaves_released() -> None:
+    assert rows_out_of(PROVIDER, RELEASED) == []
+
+
+def test_an_allocation_that_exists_ends_for_five_reasons() -> None:
+    for state in (CREATED, HANDED_OFF):
+        ends = [row for row in rows_from(PROVIDER, state) if row.target is ENDED]
+        assert named(ends) == {
+            "ScopeEmptied",
+            "EndReceived",
+            "InitDied",
+            "ClaimExpired",
+            "ReleaseRequested",
+        }
+
+
+def test_an_allocation_that_is_being_made_ends_by_failure_or_by_somebodys_wish() -> None:
+    ends = [row for row in rows_from(PROVIDER, REQUESTED) if row.target is ENDED]
+    assert named(ends) == {"NamespacesNotCreated", "EndReceived", "ReleaseRequested"}
+
+
+def test_every_row_that_ends_asks_for_the_release_exactly_once() -> None:
+    for row in rows_into(PROVIDER, ENDED):
+        assert row.effects.count(do.ReleaseNamespaces) == 1, row
+        assert row.effects.count(start(Timer.RELEASE)) == 1, row
+
+
+def test_the_release_is_asked_for_by_an_end_or_by_the_next_try_only() -> None:
+    asking = [row for row in PROVIDER.rows if do.ReleaseNamespaces in row.effects]
+    staying = [row for row in asking if row.source is row.target]
+    assert named(staying) == {"RetryDue"}
+    assert {row.target for row in asking} == {ENDED}
+
+
+def test_the_later_reasons_to_end_change_nothing() -> None:
+    for event in (on.ScopeEmptied, on.EndReceived, on.InitDied, on.ReleaseRequested):
+        row = PROVIDER.row(event, ENDED)
+        assert row == Row(event, ENDED, ENDED)
+
+
+def test_namespaces_are_made_by_exactly_one_row() -> None:
+    (row,) = [row for row in PROVIDER.rows if do.CreateNamespaces in row.effects]
+    assert (row.event, row.source) == (on.RequestReceived, UNKNOWN)
+
+
+def test_nothing_is_handed_over_but_what_exists_and_has_not_ended() -> None:
+    giving = [row for row in PROVIDER.rows if do.HandOver in row.effects]
+    assert {row.target for row in giving} == {CREATED, HANDED_OFF}
+
+
+def test_whatever_comes_to_be_is_watched_once() -> None:
+    for state in (CREATED, HANDED_OFF):
+        for row in rows_into(PROVIDER, state):
+            assert (do.Watch in row.effects) == (row.source is not CREATED), row
+    watching = [row for row in PROVIDER.rows if do.Watch in row.effects]
+    assert named(watching) == {"NamespacesCreated", "CreatedAdopted", "HandedOffAdopted"}
+
+
+def test_the_hand_over_is_recorded_once() -> None:
+    (row,) = [row for row in PROVIDER.rows if do.RecordHandoff in row.effects]
+    assert (row.event, row.source, row.target) == (on.ResponseSent, CREATED, HANDED_OFF)
+
+
+def test_an_end_is_announced_when_it_is_released_overdue_or_asked_about_again() -> None:
+    telling = [row for row in PROVIDER.rows if do.AnnounceEnd in row.effects]
+    assert named(telling) == {"NamespacesReleased", "ReleaseOverdue", "EndRepeated"}
+
+
+def test_whoever_waits_is_refused_before_the_end_is_announced() -> None:
+    for row in PROVIDER.rows:
+        if {do.Refuse, do.AnnounceEnd} <= set(row.effects):
+            assert row.effects.index(do.Refuse) < row.effects.index(do.AnnounceEnd)
+
+
+def test_what_a_restart_finds_alive_waits_to_be_claimed() -> None:
+    for event, state in ((on.CreatedAdopted, CREATED), (on.HandedOffAdopted, HANDED_OFF)):
+        row = PROVIDER.row(event, UNKNOWN)
+        assert row == Row(event, UNKNOWN, state, (do.Watch, start(Timer.CLAIM)))
+
+
+# --- The consumer ------------------------------------------------------------------------------
+
+
+def test_namespaces_are_delivered_once_and_by_two_rows() -> None:
+    giving = [row for row in CONSUMER.rows if do.DeliverDescriptors in row.effects]
+    assert named(giving) == {"ResponseReceived", "SelfServed"}
+    assert all(row.source is not row.target for row in giving)
+
+
+@pytest.mark.parametrize("state", list(ConsumerState))
+def test_a_response_is_delivered_discarded_or_refused(state: ConsumerState) -> None:
+    for event in (on.ResponseReceived, on.ResponseMismatched):
+        row = CONSUMER.row(event, state)
+        if row is not None:
+            kept = {do.DeliverDescriptors, do.DiscardDescriptors} & set(row.effects)
+            assert len(kept) == 1, row
+
+
+def test_self_service_follows_unreachable_unavailable_lost_late_and_unintelligible() -> None:
+    turns = [row for row in CONSUMER.rows if do.ServeSelf in row.effects]
+    assert named(turns) == {
+        "ProviderUnreachable",
+        "ProviderUnavailable",
+        "PassingFailed",
+        "FrameRejected",
+        "ResponseMismatched",
+        "ConnectionLost",
+        "AnswerOverdue",
+    }
+    assert {row.target for row in turns} == {ConsumerState.SERVING_SELF}
+
+
+def test_self_service_is_never_silent() -> None:
+    for row in CONSUMER.rows:
+        assert row.effects.count(do.ServeSelf) == row.effects.count(do.ReportFallback), row
+
+
+def test_a_refusal_of_the_request_is_reported_and_not_papered_over() -> None:
+    for event in (on.CreationRefused, on.NotFoundReceived):
+        row = CONSUMER.row(event, ConsumerState.ASKING)
+        assert row is not None
+        assert row.target is ConsumerState.REFUSED
+        assert do.ReportRefusal in row.effects
+        assert do.ServeSelf not in row.effects
+
+
+def test_whoever_turns_away_from_a_provider_that_may_have_made_a_set_owes_it_an_end() -> None:
+    for row in rows_out_of(CONSUMER, ConsumerState.ASKING):
+        knows = row.event in (
+            on.ResponseReceived,
+            on.CreationRefused,
+            on.NotFoundReceived,
+            on.ProviderUnavailable,
+        )
+        assert (do.OweEnd in row.effects) == (not knows), row
+
+
+def test_a_caller_may_be_done_while_calling_asking_or_holding() -> None:
+    sources = {row.source for row in CONSUMER.rows if row.event is on.EndWanted}
+    assert sources == {
+        ConsumerState.CONNECTING,
+        ConsumerState.ASKING,
+        ConsumerState.HELD,
+        ConsumerState.SELF_HELD,
+    }
+
+
+def test_the_caller_is_told_of_the_end_once() -> None:
+    for row in CONSUMER.rows:
+        is_entry = row.target is ConsumerState.ENDED and row.source is not ConsumerState.ENDED
+        assert (do.ReportEnd in row.effects) == is_entry, row
+
+
+def test_what_self_service_made_is_released_by_the_callers_end_only() -> None:
+    (row,) = [row for row in CONSUMER.rows if do.ReleaseOwn in row.effects]
+    assert (row.event, row.source) == (on.EndWanted, ConsumerState.SELF_HELD)
+
+
+def test_losing_the_connection_does_not_end_what_is_held() -> None:
+    row = CONSUMER.row(on.ConnectionLost, ConsumerState.HELD)
+    assert row == Row(on.ConnectionLost, ConsumerState.HELD, ConsumerState.HELD)
+
+
+def test_a_debt_is_paid_only_by_the_providers_word() -> None:
+    assert named(rows_into(NOTICE, NoticeState.HEARD)) == {"EndAnnounced", "NotFoundReceived"}
+    assert rows_out_of(NOTICE, NoticeState.HEARD) == []
+
+
+def test_a_debt_that_is_not_confirmed_is_tried_again() -> None:
+    assert named(rows_into(NOTICE, NoticeState.OWED)) == {
+        "ProviderUnreachable",
+        "ConnectionLost",
+        "NoticeOverdue",
+        "ProviderUnavailable",
+        "PassingFailed",
+        "FrameRejected",
+    }
+    for row in rows_into(NOTICE, NoticeState.OWED):
+        assert row.effects[-1] == start(Timer.REDIAL), row
+
+
+# --- Timers ------------------------------------------------------------------------------------
+
+TIMED: Final[list[tuple[Table, Timer, type[Event], tuple[Enum, ...]]]] = [
+    (PROVIDER, Timer.CLAIM, on.ClaimExpired, (CREATED, HANDED_OFF)),
+    (PROVIDER, Timer.RELEASE, on.ReleaseOverdue, (ENDED,)),
+    (PROVIDER, Timer.RETRY, on.RetryDue, (ENDED,)),
+    (CONSUMER, Timer.ANSWER, on.AnswerOverdue, (ConsumerState.ASKING,)),
+    (NOTICE, Timer.NOTICE, on.NoticeOverdue, (NoticeState.TOLD,)),
+    (NOTICE, Timer.REDIAL, on.NoticeDue, (NoticeState.OWED,)),
+]
+"""Which timer may run in which states of a table, and as what it expires."""
+
+
+@pytest.mark.parametrize(("table", "timer", "expiry", "states"), TIMED, ids=lambda x: str(x)[:20])
+def test_a_timer_runs_only_where_its_expiry_is_a_row(
+    table: Table, timer: Timer, expiry: type[Event], states: tuple[Enum, ...]
+) -> None:
+    started = {row.target for row in table.rows if start(timer) in row.effects}
+    assert started <= set(states)
+    assert {row.source for row in table.rows if row.event is expiry} == set(states)
+
+
+@pytest.mark.parametrize(
+    ("table", "timer", "expiry", "states"),
+    # Whoever waits for the next try is left by nothing but that try's expiry and its outcome.
+    [timed for timed in TIMED if timed[1] not in (Timer.RETRY, Timer.REDIAL)],
+    ids=lambda x: str(x)[:20],
+)
+def test_a_timer_is_stopped_on_every_way_out_but_its_expiry(
+    table: Table, timer: Timer, expiry: type[Event], states: tuple[Enum, ...]
+) -> None:
+    ways_out = [row for row in rows_from(table, *states) if row.target not in states]
+    assert ways_out
+    for row in ways_out:
+        # The expiry of a claim is stopped by the kernel itself, which notes that it has expired.
+        assert (stop(timer) in row.effects) or row.event is expiry, row
+
+
+def test_orders_are_named_as_tables_print_them() -> None:
+    orders: list[Order] = [do.HandOver, start(Timer.CLAIM), stop(Timer.CLAIM)]
+    assert [order_name(order) for order in orders] == [
+        "HandOver",
+        "start claim timer",
+        "stop claim timer",
+    ]

@@ -1,0 +1,233 @@
+"""A table that is not sound is never run, and a sound one moves exactly what its rows say."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import pytest
+
+from statemachine import effects as do
+from statemachine import table
+from statemachine.effects import Timer, start, stop
+from statemachine.errors import LocalProtocolError, RemoteProtocolError
+from statemachine.events import Event, LocalEvent, PeerEvent
+from statemachine.lifecycle import TABLES
+from statemachine.table import Row, Table, UnsoundTable, check_vocabulary, compile_table
+
+
+class Light(Enum):
+    RED = "red"
+    GREEN = "green"
+    DARK = "dark"
+
+
+class Elsewhere(Enum):
+    NOWHERE = "nowhere"
+
+
+@dataclass(frozen=True, slots=True)
+class Pressed(PeerEvent):
+    """Somebody outside did it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Expired(LocalEvent):
+    """Our own clock did it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Broken(LocalEvent):
+    """Our own lamp did it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Orphan(Event):
+    """Nobody did it."""
+
+
+@dataclass(slots=True, weakref_slot=True)
+class Lamp:
+    state: Any = Light.RED
+
+
+ROWS = (
+    Row(Pressed, Light.RED, Light.GREEN, (do.Connect, start(Timer.ANSWER))),
+    Row(Expired, Light.GREEN, Light.RED, (stop(Timer.ANSWER),)),
+    Row(Pressed, Light.GREEN, Light.GREEN),
+    Row(Broken, Light.GREEN, Light.DARK),
+)
+
+
+def lights(*more: Row, rows: tuple[Row, ...] = ROWS, final: Enum = Light.DARK) -> Table:
+    return compile_table("lights", (*rows, *more), initial=Light.RED, finals=(final,))
+
+
+def test_basic_a_row_moves_the_model_and_gives_its_effects() -> None:
+    lamp = Lamp()
+    effects = lights().fire(lamp, Pressed, "the lamp")
+    assert lamp.state is Light.GREEN
+    assert effects == (do.Connect, start(Timer.ANSWER))
+
+
+def test_a_table_shows_its_rows_states_and_events() -> None:
+    sound = lights()
+    assert sound.states == (Light.RED, Light.GREEN, Light.DARK)
+    assert sound.events == (Pressed, Expired, Broken)
+    assert sound.row(Pressed, Light.RED) is ROWS[0]
+    assert sound.row(Broken, Light.RED) is None
+    assert sound.finals == {Light.DARK}
+
+
+def test_a_row_that_stays_is_no_error() -> None:
+    lamp = Lamp(Light.GREEN)
+    assert lights().fire(lamp, Pressed, "the lamp") == ()
+    assert lamp.state is Light.GREEN
+
+
+@pytest.mark.parametrize(
+    ("event", "blame"), [(Pressed, RemoteProtocolError), (Expired, LocalProtocolError)]
+)
+def test_a_refusal_names_the_culprit_and_leaves_the_model_untouched(
+    event: type[Event], blame: type[Exception]
+) -> None:
+    lamp = Lamp(Light.DARK)
+    with pytest.raises(blame, match=f"{event.__name__} is not possible while the lamp is dark"):
+        lights().fire(lamp, event, "the lamp")
+    assert lamp.state is Light.DARK
+
+
+def test_an_event_of_another_table_is_refused() -> None:
+    lamp = Lamp()
+    with pytest.raises(LocalProtocolError):
+        lights(rows=ROWS).fire(lamp, Orphaned, "the lamp")
+    assert lamp.state is Light.RED
+
+
+@dataclass(frozen=True, slots=True)
+class Orphaned(LocalEvent):
+    """In no row."""
+
+
+def test_slotted_models_that_are_registered_nowhere_are_moved_side_by_side() -> None:
+    sound = lights()
+    one, other = Lamp(), Lamp()
+    assert one == other
+    sound.fire(one, Pressed, "one")
+    assert (one.state, other.state) == (Light.GREEN, Light.RED)
+    assert not hasattr(one, "__dict__")
+    assert not hasattr(one, "trigger")
+
+
+def test_a_table_keeps_no_reference_to_a_model() -> None:
+    lamp = Lamp()
+    lights().fire(lamp, Pressed, "the lamp")
+    watch = weakref.ref(lamp)
+    del lamp
+    gc.collect()
+    assert watch() is None
+
+
+@pytest.mark.parametrize("sound", TABLES, ids=lambda sound: sound.name)
+def test_there_is_no_way_past_the_rows(sound: Table) -> None:
+    machine = table._machine_of(sound.rows, sound.initial)
+    assert set(machine.events) == {event.__name__ for event in sound.events}
+    assert machine.models == []
+    for event in sound.events:
+        rows = [row for row in sound.rows if row.event is event]
+        moves = machine.get_transitions(event.__name__)
+        assert {(move.source, move.dest) for move in moves} == {
+            (row.source.name, row.target.name) for row in rows
+        }
+        assert not any(move.conditions or move.before or move.after for move in moves)
+
+
+# --- What is not sound -------------------------------------------------------------------------
+
+
+def test_invalid_two_rows_for_one_cell() -> None:
+    with pytest.raises(UnsoundTable, match=r"lights: two rows for Pressed in Light\.RED"):
+        lights(Row(Pressed, Light.RED, Light.DARK))
+
+
+def test_invalid_the_same_row_twice() -> None:
+    with pytest.raises(UnsoundTable, match="two rows for Pressed"):
+        lights(Row(Pressed, Light.RED, Light.GREEN, (do.Connect, start(Timer.ANSWER))))
+
+
+def test_invalid_an_event_that_nobody_is_to_blame_for() -> None:
+    with pytest.raises(UnsoundTable, match="lights: nobody is to blame for Orphan"):
+        lights(Row(Orphan, Light.RED, Light.DARK))
+
+
+def test_invalid_an_event_that_both_sides_are_to_blame_for() -> None:
+    class Both(PeerEvent, LocalEvent):
+        """Whose?"""
+
+    with pytest.raises(UnsoundTable, match="lights: nobody is to blame for Both"):
+        lights(Row(Both, Light.RED, Light.DARK))
+
+
+@pytest.mark.parametrize(
+    "order", [Lamp, "Connect", do.Connect()], ids=["a class", "a text", "an effect itself"]
+)
+def test_invalid_a_last_column_that_holds_no_effect(order: Any) -> None:
+    with pytest.raises(UnsoundTable, match="is not an effect"):
+        lights(Row(Broken, Light.RED, Light.DARK, (order,)))
+
+
+def test_invalid_a_state_that_is_never_reached() -> None:
+    rows = (Row(Pressed, Light.RED, Light.GREEN), Row(Expired, Light.DARK, Light.GREEN))
+    with pytest.raises(UnsoundTable, match="lights: never reached: dark"):
+        lights(rows=rows, final=Light.GREEN)
+
+
+def test_invalid_a_state_without_a_way_to_an_end() -> None:
+    rows = (Row(Pressed, Light.RED, Light.GREEN), Row(Expired, Light.RED, Light.DARK))
+    with pytest.raises(UnsoundTable, match="lights: no way to an end from: green"):
+        lights(rows=rows)
+
+
+def test_invalid_a_table_without_an_end() -> None:
+    with pytest.raises(UnsoundTable, match="no way to an end"):
+        compile_table("lights", ROWS, initial=Light.RED, finals=())
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        Row(Broken, Elsewhere.NOWHERE, Light.DARK),
+        Row(Broken, Light.RED, Elsewhere.NOWHERE),
+    ],
+    ids=["source", "target"],
+)
+def test_invalid_a_state_of_another_enum(row: Row) -> None:
+    with pytest.raises(UnsoundTable, match="nowhere"):
+        lights(row)
+
+
+def test_invalid_an_event_that_no_table_uses() -> None:
+    with pytest.raises(UnsoundTable, match=r"defined, but in no table: Orphaned$"):
+        check_vocabulary([lights()], events=[Pressed, Orphaned], orders=[do.Connect])
+
+
+def test_invalid_an_effect_that_no_table_asks_for() -> None:
+    with pytest.raises(
+        UnsoundTable, match=r"defined, but in no table: SendEnd, start claim timer$"
+    ):
+        check_vocabulary([lights()], events=[], orders=[do.SendEnd, start(Timer.CLAIM)])
+
+
+def test_a_vocabulary_that_is_all_used_is_sound() -> None:
+    orders: list[do.Order] = [do.Connect, start(Timer.ANSWER), stop(Timer.ANSWER)]
+    check_vocabulary([lights()], events=[Pressed, Expired, Broken], orders=orders)
+
+
+def test_every_timer_that_is_started_anywhere_is_one_of_the_timers() -> None:
+    orders = [order for sound in TABLES for row in sound.rows for order in row.effects]
+    started = {x.timer for x in orders if isinstance(x, do.Timing) and x.starts}
+    # The readiness timer is the provider's as a whole: the kernel starts it, not a row.
+    assert started == set(Timer) - {Timer.READINESS}
