@@ -4,7 +4,7 @@
 .PHONY: help demo test lint clean
 
 help:
-	@echo 'make demo    one allocation from request to release, on this machine, explained'
+	@echo 'make demo    two allocations from request to release, on this machine, checked'
 	@echo 'make test    the whole suite; as root also what needs real namespaces'
 	@echo 'make lint    ruff, ruff format and mypy --strict'
 	@echo 'make clean   remove the environment and everything generated'

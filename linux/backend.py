@@ -74,10 +74,15 @@ SURVEY_AFTER_TRIES: Final = 6
 
 _log: Final = logging.getLogger(__name__)
 
-Failure: TypeAlias = SyscallError | ForgeError | ImageError | JournalError
-"""What a step can fail with; each names its call, errno and path."""
 
-_FAILURES: Final = (SyscallError, ForgeError, ImageError, JournalError)
+class Overtaken(Exception):
+    """The allocation ended while it was being created."""
+
+
+Failure: TypeAlias = SyscallError | ForgeError | ImageError | JournalError | Overtaken
+"""What a step can fail with; what fails on this node names its call, errno and path."""
+
+_FAILURES: Final = (SyscallError, ForgeError, ImageError, JournalError, Overtaken)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +172,8 @@ class LinuxBackend:
         self._nudge: Final = Descriptor(os.eventfd(1, os.EFD_CLOEXEC))
         self._again: Final[set[str]] = set()
         self._guard: Final = threading.Lock()
+        self._over: Final[set[str]] = set()
+        """Allocations that have ended and are not released."""
         self._lives: Final[dict[str, _Life]] = {}
         self._on_close: Final = on_close
 
@@ -336,6 +343,14 @@ class LinuxBackend:
             except JournalError as error:
                 _log.warning("the hand-off of %s is not journaled: %s", allocation_id, error)
 
+    def record_ended(self, allocation_id: str) -> None:
+        """Journal that an allocation is over; a creation under way will not be published."""
+        with self._guard:
+            self._over.add(allocation_id)
+            life = self._lives.get(allocation_id)
+            if life is not None:
+                self._note_end(life)
+
     def watch(self, allocation_id: str) -> None:
         """Begin to observe an allocation's scope and its anchor."""
         life = self._life(allocation_id)
@@ -449,13 +464,17 @@ class LinuxBackend:
         if self._journal is None:
             return
         assert life.anchor is not None
-        self._journal.publish(
-            life.name,
-            "created",
-            mount_path=self._response_to(life.request).uenv_mount_path,
-            anchor=life.anchor.identity(self._features).as_json(),
-            scope_path=None if life.scope is None else str(life.scope.path),
-        )
+        identity = life.anchor.identity(self._features)
+        with self._guard:
+            if life.name in self._over:
+                raise Overtaken("the allocation has ended meanwhile")
+            self._journal.publish(
+                life.name,
+                "created",
+                mount_path=self._response_to(life.request).uenv_mount_path,
+                anchor=identity.as_json(),
+                scope_path=None if life.scope is None else str(life.scope.path),
+            )
 
     def _undo_image(self, life: _Life) -> str | None:
         if life.anchor is not None:
@@ -471,18 +490,13 @@ class LinuxBackend:
         life.why = _attempt(life.undo)
         if not life.undo:
             with suppress(JournalError):
-                self._strike_out(life, remember=False)
+                self._strike_out(life)
 
     def _end(self, life: _Life) -> None:
         if life.is_released:
             return
-        try:
-            self._note(life, "ended")
-        except JournalError as error:
-            # What runs is ended all the same. A provider that starts before it is gone, and can
-            # read what could not be written, finds it half gone: remains.
-            _log.warning("the end of %s is not journaled: %s", life.name, error)
         with self._guard:
+            self._note_end(life)
             life.is_released = True
         self._watch.remove(("scope", life.name))
         self._watch.remove(("anchor", life.name))
@@ -490,10 +504,19 @@ class LinuxBackend:
             if descriptor is not None:
                 descriptor.close()
 
-    def _strike_out(self, life: _Life, *, remember: bool = True) -> None:
+    def _note_end(self, life: _Life) -> None:
+        try:
+            self._note(life, "ended")
+        except JournalError as error:
+            # What runs is ended all the same. A provider that starts before it is gone, and can
+            # read what could not be written, finds it half gone: remains.
+            _log.warning("the end of %s is not journaled: %s", life.name, error)
+
+    def _strike_out(self, life: _Life) -> None:
         if self._journal is not None and life.is_journaled:
-            self._journal.forget(life.name, remember=remember)
+            self._journal.forget(life.name)
         with self._guard:
+            self._over.discard(life.name)
             self._lives.pop(life.name, None)
 
     # --- Recovering ----------------------------------------------------------------------------

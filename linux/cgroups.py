@@ -58,6 +58,12 @@ KILL_ROUNDS_MAX: Final = 16
 KILL_BATCH_MAX: Final = 64
 """How many pidfds a kill by pid holds at a time."""
 
+LEAVING_ATTEMPTS_MAX: Final = 250
+"""How often to try to remove a cgroup whose last process has died; microseconds should do."""
+
+LEAVING_PAUSE_MS: Final = 2
+"""Pause between two attempts."""
+
 EVENTS_BYTES_MAX: Final = 4096
 """More than `cgroup.events` ever holds; one read of it re-arms its poll."""
 
@@ -476,7 +482,21 @@ def remove_anchor_cgroup(root: Path, instance: str) -> bool:
     Raises:
         ScopeError: the Linux kernel refused for another reason than being in use.
     """
-    return _remove_directory(_anchor_path(root, instance))
+    path = _anchor_path(root, instance)
+    for _ in range(LEAVING_ATTEMPTS_MAX):
+        # A process that has just died (the last anchor, the forge) is in no list any more, and yet
+        # keeps its cgroup from being removed until it has left the CPU for the last time.
+        if _remove_directory(path) or _lists_members(path):
+            break
+        select.poll().poll(LEAVING_PAUSE_MS)
+    return not path.is_dir()
+
+
+def _lists_members(path: Path) -> bool:
+    try:
+        return bool((path / "cgroup.procs").read_text(encoding="ascii").split())
+    except OSError:
+        return False
 
 
 def remove_slices(root: Path) -> None:

@@ -14,11 +14,10 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from statemachine.errors import NamespaceError
 from statemachine.messages import NamespaceRequest, NamespaceType
@@ -63,6 +62,14 @@ WITHDRAW_TIMEOUT_S: Final = 2.0
 
 _TERMINAL: Final = 0
 """The terminal, if any, is the one on standard input."""
+
+
+class Child(Protocol):
+    """What is needed of a running command."""
+
+    pid: int
+    returncode: int | None
+    """Set here when the command has exited; else its maker would wait for it in the end."""
 
 
 def run(options: argparse.Namespace) -> int:
@@ -131,7 +138,7 @@ def _scope_of(handoff: Handoff, own: OwnNamespaces | None) -> Path | None:
 
 def _start(
     command: Sequence[str], handoff: Handoff, scope: Path | None, *, has_terminal: bool
-) -> subprocess.Popen[bytes]:
+) -> Child:
     with ExitStack() as stack:
         # Whose scope it is does not matter for entering it.
         procs = None if scope is None else stack.enter_context(Scope(scope, "").open_procs())
@@ -188,16 +195,13 @@ def _owns_terminal() -> bool:
         return False  # a terminal, but not the one of this session
 
 
-def _attend(
-    child: subprocess.Popen[bytes], taken: set[signal.Signals], *, has_terminal: bool
-) -> int:
+def _attend(child: Child, taken: set[signal.Signals], *, has_terminal: bool) -> int:
     """Pass signals on to the command until it exits; say how it did, as a shell would."""
     while True:
         pid, status = os.waitpid(child.pid, os.WNOHANG | os.WUNTRACED)
         if pid and os.WIFSTOPPED(status):
             _stop_as_well(child, os.WSTOPSIG(status), has_terminal=has_terminal)
         elif pid:
-            # Said to subprocess, which has not seen it and would wait for it in the end.
             child.returncode = os.waitstatus_to_exitcode(status)
             return child.returncode if child.returncode >= 0 else SIGNAL_BASE - child.returncode
         else:
@@ -206,9 +210,7 @@ def _attend(
                 _pass_on(told, child, has_terminal=has_terminal)
 
 
-def _pass_on(
-    told: signal.struct_siginfo, child: subprocess.Popen[bytes], *, has_terminal: bool
-) -> None:
+def _pass_on(told: signal.struct_siginfo, child: Child, *, has_terminal: bool) -> None:
     """Pass a signal on: the terminal's to the whole job, as it would; others to the command."""
     if told.si_signo == signal.SIGCONT and has_terminal and _owns_terminal():
         # This one is in the foreground now, so that it may.
@@ -219,7 +221,7 @@ def _pass_on(
         (os.killpg if is_for_all else os.kill)(child.pid, told.si_signo)
 
 
-def _stop_as_well(child: subprocess.Popen[bytes], cause: int, *, has_terminal: bool) -> None:
+def _stop_as_well(child: Child, cause: int, *, has_terminal: bool) -> None:
     """
     The command was stopped: stop, too, so that the shell takes over; `fg` comes as SIGCONT.
 

@@ -90,12 +90,21 @@ def _children() -> Iterator[str]:
 
 
 def _members(namespaces: Collection[NamespaceIdentity]) -> Iterator[str]:
-    """List the processes in any of the namespaces."""
+    """List the living processes in any of the namespaces."""
     if namespaces:
         inspector = KernelInspector(Features.probe())
         for pid in filter(str.isdigit, os.listdir("/proc")):
-            if any(identity in namespaces for identity in _identities(pid, inspector)):
+            is_in_there = any(each in namespaces for each in _identities(pid, inspector))
+            if is_in_there and not _is_zombie(pid):
                 yield pid
+
+
+def _is_zombie(pid: str) -> bool:
+    """Tell whether a process is dead, and only its parent has not taken note yet."""
+    with suppress(OSError):
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        return stat.rpartition(")")[2].split()[0] == "Z"
+    return True
 
 
 def _identities(pid: str, inspector: KernelInspector) -> Iterable[NamespaceIdentity]:

@@ -23,10 +23,10 @@ from .demo_stage import IMAGE, IMAGE_TEXT, Stage
 from .forge_spawn import InitDead, spawn_within
 from .namespaces import PROC_NAMES
 
-LOOKS_MAX: Final = 1000
+LOOKS_MAX: Final = 300
 """How often one looks whether the Linux kernel has freed what it frees in the background."""
 
-PAUSE_MS: Final = 3
+PAUSE_MS: Final = 5
 """Pause between two looks."""
 
 T = TypeVar("T")

@@ -19,13 +19,13 @@ from transport.request import Consumer, Patience
 from . import demo_claims as claims
 from . import syscalls
 from .backend import LinuxBackend, NodeSettings, instance_of
-from .cgroups import ANCHOR_SLICE
+from .cgroups import ANCHOR_SLICE, remove_anchor_cgroup, remove_slices
 from .demo_cast import CastError, Company, LinuxCompany, Part, SimulatedCompany
 from .demo_census import Traces
 from .demo_report import Report
 from .demo_stage import IMAGE, Stage
 
-ANSWER_TIMEOUT_S: Final = 10.0
+ANSWER_TIMEOUT_S: Final = 5.0
 """How long the provider may take for an answer, or until a state is reached."""
 
 CLEANUP_TIMEOUT_S: Final = 3.0
@@ -260,6 +260,12 @@ def _sweep(stage: Stage, clock: Callable[[], float]) -> None:
         claims.settled(lambda: [name for name in names if _is_left(backend, name)])
     finally:
         backend.close()
+    root = stage.cgroup2
+    if root is not None:
+        # The dead provider's forge is in there until it has noticed that its owner is gone.
+        instance = instance_of(stage.state_dir)
+        claims.settled(lambda: not remove_anchor_cgroup(root, instance))
+        remove_slices(root)
 
 
 def _is_left(backend: LinuxBackend, name: str) -> bool:

@@ -218,20 +218,13 @@ class Journal:
                 (*columns, allocation_id),
             )
 
-    def forget(self, allocation_id: str, *, remember: bool = True) -> None:
-        """
-        Strike out an allocation that is released. Without an entry, nothing happens.
-
-        Args:
-            allocation_id: The allocation.
-            remember: False for one that never came to be (its creation failed), so that its end
-                is not confirmed to somebody who asks for it later.
-        """
+    def forget(self, allocation_id: str) -> None:
+        """Strike out an allocation that is released, and remember its id; if it has an entry."""
         with self._transaction() as database:
             struck = database.execute(
                 "DELETE FROM allocation WHERE allocation_id = ?", (allocation_id,)
             )
-            if struck.rowcount and remember:
+            if struck.rowcount:
                 _remember(database, allocation_id)
 
     def entries(self) -> tuple[Entry, ...]:

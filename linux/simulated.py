@@ -121,6 +121,7 @@ class _Entry:
     request: NamespaceRequest
     standing: Standing = Standing.REMAINS
     response: NamespaceResponse | None = None
+    is_over: bool = False
 
 
 @dataclass(slots=True)
@@ -299,6 +300,8 @@ class SimulatedBackend:
         self._hold_time_s = hold_time_s
         self._clock = clock
         self._watched: set[str] = set()
+        self._over: set[str] = set()
+        """Allocations that have ended and are not released."""
         self._heard: list[Observation] = []
         self._signal = Descriptor(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
         node.attach(self)
@@ -322,7 +325,7 @@ class SimulatedBackend:
         with node.lock:
             if name in node.journal:
                 raise CreationFailed(f"allocation {name} is alive already")
-            node.journal[name] = _Entry(request)
+            node.journal[name] = _Entry(request, is_over=name in self._over)
             life = node.lives.setdefault(name, _Life())
         try:
             self._make(request, life)
@@ -335,7 +338,11 @@ class SimulatedBackend:
             mount_path = mount_path_below(node.uenv_base, request.uenv_image)
         response = NamespaceResponse(name, request.namespaces, mount_path)
         with node.lock:
-            node.journal[name] = _Entry(request, Standing.CREATED, response)
+            entry = node.journal[name]
+            if entry.is_over:
+                self._undo(name)
+                raise CreationFailed("publish: the allocation has ended meanwhile")
+            entry.standing, entry.response = Standing.CREATED, response
         return response
 
     def release_namespaces(self, allocation_id: str) -> None:
@@ -350,9 +357,8 @@ class SimulatedBackend:
             entry = node.journal.get(allocation_id)
         if entry is None:
             raise AllocationNotFound(allocation_id)
-        node.step(Step.RECORD_END, allocation_id)
+        self.record_ended(allocation_id)
         with node.lock:
-            entry.standing = Standing.REMAINS
             self._watched.discard(allocation_id)
         node.step(Step.KILL, allocation_id)
         with node.lock:
@@ -363,11 +369,8 @@ class SimulatedBackend:
                 life.scope.processes = life.scope.unkillable
                 return
         node.step(Step.REMOVE_SCOPE, allocation_id)
-        with node.lock:
-            self._undo(allocation_id)
         node.step(Step.FORGET, allocation_id)
-        with node.lock:
-            node.remembered.append(allocation_id)
+        self._undo(allocation_id)
 
     # The rest of the contract.
 
@@ -404,6 +407,17 @@ class SimulatedBackend:
             entry = self._node.journal.get(allocation_id)
             if entry is not None and entry.standing is Standing.CREATED:
                 entry.standing = Standing.HANDED_OFF
+
+    def record_ended(self, allocation_id: str) -> None:
+        """Note that an allocation is over; a creation under way will not be published."""
+        self._over.add(allocation_id)
+        with self._node.lock:
+            entry = self._node.journal.get(allocation_id)
+        if entry is not None and not entry.is_over:
+            self._node.step(Step.RECORD_END, allocation_id)
+            with self._node.lock:
+                entry.is_over = True
+                entry.standing = Standing.REMAINS
 
     def watch(self, allocation_id: str) -> None:
         """Begin to observe an allocation."""
@@ -504,6 +518,8 @@ class SimulatedBackend:
                 mounted.idle_since = None if mounted.users else self._clock()
             del node.lives[name]
             del node.journal[name]
+            node.remembered.append(name)
+            self._over.discard(name)
 
     def _adopt(self, entry: _Entry) -> Adoption:
         life = self._node.lives.get(entry.request.allocation_id)

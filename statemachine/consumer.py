@@ -66,6 +66,7 @@ class ConsumerKernel:
         self._hold = _Hold()
         self._notice = _Notice()
         self._is_connected = False
+        self._is_calling = False
         self._timers: set[Timer] = set()
         self._out: list[Effect] = []
 
@@ -101,17 +102,19 @@ class ConsumerKernel:
             self._hold.state,
             self._notice.state,
             self._is_connected,
+            self._is_calling,
             frozenset(self._timers),
         )
 
     @classmethod
     def restore(cls, snapshot: Snapshot) -> ConsumerKernel:
         """Make a kernel that goes on exactly where the snapshot was taken."""
-        request, hold, notice, is_connected, timers = snapshot
+        request, hold, notice, is_connected, is_calling, timers = snapshot
         kernel = cls(request)
         kernel._hold.state = hold
         kernel._notice.state = notice
         kernel._is_connected = is_connected
+        kernel._is_calling = is_calling
         kernel._timers = set(timers)
         return kernel
 
@@ -133,7 +136,8 @@ class ConsumerKernel:
         # first, moves the second, and that must not make it deaf or open to this very event.
         hears_hold = CONSUMER.row(kind, self._hold.state) is not None
         hears_notice = NOTICE.row(kind, self._notice.state) is not None
-        if not hears_hold and not hears_notice:
+        is_own = kind in (on.EndOwed, on.EndOwedApart)
+        if is_own or not (hears_hold or hears_notice):
             raise refusal(kind, self._hold.state, self._subject)
         self._note(event)
         if hears_hold:
@@ -145,7 +149,9 @@ class ConsumerKernel:
     def _note(self, event: Event) -> None:
         match event:
             case on.Connected():
-                self._is_connected = True
+                self._is_connected, self._is_calling = True, False
+            case on.ProviderUnreachable():
+                self._is_calling = False
             case on.ConnectionLost():
                 self._is_connected = False
             case on.AnswerOverdue():
@@ -169,12 +175,15 @@ class ConsumerKernel:
             self._fire(NOTICE, self._notice, owed)
         elif order is do.CloseChannel:
             self._close()
+        elif order is do.Connect:
+            self._is_calling = True
+            self._out.append(do.Connect())
         else:
             self._out.append(_BUILDERS[order](self._request, event))
 
     def _close(self) -> None:
-        if self._is_connected:
-            self._is_connected = False
+        if self._is_connected or self._is_calling:
+            self._is_connected = self._is_calling = False
             self._out.append(do.CloseChannel())
 
     def _time(self, order: Timing) -> None:
@@ -251,7 +260,6 @@ def _build_delivery(request: NamespaceRequest, event: Any) -> Effect:
 
 
 _BUILDERS: Final[dict[type[Effect], Callable[[NamespaceRequest, Any], Effect]]] = {
-    do.Connect: lambda request, event: do.Connect(),
     do.SendRequest: lambda request, event: do.SendRequest(request),
     do.SendEnd: lambda request, event: do.SendEnd(request.allocation_id),
     do.SendFault: lambda request, event: do.SendFault(_why(event).text),

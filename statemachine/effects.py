@@ -164,7 +164,9 @@ class ReleaseNamespaces(Effect):
     """
     Have the backend try to release an allocation.
 
-    Report `NamespacesReleased`, or `ReleaseDelayed` with what is still there.
+    That it is over is noted durably at once, before anything else is performed: its end may be
+    announced while the work is still queued behind the creation. Report `NamespacesReleased`, or
+    `ReleaseDelayed` with what is still there.
     """
 
     allocation_id: str
@@ -201,7 +203,11 @@ class SendFault(Effect):
 
 @dataclass(frozen=True, slots=True)
 class CloseChannel(Effect):
-    """Close the connection, if there is one. No `ConnectionLost` is reported for it."""
+    """
+    Close the connection, or give up the call that is under way.
+
+    Nothing is reported of either: no `ConnectionLost`, no `Connected`, no `ProviderUnreachable`.
+    """
 
 
 @dataclass(frozen=True, slots=True)

@@ -186,6 +186,9 @@ PROVIDER: Final = compile_table(
         *_stay(on.InitDied, _ENDED),
         *_stay(on.EndReceived, _ENDED),
         *_stay(on.ReleaseRequested, _ENDED),
+        # The hand-over that the end overtook on its way through the driver.
+        *_stay(on.ResponseSent, _ENDED),
+        *_stay(on.ResponseNotSent, _ENDED),
         # The creation that the end overtook. The release is queued behind it.
         *_stay(on.NamespacesCreated, _ENDED),
         *_stay(on.NamespacesNotCreated, _ENDED),

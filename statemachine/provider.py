@@ -155,7 +155,9 @@ class _Allocation:
     parties: set[ConnectionId] = field(default_factory=set)
     """Live connections that have sent any message about it."""
     handed: set[ConnectionId] = field(default_factory=set)
-    """Live connections that its descriptors were sent to, or are being sent to."""
+    """Live connections that its descriptors were sent to."""
+    early: list[ConnectionId] = field(default_factory=list)
+    """Whose requests wait for its release, one for each, in the order in which they came."""
     is_populated: bool = False
     is_announced: bool = False
     timers: set[Timer] = field(default_factory=set)
@@ -174,6 +176,7 @@ class _Allocation:
             frozenset(self.asked),
             frozenset(self.parties),
             frozenset(self.handed),
+            tuple(self.early),
             self.is_populated,
             self.is_announced,
             frozenset(self.timers),
@@ -184,7 +187,9 @@ class _Allocation:
     @classmethod
     def thaw(cls, frozen: Snapshot) -> _Allocation:
         parts: list[Any] = [set(p) if isinstance(p, frozenset) else p for p in frozen]
-        return cls(*parts)
+        allocation = cls(*parts)
+        allocation.early = list(allocation.early)
+        return allocation
 
 
 class ProviderKernel:
@@ -263,6 +268,11 @@ class ProviderKernel:
     def remember(self, names: Iterable[str]) -> None:
         """Take up the names of allocations released before a restart, oldest first."""
         self._remembered |= dict.fromkeys(names)
+        self._trim_remembered()
+
+    def _trim_remembered(self) -> None:
+        while len(self._remembered) > self._limits.remembered:
+            del self._remembered[next(iter(self._remembered))]
 
     # --- Moving it -----------------------------------------------------------------------------
 
@@ -304,8 +314,9 @@ class ProviderKernel:
                 allocation.response = response
             case on.NamespacesNotCreated(error=error):
                 allocation.failure = error.reason
-            case on.ResponseNotSent(connection=connection):
-                allocation.handed.discard(connection)
+            case on.ResponseSent(connection=connection):
+                if connection in self._connections:
+                    allocation.handed.add(connection)
             case on.ScopePopulated():
                 allocation.is_populated = True
             case on.ReleaseDelayed(reason=reason):
@@ -344,12 +355,17 @@ class ProviderKernel:
         self._count_allocation(allocation, -1)
         self._remembered.pop(name, None)
         self._remembered[name] = None
-        while len(self._remembered) > self._limits.remembered:
-            del self._remembered[next(iter(self._remembered))]
-        for number in sorted(allocation.parties):
-            for slot in tuple(self._connections[number].slots):
-                if slot.stage is _Stage.EARLY and slot.is_request_for(name):
-                    self._ask(number, slot)
+        self._trim_remembered()
+        for number in allocation.early:
+            self._ask_early(number, name)
+
+    def _ask_early(self, number: ConnectionId, name: str) -> None:
+        """Put a connection's first early request for a name, if it is still there, to its next."""
+        slots = self._connections[number].slots if number in self._connections else ()
+        for slot in slots:
+            if slot.stage is _Stage.EARLY and slot.is_request_for(name):
+                self._ask(number, slot)
+                return
 
     # --- Connections ---------------------------------------------------------------------------
 
@@ -416,8 +432,11 @@ class ProviderKernel:
         self._append(connection, slot)
         if len(connection.slots) > 2 * self._limits.open_per_connection:
             # Refusals pile up behind an answer that takes its time: the queue must end somewhere.
-            most = self._limits.open_per_connection
-            self._out.append(do.Refuse(event.connection, _over(_OPEN_MESSAGES, most)))
+            # This word is out of turn, so it must not be taken for the oldest message's answer.
+            most = 2 * self._limits.open_per_connection
+            self._out.append(
+                do.Refuse(event.connection, FdPassing(f"over {most} {_OPEN_MESSAGES}"))
+            )
             self._close(event.connection)
         elif slot.answer is not None:
             self._flush(event.connection)
@@ -468,6 +487,7 @@ class ProviderKernel:
         event = _name_request(allocation, request)
         if event is on.RequestEarly:
             slot.stage = _Stage.EARLY
+            allocation.early.append(number)
         elif event in (on.RequestReceived, on.RequestRepeated):
             allocation.asked.add(number)
         self._fire(allocation, event(number, request))
@@ -501,7 +521,14 @@ class ProviderKernel:
         allocation.parties.add(number)
         is_over = allocation.is_announced or allocation.state is AllocationState.RELEASED
         event = on.EndRepeated if is_over else on.EndReceived
+        self._withdraw_early(number, name)
         self._fire(allocation, event(number, name))
+
+    def _withdraw_early(self, number: ConnectionId, name: str) -> None:
+        """An end takes back the requests that its sender sent before it."""
+        for slot in self._connections[number].slots:
+            if slot.stage is _Stage.EARLY and slot.is_request_for(name):
+                slot.answer, slot.stage = CreationFailed(_OVERTAKEN), _Stage.PUT
 
     # --- The provider as a whole ---------------------------------------------------------------
 
@@ -619,7 +646,7 @@ class ProviderKernel:
         for number in sorted(allocation.parties | allocation.handed):
             if self._resolve(number, ended, ended):
                 self._flush(number)
-            elif number in allocation.handed:
+            elif number in allocation.handed and not self._connections[number].is_closing:
                 self._out.append(do.AnnounceEnd(number, allocation.allocation_id))
         allocation.handed.clear()
 
@@ -668,7 +695,6 @@ class ProviderKernel:
         if allocation.state is AllocationState.ENDED:
             return False
         assert allocation.response is not None
-        allocation.handed.add(number)
         self._out.append(do.HandOver(number, allocation.response))
         return True
 

@@ -116,6 +116,7 @@ def compile_table(
     finals = frozenset(finals)
     cells = _cells_of(name, rows)
     _check_kinds(name, rows)
+    _check_states(name, rows, initial, finals)
     _check_paths(name, rows, initial, finals)
     machine = _machine_of(rows, initial)
     triggers = {row.event: machine.events[row.event.__name__] for row in rows}
@@ -168,8 +169,16 @@ def _check_kinds(name: str, rows: tuple[Row, ...]) -> None:
         if issubclass(row.event, PeerEvent) == issubclass(row.event, LocalEvent):
             raise UnsoundTable(f"{name}: nobody is to blame for {row.event.__name__}")
         for order in row.effects:
-            if not isinstance(order, Timing) and not issubclass(order, Effect):
+            is_effect = isinstance(order, type) and issubclass(order, Effect)
+            if not isinstance(order, Timing) and not is_effect:
                 raise UnsoundTable(f"{name}: {order!r} is not an effect")
+
+
+def _check_states(name: str, rows: tuple[Row, ...], initial: Enum, finals: frozenset[Enum]) -> None:
+    named = {*finals, *(state for row in rows for state in (row.source, row.target))}
+    foreign = named - frozenset(type(initial))
+    if foreign:
+        raise UnsoundTable(f"{name}: no state of this table: {_listed(foreign)}")
 
 
 def _check_paths(name: str, rows: tuple[Row, ...], initial: Enum, finals: frozenset[Enum]) -> None:

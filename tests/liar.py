@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final, TypeAlias
@@ -69,10 +69,12 @@ class Line:
 
     @classmethod
     def to(cls, path: Path) -> Line:
-        sock = socket.socket(socket.AF_UNIX)
-        line = cls(sock)
-        sock.connect(str(path))
-        return line
+        """Connect, as soon as there is room in the backlog."""
+        with ExitStack() as undo:
+            sock = undo.enter_context(socket.socket(socket.AF_UNIX))
+            sock.connect(str(path))
+            undo.pop_all()
+        return cls(sock)
 
     def say(self, what: Message | bytes, fds: Sequence[int] = ()) -> None:
         """Send, with descriptors coming along with the first byte; all in one `sendmsg`."""
@@ -225,11 +227,11 @@ class Liar:
 
     def _play(self, script: Script, line: Line) -> None:
         try:
-            script(line)
+            # A consumer hangs up on a liar, as it should; what it said before can be read.
+            with suppress(BrokenPipeError, ConnectionResetError):
+                script(line)
             if line.sock.fileno() >= 0:
                 line.hear_rest()
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # The consumer has hung up on a liar, as it should.
         except BaseException as error:
             self._errors.append(error)
         finally:

@@ -26,7 +26,13 @@ from statemachine import events as on
 from statemachine.consumer import ConsumerKernel
 from statemachine.consumer import event_of as consumer_event_of
 from statemachine.effects import Effect, Timer
-from statemachine.errors import CreationFailed, FdPassing, SocketUnavailable
+from statemachine.errors import (
+    AllocationNotFound,
+    CreationFailed,
+    FdPassing,
+    NamespaceError,
+    SocketUnavailable,
+)
 from statemachine.events import Event
 from statemachine.lifecycle import AllocationState, ConsumerState, NoticeState
 from statemachine.messages import (
@@ -403,9 +409,16 @@ class World:
 
     def want(self, index: int, request: NamespaceRequest) -> None:
         """Let a caller want something, if its consumer is free."""
+        self.tell(self._join(index, request), on.NamespacesWanted())
+
+    def end_by_name(self, index: int, request: NamespaceRequest) -> None:
+        """Let a caller end an allocation that it does not hold, if its consumer is free."""
+        self.tell(self._join(index, request), on.EndWanted())
+
+    def _join(self, index: int, request: NamespaceRequest) -> Client:
         client = Client(next(self._numbers), ConsumerKernel(request))
         self.clients[index] = client
-        self.tell(client, on.NamespacesWanted())
+        return client
 
     def tell(self, client: Client, event: Event) -> tuple[Effect, ...]:
         """Give a consumer an event, and perform its effects, as its driver does."""
@@ -442,7 +455,11 @@ class World:
                     self._check_delivery(client, effect)
             case do.DiscardDescriptors():
                 client.parcel = None
-            case do.ReportRefusal() | do.ReportEnd():
+            case do.ReportRefusal(error=error):
+                # That an end found nothing is no outcome of a request.
+                if not (client.kernel.state is ConsumerState.ENDED and _is_not_found(error)):
+                    client.outcomes.append(effect)
+            case do.ReportEnd():
                 client.outcomes.append(effect)
             case do.ReportFallback():
                 pass
@@ -709,6 +726,10 @@ class World:
         if self.provider is None:
             return []
         return [n for n, s in self.provider.states.items() if s in LIVE]
+
+
+def _is_not_found(error: NamespaceError) -> bool:
+    return isinstance(error, AllocationNotFound)
 
 
 _PERFORMERS: Final[dict[type[Effect], Callable[[World, Any], None]]] = {

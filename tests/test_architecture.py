@@ -26,22 +26,25 @@ FUNCTION_LINES_MAX: Final = 60
 
 CLOCK_READERS: Final = r"transport/(serve|request)\.py|linux/(cli\w*|demo)\.py"
 
+FORGES: Final = r"linux/forge(_child|_spawn|_exec)?\.py"
+"""Where processes may come from."""
+
 IMPORT_OWNERS: Final = {
     "msgpack": r"transport/codec\.py",
     "transitions": r"statemachine/table\.py",
     "ctypes": r"linux/syscalls\.py",
     "sqlite3": r"linux/journal\.py",
-    "subprocess": r"linux/forge(_child|_spawn|_exec)?\.py",
-    "multiprocessing": r"linux/forge(_child|_spawn|_exec)?\.py",
-    "pty": r"linux/forge(_child|_spawn|_exec)?\.py",
+    "subprocess": FORGES,
+    "multiprocessing": FORGES,
+    "pty": FORGES,
     "time": CLOCK_READERS,
     "datetime": CLOCK_READERS,
 }
 """Who alone may import a thing; the only packages not of the standard library are among them."""
 
 NAME_OWNERS: Final = {
-    r"os\.(fork|forkpty|posix_spawnp?|spawn[lv]p?e?|system|popen)": r"linux/forge(_child|_spawn|_exec)?\.py",
-    r"asyncio\.create_subprocess_\w+": r"linux/forge(_child|_spawn|_exec)?\.py",
+    r"os\.(fork|forkpty|posix_spawnp?|spawn[lv]p?e?|system|popen)": FORGES,
+    r"asyncio\.create_subprocess_\w+": FORGES,
     r"os\.(close|closerange|dup|dup2)": r"transport/descriptors\.py",
     r"fcntl\.F_DUPFD\w*": r"transport/descriptors\.py",
     # However the socket is called that they are asked of.

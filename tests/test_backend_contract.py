@@ -465,10 +465,11 @@ def test_what_was_released_is_remembered_in_order(world: World, allocation_id: s
     assert recovery.remembered == tuple(reversed(names))
 
 
-def test_what_never_came_to_be_is_not_remembered(world: World, allocation_id: str) -> None:
+def test_what_failed_is_remembered_too(world: World, allocation_id: str) -> None:
+    # Whoever ended it meanwhile may say so once more, and is confirmed once more.
     with pytest.raises(CreationFailed):
         create(world, allocation_id, LIGHT, "missing.sqfs")
-    assert world.restart().remembered == ()
+    assert world.restart().remembered == (allocation_id,)
 
 
 # --- Images ------------------------------------------------------------------------------------
@@ -555,3 +556,29 @@ def test_a_net_only_allocation_has_an_init_to_watch(
     linux_world.backend.watch(allocation_id)
     linux_world.kill_init(allocation_id)
     linux_world.sees(allocation_id, Sighting.INIT_DIED)
+
+
+def test_an_end_recorded_during_creation_leaves_nothing_alive(
+    world: World, allocation_id: str
+) -> None:
+    request = NamespaceRequest(allocation_id, (PID, MOUNT))
+    # As when the end is performed while the creation still waits in its lane.
+    world.backend.record_ended(allocation_id)
+
+    with pytest.raises(CreationFailed, match="ended meanwhile"):
+        world.backend.create_namespaces(request)
+
+    world.release(allocation_id)
+    world.backend.create_namespaces(request)
+    world.release(allocation_id)
+
+
+def test_an_end_that_was_recorded_is_found_after_a_crash(world: World, allocation_id: str) -> None:
+    world.backend.create_namespaces(NamespaceRequest(allocation_id, (PID,)))
+    world.backend.record_handed_off(allocation_id)
+    world.backend.record_ended(allocation_id)
+
+    recovery = world.restart()
+
+    assert [adoption.standing for adoption in recovery.adoptions] == [Standing.REMAINS]
+    world.release(allocation_id)

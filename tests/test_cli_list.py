@@ -41,6 +41,9 @@ def listed(state_dir: Path) -> dict[str, Any]:
     assert (told.returncode, told.stderr) == (0, "")
     shown: dict[str, Any] = json.loads(told.stdout)
     assert shown["schema"] == 1
+    # Images are the whole node's; other providers on it come and go.
+    below = str(state_dir.parent.parent)
+    shown["images"] = [one for one in shown["images"] if one["file"].startswith(below)]
     return shown
 
 
@@ -60,6 +63,7 @@ def test_basic_everything_of_an_allocation_is_shown(
         assert program.stdout.readline() == "ready\n"
         with daemon.obtain(allocation_id, MOUNT, PID, image="hello.sqfs") as handoff:
             ids = [identity.key[0] for identity in handoff.identities]
+        wait_until(lambda: daemon.states() == {allocation_id: "handed_off"})
         shown = listed(daemon.state_dir)
         lines = table(daemon.state_dir)
         program.communicate("")
@@ -89,7 +93,8 @@ def test_it_works_without_the_provider_and_leaves_no_trace(
     daemon: Daemon, allocation_id: str, number: signal.Signals
 ) -> None:
     with daemon.obtain(allocation_id, PID):
-        before = listed(daemon.state_dir)
+        wait_until(lambda: daemon.states() == {allocation_id: "handed_off"})
+    before = listed(daemon.state_dir)
     daemon.stop(number)
     files = {path: path.stat().st_mtime_ns for path in daemon.state_dir.iterdir()}
     after = listed(daemon.state_dir)
@@ -102,7 +107,8 @@ def test_it_works_without_the_provider_and_leaves_no_trace(
 
 def test_dead_init_is_seen_without_the_provider(daemon: Daemon, allocation_id: str) -> None:
     with daemon.obtain(allocation_id, PID):
-        (before,) = listed(daemon.state_dir)["allocations"]
+        wait_until(lambda: daemon.states() == {allocation_id: "handed_off"})
+    (before,) = listed(daemon.state_dir)["allocations"]
     daemon.stop(signal.SIGKILL)
     os.kill(before["init_pid"], signal.SIGKILL)
     wait_until(lambda: not Path(f"/proc/{before['init_pid']}").exists())
@@ -123,7 +129,8 @@ def test_it_says_why_what_is_draining_is_still_there(daemon: Daemon, allocation_
         assert (seen["state"], seen["namespaces"]) == ("ended", [])
         assert f"init {seen['init_pid']} is being killed" in seen["why"]
         assert f"{unreaped.pid} (child of {os.getpid()})" in seen["why"]
-        assert f"{allocation_id}: {seen['why']}" in table(daemon.state_dir)
+        reason = f"{allocation_id}: init {seen['init_pid']} is being killed"
+        assert any(line.startswith(reason) for line in table(daemon.state_dir))
         unreaped.wait(DEADLINE_S)
     wait_until(lambda: not daemon.alive())
     assert listed(daemon.state_dir)["remembered"] == [allocation_id]

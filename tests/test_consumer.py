@@ -304,7 +304,7 @@ def test_an_end_before_the_answer_is_the_providers_fault() -> None:
 
 def test_a_caller_who_is_done_while_calling_owes_nothing() -> None:
     kernel = after(WANT)
-    assert kernel.receive(END) == (do.ReportEnd("a"),)
+    assert kernel.receive(END) == (do.CloseChannel(), do.ReportEnd("a"))
     assert kernel.state is ConsumerState.ENDED
     assert not kernel.is_in_debt
 
@@ -329,10 +329,25 @@ def test_a_caller_who_is_done_with_what_it_holds_tells_the_provider() -> None:
     assert kernel.receive(ENDED) == (do.ReportEnd("a"), NOTICE_OFF, do.CloseChannel())
 
 
-def test_an_end_of_what_the_provider_does_not_know_any_more_is_an_end() -> None:
-    kernel = after(*TO_HELD, END)
-    assert kernel.receive(NOT_FOUND) == (do.ReportEnd("a"), NOTICE_OFF, do.CloseChannel())
+@pytest.mark.parametrize("events", [(*TO_HELD, END), (END, CONNECTED)], ids=["held", "by name"])
+def test_the_end_of_what_the_provider_does_not_know_is_an_end_and_reported(
+    events: tuple[Event, ...],
+) -> None:
+    kernel = after(*events)
+    not_found = do.ReportRefusal(AllocationNotFound("a"))
+    effects = kernel.receive(NOT_FOUND)
+    assert effects == (not_found, do.ReportEnd("a"), NOTICE_OFF, do.CloseChannel())
     assert kernel.state is ConsumerState.ENDED
+
+
+def test_what_others_hold_can_be_ended_by_its_name() -> None:
+    kernel = ConsumerKernel(REQUEST)
+    assert kernel.receive(END) == (do.Connect(),)
+    assert kernel.receive(UNREACHABLE) == (REDIAL_ON,)
+    assert kernel.receive(on.NoticeDue()) == (do.Connect(),)
+    assert kernel.receive(CONNECTED) == SAY
+    assert kernel.receive(ENDED) == (do.ReportEnd("a"), NOTICE_OFF, do.CloseChannel())
+    assert not kernel.is_in_debt
 
 
 def test_an_end_that_cannot_be_told_is_told_later() -> None:
@@ -362,14 +377,13 @@ def test_the_end_of_what_self_service_made_does_not_forget_the_debt() -> None:
 @pytest.mark.parametrize(
     "events",
     [
-        (),
         (WANT, UNREACHABLE),
         (*TO_HELD, END),
         (*TO_HELD, ENDED),
         (*TO_ASKING, FAILED),
         (WANT, UNREACHABLE, on.SelfServiceFailed(REFUSED)),
     ],
-    ids=["idle", "serving itself", "ending", "ended", "refused", "failed"],
+    ids=["serving itself", "ending", "ended", "refused", "failed"],
 )
 def test_a_caller_cannot_end_what_is_not_there_or_not_done_yet(events: tuple[Event, ...]) -> None:
     kernel = after(*events)
@@ -536,8 +550,11 @@ def test_a_caller_gets_one_outcome_and_one_end_at_most(rng: random.Random) -> No
     kernel = ConsumerKernel(REQUEST)
     told: list[type[Effect]] = []
     for event in rng.choices(EVERYTHING, k=60):
+        state = kernel.state
         effects, _ = outcome(kernel, event)
-        told += [type(effect) for effect in effects]
+        # That an end found nothing is no outcome of a request.
+        is_outcome = state is not ConsumerState.ENDING
+        told += [type(x) for x in effects if is_outcome or not isinstance(x, do.ReportRefusal)]
     assert told.count(do.DeliverDescriptors) + told.count(do.ReportRefusal) <= 1
     assert told.count(do.ReportEnd) <= 1
     assert told.count(do.ServeSelf) == told.count(do.ReportFallback) <= 1

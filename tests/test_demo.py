@@ -48,7 +48,7 @@ AS_ROOT: Final = WITH_SCOPES | {
 }
 """With scopes and an image as well: everything there is."""
 
-CHAPTERS: Final = ("ASK", "INSIDE", "AGAIN", "END")
+CHAPTERS: Final = ("ASK", "INSIDE", "END")
 
 
 @pytest.fixture(autouse=True)
@@ -170,15 +170,12 @@ def test_a_reader_that_goes_away_stops_it_and_leaves_nothing(cgroup2: Path) -> N
 
 
 @pytest.mark.needs_root
-@pytest.mark.parametrize("chapter", ["OUTSIDE", "AGAIN"])
-def test_a_provider_that_is_killed_is_a_failed_check_and_leaves_nothing(
-    cgroup2: Path, chapter: str
-) -> None:
+def test_a_provider_that_is_killed_is_a_failed_check_and_leaves_nothing(cgroup2: Path) -> None:
     said = io.StringIO()
     killed: list[int] = []
 
     def kill_the_provider_once() -> bool:
-        if f"\n{chapter}  " in said.getvalue() and not killed:
+        if "\nAGAIN  " in said.getvalue() and not killed:
             killed.append(int(report.facts["provider"].rpartition(" ")[2]))
             os.kill(killed[0], signal.SIGKILL)
         return False
@@ -310,16 +307,14 @@ def test_without_root_in_a_cgroup_of_the_users_own_there_are_scopes_too(
 
 
 @pytest.mark.needs_root
-def test_without_user_namespaces_it_is_simulated_and_says_so(as_nobody: AsNobody) -> None:
+def test_without_user_namespaces_it_is_simulated_unless_that_is_not_wanted(
+    as_nobody: AsNobody,
+) -> None:
     run = as_nobody("--json", path="/nowhere")
     assert run.returncode == 0, run.stderr + run.stdout
     shown = json.loads(run.stdout)
     assert (failures_in(shown), names_in(shown)) == ([], ALWAYS)
     assert "unshare: No such file or directory" in shown["missing"]["namespaces"]
-
-
-@pytest.mark.needs_root
-def test_without_user_namespaces_a_real_one_cannot_be_shown(as_nobody: AsNobody) -> None:
     run = as_nobody("--backend", "linux", path="/nowhere")
     assert (run.returncode, run.stdout) == (3, "")
     assert run.stderr.startswith("nshandoff: no root, and no user namespace either: unshare: ")
@@ -344,6 +339,7 @@ def test_every_check_can_fail(capsys: pytest.CaptureFixture[str]) -> None:
     assert {check["name"] for check in failures_in(shown)} == ALWAYS
 
 
+@pytest.mark.needs_root  # another user's demonstration would execute itself anew, in this place
 def test_a_node_that_cannot_serve_is_no_failed_check(
     folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -120,14 +120,6 @@ def test_forgetting_the_unknown_remembers_nothing(tmp_path: Path) -> None:
         assert journal.remembered() == ()
 
 
-def test_what_never_came_to_be_is_not_remembered(tmp_path: Path) -> None:
-    with Journal(tmp_path, BOOT) as journal:
-        journal.intend(requested("alloc"))
-        journal.forget("alloc", remember=False)
-        assert journal.entries() == ()
-        assert journal.remembered() == ()
-
-
 def test_text_that_cannot_be_written_changes_nothing(tmp_path: Path) -> None:
     with Journal(tmp_path, BOOT) as journal:
         with pytest.raises(ValueError, match="surrogates"):

@@ -311,9 +311,10 @@ def test_whoever_turns_away_from_a_provider_that_may_have_made_a_set_owes_it_an_
         assert (do.OweEnd in row.effects) == (not knows), row
 
 
-def test_a_caller_may_be_done_while_calling_asking_or_holding() -> None:
+def test_a_caller_may_be_done_before_asking_while_calling_asking_or_holding() -> None:
     sources = {row.source for row in CONSUMER.rows if row.event is on.EndWanted}
     assert sources == {
+        ConsumerState.IDLE,
         ConsumerState.CONNECTING,
         ConsumerState.ASKING,
         ConsumerState.HELD,

@@ -233,6 +233,12 @@ class Pair(RuleBasedStateMachine):
         free = self.free()
         self.world.want(free[pick % len(free)], request)
 
+    @precondition(lambda self: self.free())
+    @rule(pick=_pick, request=st.sampled_from(REQUESTS))
+    def somebody_ends_by_name(self, pick: int, request: NamespaceRequest) -> None:
+        free = self.free()
+        self.world.end_by_name(free[pick % len(free)], request)
+
     @precondition(lambda self: self.clients("is_calling"))
     @rule(pick=_pick)
     def a_call_gets_through_or_not(self, pick: int) -> None:

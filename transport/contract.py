@@ -114,6 +114,15 @@ class Backend(SelfService, Protocol):
         """Note durably that an allocation was handed over. Quick."""
         ...
 
+    def record_ended(self, allocation_id: str) -> None:
+        """
+        Note durably that an allocation is over. Quick.
+
+        A creation that is under way fails at its end at the latest. Whoever recovers after a crash
+        finds remains, never a living allocation.
+        """
+        ...
+
     def watch(self, allocation_id: str) -> None:
         """
         Begin to observe an allocation, until it is released. Quick.

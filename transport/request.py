@@ -72,9 +72,6 @@ CONNECT_PAUSE_S: Final = 0.01
 SETTLE_TIMEOUT_S: Final = 2.0
 """How long leaving a handoff's context may take to tell the provider of an end that is owed."""
 
-FAULT_CHARACTERS_MAX: Final = 1024
-"""Longest account of a fault that the provider is given: it may quote a whole frame of its own."""
-
 AUDIT_EVENT: Final = "namespace.handoff_failed"
 """The audit event of a consumer that turns to self-service."""
 
@@ -308,7 +305,7 @@ class _Exchange:
         self._send(AllocationEnded(effect.allocation_id))
 
     def _send_fault(self, effect: do.SendFault) -> None:
-        self._send(FdPassing(effect.reason[:FAULT_CHARACTERS_MAX]))
+        self._send(FdPassing(effect.reason))
 
     def _send(self, message: Message) -> None:
         if self.channel is None:
@@ -319,6 +316,9 @@ class _Exchange:
 
     def _close_channel(self, effect: do.CloseChannel) -> None:
         self._drop_channel()
+        for other in tuple(self.slow):
+            if isinstance(other, do.Connect):
+                self.slow.remove(other)
 
     def _drop_channel(self) -> None:
         if self.channel is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -127,7 +128,7 @@ class Provider:
     Args:
         listener: where consumers connect; closed when the provider stops.
         backend: what makes and releases namespaces; the caller closes it after `run`.
-        limits: who may use the provider, and how much of it.
+        limits: who may use the provider, and how much of it; by default only this user may.
         spans: how long the timers run.
         observer: told of every event and its effects.
     """
@@ -143,7 +144,7 @@ class Provider:
     ) -> None:
         self._listener = listener
         self._backend = backend
-        self._limits = limits or Limits()
+        self._limits = limits or Limits(frozenset({os.geteuid()}))
         self._spans = spans or Spans()
         self._observer = observer
         self._kernel = ProviderKernel(self._limits)
@@ -512,8 +513,16 @@ class Provider:
         self._work(effect.request.allocation_id, lambda: _try_to_create(self._backend, effect))
 
     def _release(self, effect: do.ReleaseNamespaces) -> None:
+        self._record_end(effect.allocation_id)
         self._stop_grace(effect.allocation_id)
         self._work(effect.allocation_id, lambda: _try_to_release(self._backend, effect))
+
+    def _record_end(self, name: str) -> None:
+        try:
+            self._backend.record_ended(name)
+        except Exception:
+            # The release is tried all the same, and notes it as well.
+            _log.exception("recording the end of %s failed", name)
 
     def _work(self, name: str, job: Callable[[], Event]) -> None:
         """Run a job in a thread, after the jobs of the same allocation that came before it."""
