@@ -20,7 +20,7 @@ import re
 import signal
 import socket
 import time
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, Final
 
