@@ -283,7 +283,11 @@ class LinuxBackend:
         Raises:
             AllocationNotFound: there is none, or nothing is left of it.
         """
-        life = self._life(allocation_id)
+        life = self._lives.get(allocation_id)
+        if life is None:
+            with self._guard:  # it failed by itself, and ended after that
+                self._over.discard(allocation_id)
+            raise AllocationNotFound(allocation_id)
         self._end(life)
         life.why = _attempt(life.undo)
         try:

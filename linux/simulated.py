@@ -355,6 +355,8 @@ class SimulatedBackend:
         node = self._node
         with node.lock:
             entry = node.journal.get(allocation_id)
+            if entry is None:
+                self._over.discard(allocation_id)  # it failed by itself, and ended after that
         if entry is None:
             raise AllocationNotFound(allocation_id)
         self.record_ended(allocation_id)

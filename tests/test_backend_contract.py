@@ -167,6 +167,14 @@ def assert_never_was(world: World, name: str) -> None:
     create(world, name)
 
 
+def test_an_id_that_failed_is_free_once_its_end_is_over(world: World, allocation_id: str) -> None:
+    with pytest.raises(CreationFailed):
+        create(world, allocation_id, LIGHT, "missing.sqfs")
+    world.backend.record_ended(allocation_id)
+    world.release(allocation_id)
+    create(world, allocation_id)
+
+
 # --- Releasing ---------------------------------------------------------------------------------
 
 

@@ -210,6 +210,12 @@ def test_a_failed_creation_is_told_and_leaves_nothing(life: Life, allocation_id:
     assert life.world.leftovers() == []
 
 
+def test_an_id_that_failed_can_be_asked_for_again(life: Life, allocation_id: str) -> None:
+    with pytest.raises(CreationFailed):
+        life.obtain(allocation_id, LIGHT, "missing.sqfs")
+    assert life.obtain(allocation_id).identities
+
+
 def test_an_id_that_was_released_begins_anew(life: Life, allocation_id: str) -> None:
     first = life.obtain(allocation_id)
     assert first.end(LONG_S)

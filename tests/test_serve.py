@@ -774,6 +774,11 @@ def test_work_that_hangs_does_not_keep_it_from_stopping(
         assert line.hear() is None
         serving.join()
         gate.let_go()
+        wait_until(lambda: "a" in node.lives and not _is_working(), "the end of the work")
+
+
+def _is_working() -> bool:
+    return any(thread.name.startswith("backend") for thread in threading.enumerate())
 
 
 # --- What ends an allocation -------------------------------------------------------------------
