@@ -323,8 +323,18 @@ def test_any_messages_survive_any_cuts(messages: list[Message], data: st.DataObj
         assert not wire.channel.is_mid_frame
 
 
-def test_a_header_sent_ahead_of_its_descriptors_is_still_their_frame(consumer: Wire) -> None:
-    # Not what we do, but what a peer does that writes the length on its own.
+@pytest.mark.parametrize("bytes_ahead", [1, 4, 20])
+def test_descriptors_that_come_late_are_rejected(consumer: Wire, bytes_ahead: int) -> None:
+    frame = frame_of(response(NET))
+    with Plan([response(NET)]) as plan:
+        consumer.send(frame[:bytes_ahead])
+        assert consumer.receive() == []
+        consumer.send(frame[bytes_ahead:], plan.descriptors[0])
+        assert "later than the first byte" in rejection(consumer.receive())
+
+
+def test_descriptors_that_come_late_in_one_read_cannot_be_told_apart(consumer: Wire) -> None:
+    # Linux joins both writes into one read, and says nothing of where the second began.
     frame = frame_of(response(NET))
     with Plan([response(NET)]) as plan:
         consumer.send(frame[:4])

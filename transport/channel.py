@@ -183,6 +183,8 @@ class _Outgoing:
 class _Arrival:
     """Descriptors that came with a read, until the frame they belong to is whole."""
 
+    first_byte: int
+    """Where the read began, as a stream offset."""
     last_byte: int
     """Where the read ended: the stream offset of its last byte."""
     descriptors: list[Descriptor]
@@ -428,14 +430,17 @@ class Channel:
                 else "descriptors came with a frame; none are accepted here"
             )
         if reception.descriptors or fault is not None:
-            last_byte = self._frames.bytes_fed - 1
-            self._arrivals.append(_Arrival(last_byte, reception.descriptors, fault))
+            end = self._frames.bytes_fed
+            first_byte = end - len(reception.data)
+            self._arrivals.append(_Arrival(first_byte, end - 1, reception.descriptors, fault))
 
     def _deliver(self, frame: Frame) -> Delivery:
         # Arrivals of earlier frames are gone, so what ends before this frame does is this frame's.
         # They are let go only when nothing can fail any more; until then the channel owns them.
         arrivals = [arrival for arrival in self._arrivals if arrival.last_byte < frame.end]
         descriptors = _sole(arrivals)
+        if any(arrival.first_byte > frame.offset for arrival in arrivals):
+            raise FdPassing("descriptors came later than the first byte of their frame")
         message = decode_message(frame.body)
         types = _announced(message)
         if len(descriptors) != len(types):
