@@ -137,9 +137,12 @@ class Anchor:
         self.pidfd: Final = pidfd
         self.token: Final = token
 
-    def is_alive(self) -> bool:
+    def is_alive(self, patience_ms: int = 0) -> bool:
         """
         Say whether the anchor has not ended; a zombie has.
+
+        Args:
+            patience_ms: How long to wait for its end, if it is alive; 0 only looks.
 
         One that was killed is alive until the last process of its PID namespace is gone. If a
         process from outside joined that namespace and was not yet reaped by its parent, that can
@@ -150,7 +153,7 @@ class Anchor:
         """
         poll = select.poll()
         poll.register(self.pidfd, select.POLLIN)
-        return not poll.poll(0)
+        return not poll.poll(patience_ms)
 
     def kill(self) -> None:
         """

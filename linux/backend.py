@@ -69,6 +69,9 @@ HOLD_TIME_S: Final = 60.0
 SELF_SERVICE_SLICE: Final = "self-service.slice"
 """Mirrors the cgroup layout for a consumer whose scope's name is taken by the provider's set."""
 
+DYING_PATIENCE_MS: Final = 5
+"""How long the first try to end an init looks on while it dies."""
+
 SURVEY_AFTER_TRIES: Final = 6
 """From which try to end an init on to ask who keeps it: before, it has not had time to die."""
 
@@ -682,7 +685,9 @@ def _undo_anchor(life: _Life) -> str | None:
     if anchor is None:
         return None
     anchor.kill()
-    if anchor.is_alive():
+    # An init takes a millisecond or two to die, most of it for its mounts. That is waited for once,
+    # because nearly always it saves a second try; whatever takes longer is never waited for.
+    if anchor.is_alive(patience_ms=0 if life.tries else DYING_PATIENCE_MS):
         life.tries += 1
         if life.tries < SURVEY_AFTER_TRIES:
             return f"init {anchor.pid} is being killed"

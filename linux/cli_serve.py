@@ -118,6 +118,12 @@ async def _run(provider: Provider, readiness: Readiness) -> None:
     for number in STOP_SIGNALS:
         loop.add_signal_handler(number, stop, number)
     await provider.run(announce)
+    if provider.has_hung:
+        # The socket is closed and what is alive stays alive. Closing the backend could wait for
+        # the very work that hangs (an image on a file server that is gone, say).
+        _log.warning("backend work hangs and is left to the kernel", extra=_as("stopped"))
+        logging.shutdown()
+        os._exit(ExitCode.OK)
 
 
 def _backend(options: argparse.Namespace, stack: ExitStack) -> Backend:

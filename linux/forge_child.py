@@ -35,7 +35,7 @@ from transport.descriptors import Descriptor
 
 from . import syscalls
 from .anchor import ANCHOR_COMMAND, ANCHOR_VARIABLE, Anchor
-from .cgroups import Scope
+from .cgroups import Scope, remove_slices
 from .features import Features
 from .forge_plan import (
     COME_HOME,
@@ -370,8 +370,10 @@ class ForgeProgram:
         for _ in range(TIED_ATTEMPTS_MAX):
             remaining = [tie for tie in remaining if not _quietly(tie.end)]
             if not remaining:
-                return
+                break
             _pause(TIED_PAUSE_MS)
+        for root in {tie.scope.path.parent.parent for tie in self._ties if tie.scope is not None}:
+            remove_slices(root)
 
     def _answer(self, plan: AnchorPlan, image: Descriptor | None) -> None:
         self._drop_last()

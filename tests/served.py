@@ -1,98 +1,56 @@
-"""A provider at work in a thread of its own, and peers that speak to it message by message."""
+"""A provider at work from construction on, and peers that speak to it frame by frame."""
 
 from __future__ import annotations
 
-import asyncio
 import select
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
+
+from liar import DEADLINE_S
+from serving import Serving
 
 from statemachine.effects import Effect
-from statemachine.events import Event
-from statemachine.lifecycle import AllocationState
 from statemachine.messages import Message
 from statemachine.provider import Limits
 from transport.channel import Channel, Delivery, Lost
 from transport.contract import Backend
-from transport.endpoint import listen
 from transport.serve import Provider, Spans
-
-DEADLINE_S: Final = 10.0
 
 T = TypeVar("T")
 
 
-class Served:
-    """
-    A provider in a thread.
-
-    Args:
-        path: its socket.
-        backend: stays the caller's, who closes it after `stop`.
-        limits: the provider's.
-        spans: the provider's.
-    """
+class Served(Serving):
+    """A provider that runs from construction until `stop`, instead of in a context."""
 
     def __init__(
         self, path: Path, backend: Backend, limits: Limits | None = None, spans: Spans | None = None
     ) -> None:
-        self.path: Final = path
-        self.history: Final[list[tuple[Event, tuple[Effect, ...]]]] = []
-        """Every event, with what the kernel decided."""
-        self.faults: Final[list[dict[str, Any]]] = []
-        """What went wrong in the loop and belongs to nobody."""
-        self._backend: Final = backend
-        self._limits: Final = limits
-        self._spans: Final = spans
-        self._is_ready: Final = threading.Event()
-        self._thread: Final = threading.Thread(target=self._run, name="provider")
+        super().__init__(path, backend, limits=limits, spans=spans)
         self._thread.start()
 
     def wait_ready(self) -> None:
-        assert self._is_ready.wait(DEADLINE_S), "the provider does not become ready"
+        assert self._ready.wait(DEADLINE_S), "the provider does not become ready"
 
-    def state_of(self, name: str) -> AllocationState:
-        return self.ask(lambda provider: provider.kernel.state_of(name))
-
-    def ask(self, question: Callable[[Provider], T]) -> T:
+    def ask_provider(self, question: Callable[[Provider], T]) -> T:
         """Ask the provider something, in its own thread."""
-
-        async def answer() -> T:
-            return question(self._provider)
-
-        return asyncio.run_coroutine_threadsafe(answer(), self._loop).result(DEADLINE_S)
+        return self.ask(lambda: question(self.provider))
 
     def effects(self, kind: type[Effect]) -> list[Effect]:
         """Every effect of a kind that the kernel has asked for."""
-        decided = (effect for _, effects in tuple(self.history) for effect in effects)
+        decided = (effect for _, effects in tuple(self.turns) for effect in effects)
         return [effect for effect in decided if isinstance(effect, kind)]
 
     def stop(self) -> None:
+        """Have it stop, and wait until it has."""
+        if self.loop.is_closed():
+            return
         if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._provider.stop)
-            self._thread.join(DEADLINE_S)
-        assert not self._thread.is_alive(), "the provider does not stop"
-        assert not self.faults
-
-    def _run(self) -> None:
-        asyncio.run(self._serve())
-
-    async def _serve(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._loop.set_exception_handler(lambda _, context: self.faults.append(context))
-        self._provider = Provider(
-            listen(self.path),
-            self._backend,
-            limits=self._limits,
-            spans=self._spans,
-            observer=lambda event, effects: self.history.append((event, effects)),
-        )
-        await self._provider.run(self._is_ready.set)
+            super().stop()
+        self.join()
 
 
 @contextmanager

@@ -279,3 +279,32 @@ def test_simulated_node_is_served_too(tmp_path: Path, image_root: Path, allocati
         program.send_signal(signal.SIGTERM)
         assert program.wait() == 0
     assert daemon.stop() == ExitCode.OK
+
+
+def test_work_that_hangs_does_not_keep_it_from_stopping(daemon: Daemon, allocation_id: str) -> None:
+    with daemon.obtain(allocation_id, PID) as handoff:
+        assert handoff.end()
+    forge = forge_of(daemon)
+    os.kill(forge, signal.SIGSTOP)
+    try:
+        words = ("--socket", daemon.socket, "--id", allocation_id, "--namespaces", "pid")
+        with running("request", *words, "--fallback", "never") as program:
+            wait_until(lambda: len(daemon.moves(allocation_id)) > 5)
+            assert daemon.stop() == ExitCode.OK
+            assert program.wait(20) == ExitCode.UNAVAILABLE
+    finally:
+        os.kill(forge, signal.SIGCONT)
+    assert daemon.events()[-1]["event"] == "stopped"
+    # The next provider finds what was half made, and undoes it.
+    daemon.start()
+    wait_until(lambda: not daemon.alive())
+
+
+def forge_of(daemon: Daemon) -> int:
+    # Whichever thread started it is its parent.
+    tasks = Path(f"/proc/{daemon.pid}/task").glob("*/children")
+    children = [pid for task in tasks for pid in task.read_text().split()]
+    (forge,) = [
+        int(pid) for pid in children if b"forge" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    return forge

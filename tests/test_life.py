@@ -424,7 +424,7 @@ def test_many_reasons_to_end_are_one_end(life: Life, allocation_id: str) -> None
         process.wait()
         assert [wire.take() for wire in wires] == [AllocationEnded(allocation_id)] * 3
         assert handoff.wait_ended(LONG_S)
-    released = [e for e, _ in life.provider.history if isinstance(e, on.NamespacesReleased)]
+    released = [e for e, _ in life.provider.turns if isinstance(e, on.NamespacesReleased)]
     assert released == [on.NamespacesReleased(allocation_id)]
 
 
@@ -451,7 +451,7 @@ def test_a_process_further_down_keeps_it_alive(life: Life, allocation_id: str) -
 
 def assert_still_alive(life: Life, name: str) -> None:
     """Say so once the provider has seen all there is to see by now."""
-    life.provider.ask(lambda provider: provider._observe())
+    life.provider.ask_provider(lambda provider: provider._observe())
     assert life.state_of(name) is AllocationState.HANDED_OFF
 
 
@@ -557,7 +557,7 @@ def test_whatever_runs_in_it_claims_it(idle_life: Life, allocation_id: str) -> N
 
 
 def history_of(life: Life) -> list[tuple[on.Event, tuple[do.Effect, ...]]]:
-    return list(life.provider.history)
+    return list(life.provider.turns)
 
 
 # --- The grace ---------------------------------------------------------------------------------
@@ -570,7 +570,7 @@ def test_without_a_grace_a_first_helper_is_the_end(life: Life, allocation_id: st
 
 
 def graces_of(life: Life) -> list[str]:
-    return life.provider.ask(lambda provider: list(provider._clock.graces))
+    return life.provider.ask_provider(lambda provider: list(provider._clock.graces))
 
 
 def test_within_the_grace_the_next_process_goes_on(idle_life: Life, allocation_id: str) -> None:
@@ -836,7 +836,9 @@ def test_a_peer_that_does_not_read_holds_up_nobody_else(
         for number in range(3_000):
             deaf.send(AllocationEnded(f"unknown-{number:0>100}"))
         eventually(
-            lambda: provider.ask(lambda p: any(x.channel.wants_write for x in p._peers.values()))
+            lambda: provider.ask_provider(
+                lambda p: any(x.channel.wants_write for x in p._peers.values())
+            )
         )
         other.send(request_for("x"))
         assert other.take() == response_to("x")

@@ -71,7 +71,7 @@ def end_all(wire: Wire, name: str) -> None:
 
 
 def states_in(provider: Served) -> set[AllocationState]:
-    return provider.ask(lambda p: set(p.kernel.states.values()))
+    return provider.ask_provider(lambda p: set(p.kernel.states.values()))
 
 
 def switches_of(thread: int) -> int:
@@ -83,7 +83,7 @@ def switches_of(thread: int) -> int:
 
 def idle_cost(provider: Served) -> tuple[float, int]:
     """What a second costs in which nothing happens: CPU seconds, and wake-ups of the loop."""
-    thread = provider.ask(lambda _: threading.get_native_id())
+    thread = provider.ask_provider(lambda _: threading.get_native_id())
     switches, before_s = switches_of(thread), time.process_time()
     time.sleep(IDLE_S)  # nothing is waited for: this is the span that is measured
     return time.process_time() - before_s, switches_of(thread) - switches
@@ -111,5 +111,5 @@ def test_a_thousand_allocations_live_idle_and_end(
         assert wakeups <= IDLE_WAKEUPS_MAX
 
         end_all(wire, allocation_id)
-        eventually(lambda: provider.ask(lambda p: p.kernel.states) == {})
+        eventually(lambda: provider.ask_provider(lambda p: p.kernel.states) == {})
         assert world.leftovers() == []

@@ -199,7 +199,7 @@ class Handoffs(RuleBasedStateMachine):
 
     @rule()
     def the_provider_starts_anew(self) -> None:
-        self.history += self.served.history
+        self.history += self.served.turns
         self.served.stop()
         self.world.backend.close()
         self.world.launch()
@@ -214,7 +214,7 @@ class Handoffs(RuleBasedStateMachine):
 
     @invariant()
     def every_promise_is_kept(self) -> None:
-        ends, releases = ends_and_releases([*self.history, *self.served.history])
+        ends, releases = ends_and_releases([*self.history, *self.served.turns])
         live = {name: life.identities for name, life in self.lives.items()}
         always.require(
             always.allocations_are_isolated(live),

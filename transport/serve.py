@@ -159,11 +159,23 @@ class Provider:
         self._pool = ThreadPoolExecutor(WORKERS_MAX, thread_name_prefix="backend")
         self._stop_asked = asyncio.Event()
         self._is_closed = False
+        self._has_hung = False
 
     @property
     def kernel(self) -> ProviderKernel:
         """The kernel, for looking at; only this driver feeds it."""
         return self._kernel
+
+    @property
+    def has_hung(self) -> bool:
+        """
+        Whether backend work was still under way when `run` returned.
+
+        Its threads cannot be ended, and Python waits for them when it exits. A program that must
+        be gone now leaves with `os._exit`: that is no worse than being killed, which is provided
+        for.
+        """
+        return self._has_hung
 
     async def run(self, on_ready: Callable[[], None] | None = None) -> None:
         """
@@ -217,6 +229,7 @@ class Provider:
         self._listener.close()
         self._feed(on.ProviderStopping())
         left = await self._wait_for_work(starting)
+        self._has_hung = bool(left)
         self._loop.remove_reader(self._backend.fileno())
         for peer in tuple(self._peers.values()):
             self._drop(peer, "the provider is shutting down")
