@@ -616,7 +616,7 @@ def entry_of(life: Life, name: str) -> Entry:
 
 def test_what_does_not_die_is_named(idle_life: Life, draining: Handoff, allocation_id: str) -> None:
     zombie = str(idle_life.world._entangled[allocation_id].pid)
-    drain = idle_life.provider.ask
+    drain = idle_life.provider.ask_provider
     eventually(lambda: zombie in drain(lambda p: p.kernel.drain_of(allocation_id)))
     eventually(lambda: zombie in (entry_of(idle_life, allocation_id).why or ""))
 
