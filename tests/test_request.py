@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -1294,3 +1295,23 @@ def test_many_serve_themselves_in_one_loop(
 
     asyncio.run(main())
     assert own_node.is_clean
+
+
+def test_an_interrupted_caller_tells_the_provider(path: Path) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def silent(line: Line) -> None:
+        # Only now is it certain that the consumer waits for the answer.
+        line.hear()
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    request = NamespaceRequest("interrupted", (NamespaceType.PID,))
+    try:
+        with Liar(path, silent) as provider:
+            with pytest.raises(KeyboardInterrupt):
+                Consumer(path, SimulatedInspector()).obtain(request)
+            assert provider.told(0) == [request, AllocationEnded("interrupted")]
+    finally:
+        signal.signal(signal.SIGUSR1, before)

@@ -220,6 +220,11 @@ class _Exchange:
         if self.deadlines.pop(Timer.REDIAL, None) is not None:
             self.feed(on.NoticeDue())
 
+    def withdraw(self) -> None:
+        """Tell a provider that is being asked that nobody waits any more, as far as goes at once."""
+        if self.channel is not None and self.kernel.state is ConsumerState.ASKING:
+            self.feed(on.EndWanted())
+
     def close(self) -> None:
         """Close the channel and whatever descriptors the caller has not taken out."""
         if self.channel is not None and self.kernel.state is ConsumerState.HELD:
@@ -501,6 +506,9 @@ class Consumer:
         """
         Obtain namespaces, from the provider or by self-service.
 
+        When it is interrupted, the provider is told to end what it may have made, once, and
+        nothing is left open here.
+
         Returns:
             The handoff; the caller owns it and its descriptors. `is_degraded` says whether
             self-service made them.
@@ -518,6 +526,7 @@ class Consumer:
             if exchange.refusal is not None:
                 raise exchange.refusal
         except BaseException:
+            exchange.withdraw()
             exchange.close()
             raise
         return Handoff(exchange)
