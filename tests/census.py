@@ -90,6 +90,8 @@ class Session:
         self.directory = "/nowhere"
         """Below here are the session's images and mount points; set when it is known."""
         self.patience_s = SETTLE_S
+        self.overlooked: frozenset[str] = frozenset()
+        """Sorts of which somebody else on this machine makes some while the session runs."""
         self.cgroup2: Final = find_cgroup2()
         # Its own UTS namespace costs nothing, changes nothing (the host name is copied) and needs
         # root; without root there is nothing to attribute but plain children.
@@ -112,6 +114,7 @@ class Session:
         self, before: Census, sorts: tuple[str, ...] = SORTS, patience_s: float | None = None
     ) -> dict[str, Found]:
         """What `before` did not have and does not go away by itself; at once when there is none."""
+        sorts = tuple(sort for sort in sorts if sort not in self.overlooked)
         left = self.census().since(before, sorts)
         if left:
             gc.collect()

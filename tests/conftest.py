@@ -17,6 +17,7 @@ from typing import Final
 
 import pytest
 from census import MACHINE_WIDE, SCOPE_PREFIX, Census, Session
+from foreign import add_options, is_named
 from hypothesis import HealthCheck, settings
 
 IN_CI: Final = os.environ.get("CI", "").lower() not in ("", "0", "false", "no")
@@ -45,9 +46,15 @@ _call_failed: Final = pytest.StashKey[bool]()
 _ran: Final = pytest.StashKey[int]()
 
 
+pytest_addoption: Final = add_options  # those that name a provider which is not ours
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs_root: makes real namespaces, cgroups or mounts")
     config.stash[_ran] = 0
+    if is_named(config):
+        # It keeps an image for its hold time, which is longer than any test.
+        session_census.overlooked = frozenset({"loops"})
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
