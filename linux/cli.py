@@ -5,6 +5,7 @@
     request   obtain namespaces, show them, hold them     cli_request
     end       end an allocation                           cli_request
     list      show allocations, their state and remains   cli_list
+    trace     check or draw what `serve --trace` wrote    cli_trace
     demo      one allocation's life, explained            demo
 
 A verb's module is imported when the verb is used: it takes ten times as long as this one, and who
@@ -99,7 +100,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_request(verbs)
     _add_end(verbs)
     _add_list(verbs)
-    verbs.add_parser("demo", help="one allocation from request to release, explained")
+    _add_trace(verbs)
+    verbs.add_parser("demo", help="two allocations from request to release, checked")
     return parser
 
 
@@ -136,6 +138,12 @@ def _list(options: argparse.Namespace) -> int:
     return list_allocations(options)
 
 
+def _trace(options: argparse.Namespace) -> int:
+    from . import cli_trace
+
+    return cli_trace.check(options) if options.what == "check" else cli_trace.show(options)
+
+
 def _demo(words: list[str]) -> int:
     # It has a command line of its own, which only it knows.
     from .demo import main as demo
@@ -143,7 +151,14 @@ def _demo(words: list[str]) -> int:
     return demo(words)
 
 
-_VERBS: Final = {"serve": _serve, "run": _run, "request": _request, "end": _end, "list": _list}
+_VERBS: Final = {
+    "serve": _serve,
+    "run": _run,
+    "request": _request,
+    "end": _end,
+    "list": _list,
+    "trace": _trace,
+}
 
 
 # --- What they take ----------------------------------------------------------------------------
@@ -186,6 +201,8 @@ def _add_serve(verbs: Any) -> None:
         action="store_true",
         help="make no cgroups: for a user namespace that has none; nothing ends by emptying",
     )
+    about = "append every event and what was decided to this file, for `trace`"
+    serve.add_argument("--trace", metavar="FILE", help=about)
     _add_backend(serve)
 
 
@@ -239,6 +256,23 @@ def _add_list(verbs: Any) -> None:
     listing = verbs.add_parser("list", help="show allocations and images", description=about)
     _add_state_dir(listing)
     listing.add_argument("--json", action="store_true", help="show one JSON object")
+
+
+def _add_trace(verbs: Any) -> None:
+    about = "Look at what a provider wrote down that was started with --trace. Needs nothing else."
+    trace = verbs.add_parser("trace", help="check or draw a provider's trace", description=about)
+    whats = trace.add_subparsers(dest="what", metavar="WHAT", required=True)
+    about = (
+        "Let the provider's rules go through the trace once more. Exit code 1 names the first line "
+        "that cannot have happened, and what could have."
+    )
+    check = whats.add_parser("check", help="could this have happened?", description=about)
+    check.add_argument("file", metavar="FILE", help="the trace")
+    about = "Print the trace as a Mermaid sequence diagram."
+    show = whats.add_parser("show", help="a sequence diagram", description=about)
+    show.add_argument("file", metavar="FILE", help="the trace")
+    about = "only what concerns this one, and the connections that do"
+    show.add_argument("--allocation", metavar="ID", help=about)
 
 
 def _add_socket(parser: argparse.ArgumentParser) -> None:

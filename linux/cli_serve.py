@@ -33,12 +33,13 @@ from statemachine.lifecycle import PROVIDER, AllocationState
 from statemachine.provider import Limits, ProviderKernel
 from transport.contract import Backend
 from transport.endpoint import listen
-from transport.serve import Provider, Spans
+from transport.serve import Observer, Provider, Spans
 
 from .backend import LinuxBackend, NodeSettings
 from .cgroups import CgroupUnavailable, find_cgroup2
 from .cli_consumer import make_directory
 from .cli_exit import ExitCode
+from .cli_trace import TraceFile
 from .forge_plan import ForgeError
 from .journal import JournalError
 from .simulated import SimulatedBackend, SimulatedNode
@@ -86,24 +87,34 @@ def _serve(options: argparse.Namespace, stack: ExitStack) -> None:
     readiness.withdraw()  # that of a provider which was killed: the lock is ours now
     listener = listen(path, mode=options.mode, gid=options.group)
     stack.callback(listener.close)
+    limits = Limits(allowed_uids=frozenset({os.geteuid(), *options.allow_uid}))
     events = EventLog()
+    trace = stack.enter_context(TraceFile(options.trace, limits)) if options.trace else None
     provider = Provider(
         listener,
         backend,
-        limits=Limits(allowed_uids=frozenset({os.geteuid(), *options.allow_uid})),
+        limits=limits,
         spans=Spans(
             claim_s=options.claim_timeout,
             release_s=options.release_deadline,
             empty_grace_s=options.empty_grace,
         ),
-        observer=events,
+        observer=events if trace is None else _both(trace, events),
     )
     events.kernel = provider.kernel
     stack.callback(readiness.withdraw)
-    asyncio.run(_run(provider, readiness))
+    asyncio.run(_run(provider, readiness, trace))
 
 
-async def _run(provider: Provider, readiness: Readiness) -> None:
+def _both(first: Observer, second: Observer) -> Observer:
+    def observe(event: Event, effects: tuple[Effect, ...]) -> None:
+        first(event, effects)
+        second(event, effects)
+
+    return observe
+
+
+async def _run(provider: Provider, readiness: Readiness, trace: TraceFile | None) -> None:
     def announce() -> None:
         readiness.announce()
         _tell("ready", allocations=len(provider.kernel.states))
@@ -117,7 +128,7 @@ async def _run(provider: Provider, readiness: Readiness) -> None:
     loop = asyncio.get_running_loop()
     for number in STOP_SIGNALS:
         loop.add_signal_handler(number, stop, number)
-    await provider.run(announce)
+    await provider.run(announce, on_recovered=None if trace is None else trace.recovered)
     if provider.has_hung:
         # The socket is closed and what is alive stays alive. Closing the backend could wait for
         # the very work that hangs (an image on a file server that is gone, say).

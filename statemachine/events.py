@@ -40,7 +40,13 @@ class LocalEvent(Event):
 
 @dataclass(frozen=True, slots=True)
 class ConnectionOpened(PeerEvent):
-    """A consumer connected."""
+    """
+    A consumer connected.
+
+    Whoever calls again has hung up before. So a driver reports the loss of every connection that
+    was lost by then before it reports anything that was said on a connection opened after it: else
+    the end that is owed could be read before the request that it takes back is gone.
+    """
 
     connection: ConnectionId
     uid: int

@@ -207,6 +207,8 @@ class ProviderKernel:
     def __init__(self, limits: Limits | None = None) -> None:
         self._limits = limits or Limits()
         self._phase = Phase.STARTING
+        # Before that, what is alive is not known: nobody may be told that an allocation is not.
+        self._has_been_ready = False
         self._connections: dict[ConnectionId, _Connection] = {}
         self._allocations: dict[str, _Allocation] = {}
         self._waiting: list[tuple[ConnectionId, _Slot]] = []
@@ -244,14 +246,16 @@ class ProviderKernel:
             tuple(a.freeze() for _, a in sorted(self._allocations.items())),
             tuple((c, _index_of(slot, self._connections[c].slots)) for c, slot in self._waiting),
             tuple(self._remembered),
+            self._has_been_ready,
         )
 
     @classmethod
     def restore(cls, snapshot: Snapshot, limits: Limits | None = None) -> ProviderKernel:
         """Make a kernel that goes on exactly where the snapshot was taken."""
-        phase, connections, allocations, waiting, remembered = snapshot
+        phase, connections, allocations, waiting, remembered, has_been_ready = snapshot
         kernel = cls(limits)
         kernel._phase = phase
+        kernel._has_been_ready = has_been_ready
         kernel.remember(remembered)
         for number, frozen in connections:
             kernel._connections[number] = connection = _Connection.thaw(frozen)
@@ -398,6 +402,7 @@ class ProviderKernel:
         for _, allocation in sorted(self._allocations.items()):
             allocation.handed.discard(number)
             allocation.parties.discard(number)
+            allocation.early = [c for c in allocation.early if c != number]
             if number in allocation.asked:
                 allocation.asked.discard(number)
                 self._look_for_claim(allocation)
@@ -453,7 +458,8 @@ class ProviderKernel:
             return _over(_OPEN_MESSAGES, limits.open_per_connection)
         if self._users[connection.uid].messages >= limits.open_per_uid:
             return _over("unanswered messages of one user", limits.open_per_uid)
-        if self._phase is Phase.STOPPING and isinstance(question, NamespaceRequest):
+        is_late = isinstance(question, NamespaceRequest) or not self._has_been_ready
+        if self._phase is Phase.STOPPING and is_late:
             return SocketUnavailable(_STOPPING)
         if self._phase is Phase.STARTING and len(self._waiting) >= limits.waiting:
             return SocketUnavailable(f"{limits.waiting} messages already wait for the provider")
@@ -529,6 +535,9 @@ class ProviderKernel:
         for slot in self._connections[number].slots:
             if slot.stage is _Stage.EARLY and slot.is_request_for(name):
                 slot.answer, slot.stage = CreationFailed(_OVERTAKEN), _Stage.PUT
+        allocation = self._allocations.get(name)
+        if allocation is not None:
+            allocation.early = [c for c in allocation.early if c != number]
 
     # --- The provider as a whole ---------------------------------------------------------------
 
@@ -536,6 +545,7 @@ class ProviderKernel:
         if self._phase is not Phase.STARTING:
             raise LocalProtocolError("ProviderReady", self._phase.value, "the provider")
         self._phase = Phase.READY
+        self._has_been_ready = True
         for number, slot in self._take_waiting():
             self._ask(number, slot)
 
@@ -632,7 +642,8 @@ class ProviderKernel:
             for slot in self._connections[number].slots:
                 if slot.answer is None and slot.is_request_for(allocation.allocation_id):
                     if slot.stage is _Stage.EARLY:
-                        slot.answer = early
+                        if early is not None:
+                            slot.answer, slot.stage = early, _Stage.PUT
                     elif slot.stage is not _Stage.WAITING:
                         slot.answer = failed
             self._flush(number)

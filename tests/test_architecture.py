@@ -56,9 +56,9 @@ NAME_OWNERS: Final = {
 }
 """Who alone may even mention a name."""
 
-PURE: Final = r"statemachine/.*|transport/(codec|framing)\.py"
+PURE: Final = r"statemachine/.*|transport/(codec|framing|trace)\.py"
 PURE_IMPORTS: Final = re.compile(
-    "__future__|abc|collections|dataclasses|enum|functools|itertools|operator|re|string|struct"
+    "__future__|abc|collections|dataclasses|enum|functools|itertools|json|operator|re|string|struct"
     "|types|typing|unicodedata"
 )
 """What the standard library has that neither touches nor asks anything outside the program."""

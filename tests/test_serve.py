@@ -1157,3 +1157,18 @@ def test_an_idle_provider_does_not_wake_up(path: Path, backend: SimulatedBackend
         assert loop.run_until_complete(main()) <= 2
     finally:
         loop.close()
+
+
+def test_losses_come_before_what_is_said_on_later_connections(serving: Serving) -> None:
+    for number in range(50):
+        with serving.connect() as first:
+            first.say(wanted(f"a{number}"))
+        with serving.connect() as second:
+            second.say(AllocationEnded(f"a{number}"))
+            second.hear()
+    said = [event for event, _ in serving.turns]
+    ends = [event for event in said if isinstance(event, on.EndReceived)]
+    assert len(ends) == 50
+    for end in ends:
+        lost = said.index(on.ConnectionLost(end.connection - 1, "the peer closed the connection"))
+        assert lost < said.index(end)

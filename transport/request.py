@@ -221,7 +221,7 @@ class _Exchange:
             self.feed(on.NoticeDue())
 
     def withdraw(self) -> None:
-        """Tell a provider that is being asked that nobody waits any more, as far as goes at once."""
+        """Tell a provider that is being asked that nobody waits for its answer any more."""
         if self.channel is not None and self.kernel.state is ConsumerState.ASKING:
             self.feed(on.EndWanted())
 

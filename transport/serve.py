@@ -11,7 +11,7 @@ import asyncio
 import logging
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -177,7 +177,12 @@ class Provider:
         """
         return self._has_hung
 
-    async def run(self, on_ready: Callable[[], None] | None = None) -> None:
+    async def run(
+        self,
+        on_ready: Callable[[], None] | None = None,
+        *,
+        on_recovered: Callable[[Iterable[str]], None] | None = None,
+    ) -> None:
         """
         Serve until `stop` is called.
 
@@ -186,13 +191,15 @@ class Provider:
 
         Args:
             on_ready: called once, when requests are served.
+            on_recovered: called once before that, and before anything is adopted, with the names
+                of released allocations that the backend remembers.
 
         Raises:
             Exception: the backend could not recover; everything is closed.
         """
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._listener.fileno(), self._accept)
-        starting = self._loop.create_task(self._start(on_ready))
+        starting = self._loop.create_task(self._start(on_ready, on_recovered))
         stopping = self._loop.create_task(self._stop_asked.wait())
         try:
             # Recovering may take long, or hang; a provider can be stopped nevertheless.
@@ -210,10 +217,16 @@ class Provider:
 
     # --- Starting and stopping -----------------------------------------------------------------
 
-    async def _start(self, on_ready: Callable[[], None] | None) -> None:
+    async def _start(
+        self,
+        on_ready: Callable[[], None] | None,
+        on_recovered: Callable[[Iterable[str]], None] | None,
+    ) -> None:
         recovery = await self._loop.run_in_executor(self._pool, self._backend.recover)
         if self._stop_asked.is_set():
             return
+        if on_recovered is not None:
+            on_recovered(recovery.remembered)
         self._kernel.remember(recovery.remembered)
         for adoption in recovery.adoptions:
             self._feed(_adopted(adoption))
