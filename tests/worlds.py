@@ -24,7 +24,7 @@ from census import SCOPE_PREFIX
 
 from linux.anchor import find_anchors
 from linux.backend import LinuxBackend, NodeSettings, instance_of
-from linux.cgroups import ANCHOR_SLICE, WORKLOAD_SLICE
+from linux.cgroups import ANCHOR_SLICE, WORKLOAD_SLICE, Scope
 from linux.features import OLDEST, Features
 from linux.forge import spawn_within
 from linux.namespaces import KernelInspector
@@ -376,7 +376,7 @@ class LinuxWorld(World):
         self.scope(name).rmdir()
 
     def occupy_scope(self, name: str) -> None:
-        self.scope(name).mkdir(parents=True)
+        Scope.create(self._cgroup2, name, "somebody else")
         self.adopt_process(name, self.scope(name))
 
     def vacate_scope(self, name: str) -> None:
