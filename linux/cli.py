@@ -6,7 +6,7 @@
     end       end an allocation                           cli_request
     list      show allocations, their state and remains   cli_list
     trace     check or draw what `serve --trace` wrote    cli_trace
-    demo      one allocation's life, explained            demo
+    demo      two allocations' lives, checked             demo
 
 A verb's module is imported when the verb is used: it takes ten times as long as this one, and who
 asks for help wants it at once. For the same reason the defaults are written down here a second

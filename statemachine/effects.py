@@ -118,7 +118,8 @@ class HandOver(Effect):
 
     Report `ResponseSent`, or, if the descriptors cannot be had, send `FdPassing` in the response's
     place (answers are matched by order) and report `ResponseNotSent`. If the connection is lost,
-    report only that.
+    report only that. Whichever it is, report it before any `NamespacesReleased` or
+    `ReleaseOverdue` of the allocation: who is told of an end is who has been sent a response.
     """
 
     connection: ConnectionId
