@@ -42,7 +42,7 @@ class Outcome:
     cells: dict[str, dict[str, int]] = field(default_factory=dict)
     """How often each cell was hit: adapter -> "table state Event" -> times."""
     rows: list[dict[str, str]] = field(default_factory=list)
-    """Lines of the part's table in the report: mutants, canaries, spaces; all with the same keys."""
+    """Lines of the part's table in the report; all of them with the same keys."""
     discoveries: list[Discovery] = field(default_factory=list)
     seconds: float = 0.0
 
