@@ -2,8 +2,9 @@
 
 Two tables run side by side. `lifecycle.CONSUMER` is the allocation as the caller sees it;
 `lifecycle.NOTICE` is the word of the end that may be owed to the provider. Every event is put to
-both; it is refused only if neither has a row for it. `OweEnd`, an effect of the first table, sets
-off the second and never leaves the kernel.
+both; it is refused only if neither has a row for it, or if the provider is said to have spoken and
+there is no connection to it. `OweEnd`, an effect of the first table, sets off the second and never
+leaves the kernel.
 """
 
 from __future__ import annotations
@@ -137,7 +138,8 @@ class ConsumerKernel:
         hears_hold = CONSUMER.row(kind, self._hold.state) is not None
         hears_notice = NOTICE.row(kind, self._notice.state) is not None
         is_own = kind in (on.EndOwed, on.EndOwedApart)
-        if is_own or not (hears_hold or hears_notice):
+        is_deaf = issubclass(kind, on.PeerEvent) and not self._is_connected
+        if is_own or is_deaf or not (hears_hold or hears_notice):
             raise refusal(kind, self._hold.state, self._subject)
         self._note(event)
         if hears_hold:

@@ -178,7 +178,7 @@ PROVIDER: Final = compile_table(
         *_from(on.ScopeEmptied, _CREATED, _HANDED_OFF, to=_ENDED, then=_GO_UNCLAIMED),
         *_from(on.EndReceived, _CREATED, _HANDED_OFF, to=_ENDED, then=_GO_UNCLAIMED),
         *_from(on.InitDied, _CREATED, _HANDED_OFF, to=_ENDED, then=_GO_UNCLAIMED),
-        *_from(on.ClaimExpired, _CREATED, _HANDED_OFF, to=_ENDED, then=_GO_UNCLAIMED),
+        *_from(on.ClaimExpired, _CREATED, _HANDED_OFF, to=_ENDED, then=_GO),
         *_from(on.ReleaseRequested, _CREATED, _HANDED_OFF, to=_ENDED, then=_GO_UNCLAIMED),
         # The later ones change nothing. An end's sender is answered when the release is done.
         *_stay(on.ScopePopulated, _ENDED),
@@ -269,12 +269,10 @@ CONSUMER: Final = compile_table(
         Row(on.EndWanted, _SELF_HELD, _OVER, (do.ReleaseOwn, do.ReportEnd)),
         Row(on.EndAnnounced, _ENDING, _OVER, (do.ReportEnd,)),
         Row(on.NotFoundReceived, _ENDING, _OVER, (do.ReportRefusal, do.ReportEnd)),
-        # What still arrives after the consumer has turned away.
+        # What still arrives after the consumer has turned away. The rest is the notice's to hear:
+        # a consumer that has turned away and is still connected is telling the end.
         *_stay(on.ResponseReceived, *_TURNED_AWAY, then=(do.DiscardDescriptors,)),
         *_stay(on.ResponseMismatched, *_TURNED_AWAY, then=(do.DiscardDescriptors,)),
-        *_stay(on.CreationRefused, *_TURNED_AWAY),
-        *_stay(on.NotFoundReceived, _SERVING_SELF, _SELF_HELD, _FAILED, _OVER),
-        *_stay(on.EndAnnounced, _SERVING_SELF, _SELF_HELD, _FAILED, _OVER),
     ),
     initial=_IDLE,
     finals=(_REFUSED, _FAILED, _OVER),
@@ -309,10 +307,8 @@ NOTICE: Final = compile_table(
         Row(on.ProviderUnavailable, _TOLD, _OWED, _BREAK_OFF),
         Row(on.PassingFailed, _TOLD, _OWED, _BREAK_OFF),
         Row(on.FrameRejected, _TOLD, _OWED, (do.SendFault, *_BREAK_OFF)),
-        # The answer to the request that this end overtook: what it asked for is being undone.
+        # The refusal of the request that this end overtook. (A response is the hold's to discard.)
         *_stay(on.CreationRefused, _TOLD),
-        *_stay(on.ResponseReceived, _TOLD),
-        *_stay(on.ResponseMismatched, _TOLD),
     ),
     initial=_SILENT,
     finals=(_HEARD,),

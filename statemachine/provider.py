@@ -302,11 +302,15 @@ class ProviderKernel:
 
     def _on_allocation_event(self, event: on.AllocationEvent) -> None:
         allocation = self._model(event.allocation_id)
-        if isinstance(event, _ADOPTIONS) and allocation.state is AllocationState.RELEASED:
-            # The name was released before, and given to the life that is adopted now.
-            allocation.state = AllocationState.UNKNOWN
+        if isinstance(event, _ADOPTIONS):
+            if self._phase is not Phase.STARTING:
+                raise LocalProtocolError(type(event).__name__, self._phase.value, "the provider")
+            if allocation.state is AllocationState.RELEASED:
+                # The name was released before, and given to the life that is adopted now.
+                allocation.state = AllocationState.UNKNOWN
         if PROVIDER.row(type(event), allocation.state) is None:
             raise refusal(type(event), allocation.state, f"allocation {event.allocation_id}")
+        _check_due(allocation, event)
         self._note(allocation, event)
         self._fire(allocation, event)
         self._follow(allocation, event)
@@ -325,12 +329,8 @@ class ProviderKernel:
                 allocation.is_populated = True
             case on.ReleaseDelayed(reason=reason):
                 allocation.drain = reason
-            case on.ClaimExpired():
-                allocation.timers.discard(Timer.CLAIM)
-            case on.RetryDue():
-                allocation.timers.discard(Timer.RETRY)
-            case on.ReleaseOverdue():
-                allocation.timers.discard(Timer.RELEASE)
+            case on.ClaimExpired() | on.RetryDue() | on.ReleaseOverdue():
+                allocation.timers.remove(_EXPIRIES[type(event)])
             case on.CreatedAdopted() | on.HandedOffAdopted():
                 allocation.request, allocation.response = event.request, event.response
                 self._enter(allocation)
@@ -769,6 +769,14 @@ _PeerSaid: TypeAlias = on.RequestReceived | on.EndReceived | on.FrameRejected | 
 
 _ADOPTIONS: Final = (on.CreatedAdopted, on.HandedOffAdopted, on.RemainsFound)
 
+_RELEASE_REPORTS: Final = (on.ReleaseDelayed, on.NamespacesReleased)
+
+_EXPIRIES: Final[dict[type[Event], Timer]] = {
+    on.ClaimExpired: Timer.CLAIM,
+    on.RetryDue: Timer.RETRY,
+    on.ReleaseOverdue: Timer.RELEASE,
+}
+
 _OPEN_MESSAGES: Final = "unanswered messages of one connection"
 _STOPPING: Final = "the provider is shutting down"
 _OVERTAKEN: Final = "the allocation ended before it could be handed over"
@@ -793,6 +801,26 @@ _BUILDERS: Final[dict[type[Effect], Callable[[ProviderKernel, _Allocation, Event
     do.AnnounceEnd: ProviderKernel._build_announce,
     do.ReleaseNamespaces: ProviderKernel._build_release,
 }
+
+
+def _check_due(allocation: _Allocation, event: on.AllocationEvent) -> None:
+    """
+    Check that a timer ran that has run out, and that a release was tried that is reported.
+
+    Raises:
+        LocalProtocolError: naming what is missing.
+    """
+    timer = _EXPIRIES.get(type(event))
+    missing = ""
+    if timer is not None and timer not in allocation.timers:
+        missing = f"without a {timer.value} timer"
+    elif isinstance(event, _RELEASE_REPORTS) and Timer.RETRY in allocation.timers:
+        missing = "and not being released"
+    if missing:
+        state = f"{allocation.state.value} {missing}"
+        raise LocalProtocolError(
+            type(event).__name__, state, f"allocation {allocation.allocation_id}"
+        )
 
 
 def _name_request(allocation: _Allocation, request: NamespaceRequest) -> type[_Requested]:

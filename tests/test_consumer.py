@@ -398,7 +398,23 @@ def test_crossing_ends_end_it_once() -> None:
     kernel = after(*TO_HELD, END)
     assert do.CloseChannel() in kernel.receive(ENDED)
     assert kernel.state is ConsumerState.ENDED
-    assert kernel.receive(ENDED) == ()
+    assert not kernel.is_connected
+
+
+@pytest.mark.parametrize(
+    "event", [RESPONDED, MISMATCHED, FAILED, NOT_FOUND, ENDED, UNAVAILABLE, PASSING, GARBLED, LOST]
+)
+@pytest.mark.parametrize(
+    "events",
+    [(), (WANT,), (*TO_HELD, LOST), (*TO_ASKING, LOST), (*TO_HELD, END, ENDED)],
+    ids=["idle", "calling", "held", "calling again", "ended"],
+)
+def test_nothing_is_heard_without_a_connection(events: tuple[Event, ...], event: Event) -> None:
+    kernel = after(*events)
+    before = kernel.snapshot()
+    with pytest.raises(RemoteProtocolError):
+        kernel.receive(event)
+    assert kernel.snapshot() == before
 
 
 # --- Naming what arrives -----------------------------------------------------------------------

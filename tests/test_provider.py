@@ -66,6 +66,9 @@ def answer_to(request: NamespaceRequest) -> NamespaceResponse:
     return NamespaceResponse(request.allocation_id, request.namespaces)
 
 
+DELAYED: Final = on.ReleaseDelayed("a", "1 process does not die")
+
+
 class Script:
     """A kernel to be fed line by line; connection 9 is open and asks for nothing by itself."""
 
@@ -397,6 +400,8 @@ def test_whichever_reason_comes_first_ends_it(
     script.feed(on.NamespacesCreated("a", answer_to(A)))
     if is_handed:
         script.feed(on.ResponseSent("a", 1))
+    if isinstance(ending, on.ClaimExpired):
+        script.lose(1)
     effects = script.feed(ending)
     assert effects == (do.ReleaseNamespaces("a"), do.StartTimer(Timer.RELEASE, "a"))
     assert script.state() is ENDED
@@ -405,6 +410,8 @@ def test_whichever_reason_comes_first_ends_it(
 @pytest.mark.parametrize("first", ENDINGS)
 def test_the_later_reasons_to_end_have_no_effect(script: Script, first: Event) -> None:
     script.hand_over(1)
+    if isinstance(first, on.ClaimExpired):
+        script.lose(1)
     script.feed(first)
     later = [
         on.ScopeEmptied("a"),
@@ -414,6 +421,32 @@ def test_the_later_reasons_to_end_have_no_effect(script: Script, first: Event) -
     ]
     for event in later:
         assert script.feed(event) == ()
+
+
+@pytest.mark.parametrize(
+    ("events", "event", "state"),
+    [
+        ((), on.ClaimExpired("a"), "handed_off without a claim timer"),
+        ((on.ConnectionLost(1), on.RequestReceived(9, A)), on.ClaimExpired("a"), "claim timer"),
+        ((on.ScopeEmptied("a"),), on.RetryDue("a"), "ended without a retry timer"),
+        ((on.ScopeEmptied("a"), on.ReleaseOverdue("a")), on.ReleaseOverdue("a"), "release timer"),
+        ((on.ScopeEmptied("a"), DELAYED), DELAYED, "ended and not being released"),
+        ((on.ScopeEmptied("a"), DELAYED), on.NamespacesReleased("a"), "not being released"),
+        ((), on.CreatedAdopted("b", B, answer_to(B)), "the provider is ready"),
+        ((), on.HandedOffAdopted("b", B, answer_to(B)), "the provider is ready"),
+        ((), on.RemainsFound("b", B), "the provider is ready"),
+    ],
+)
+def test_what_was_not_under_way_cannot_be_reported(
+    script: Script, events: tuple[Event, ...], event: Event, state: str
+) -> None:
+    script.hand_over(1)
+    for earlier in events:
+        script.feed(earlier)
+    before = script.kernel.snapshot()
+    with pytest.raises(LocalProtocolError, match=state):
+        script.feed(event)
+    assert script.kernel.snapshot() == before
 
 
 def test_an_end_is_pushed_once_to_each_connection_that_was_handed_it(script: Script) -> None:
