@@ -33,6 +33,7 @@ from signal import SIGKILL
 from types import TracebackType
 from typing import Final
 
+from transport.calls import syscall
 from transport.descriptors import Descriptor
 
 from . import syscalls
@@ -63,7 +64,7 @@ def boot_id() -> str:
     """Name the current boot of this machine; no pid or inode means anything across two of them."""
     path = "/proc/sys/kernel/random/boot_id"
     with calling("read(2)", path):
-        return Path(path).read_text(encoding="ascii").strip()
+        return syscall(Path(path).read_text, encoding="ascii").strip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +182,7 @@ class Anchor:
         Raises:
             SyscallError: ESRCH, the anchor has ended.
         """
-        inode = os.fstat(self.pidfd.fileno()).st_ino if features.pidfs_inodes else None
+        inode = syscall(os.fstat, self.pidfd.fileno()).st_ino if features.pidfs_inodes else None
         start_time = _start_time(self.pid)
         namespaces = _namespace_inodes(self.pid)
         # Asked last: as the anchor lives now, its number was its own all the while.
@@ -297,7 +298,7 @@ def token_of(pid: int) -> str | None:
 def _is_other(anchor: Anchor, identity: AnchorIdentity, features: Features) -> bool:
     """Say whether the process is proven to be another one than the identity's."""
     if features.pidfs_inodes and identity.pidfs_inode is not None:
-        inode = os.fstat(anchor.pidfd.fileno()).st_ino
+        inode = syscall(os.fstat, anchor.pidfd.fileno()).st_ino
         return inode != identity.pidfs_inode or _has_other_token(anchor)
     start_time = _start_time(anchor.pid)
     if start_time is not None and start_time != identity.start_time:
@@ -348,7 +349,9 @@ def _members(cgroup: Path) -> list[int]:
     path = cgroup / "cgroup.procs"
     try:
         # A process of an outer PID namespace is listed as 0: it has no number for us.
-        return [pid for pid in map(int, path.read_text(encoding="ascii").split()) if pid > 0]
+        return [
+            pid for pid in map(int, syscall(path.read_text, encoding="ascii").split()) if pid > 0
+        ]
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENODEV):
             return []
@@ -365,7 +368,7 @@ def _namespace_inodes(pid: int) -> dict[str, int]:
     for name in _NAMESPACE_LINKS:
         path = f"/proc/{pid}/ns/{name}"
         try:
-            inodes[name] = os.stat(path).st_ino  # noqa: PTH116 - a Path would add nothing
+            inodes[name] = syscall(os.stat, path).st_ino
         except OSError as error:
             if error.errno not in _GONE:
                 raise SyscallError.of("stat(2)", error, path) from error
@@ -375,7 +378,7 @@ def _namespace_inodes(pid: int) -> dict[str, int]:
 def _read_proc(pid: int, name: str) -> bytes | None:
     path = Path(f"/proc/{pid}/{name}")
     try:
-        return path.read_bytes()
+        return syscall(path.read_bytes)
     except OSError as error:
         if error.errno in _GONE:
             return None

@@ -33,6 +33,7 @@ from statemachine.messages import (
     mount_path_below,
     objection,
 )
+from transport.calls import syscall
 from transport.contract import Adoption, Observation, Recovery, Sighting, Standing
 from transport.descriptors import Descriptor, DescriptorBundle
 
@@ -172,7 +173,7 @@ class LinuxBackend:
         self._forge: Final = Forge(cgroup=anchors, tied=journal is None, features=features)
         self._watch: Final = ScopeWatch[_WatchKey]()
         # Always readable. To watch it is to be called again at once, for what is in `_again`.
-        self._nudge: Final = Descriptor(os.eventfd(1, os.EFD_CLOEXEC))
+        self._nudge: Final = Descriptor(syscall(os.eventfd, 1, os.EFD_CLOEXEC))
         self._again: Final[set[str]] = set()
         self._guard: Final = threading.Lock()
         self._over: Final[set[str]] = set()
@@ -710,13 +711,13 @@ def _undo_scope(life: _Life) -> str | None:
 def _mirror(root: Path) -> Path:
     mirror = root / SELF_SERVICE_SLICE
     with calling("mkdir(2)", mirror):
-        mirror.mkdir(exist_ok=True)
+        syscall(mirror.mkdir, exist_ok=True)
     return mirror
 
 
 def _remove_mirror(root: Path) -> None:
     mirror = root / SELF_SERVICE_SLICE
-    if mirror.is_dir():
+    if syscall(mirror.is_dir):
         remove_slices(mirror)
         with suppress(OSError):
-            mirror.rmdir()
+            syscall(mirror.rmdir)

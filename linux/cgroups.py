@@ -30,6 +30,7 @@ from types import TracebackType
 from typing import Final, Generic, Self, TypeVar
 
 from statemachine.messages import objection_to_id
+from transport.calls import syscall
 from transport.descriptors import Descriptor
 
 from .syscalls import SyscallError, pidfd_open, pidfd_send_signal
@@ -109,7 +110,7 @@ def find_cgroup2(mountinfo: str | Path = Path("/proc/self/mountinfo")) -> Path:
     Source:
         proc_pid_mountinfo(5); cgroups(7).
     """
-    text = mountinfo.read_text() if isinstance(mountinfo, Path) else mountinfo
+    text = syscall(mountinfo.read_text) if isinstance(mountinfo, Path) else mountinfo
     for line in text.splitlines():
         mount, _, filesystem = line.partition(" - ")
         fields = mount.split(" ")
@@ -117,7 +118,7 @@ def find_cgroup2(mountinfo: str | Path = Path("/proc/self/mountinfo")) -> Path:
             continue
         root = Path(_unescape(fields[4]))
         # Only a v2 hierarchy has this file at its top, so a mount that another one covers fails.
-        if (root / "cgroup.controllers").exists():
+        if syscall((root / "cgroup.controllers").exists):
             return root
     raise CgroupUnavailable(
         "no writable cgroup2 mount in mountinfo; mount one: mount -t cgroup2 none /sys/fs/cgroup"
@@ -160,7 +161,7 @@ class Scope:
             _expect_usable(path)
         except BaseException:
             with suppress(OSError):
-                path.rmdir()
+                syscall(path.rmdir)
             raise
         return cls(path, owner)
 
@@ -174,7 +175,7 @@ class Scope:
             could stamp it); None if there is none or it is somebody else's.
         """
         path = _scope_path(root, allocation_id)
-        if not path.is_dir() or _read_stamp(path) not in (owner, None):
+        if not syscall(path.is_dir) or _read_stamp(path) not in (owner, None):
             return None
         return cls(path, owner)
 
@@ -184,7 +185,7 @@ class Scope:
 
     def is_gone(self) -> bool:
         """Tell whether the scope was removed, or replaced by somebody else's."""
-        return not self.path.is_dir() or self.owner() not in (self._token, None)
+        return not syscall(self.path.is_dir) or self.owner() not in (self._token, None)
 
     def is_populated(self) -> bool:
         """Tell whether a live process, frozen or not, is in the scope or below; zombies are not."""
@@ -308,11 +309,11 @@ class Scope:
 
     def _open(self, name: str, flags: int) -> Descriptor:
         with _retelling("open(2)", self.path / name):
-            return Descriptor(os.open(self.path / name, flags | os.O_CLOEXEC))
+            return Descriptor(syscall(os.open, self.path / name, flags | os.O_CLOEXEC))
 
     def _read(self, name: str) -> str:
         with _retelling("read(2)", self.path / name, *_GONE):
-            return (self.path / name).read_text()
+            return syscall((self.path / name).read_text)
         return ""
 
     def _processes_in(self, directory: Descriptor) -> list[int]:
@@ -378,7 +379,7 @@ class ScopeWatch(Generic[Key]):
 
     def __init__(self) -> None:
         self._guard: Final = threading.Lock()
-        self._epoll: Final = select.epoll()
+        self._epoll: Final = syscall(select.epoll)
         self._keys: Final[dict[int, Key]] = {}
         self._masks: Final[dict[int, int]] = {}
         self._fds: Final[dict[Key, int]] = {}
@@ -405,7 +406,7 @@ class ScopeWatch(Generic[Key]):
         with self._guard:
             if key in self._fds or fd in self._keys:
                 raise ValueError(f"{key!r} or its descriptor is already watched")
-            self._epoll.register(fd, mask)
+            syscall(self._epoll.register, fd, mask)
             self._keys[fd], self._masks[fd], self._fds[key] = key, mask, fd
 
     def remove(self, key: Key) -> None:
@@ -424,7 +425,7 @@ class ScopeWatch(Generic[Key]):
         again, so that a caller who is slow to `remove` it does not spin.
         """
         with self._guard:
-            ready = [fd for fd, _ in self._epoll.poll(0) if fd in self._keys]
+            ready = [fd for fd, _ in syscall(self._epoll.poll, 0) if fd in self._keys]
             for fd in ready:
                 if self._masks[fd] == self.DEATH or not _rearm(fd):
                     self._disarm(fd)
@@ -451,7 +452,7 @@ class ScopeWatch(Generic[Key]):
     def _disarm(self, fd: int) -> None:
         # ENOENT: disarmed before. EBADF: closed too early, which takes it out of the epoll too.
         with suppress(OSError):
-            self._epoll.unregister(fd)
+            syscall(self._epoll.unregister, fd)
 
 
 def anchor_cgroup(root: Path, instance: str) -> Path:
@@ -489,12 +490,12 @@ def remove_anchor_cgroup(root: Path, instance: str) -> bool:
         if _remove_directory(path) or _lists_members(path):
             break
         select.poll().poll(LEAVING_PAUSE_MS)
-    return not path.is_dir()
+    return not syscall(path.is_dir)
 
 
 def _lists_members(path: Path) -> bool:
     try:
-        return bool((path / "cgroup.procs").read_text(encoding="ascii").split())
+        return bool(syscall((path / "cgroup.procs").read_text, encoding="ascii").split())
     except OSError:
         return False
 
@@ -511,7 +512,7 @@ def remove_slices(root: Path) -> None:
 
 
 def _open_directory(path: Path) -> Descriptor:
-    return Descriptor(os.open(path, _DIRECTORY))
+    return Descriptor(syscall(os.open, path, _DIRECTORY))
 
 
 class _Cursor:
@@ -568,18 +569,18 @@ class _Cursor:
         return False
 
     def _enter(self, name: str) -> None:
-        there = Descriptor(os.open(name, _DIRECTORY, dir_fd=self._here.fileno()))
+        there = Descriptor(syscall(os.open, name, _DIRECTORY, dir_fd=self._here.fileno()))
         self._here.close()
         self._here = there
         self._depth += -1 if name == ".." else 1
 
     def _children(self) -> list[str]:
-        with os.scandir(self._here.fileno()) as listing:
+        with syscall(os.scandir, self._here.fileno()) as listing:
             return [entry.name for entry in listing if entry.is_dir(follow_symlinks=False)]
 
     def _remove_child(self, name: str) -> bool:
         try:
-            os.rmdir(name, dir_fd=self._here.fileno())
+            syscall(os.rmdir, name, dir_fd=self._here.fileno())
         except OSError as error:
             if error.errno in _BUSY:
                 return False
@@ -638,14 +639,14 @@ def _remove_unowned(path: Path, owner: str) -> bool:
     if not _claim(path, owner) or _remove_directory(path):
         return True
     with suppress(OSError):
-        os.removexattr(path, OWNER_ATTRIBUTE)
+        syscall(os.removexattr, path, OWNER_ATTRIBUTE)
     return False
 
 
 def _is_in_use(path: Path) -> bool:
     with _retelling("read(2)", path, *_GONE):
-        events = (path / "cgroup.events").read_text()
-        return "populated 1" in events or any(entry.is_dir() for entry in path.iterdir())
+        events = syscall((path / "cgroup.events").read_text)
+        return "populated 1" in events or any(entry.is_dir() for entry in syscall(path.iterdir))
     return False
 
 
@@ -653,7 +654,7 @@ def _claim(path: Path, owner: str) -> bool:
     """Stamp a scope that has no owner; False if another was faster, or it is gone."""
     try:
         # XATTR_CREATE: of two who meet at one directory, exactly one becomes its owner.
-        os.setxattr(path, OWNER_ATTRIBUTE, owner.encode(), os.XATTR_CREATE)
+        syscall(os.setxattr, path, OWNER_ATTRIBUTE, owner.encode(), os.XATTR_CREATE)
     except OSError as error:
         if error.errno in (*_GONE, errno.EEXIST):
             return False
@@ -666,7 +667,7 @@ def _make_in_slice(path: Path, *, exist_ok: bool = True) -> None:
     for _ in range(MAKE_ATTEMPTS_MAX):
         _make_slice(path.parent)
         try:
-            path.mkdir(mode=0o755, exist_ok=exist_ok)
+            syscall(path.mkdir, mode=0o755, exist_ok=exist_ok)
         except FileNotFoundError:
             continue  # somebody removed the slice, which was empty, between our two steps
         except OSError as error:
@@ -677,19 +678,19 @@ def _make_in_slice(path: Path, *, exist_ok: bool = True) -> None:
 
 def _make_slice(path: Path) -> None:
     try:
-        path.mkdir(mode=0o755)
+        syscall(path.mkdir, mode=0o755)
     except FileExistsError:
         return
     except OSError as error:
         raise _retold("mkdir(2)", error, path) from error
     # Gone again, or a Linux kernel without these attributes: then it just stays when it is empty.
     with suppress(OSError):
-        os.setxattr(path, MADE_ATTRIBUTE, b"1")
+        syscall(os.setxattr, path, MADE_ATTRIBUTE, b"1")
 
 
 def _expect_usable(path: Path) -> None:
     with _retelling("read(2)", path / "cgroup.type"):
-        kind = (path / "cgroup.type").read_text().strip()
+        kind = syscall((path / "cgroup.type").read_text).strip()
     if kind != "domain":
         advice = f"its type is {kind!r}: a cgroup beside or above it was made threaded; remove that"
         raise ScopeError("mkdir(2)", errno.EOPNOTSUPP, path, advice)
@@ -697,7 +698,7 @@ def _expect_usable(path: Path) -> None:
 
 def _remove_directory(path: Path) -> bool:
     try:
-        path.rmdir()
+        syscall(path.rmdir)
     except OSError as error:
         if error.errno in _BUSY:
             return False
@@ -712,7 +713,7 @@ def _read_stamp(path: Path | int) -> str | None:
 
 def _read_attribute(path: Path | int, name: str) -> str | None:
     try:
-        return os.getxattr(path, name).decode("utf-8", "replace")
+        return syscall(os.getxattr, path, name).decode("utf-8", "replace")
     except OSError as error:
         if error.errno in (*_GONE, errno.ENODATA, errno.EOPNOTSUPP):
             return None
@@ -735,20 +736,22 @@ def _members(directory: Descriptor) -> set[int]:
 
 def _process_of_thread(thread: str) -> int | None:
     with suppress(OSError):
-        found = re.search(r"^Tgid:\s+(\d+)$", Path(f"/proc/{thread}/status").read_text(), re.M)
+        found = re.search(
+            r"^Tgid:\s+(\d+)$", syscall(Path(f"/proc/{thread}/status").read_text), re.M
+        )
         return int(found[1]) if found else None
     return None
 
 
 def _read_in(directory: Descriptor, name: str) -> str:
-    with open(name, opener=_opener_in(directory)) as file:
-        return file.read()
+    with syscall(open, name, opener=_opener_in(directory)) as file:
+        return str(syscall(file.read))
 
 
 def _write_in(directory: Descriptor, name: str, text: str) -> None:
     # Unbuffered: one write, and its error arrives here instead of in close().
-    with open(name, "wb", buffering=0, opener=_opener_in(directory)) as file:
-        file.write(text.encode())
+    with syscall(open, name, "wb", buffering=0, opener=_opener_in(directory)) as file:
+        syscall(file.write, text.encode())
 
 
 def _opener_in(directory: Descriptor) -> Callable[[str, int], int]:
@@ -763,7 +766,7 @@ def _opener_in(directory: Descriptor) -> Callable[[str, int], int]:
 def _rearm(fd: int) -> bool:
     """Read the events file, which is what makes its next change count; False once it is gone."""
     try:
-        os.pread(fd, EVENTS_BYTES_MAX, 0)
+        syscall(os.pread, fd, EVENTS_BYTES_MAX, 0)
     except OSError:
         return False
     return True

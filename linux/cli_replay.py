@@ -1,13 +1,15 @@
 """Could this have happened? A trace's events are fed to a kernel again, and its effects compared.
 
 Besides what the kernel refuses, a trace must keep what `effects` obliges a driver to: to report
-what came of something it must have been asked for, and each once.
+what came of something it must have been asked for, and each once. And a provider that starts again
+must find what the one before it can have left: nothing else, and not less.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 from statemachine import effects as do
@@ -16,7 +18,8 @@ from statemachine.effects import Effect, Timer
 from statemachine.errors import ProtocolError
 from statemachine.events import ConnectionId, Event
 from statemachine.lifecycle import PROVIDER, AllocationState
-from statemachine.provider import Limits, Phase, ProviderKernel
+from statemachine.messages import NamespaceRequest, NamespaceResponse
+from statemachine.provider import REMEMBERED_MAX, Limits, Phase, ProviderKernel
 from transport.trace import Entry, Recovery, Start, TraceError, Turn, encode_effect, read_lines
 
 
@@ -41,7 +44,8 @@ class Replay:
 
     Takes time with the length of the trace, and memory only with what is alive in it. The end of
     the trace may be missing, and the end of every provider's life in it: that is a crash. Where
-    other lines are missing there is no way on but through a crash, either.
+    other lines are missing there is no way on but through a crash, either, and what it left behind
+    nobody knows; a trace that does not begin with a start has such a gap before it.
     """
 
     def __init__(self) -> None:
@@ -49,6 +53,7 @@ class Replay:
         self.starts = 0
         self.gaps = 0
         self._sequence = -1
+        self._left: _Left | None = None
         self._crash(Limits())
 
     def take_all(self, lines: Iterable[bytes]) -> None:
@@ -66,13 +71,20 @@ class Replay:
         self._limits = limits
         self._kernel = ProviderKernel(limits)
         self._owed = _Owed()
+        self._lives: dict[str, _Life] = {}
+        self._knows_all = False
         self._is_after_gap = False
 
     def _take(self, number: int, sequence: int, entry: Entry) -> None:
         if isinstance(entry, Start):
+            if self._knows_all:
+                self._left = _Left()
+            if self._left is not None:
+                self._left.add(self._lives, self._kernel)
             self._crash(entry.limits)
             self.starts += 1
         elif sequence != self._sequence + 1:
+            self._left = None
             self._crash(self._limits)
             self._is_after_gap = True
             self.gaps += 1
@@ -85,13 +97,17 @@ class Replay:
             if self._kernel.phase is not Phase.STARTING:
                 raise Impossible(number, "a recovery, but the provider is ready")
             self._kernel.remember(entry.remembered)
+            if self._left is not None:
+                self._left.strike_off(entry.remembered)
 
     def _check_place(self, number: int, event: Event) -> None:
-        """Have adoptions only while the provider starts, and after a gap nothing but them."""
+        """Have nothing but adoptions after a gap, and none but of what can have been left."""
         is_adoption = isinstance(event, ADOPTIONS)
         if is_adoption and self._kernel.phase is not Phase.STARTING:
             reason = f"{_name(event)}, but the provider is {self._kernel.phase.value}"
             raise Impossible(number, reason, self._allowed_for(event))
+        if self._left is not None:
+            self._left.check(number, event)
         if self._is_after_gap and not is_adoption:
             if not isinstance(event, on.ProviderReady):
                 reason = f"lines are missing before this {_name(event)}; then there was a crash"
@@ -110,8 +126,12 @@ class Replay:
             reason = f"{_name(event)} has other effects"
             found, expected = _shown(turn.effects), _shown(effects)
             raise Impossible(number, reason, f"found:    {found}", f"expected: {expected}")
+        if isinstance(event, on.ProviderReady):
+            self._knows_all, self._left = True, None
+        _keep(self._lives, event)
         for effect in effects:
             self._owed.add(effect)
+            _keep(self._lives, effect)
 
     def _not_asked_for(self, number: int, event: Event) -> Impossible:
         allowed = self._allowed_for(event)
@@ -133,6 +153,97 @@ class Replay:
         if self._kernel.phase is not Phase.STARTING:
             kinds = [kind for kind in kinds if kind not in ADOPTIONS]
         return _allowed(kind for kind in kinds if self._owed.has(kind, name))
+
+
+@dataclass(slots=True)
+class _Life:
+    """What a trace says of an allocation that is not released."""
+
+    request: NamespaceRequest
+    response: NamespaceResponse | None = None
+    is_announced: bool = False
+
+
+def _keep(lives: dict[str, _Life], said: Event | Effect) -> None:
+    """Note what an event or an effect says of a life."""
+    match said:
+        case do.CreateNamespaces(request=request) | on.RemainsFound(request=request):
+            lives[request.allocation_id] = _Life(request)
+        case on.CreatedAdopted() | on.HandedOffAdopted():
+            lives[said.allocation_id] = _Life(said.request, said.response)
+        case on.NamespacesCreated(allocation_id=name, response=response):
+            lives[name].response = response
+        case do.AnnounceEnd(allocation_id=name) if name in lives:
+            lives[name].is_announced = True
+        case on.NamespacesReleased(allocation_id=name):
+            del lives[name]
+        case _:
+            pass
+
+
+class _Left:
+    """
+    What a provider that is gone can have left for the next one to find.
+
+    It wrote each line before it performed anything, and its backend works on after its last line.
+    So what was being created may be found in any shape or not at all, an end that nobody was told
+    may be forgotten, and a hand-over may not have been noted. But what has been created is found,
+    or remembered as ended; what has been announced as ended is not alive; and nothing is found
+    that was not there.
+    """
+
+    def __init__(self) -> None:
+        self._lives: dict[str, _Life] = {}
+        self._states: dict[str, AllocationState] = {}
+        self._must_be_found: set[str] = set()
+
+    def add(self, lives: dict[str, _Life], kernel: ProviderKernel) -> None:
+        """Add what a provider that is gone knew; it may have begun to find what another left."""
+        states = {name: kernel.state_of(name) for name in lives}
+        self._lives |= lives
+        self._states |= states
+        self._must_be_found |= {name for name, state in states.items() if state in _EXIST}
+
+    def strike_off(self, remembered: tuple[str, ...]) -> None:
+        """Take up which names the backend remembers; its memory is bounded."""
+        self._must_be_found -= set(remembered)
+        if len(remembered) >= REMEMBERED_MAX:
+            self._must_be_found.clear()
+
+    def check(self, number: int, event: Event) -> None:
+        """
+        Hold what the next provider finds to what there was.
+
+        Raises:
+            Impossible: it finds what cannot be, or is ready and has not found what must be.
+        """
+        if isinstance(event, ADOPTIONS):
+            self._must_be_found.discard(event.allocation_id)
+            reason = self._objection(event)
+            if reason:
+                raise Impossible(number, f"{_name(event)}, but before the crash {reason}")
+        elif isinstance(event, on.ProviderReady) and self._must_be_found:
+            name = min(self._must_be_found)
+            reason = f"ready, but {name}, which was {self._states[name].value}, was not found"
+            raise Impossible(number, reason, _allowed(ADOPTIONS))
+
+    def _objection(self, event: on.CreatedAdopted | on.HandedOffAdopted | on.RemainsFound) -> str:
+        life = self._lives.pop(event.allocation_id, None)
+        if life is None:
+            return "it was not there"
+        if event.request != life.request:
+            return f"it had another request: {life.request}"
+        if isinstance(event, on.RemainsFound):
+            return ""
+        state = self._states[event.allocation_id]
+        if life.response is not None and event.response != life.response:
+            return f"it had another response: {life.response}"
+        if life.is_announced:
+            return "its end was announced"
+        is_handed = isinstance(event, on.HandedOffAdopted)
+        if is_handed and state in (AllocationState.REQUESTED, AllocationState.CREATED):
+            return f"it was only {state.value}"
+        return ""
 
 
 class _Owed:
@@ -224,6 +335,7 @@ _AFTER: Final[dict[str, list[type[Event]]]] = {
 """What may follow where a connection, or the provider, stands as the kernel's refusal says."""
 
 _UNKNOWN: Final = AllocationState.UNKNOWN
+_EXIST: Final = (AllocationState.CREATED, AllocationState.HANDED_OFF)
 
 
 def _allowed(kinds: Iterable[type[Event]]) -> str:

@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Final
 
+from transport.calls import syscall
 from transport.descriptors import Descriptor
 
 from . import syscalls
@@ -73,8 +74,8 @@ def _works(attempt: Callable[[ExitStack], bool]) -> bool:
 def _try_pidfs_inodes(stack: ExitStack) -> bool:
     # Before 6.9 all anonymous files share one inode, pidfds and eventfds among them.
     pidfd = stack.enter_context(syscalls.pidfd_open(os.getpid()))
-    anonymous = stack.enter_context(Descriptor(os.eventfd(0)))
-    return os.fstat(pidfd.fileno()).st_dev != os.fstat(anonymous.fileno()).st_dev
+    anonymous = stack.enter_context(Descriptor(syscall(os.eventfd, 0)))
+    return syscall(os.fstat, pidfd.fileno()).st_dev != syscall(os.fstat, anonymous.fileno()).st_dev
 
 
 def _try_pidfd_namespaces(stack: ExitStack) -> bool:

@@ -24,12 +24,13 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final
 
+from transport.calls import syscall
 from transport.channel import Reception, receive_once, send_once
 from transport.descriptors import Descriptor
 
@@ -67,6 +68,9 @@ FORGE_TIMEOUT_S: Final = 10.0
 LAST_WORDS_BYTES_MAX: Final = 4096
 """How much of what a dying forge printed is looked at; its last line says what went wrong."""
 
+FORGE_COMMAND: Final = (sys.executable, "-P", "-m", "linux.forge_child")
+"""How a forge is started; the number of its socket comes last."""
+
 _PACKAGES: Final = str(Path(__file__).resolve().parent.parent)
 
 
@@ -85,9 +89,18 @@ class Forge:
             self-service, where nobody else would end them. (A forge that was killed can end
             nothing.) Otherwise they outlive the owner.
         features: What the forge may use.
+        command: Starts a program that is a forge.
     """
 
-    def __init__(self, *, cgroup: Path | None, tied: bool = False, features: Features) -> None:
+    def __init__(
+        self,
+        *,
+        cgroup: Path | None,
+        tied: bool = False,
+        features: Features,
+        command: Sequence[str] = FORGE_COMMAND,
+    ) -> None:
+        self._command: Final = tuple(command)
         self._cgroup: Final = cgroup
         self._tied: Final = tied
         self._features: Final = features
@@ -187,16 +200,17 @@ class Forge:
 
     def _launch(self) -> None:
         with calling("socketpair(2)"):
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            ours, theirs = syscall(socket.socketpair, socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket = ours
         ours.settimeout(FORGE_TIMEOUT_S)
         with theirs:
             with calling("memfd_create(2)"):
-                self._stderr = Descriptor(os.memfd_create("forge", os.MFD_CLOEXEC))
+                self._stderr = Descriptor(syscall(os.memfd_create, "forge", os.MFD_CLOEXEC))
             # A session of its own: Ctrl-C at the owner's terminal is not for the forge. No stream
             # of the owner's: whoever waits for the end of one would wait for the forge too.
-            self._child = subprocess.Popen(
-                [sys.executable, "-P", "-m", "linux.forge_child", str(theirs.fileno())],
+            self._child = syscall(
+                subprocess.Popen,
+                [*self._command, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=self._stderr.fileno(),
@@ -273,9 +287,9 @@ class Forge:
         """Say what the forge printed last: nothing, unless it died of a mistake."""
         if self._stderr is None:
             return ""
-        size = os.fstat(self._stderr.fileno()).st_size
+        size = syscall(os.fstat, self._stderr.fileno()).st_size
         begin = max(0, size - LAST_WORDS_BYTES_MAX)
-        printed = os.pread(self._stderr.fileno(), LAST_WORDS_BYTES_MAX, begin)
+        printed = syscall(os.pread, self._stderr.fileno(), LAST_WORDS_BYTES_MAX, begin)
         return printed.decode("utf-8", "replace").strip().rpartition("\n")[2]
 
     def _end(self, *, patiently: bool) -> None:
@@ -328,8 +342,8 @@ def _environment() -> dict[str, str]:
 def _pids_in(cgroup: Path | None) -> list[int]:
     """List where an unannounced anchor can be: in the anchors' cgroup, else anywhere."""
     if cgroup is None:
-        return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+        return [int(entry.name) for entry in syscall(Path("/proc").iterdir) if entry.name.isdigit()]
     try:
-        return [int(pid) for pid in (cgroup / "cgroup.procs").read_text().split()]
+        return [int(pid) for pid in syscall((cgroup / "cgroup.procs").read_text).split()]
     except OSError:
         return []  # a cgroup that is gone has nobody in it

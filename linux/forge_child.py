@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Final, NamedTuple, NoReturn
 
 from statemachine.messages import NamespaceType
+from transport.calls import syscall
 from transport.channel import receive_once, send_once
 from transport.descriptors import Descriptor
 
@@ -159,7 +160,7 @@ def _separate_mounts(work: Work) -> None:
 
 def _bring_up_lo(work: Work) -> None:
     with calling("socket(2)"):
-        any_socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        any_socket = syscall(socket.socket, socket.AF_INET, socket.SOCK_DGRAM)
     with any_socket:
         request = bytearray(_IFREQ.pack(b"lo", 0))
         syscalls.ioctl(any_socket, Ioctl.SIOCGIFFLAGS, request)
@@ -191,7 +192,8 @@ def _start_anchor(work: Work) -> None:
     # first of its PID namespace, which is dead now: the next anchor begins with a new unshare.
     program = work.settings.program
     with calling("posix_spawn(3)", program):
-        pid = os.posix_spawn(
+        pid = syscall(
+            os.posix_spawn,
             program,
             ANCHOR_COMMAND,
             {ANCHOR_VARIABLE: work.plan.token},
@@ -213,15 +215,15 @@ def _hold(pid: int) -> Descriptor:
         # wait for: ECHILD. (Its environment does not tell: posix_spawn returns before the exec has
         # set that up.)
         with calling("waitid(2)", f"anchor {pid}"):
-            os.waitid(os.P_PIDFD, pidfd.fileno(), os.WEXITED | os.WNOHANG)
+            syscall(os.waitid, os.P_PIDFD, pidfd.fileno(), os.WEXITED | os.WNOHANG)
         undo.pop_all()
     return pidfd
 
 
 def _kill_child(pid: int) -> None:
     with suppress(OSError):
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG)
-        os.kill(pid, signal.SIGKILL)
+        syscall(os.waitid, os.P_PID, pid, os.WEXITED | os.WNOHANG)
+        syscall(os.kill, pid, signal.SIGKILL)
 
 
 def _mount_proc(work: Work) -> None:
@@ -247,14 +249,14 @@ def _mount_proc_from_inside() -> None:
     # A /proc shows the PID namespace of whoever mounts it, and the forge is in none but the node's.
     # Its next child, however, is in the anchor's.
     with calling("pipe(2)"):
-        answer, question = map(Descriptor, os.pipe())
+        answer, question = map(Descriptor, syscall(os.pipe))
     with answer, question:
         with calling("fork(2)"):
-            pid = os.fork()
+            pid = syscall(os.fork)
         if pid == 0:
             _mount_proc_and_exit(question)
         question.close()
-        reported = os.read(answer.fileno(), struct.calcsize("i"))
+        reported = syscall(os.read, answer.fileno(), struct.calcsize("i"))
     if not reported:
         raise SyscallError("mount(2)", errno.ECHILD, "/proc")
     (number,) = struct.unpack("i", reported)
@@ -270,7 +272,7 @@ def _mount_proc_and_exit(question: Descriptor) -> NoReturn:
     except SyscallError as error:
         number = error.errno or errno.EIO
     finally:
-        os.write(question.fileno(), struct.pack("i", number))
+        syscall(os.write, question.fileno(), struct.pack("i", number))
         os._exit(0)
 
 
@@ -455,7 +457,7 @@ def _perform(name: str, act: Callable[[Work], None], work: Work) -> None:
 
 def _make_folders(path: str) -> None:
     with calling("mkdir(2)", path):
-        Path(path).mkdir(mode=0o755, parents=True, exist_ok=True)
+        syscall(Path(path).mkdir, mode=0o755, parents=True, exist_ok=True)
 
 
 def _quietly(act: Callable[[], bool]) -> bool:
@@ -473,7 +475,7 @@ def _pause(milliseconds: int) -> None:
 def _enter_cgroup(path: str) -> None:
     procs = Path(path) / "cgroup.procs"
     with calling("write(2)", procs):
-        procs.write_text("0", encoding="ascii")
+        syscall(procs.write_text, "0", encoding="ascii")
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import IO, Final, TypeAlias
 
 from statemachine.messages import NamespaceType
+from transport.calls import syscall
 from transport.descriptors import Descriptor, DescriptorBundle
 
 from . import syscalls
@@ -108,13 +109,14 @@ def spawn_within(
     """
     with ExitStack() as stack:
         variables = stack.enter_context(_environment_file(os.environ if env is None else env))
-        answer, question = (stack.enter_context(Descriptor(fd)) for fd in os.pipe())
+        answer, question = (stack.enter_context(Descriptor(fd)) for fd in syscall(os.pipe))
         passed = [question, variables, *([scope] if scope is not None else [])]
 
         def start() -> Child:
             tty = 0 if foreground and _is_terminal(stdin) else -1
             numbers = (question.fileno(), variables.fileno(), scope.fileno() if scope else -1, tty)
-            return subprocess.Popen(
+            return syscall(
+                subprocess.Popen,
                 [sys.executable, "-I", "-S", str(_PROGRAM), *map(str, numbers), *command],
                 stdin=stdin,
                 stdout=stdout,
@@ -140,7 +142,7 @@ def restore_foreground(tty: int) -> None:
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
     try:
-        os.tcsetpgrp(tty, os.getpgrp())
+        syscall(os.tcsetpgrp, tty, os.getpgrp())
     except OSError as error:
         if error.errno != errno.ENOTTY:
             raise SyscallError.of("tcsetpgrp(3)", error) from error
@@ -194,7 +196,7 @@ def _await_start(child: Child, answer: Descriptor, command: Sequence[str]) -> No
         child.kill()
         with child:
             raise SyscallError("execve(2)", errno.ETIMEDOUT, command[0])
-    report = os.read(answer.fileno(), STATUS_BYTES_MAX)
+    report = syscall(os.read, answer.fileno(), STATUS_BYTES_MAX)
     if report:
         with child:
             raise _failure(report)
@@ -216,10 +218,12 @@ def _environment_file(variables: Mapping[str, str]) -> Descriptor:
             raise ValueError(f"no environment can hold {name!r}={value!r}")
         content += os.fsencode(f"{name}={value}") + b"\0"
     with ExitStack() as undo, calling("memfd_create(2)"):
-        file = undo.enter_context(Descriptor(os.memfd_create("environment", os.MFD_CLOEXEC)))
+        file = undo.enter_context(
+            Descriptor(syscall(os.memfd_create, "environment", os.MFD_CLOEXEC))
+        )
         remaining = memoryview(content)
         while remaining:
-            remaining = remaining[os.write(file.fileno(), remaining) :]
+            remaining = remaining[syscall(os.write, file.fileno(), remaining) :]
         undo.pop_all()
     return file
 

@@ -29,6 +29,7 @@ from types import TracebackType
 from typing import Final, Literal, Self, TypeAlias, TypedDict, Unpack, get_args
 
 from statemachine.messages import NamespaceRequest, NamespaceType
+from transport.calls import syscall
 from transport.descriptors import Descriptor
 
 JOURNAL_NAME: Final = "journal.sqlite3"
@@ -191,7 +192,8 @@ class Journal:
         with self._transaction() as database:
             if _find(database, entry.allocation_id) is not None:
                 raise ValueError(f"allocation {entry.allocation_id!r} already has an entry")
-            database.execute(
+            syscall(
+                database.execute,
                 f"INSERT INTO allocation ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 _encode_entry(entry),
             )
@@ -212,7 +214,8 @@ class Journal:
             if STATES.index(state) < STATES.index(entry.state):
                 raise ValueError(f"{allocation_id!r} is {entry.state}; it cannot become {state}")
             _, _, *columns = _encode_entry(replace(entry, state=state, **fields))
-            database.execute(
+            syscall(
+                database.execute,
                 "UPDATE allocation SET state = ?, request = ?, mount_path = ?, anchor = ?,"
                 " scope_path = ?, why = ? WHERE allocation_id = ?",
                 (*columns, allocation_id),
@@ -221,8 +224,8 @@ class Journal:
     def forget(self, allocation_id: str) -> None:
         """Strike out an allocation that is released, and remember its id; if it has an entry."""
         with self._transaction() as database:
-            struck = database.execute(
-                "DELETE FROM allocation WHERE allocation_id = ?", (allocation_id,)
+            struck = syscall(
+                database.execute, "DELETE FROM allocation WHERE allocation_id = ?", (allocation_id,)
             )
             if struck.rowcount:
                 _remember(database, allocation_id)
@@ -262,9 +265,9 @@ class Journal:
             voided = _read_entries(database)
             for entry in voided:
                 _remember(database, entry.allocation_id)
-            database.execute("DELETE FROM allocation")
-            database.execute("DELETE FROM boot")
-            database.execute("INSERT INTO boot VALUES (?)", (boot_id,))
+            syscall(database.execute, "DELETE FROM allocation")
+            syscall(database.execute, "DELETE FROM boot")
+            syscall(database.execute, "INSERT INTO boot VALUES (?)", (boot_id,))
             return voided
 
     @contextmanager
@@ -322,10 +325,10 @@ _AT_REST: Final = "mode=ro&immutable=1"
 def _read_by(path: Path, options: str) -> JournalView:
     _expect_header(path)
     with _typed_errors(path):
-        database = sqlite3.connect(f"{path.absolute().as_uri()}?{options}", uri=True)
+        database = syscall(sqlite3.connect, f"{path.absolute().as_uri()}?{options}", uri=True)
         try:
             database.isolation_level = None
-            database.execute("BEGIN")  # all reads below see one and the same moment
+            syscall(database.execute, "BEGIN")  # all reads below see one and the same moment
             if _is_new(database, path):
                 return JournalView(boot_id=None)
             return JournalView(
@@ -340,7 +343,7 @@ def _read_by(path: Path, options: str) -> JournalView:
 def _is_shared(path: Path) -> bool:
     # SQLite removes the index before the log when it closes, and creates it after the log. With
     # only one of the two there is nothing in the log that is not in the file as well.
-    return all(Path(f"{path}{suffix}").exists() for suffix in ("-wal", "-shm"))
+    return all(syscall(Path(f"{path}{suffix}").exists) for suffix in ("-wal", "-shm"))
 
 
 def _is_at_rest(path: Path, fingerprint: tuple[int, ...]) -> bool:
@@ -349,7 +352,7 @@ def _is_at_rest(path: Path, fingerprint: tuple[int, ...]) -> bool:
 
 def _fingerprint(path: Path) -> tuple[int, ...] | None:
     try:
-        status = path.stat()
+        status = syscall(path.stat)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -360,8 +363,8 @@ def _fingerprint(path: Path) -> tuple[int, ...] | None:
 def _lock_directory(state_dir: Path) -> Descriptor:
     path = state_dir / LOCK_NAME
     try:
-        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = Descriptor(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        syscall(state_dir.mkdir, mode=0o700, parents=True, exist_ok=True)
+        lock = Descriptor(syscall(os.open, path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     except OSError as error:
         raise JournalUnavailable(path, error.strerror or str(error)) from error
     try:
@@ -374,19 +377,19 @@ def _lock_directory(state_dir: Path) -> Descriptor:
 
 def _hold(lock: Descriptor, path: Path) -> None:
     try:
-        fcntl.flock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        syscall(fcntl.flock, lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise JournalBusy(path, _holder_of(lock)) from None
     except OSError as error:
         raise JournalUnavailable(path, error.strerror or str(error)) from error
     # The file stays when we go: removing a lock file lets two providers lock two files of one name.
     # The pid in it is for people; what excludes a second provider is the lock alone.
-    os.ftruncate(lock.fileno(), 0)
-    os.pwrite(lock.fileno(), f"{os.getpid()}\n".encode(), 0)
+    syscall(os.ftruncate, lock.fileno(), 0)
+    syscall(os.pwrite, lock.fileno(), f"{os.getpid()}\n".encode(), 0)
 
 
 def _holder_of(lock: Descriptor) -> int | None:
-    written = os.pread(lock.fileno(), 32, 0).strip()
+    written = syscall(os.pread, lock.fileno(), 32, 0).strip()
     return int(written) if written.isdigit() else None
 
 
@@ -394,7 +397,7 @@ def _open_for_writing(path: Path) -> sqlite3.Connection:
     _expect_header(path)
     with _typed_errors(path):
         # check_same_thread: our own lock does better, it admits any thread but one at a time.
-        database = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+        database = syscall(sqlite3.connect, path, check_same_thread=False, isolation_level=None)
         try:
             _prepare(database, path)
         except BaseException:
@@ -405,16 +408,16 @@ def _open_for_writing(path: Path) -> sqlite3.Connection:
 
 def _prepare(database: sqlite3.Connection, path: Path) -> None:
     is_new = _is_new(database, path)
-    database.execute("PRAGMA journal_mode = WAL")
-    database.execute("PRAGMA synchronous = OFF")
-    verdict = database.execute("PRAGMA quick_check(1)").fetchone()[0]
+    syscall(database.execute, "PRAGMA journal_mode = WAL")
+    syscall(database.execute, "PRAGMA synchronous = OFF")
+    verdict = syscall(database.execute, "PRAGMA quick_check(1)").fetchone()[0]
     if verdict != "ok":
         raise JournalCorrupt(path, f"SQLite finds it damaged: {verdict}")
     if is_new:
         with _transaction(database):
             for statement in _SCHEMA.split(";"):
-                database.execute(statement)
-            database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+                syscall(database.execute, statement)
+            syscall(database.execute, f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 
 def _expect_header(path: Path) -> None:
@@ -426,10 +429,10 @@ def _expect_header(path: Path) -> None:
 
 def _is_new(database: sqlite3.Connection, path: Path) -> bool:
     """Tell a journal of ours (False) from a database that is still blank (True); refuse others."""
-    version = int(database.execute("PRAGMA user_version").fetchone()[0])
+    version = int(syscall(database.execute, "PRAGMA user_version").fetchone()[0])
     if version == SCHEMA_VERSION:
         return False
-    tables = database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    tables = syscall(database.execute, "SELECT count(*) FROM sqlite_master").fetchone()[0]
     if version == 0 and tables == 0:
         return True
     raise JournalCorrupt(path, f"it has schema version {version}, not {SCHEMA_VERSION}")
@@ -437,14 +440,14 @@ def _is_new(database: sqlite3.Connection, path: Path) -> bool:
 
 @contextmanager
 def _transaction(database: sqlite3.Connection) -> Iterator[None]:
-    database.execute("BEGIN IMMEDIATE")
+    syscall(database.execute, "BEGIN IMMEDIATE")
     try:
         yield
-        database.execute("COMMIT")
+        syscall(database.execute, "COMMIT")
     except BaseException:
         # SQLite itself rolls back when, for example, the disk is full.
         if database.in_transaction:
-            database.execute("ROLLBACK")
+            syscall(database.execute, "ROLLBACK")
         raise
 
 
@@ -465,8 +468,9 @@ def _typed_errors(path: Path) -> Iterator[None]:
 
 def _remember(database: sqlite3.Connection, allocation_id: str) -> None:
     # REPLACE gives an id that ended again a new, last position.
-    database.execute("REPLACE INTO ended (allocation_id) VALUES (?)", (allocation_id,))
-    database.execute(
+    syscall(database.execute, "REPLACE INTO ended (allocation_id) VALUES (?)", (allocation_id,))
+    syscall(
+        database.execute,
         "DELETE FROM ended WHERE position <="
         " (SELECT position FROM ended ORDER BY position DESC LIMIT 1 OFFSET ?)",
         (REMEMBERED_MAX,),
@@ -474,23 +478,25 @@ def _remember(database: sqlite3.Connection, allocation_id: str) -> None:
 
 
 def _read_boot_id(database: sqlite3.Connection) -> str | None:
-    row = database.execute("SELECT boot_id FROM boot").fetchone()
+    row = syscall(database.execute, "SELECT boot_id FROM boot").fetchone()
     return None if row is None else str(row[0])
 
 
 def _read_entries(database: sqlite3.Connection) -> tuple[Entry, ...]:
-    rows = database.execute(f"SELECT {_COLUMNS} FROM allocation ORDER BY position")
+    rows = syscall(database.execute, f"SELECT {_COLUMNS} FROM allocation ORDER BY position")
     return tuple(_decode_entry(row) for row in rows)
 
 
 def _read_remembered(database: sqlite3.Connection) -> tuple[str, ...]:
-    rows = database.execute("SELECT allocation_id FROM ended ORDER BY position")
+    rows = syscall(database.execute, "SELECT allocation_id FROM ended ORDER BY position")
     return tuple(str(allocation_id) for (allocation_id,) in rows)
 
 
 def _find(database: sqlite3.Connection, allocation_id: str) -> Entry | None:
-    row = database.execute(
-        f"SELECT {_COLUMNS} FROM allocation WHERE allocation_id = ?", (allocation_id,)
+    row = syscall(
+        database.execute,
+        f"SELECT {_COLUMNS} FROM allocation WHERE allocation_id = ?",
+        (allocation_id,),
     ).fetchone()
     return None if row is None else _decode_entry(row)
 

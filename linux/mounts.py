@@ -28,6 +28,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, NamedTuple, Self
 
+from transport.calls import syscall
 from transport.descriptors import Descriptor
 
 from .features import Features
@@ -181,7 +182,7 @@ def resolve_image(root: Path, image: str) -> Descriptor:
     subject = f"{image!a} below {root}"
     try:
         with _open_root(root) as base, _open_below(base, image) as found:
-            if not stat.S_ISREG(os.fstat(found.fileno()).st_mode):
+            if not stat.S_ISREG(syscall(os.fstat, found.fileno()).st_mode):
                 advice = f"it is no regular file; a uenv image is a {IMAGE_FSTYPE} file"
                 raise ImageError(_RESOLVE, "openat2(2)", errno.EINVAL, subject, advice)
             # O_PATH opened nothing yet. By this name it is the very file that was looked at.
@@ -414,7 +415,7 @@ class _NothingToAdopt(Exception):
 def _open_root(root: Path) -> Descriptor:
     try:
         with calling("open(2)", root):
-            return Descriptor(os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+            return Descriptor(syscall(os.open, root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
     except SyscallError as error:
         number = error.errno or errno.EIO
         advice = "the image root cannot be used; create it, or configure another"
@@ -433,7 +434,7 @@ def _open_below(base: Descriptor, image: str) -> Descriptor:
 
 
 def _key_of(file: Descriptor) -> _ImageKey:
-    status = os.fstat(file.fileno())
+    status = syscall(os.fstat, file.fileno())
     return _ImageKey(status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
 
 
@@ -508,7 +509,7 @@ def _loop_config(file: Descriptor, image: str) -> bytes:
 
 def _find_loop(file: Descriptor) -> tuple[str, Descriptor] | None:
     """Find the loop device that an earlier life of ours put the file on, and hold it."""
-    status = os.fstat(file.fileno())
+    status = syscall(os.fstat, file.fileno())
     for path in sorted(_SYS_BLOCK.glob("loop*/loop/backing_file")):
         device = f"/dev/{path.parent.parent.name}"
         # Looked at from afar first: to open a stranger's device keeps it from being freed.
@@ -524,7 +525,7 @@ def _find_loop(file: Descriptor) -> tuple[str, Descriptor] | None:
 
 def _is_file(path: str, status: os.stat_result) -> bool:
     try:
-        return os.path.samestat(Path(path).stat(), status)
+        return os.path.samestat(syscall(Path(path).stat), status)
     except OSError:
         return False
 
@@ -545,14 +546,18 @@ def _backing_file(device: str) -> str:
     path = _SYS_BLOCK / Path(device).name / "loop" / "backing_file"
     try:
         # An image that was deleted is still the same image.
-        return path.read_text(errors="surrogateescape").rstrip("\n").removesuffix(" (deleted)")
+        return (
+            syscall(path.read_text, errors="surrogateescape")
+            .rstrip("\n")
+            .removesuffix(" (deleted)")
+        )
     except OSError:
         return ""  # the device is free, or gone
 
 
 def _open(path: str) -> Descriptor:
     with calling("open(2)", path):
-        return Descriptor(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        return Descriptor(syscall(os.open, path, os.O_RDONLY | os.O_CLOEXEC))
 
 
 def _drop(entries: list[_Image]) -> None:

@@ -17,6 +17,7 @@ from typing import Final
 
 from statemachine.errors import FdPassing
 from statemachine.messages import NamespaceType
+from transport.calls import syscall
 from transport.descriptors import Descriptor, DescriptorBundle, NamespaceIdentity
 
 from . import syscalls
@@ -172,7 +173,7 @@ class KernelInspector:
         if self._features.mount_namespace_ids and kind is NamespaceType.MOUNT:
             return (_namespace_id(fd, Ioctl.NS_GET_MNTNS_ID),)
         # The inode is used again when the namespace has gone, but not while this is open.
-        status = os.fstat(fd)
+        status = syscall(os.fstat, fd)
         return (status.st_dev, status.st_ino)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from statemachine.errors import FdPassing
+from transport.calls import syscall
 from transport.descriptors import Descriptor, NamespaceIdentity
 
 from .anchor import Anchor, AnchorIdentity, adopt, boot_id
@@ -172,7 +173,7 @@ def zombies_below(init: int) -> str:
 def _see_provider(state_dir: Path) -> ProviderSeen | None:
     """Read the readiness file; believed if its author still has the lock of the directory open."""
     try:
-        plain = json.loads((state_dir / READY_NAME).read_text(encoding="utf-8"))
+        plain = json.loads(syscall((state_dir / READY_NAME).read_text, encoding="utf-8"))
         provider = ProviderSeen(int(plain["pid"]), str(plain["socket"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -181,13 +182,13 @@ def _see_provider(state_dir: Path) -> ProviderSeen | None:
 
 def _has_open(pid: int, path: Path) -> bool:
     try:
-        wanted = path.stat()
-        links = list(Path(f"/proc/{pid}/fd").iterdir())
+        wanted = syscall(path.stat)
+        links = list(syscall(Path(f"/proc/{pid}/fd").iterdir))
     except OSError:
         return False
     for link in links:
         with suppress(OSError):
-            if os.path.samestat(link.stat(), wanted):
+            if os.path.samestat(syscall(link.stat), wanted):
                 return True
     return False
 
@@ -225,13 +226,13 @@ def _see_namespaces(entry: Entry, anchor: Anchor, features: Features) -> Iterato
         # An init that is dying has lost them already.
         with suppress(*_CANNOT_READ), open_namespace(anchor, kind, features) as namespace:
             identity = inspector.inspect(namespace.fileno())
-            yield NamespaceSeen(identity, os.fstat(namespace.fileno()).st_ino)
+            yield NamespaceSeen(identity, syscall(os.fstat, namespace.fileno()).st_ino)
 
 
 def _see_processes(pids: Iterable[int]) -> Iterator[ProcessSeen]:
     for pid, state, _ in _read_all(pids):
         with suppress(OSError):
-            name = Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace")
+            name = syscall(Path(f"/proc/{pid}/comm").read_text, encoding="utf-8", errors="replace")
             yield ProcessSeen(pid, state, name.rstrip("\n"))
 
 
@@ -254,9 +255,11 @@ def _see_images(entries: list[Entry]) -> Iterator[ImageSeen]:
         device = f"/dev/{folder.parent.name}"
         try:
             # Ours free themselves. Others are not even opened: that would keep them from it.
-            if (folder / "autoclear").read_text().strip() != "1":
+            if syscall((folder / "autoclear").read_text).strip() != "1":
                 continue
-            file = (folder / "backing_file").read_text(errors="surrogateescape").rstrip("\n")
+            file = syscall((folder / "backing_file").read_text, errors="surrogateescape").rstrip(
+                "\n"
+            )
             name = _loop_name(device)
         except OSError:
             continue  # freed since it was listed
@@ -274,7 +277,7 @@ def _users_of(image: bytes, entries: list[Entry]) -> tuple[str, ...]:
 
 def _loop_name(device: str) -> bytes:
     status = bytearray(_LOOP_STATUS_BYTES)
-    with Descriptor(os.open(device, os.O_RDONLY | os.O_CLOEXEC)) as loop:
+    with Descriptor(syscall(os.open, device, os.O_RDONLY | os.O_CLOEXEC)) as loop:
         ioctl(loop, Ioctl.LOOP_GET_STATUS64, status)
     return bytes(status[_LOOP_NAME]).rstrip(b"\0")
 
@@ -286,7 +289,7 @@ def _shortened(told: list[str]) -> str:
 
 
 def _all_pids() -> Iterator[int]:
-    for entry in Path("/proc").iterdir():
+    for entry in syscall(Path("/proc").iterdir):
         if entry.name.isdecimal():
             yield int(entry.name)
 
@@ -295,7 +298,7 @@ def _read_all(pids: Iterable[int]) -> Iterator[tuple[int, str, int]]:
     """Read the state and the parent of each process that is still there."""
     for pid in pids:
         try:
-            stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+            stat = syscall(Path(f"/proc/{pid}/stat").read_text, encoding="utf-8", errors="replace")
         except OSError:
             continue
         # The name in parentheses may hold anything, parentheses included.
@@ -306,7 +309,7 @@ def _read_all(pids: Iterable[int]) -> Iterator[tuple[int, str, int]]:
 def _depth_of(pid: int) -> int:
     """Say in how many PID namespaces a process is, from this one down."""
     try:
-        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
+        status = syscall(Path(f"/proc/{pid}/status").read_text, encoding="utf-8", errors="replace")
     except OSError:
         return 0
     for line in status.splitlines():

@@ -21,6 +21,7 @@ from enum import IntEnum
 from errno import EINTR, EINVAL, ENODATA, ETIMEDOUT, errorcode
 from typing import Final, Protocol, TypeAlias
 
+from transport.calls import syscall
 from transport.descriptors import Descriptor
 
 # sched.h: unshare(2), setns(2); also what NS_GET_NSTYPE answers with.
@@ -364,7 +365,7 @@ def read_fs_log(context: FileDescriptor) -> list[str]:
     lines: list[str] = []
     while len(lines) < FS_LOG_LINES_MAX:
         try:
-            line = os.read(number, FS_LOG_LINE_BYTES_MAX)
+            line = syscall(os.read, number, FS_LOG_LINE_BYTES_MAX)
         except OSError as error:
             if error.errno != ENODATA:
                 lines.append(f"(log: {error.strerror})")
@@ -485,12 +486,18 @@ class _Function(Protocol):
 
 def _checked(call: str, function: _Function, *arguments: _CValue, path: Path | None = None) -> int:
     while True:
-        result = function(*arguments)
-        if result >= 0:
-            return result
-        number = ctypes.get_errno()
-        if number != EINTR:
-            raise SyscallError(call, number, path)
+        try:
+            return syscall(_once, call, path, function, *arguments)
+        except SyscallError as error:
+            if error.errno != EINTR:
+                raise
+
+
+def _once(call: str, path: Path | None, function: _Function, *arguments: _CValue) -> int:
+    result = function(*arguments)
+    if result < 0:
+        raise SyscallError(call, ctypes.get_errno(), path)
+    return result
 
 
 def _libc_call(name: str, *arguments: _CValue, path: Path | None = None) -> int:

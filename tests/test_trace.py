@@ -158,10 +158,8 @@ RESTART: Final = (
     on.ConnectionOpened(1, 0),
     on.RequestReceived(1, A),
     on.HandedOffAdopted("a", A, MADE),
-    on.RemainsFound("b", NamespaceRequest("b", (PID,), None)),
     on.ProviderReady(),
     on.ResponseSent("a", 1),
-    on.NamespacesReleased("b"),
 )
 
 
@@ -171,9 +169,11 @@ def line_of(kind: type[Event]) -> int:
 
 def test_life_and_another_after_a_crash_are_possible() -> None:
     replay = Replay()
-    replay.take_all([*written(*LIFE[:8]), *written(*RESTART), *written(*LIFE)])
+    end = (on.EndReceived(1, "a"), on.NamespacesReleased("a"))
+    lives = (LIFE[:8], (*RESTART, *end), LIFE)
+    replay.take_all([line for life in lives for line in written(*life)])
     assert (replay.starts, replay.gaps) == (3, 0)
-    assert replay.turns == 8 + len(RESTART) + len(LIFE)
+    assert replay.turns == sum(map(len, lives))
 
 
 def test_its_end_may_be_missing_anywhere() -> None:
@@ -194,7 +194,7 @@ def test_dropped_line_is_missed_at_the_next_one(at: int) -> None:
 
 def test_after_a_gap_adoptions_are_the_only_way_on() -> None:
     replay = Replay()
-    replay.take_all([*written(*LIFE[:8]), *written(*RESTART[2:4], on.ProviderReady())[2:]])
+    replay.take_all([*written(*LIFE[:8]), *written(*RESTART[2:4])[2:]])
     assert (replay.starts, replay.gaps) == (1, 1)
 
 
@@ -278,6 +278,83 @@ def test_invented_event_is_named_with_what_was_allowed(
     names = instead.removeprefix("allowed: ").split(", ")
     assert allowed in names
     assert type(event).__name__ not in names
+
+
+def after_a_crash(*before: Event, remembered: tuple[str, ...] = (), found: list[Event]) -> Replay:
+    """A provider is killed, and the next one finds this."""
+    start, _, *turns = (entry for _, _, entry in read_lines(written(*found)))
+    replay = Replay()
+    replay.take_all([*written(*before), *numbered(start, Recovery(remembered), *turns)])
+    return replay
+
+
+CREATED: Final = on.CreatedAdopted("a", A, MADE)
+HANDED_OFF: Final = on.HandedOffAdopted("a", A, MADE)
+REMAINS: Final = on.RemainsFound("a", A)
+OTHER: Final = NamespaceRequest("a", (PID,), None)
+ELSEWHERE: Final = NamespaceResponse("a", (PID, NET), "/elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("last", "found"),
+    [
+        (on.RequestReceived, None),
+        (on.RequestReceived, CREATED),
+        (on.RequestReceived, REMAINS),
+        (on.NamespacesCreated, CREATED),
+        (on.NamespacesCreated, REMAINS),
+        (on.ResponseSent, CREATED),
+        (on.ResponseSent, HANDED_OFF),
+        (on.ScopeEmptied, HANDED_OFF),
+        (on.ScopeEmptied, REMAINS),
+        (on.ScopeEmptied, None),
+        (on.NamespacesReleased, None),
+    ],
+)
+def test_what_a_crash_can_leave_may_be_found(last: type[Event], found: Event | None) -> None:
+    life = LIFE[: line_of(last) - FIRST + 1]
+    events = [*([found] if found else []), on.ProviderReady()]
+    assert after_a_crash(*life, found=events).starts == 2
+
+
+@pytest.mark.parametrize(
+    ("last", "found", "says"),
+    [
+        (on.RequestReceived, HANDED_OFF, "it was only requested"),
+        (on.NamespacesCreated, HANDED_OFF, "it was only created"),
+        (on.NamespacesCreated, None, "ready, but a, which was created, was not found"),
+        (on.ScopePopulated, None, "ready, but a, which was handed_off, was not found"),
+        (on.ScopePopulated, on.CreatedAdopted("a", OTHER, MADE), "it had another request"),
+        (on.ScopePopulated, on.RemainsFound("a", OTHER), "it had another request"),
+        (on.ScopePopulated, on.HandedOffAdopted("a", A, ELSEWHERE), "it had another response"),
+        (on.ReleaseOverdue, CREATED, "its end was announced"),
+        (on.NamespacesReleased, CREATED, "it was not there"),
+        (on.NamespacesReleased, REMAINS, "it was not there"),
+        (on.ConnectionLost, CREATED, "it was not there"),
+    ],
+)
+def test_what_a_crash_cannot_leave_is_found_out(
+    last: type[Event], found: Event | None, says: str
+) -> None:
+    life = [*LIFE[:10], on.ReleaseOverdue("a"), *LIFE[10:]]
+    life = life[: [type(event) for event in life].index(last) + 1]
+    events = [*([found] if found else []), on.ProviderReady()]
+    with pytest.raises(Impossible) as refusal:
+        after_a_crash(*life, found=events)
+    assert says in refusal.value.reason
+    assert refusal.value.line == 2 + len(life) + FIRST
+
+
+def test_what_is_remembered_as_ended_need_not_be_found() -> None:
+    """After a reboot the backend remembers every name and finds nothing."""
+    after_a_crash(*LIFE[:8], remembered=("a",), found=[on.ProviderReady()])
+
+
+def test_a_provider_killed_while_it_looked_around_takes_nothing_away() -> None:
+    lives = [written(*LIFE[:8]), written(), written(HANDED_OFF), written(HANDED_OFF, LIFE[0])]
+    Replay().take_all([line for life in lives for line in life])
+    lives[-1] = written(LIFE[0])
+    assert "was not found" in refusal_of([line for life in lives for line in life]).reason
 
 
 def test_recovery_is_only_at_the_start() -> None:

@@ -32,6 +32,7 @@ from typing import Final, NamedTuple, TypeAlias
 from statemachine.errors import FdPassing
 from statemachine.messages import Message, NamespaceResponse, NamespaceType
 
+from .calls import syscall
 from .codec import decode_message, encode_message
 from .descriptors import Descriptor, DescriptorBundle, adopt_all, close_all
 from .framing import Frame, FrameReader, encode_frame
@@ -95,7 +96,7 @@ def send_once(sock: socket.socket, data: bytes | memoryview, fds: Sequence[int] 
     if len(fds) > SENDMSG_DESCRIPTORS_MAX:
         raise ValueError(f"{len(fds)} descriptors; at most {SENDMSG_DESCRIPTORS_MAX} can be sent")
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-    return sock.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
+    return syscall(sock.sendmsg, [data], ancillary, socket.MSG_NOSIGNAL)
 
 
 def receive_once(sock: socket.socket, size: int, descriptors_max: int) -> Reception:
@@ -126,7 +127,9 @@ def receive_once(sock: socket.socket, size: int, descriptors_max: int) -> Recept
     # recvmsg, not socket.recv_fds: the latter ignores its flags, so that what it returns would be
     # inherited by whatever is executed (CPython issue 107898).
     ancillary_bytes = _cmsg_len(descriptors_max) if descriptors_max else 0
-    data, ancillary, flags, _ = sock.recvmsg(size, ancillary_bytes, socket.MSG_CMSG_CLOEXEC)
+    data, ancillary, flags, _ = syscall(
+        sock.recvmsg, size, ancillary_bytes, socket.MSG_CMSG_CLOEXEC
+    )
     fds = array.array("i")
     for level, kind, content in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:

@@ -26,6 +26,8 @@ from typing import Final, Protocol
 from statemachine.errors import FdPassing
 from statemachine.messages import NamespaceType
 
+from .calls import syscall
+
 DUPLICATE_FD_MIN: Final = 3
 """Lowest number for a duplicate: 0, 1 and 2 mean something to whatever is executed later."""
 
@@ -91,7 +93,9 @@ class Descriptor:
         Source:
             fcntl(2), F_DUPFD_CLOEXEC.
         """
-        return Descriptor(fcntl.fcntl(self.fileno(), fcntl.F_DUPFD_CLOEXEC, DUPLICATE_FD_MIN))
+        return Descriptor(
+            syscall(fcntl.fcntl, self.fileno(), fcntl.F_DUPFD_CLOEXEC, DUPLICATE_FD_MIN)
+        )
 
     def close(self) -> None:
         """
@@ -109,7 +113,7 @@ class Descriptor:
         if fd < 0:
             return
         try:
-            os.close(fd)
+            syscall(os.close, fd)
         except OSError as error:
             if error.errno == errno.EBADF:
                 raise

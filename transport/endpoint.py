@@ -25,6 +25,7 @@ from typing import Final
 
 from statemachine.errors import FdPassing, SocketUnavailable
 
+from .calls import syscall
 from .channel import Channel
 from .descriptors import Descriptor
 
@@ -83,7 +84,7 @@ class PeerCredentials:
         Source:
             unix(7), SO_PEERCRED, SO_PEERPIDFD.
         """
-        ucred = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        ucred = syscall(sock.getsockopt, socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
         pid, uid, gid = _UCRED.unpack(ucred)
         return cls(pid, uid, gid, _peer_pidfd(sock) if use_peerpidfd else None)
 
@@ -149,16 +150,16 @@ def listen(
     try:
         with _sole_starter(address), ExitStack() as undo:
             sock = undo.enter_context(_stream_socket())
-            os.fchmod(sock.fileno(), mode)
+            syscall(os.fchmod, sock.fileno(), mode)
             _bind(sock, address)
             inode = _inode_of(address)
             undo.callback(_unlink_if, address, inode)
             if gid is not None:
-                os.chown(address, -1, gid)
-            address.chmod(mode)  # bind() let the umask take bits away.
+                syscall(os.chown, address, -1, gid)
+            syscall(address.chmod, mode)  # bind() let the umask take bits away.
             if use_passrights:
                 _refuse_descriptors(sock)
-            sock.listen(backlog)
+            syscall(sock.listen, backlog)
             listener = Listener(sock, address, inode, use_peerpidfd=use_peerpidfd)
             undo.pop_all()
             return listener
@@ -185,7 +186,7 @@ def begin_connect(path: str | os.PathLike[str]) -> socket.socket:
     try:
         with ExitStack() as undo:
             sock = undo.enter_context(_stream_socket())
-            sock.connect(str(address))
+            syscall(sock.connect, str(address))
             undo.pop_all()
             return sock
     except BlockingIOError:
@@ -257,7 +258,7 @@ class Listener:
         """
         self.fileno()
         try:
-            sock, _ = self._sock.accept()
+            sock, _ = syscall(self._sock.accept)
         except BlockingIOError:
             return None
         except OSError as error:
@@ -305,7 +306,7 @@ class Listener:
         self._reserve.close()
         try:
             with suppress(OSError):
-                sock, _ = self._sock.accept()
+                sock, _ = syscall(self._sock.accept)
                 _turn_away(sock)
         finally:
             with suppress(OSError):
@@ -327,7 +328,7 @@ def _address(path: str | os.PathLike[str]) -> Path:
 
 
 def _stream_socket() -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock = syscall(socket.socket, socket.AF_UNIX, socket.SOCK_STREAM)
     sock.setblocking(False)
     return sock
 
@@ -335,12 +336,12 @@ def _stream_socket() -> socket.socket:
 def _refuse_descriptors(sock: socket.socket) -> None:
     # Accepted sockets inherit it. A Linux that does not know it leaves the refusal to Channel.
     with suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
+        syscall(sock.setsockopt, socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
 
 
 def _peer_pidfd(sock: socket.socket) -> Descriptor | None:
     try:
-        return Descriptor(sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD))
+        return Descriptor(syscall(sock.getsockopt, socket.SOL_SOCKET, SO_PEERPIDFD))
     except OSError as error:
         if error.errno not in _NO_PEER_PIDFD:
             raise
@@ -348,7 +349,7 @@ def _peer_pidfd(sock: socket.socket) -> Descriptor | None:
 
 
 def _open_reserve() -> Descriptor:
-    return Descriptor(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+    return Descriptor(syscall(os.open, os.devnull, os.O_RDONLY | os.O_CLOEXEC))
 
 
 def _turn_away(sock: socket.socket) -> None:
@@ -367,9 +368,9 @@ def _sole_starter(path: Path) -> Iterator[None]:
     lock_path = path.with_name(f".{path.name}.lock")
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     while True:
-        with Descriptor(os.open(lock_path, flags, 0o600)) as lock:
+        with Descriptor(syscall(os.open, lock_path, flags, 0o600)) as lock:
             try:
-                fcntl.flock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                syscall(fcntl.flock, lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise SocketUnavailable(f"another provider is starting on {path}") from error
             # Whoever had the lock before has removed the file, so it may not be at its path any
@@ -379,38 +380,38 @@ def _sole_starter(path: Path) -> Iterator[None]:
             try:
                 yield
             finally:
-                lock_path.unlink(missing_ok=True)
+                syscall(lock_path.unlink, missing_ok=True)
             return
 
 
 def _is_at(path: Path, descriptor: Descriptor) -> bool:
     with suppress(FileNotFoundError):
-        return os.path.samestat(path.lstat(), os.fstat(descriptor.fileno()))
+        return os.path.samestat(syscall(path.lstat), syscall(os.fstat, descriptor.fileno()))
     return False
 
 
 def _bind(sock: socket.socket, path: Path) -> None:
     try:
-        sock.bind(str(path))
+        syscall(sock.bind, str(path))
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise
         _remove_stale(path)
-        sock.bind(str(path))
+        syscall(sock.bind, str(path))
 
 
 def _remove_stale(path: Path) -> None:
-    if not path.is_socket() or path.is_symlink():
+    if not syscall(path.is_socket) or syscall(path.is_symlink):
         raise SocketUnavailable(f"{path} is not a socket; it is left alone")
     if _is_listening(path):
         raise SocketUnavailable(f"somebody else listens on {path}")
-    path.unlink()
+    syscall(path.unlink)
 
 
 def _is_listening(path: Path) -> bool:
     with _stream_socket() as probe:
         try:
-            probe.connect(str(path))
+            syscall(probe.connect, str(path))
         except ConnectionRefusedError:
             return False
         except OSError as error:
@@ -421,14 +422,14 @@ def _is_listening(path: Path) -> bool:
 
 
 def _inode_of(path: Path) -> tuple[int, int]:
-    status = path.lstat()
+    status = syscall(path.lstat)
     return status.st_dev, status.st_ino
 
 
 def _unlink_if(path: Path, inode: tuple[int, int]) -> None:
     with suppress(FileNotFoundError):
         if _inode_of(path) == inode:
-            path.unlink()
+            syscall(path.unlink)
 
 
 def _listen_fault(path: Path, error: OSError) -> str:
