@@ -131,6 +131,8 @@ class Anchor:
         token: The value of `ANCHOR_VARIABLE` in its environment.
     """
 
+    # Keeps CRASH-1.
+
     __slots__ = ("pid", "pidfd", "token")
 
     def __init__(self, pid: int, pidfd: Descriptor, token: str) -> None:
@@ -182,7 +184,7 @@ class Anchor:
         Raises:
             SyscallError: ESRCH, the anchor has ended.
         """
-        inode = syscall(os.fstat, self.pidfd.fileno()).st_ino if features.pidfs_inodes else None
+        inode = _inode_of(self.pidfd) if features.pidfs_inodes else None
         start_time = _start_time(self.pid)
         namespaces = _namespace_inodes(self.pid)
         # Asked last: as the anchor lives now, its number was its own all the while.
@@ -227,6 +229,7 @@ def adopt(identity: AnchorIdentity, token: str, features: Features) -> Anchor | 
     Raises:
         SyscallError: it could not be found out (no descriptor left, no permission).
     """
+    # Keeps CRASH-8.
     if identity.boot_id != boot_id():
         return None
     pidfd = _open_process(identity.pid)
@@ -262,6 +265,7 @@ def find_anchors(cgroup: Path) -> dict[str, Anchor]:
     Raises:
         SyscallError: it could not be found out; nothing stays open.
     """
+    # Keeps CRASH-7.
     with ExitStack() as undo:
         found: dict[str, Anchor] = {}
         for pid in _members(cgroup):
@@ -298,8 +302,7 @@ def token_of(pid: int) -> str | None:
 def _is_other(anchor: Anchor, identity: AnchorIdentity, features: Features) -> bool:
     """Say whether the process is proven to be another one than the identity's."""
     if features.pidfs_inodes and identity.pidfs_inode is not None:
-        inode = syscall(os.fstat, anchor.pidfd.fileno()).st_ino
-        return inode != identity.pidfs_inode or _has_other_token(anchor)
+        return _inode_of(anchor.pidfd) != identity.pidfs_inode or _has_other_token(anchor)
     start_time = _start_time(anchor.pid)
     if start_time is not None and start_time != identity.start_time:
         return True
@@ -356,6 +359,11 @@ def _members(cgroup: Path) -> list[int]:
         if error.errno in (errno.ENOENT, errno.ENODEV):
             return []
         raise SyscallError.of("read(2)", error, path) from error
+
+
+def _inode_of(pidfd: Descriptor) -> int:
+    with calling("fstat(2)"):
+        return syscall(os.fstat, pidfd.fileno()).st_ino
 
 
 def _start_time(pid: int) -> int | None:

@@ -96,15 +96,20 @@ class NodeSettings:
     cgroup2: Path | None
     """Mount point of cgroup v2; None makes no scopes, where none can be made."""
     image_root: Path = IMAGE_ROOT
+    """Where images are looked for."""
     uenv_base: Path = UENV_BASE
+    """Where they appear inside an allocation."""
     hold_time_s: float = HOLD_TIME_S
+    """How long an image stays mounted after its last user."""
 
 
 class Undo(NamedTuple):
     """How to undo one step, tried until it says None; else it says what is in its way."""
 
     step: str
+    """The step that was done."""
     attempt: Callable[[], str | None]
+    """Tries to undo it; says what stands in the way, or None."""
 
 
 @dataclass(slots=True)
@@ -140,7 +145,9 @@ class Step(NamedTuple):
     """One step of a plan: what it is called in errors, and how it is done."""
 
     name: str
+    """For texts."""
     act: Callable[[LinuxBackend, _Life], None]
+    """Does it."""
 
 
 _WatchKey: TypeAlias = tuple[Literal["scope", "anchor", "again"], str]
@@ -173,7 +180,8 @@ class LinuxBackend:
         self._forge: Final = Forge(cgroup=anchors, tied=journal is None, features=features)
         self._watch: Final = ScopeWatch[_WatchKey]()
         # Always readable. To watch it is to be called again at once, for what is in `_again`.
-        self._nudge: Final = Descriptor(syscall(os.eventfd, 1, os.EFD_CLOEXEC))
+        with calling("eventfd(2)"):
+            self._nudge: Final = Descriptor(syscall(os.eventfd, 1, os.EFD_CLOEXEC))
         self._again: Final[set[str]] = set()
         self._guard: Final = threading.Lock()
         self._over: Final[set[str]] = set()
@@ -208,7 +216,6 @@ class LinuxBackend:
             undo.callback(journal.close)
             instance = instance_of(state_dir)
             root = settings.cgroup2
-            anchors = None if root is None else anchor_cgroup(root, instance)
 
             def on_close() -> None:
                 journal.close()
@@ -216,6 +223,8 @@ class LinuxBackend:
                     remove_anchor_cgroup(root, instance)
                     remove_slices(root)
 
+            anchors = None if root is None else anchor_cgroup(root, instance)
+            undo.callback(on_close)
             backend = cls(
                 settings,
                 journal=journal,
@@ -240,6 +249,7 @@ class LinuxBackend:
 
         Nothing is started or opened on the node before it is needed.
         """
+        # Keeps SELF-12.
         root = settings.cgroup2
 
         def on_close() -> None:
@@ -267,6 +277,7 @@ class LinuxBackend:
                 steps before it are undone; what cannot go at once is in `why_alive`, and
                 `release_namespaces` goes on with it.
         """
+        # Keeps LIFE-8.
         reason = objection(request)
         if reason is not None:
             raise CreationFailed(reason)
@@ -287,6 +298,7 @@ class LinuxBackend:
         Raises:
             AllocationNotFound: there is none, or nothing is left of it.
         """
+        # Keeps END-8, END-10.
         life = self._lives.get(allocation_id)
         if life is None:
             with self._guard:  # it failed by itself, and ended after that
@@ -332,6 +344,7 @@ class LinuxBackend:
 
     def why_alive(self, allocation_id: str) -> str | None:
         """Say what the last try to release found in its way; None when nothing is left."""
+        # Keeps END-9.
         life = self._lives.get(allocation_id)
         if life is None:
             return None
@@ -353,6 +366,7 @@ class LinuxBackend:
 
     def record_ended(self, allocation_id: str) -> None:
         """Journal that an allocation is over; a creation under way will not be published."""
+        # Keeps END-14, CRASH-5.
         with self._guard:
             self._over.add(allocation_id)
             life = self._lives.get(allocation_id)
@@ -365,7 +379,7 @@ class LinuxBackend:
         life.is_watched = True
         try:
             self._watch_scope(life)
-        except ScopeError:
+        except SyscallError:
             # It is gone already, which the next look tells; or no descriptor is left for it.
             self._call_again(life.name)
         if life.anchor is not None:
@@ -434,11 +448,13 @@ class LinuxBackend:
             self._lives[life.name] = life
 
     def _intend(self, life: _Life) -> None:
+        # Keeps CRASH-3.
         if self._journal is not None:
             self._journal.intend(Entry(life.name, life.token, "requested", life.request))
             life.is_journaled = True
 
     def _make_scope(self, life: _Life) -> None:
+        # Keeps NODE-2.
         root = self._settings.cgroup2
         assert root is not None
         try:
@@ -485,6 +501,7 @@ class LinuxBackend:
             )
 
     def _undo_image(self, life: _Life) -> str | None:
+        # Keeps NODE-14.
         if life.anchor is not None:
             return "the image is mounted in the namespace of a living init"
         self._images.release(life.token)
@@ -501,6 +518,7 @@ class LinuxBackend:
                 self._strike_out(life)
 
     def _end(self, life: _Life) -> None:
+        # Keeps END-8.
         if life.is_released:
             return
         with self._guard:
@@ -535,6 +553,7 @@ class LinuxBackend:
 
         An anchor in our own cgroup that no journal entry knows belongs to nobody, and is ended.
         """
+        # Keeps CRASH-2, CRASH-3, CRASH-4.
         if self._journal is None:
             return Recovery()
         strays = {} if self._anchors is None else find_anchors(self._anchors)
@@ -608,8 +627,12 @@ class LinuxBackend:
     def _watch_scope(self, life: _Life) -> None:
         with self._guard:  # against `_end`, in another thread
             if life.scope is not None and life.events is None and not life.is_released:
-                life.events = life.scope.open_events()
-                self._watch.add(("scope", life.name), life.events.fileno())
+                # Kept only once it is watched: what is kept is not tried again.
+                with ExitStack() as undo:
+                    events = undo.enter_context(life.scope.open_events())
+                    self._watch.add(("scope", life.name), events.fileno())
+                    undo.pop_all()
+                life.events = events
 
     def _look_at_scope(self, name: str) -> Observation | None:
         life = self._lives.get(name)
@@ -620,7 +643,7 @@ class LinuxBackend:
                 return Observation(name, Sighting.EMPTIED)
             self._watch_scope(life)
             is_populated = life.scope.is_populated()
-        except ScopeError:
+        except SyscallError:
             # It is there and could not be read; no descriptor is left, perhaps.
             return Observation(name, Sighting.CHANGED)
         return Observation(name, Sighting.POPULATED if is_populated else Sighting.CHANGED)
@@ -653,6 +676,7 @@ def plan(request: NamespaceRequest, *, has_scopes: bool = True) -> tuple[Step, .
     The scope comes first: its name is what two makers of one allocation would collide on. The
     image comes before the namespaces, because it is moved into them while they are made.
     """
+    # Keeps NODE-6.
     steps = [_SCOPE] if has_scopes else []
     if request.uenv_image is not None:
         steps.append(_IMAGE)

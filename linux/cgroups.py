@@ -33,7 +33,7 @@ from statemachine.messages import objection_to_id
 from transport.calls import syscall
 from transport.descriptors import Descriptor
 
-from .syscalls import SyscallError, pidfd_open, pidfd_send_signal
+from .syscalls import SyscallError, calling, pidfd_open, pidfd_send_signal
 
 WORKLOAD_SLICE: Final = "workload.slice"
 """Below here are the scopes of allocations."""
@@ -110,6 +110,7 @@ def find_cgroup2(mountinfo: str | Path = Path("/proc/self/mountinfo")) -> Path:
     Source:
         proc_pid_mountinfo(5); cgroups(7).
     """
+    # Keeps NODE-1.
     text = syscall(mountinfo.read_text) if isinstance(mountinfo, Path) else mountinfo
     for line in text.splitlines():
         mount, _, filesystem = line.partition(" - ")
@@ -155,6 +156,7 @@ class Scope:
         Raises:
             ScopeError: nothing was made, and what was there before is still there.
         """
+        # Keeps NODE-1.
         path = _scope_path(root, allocation_id)
         _make_scope_directory(path, owner)
         try:
@@ -175,7 +177,7 @@ class Scope:
             could stamp it); None if there is none or it is somebody else's.
         """
         path = _scope_path(root, allocation_id)
-        if not syscall(path.is_dir) or _read_stamp(path) not in (owner, None):
+        if not _is_there(path) or _read_stamp(path) not in (owner, None):
             return None
         return cls(path, owner)
 
@@ -185,10 +187,11 @@ class Scope:
 
     def is_gone(self) -> bool:
         """Tell whether the scope was removed, or replaced by somebody else's."""
-        return not syscall(self.path.is_dir) or self.owner() not in (self._token, None)
+        return not _is_there(self.path) or self.owner() not in (self._token, None)
 
     def is_populated(self) -> bool:
         """Tell whether a live process, frozen or not, is in the scope or below; zombies are not."""
+        # Keeps END-5, END-6.
         populated = "populated 1" in self._read("cgroup.events").splitlines()
         self._was_seen_populated |= populated
         return populated
@@ -217,6 +220,7 @@ class Scope:
 
         Source: protocol, "Conventions on the node".
         """
+        # Keeps END-4.
         if self.is_gone():
             return True
         if self.is_populated() or not (self._was_seen_populated or self.was_used()):
@@ -235,6 +239,7 @@ class Scope:
             ScopeError: the scope is populated but not provably ours (nothing was killed), or the
                 Linux kernel refused.
         """
+        # Keeps NODE-4, END-11.
         with (
             _retelling("cgroup.kill", self.path, *_GONE),
             _open_directory(self.path) as directory,
@@ -257,6 +262,7 @@ class Scope:
         Raises:
             ScopeError: the Linux kernel refused for another reason than being in use.
         """
+        # Keeps NODE-4, END-11.
         if self.is_gone():
             return True
         if self.owner() is None:
@@ -379,7 +385,8 @@ class ScopeWatch(Generic[Key]):
 
     def __init__(self) -> None:
         self._guard: Final = threading.Lock()
-        self._epoll: Final = syscall(select.epoll)
+        with calling("epoll_create1(2)"):
+            self._epoll: Final = syscall(select.epoll)
         self._keys: Final[dict[int, Key]] = {}
         self._masks: Final[dict[int, int]] = {}
         self._fds: Final[dict[Key, int]] = {}
@@ -399,14 +406,16 @@ class ScopeWatch(Generic[Key]):
 
         Raises:
             ValueError: the key or the descriptor is already watched, or the mask is neither.
-            OSError: the user's limit of watches is reached (ENOSPC); nothing is watched.
+            SyscallError: the user's limit of watches is reached (ENOSPC), or there is no memory for
+                another (ENOMEM); nothing more is watched than before.
         """
         if mask not in (self.CHANGES, self.DEATH):
             raise ValueError(f"a watch has the mask CHANGES or DEATH, not {mask:#x}")
         with self._guard:
             if key in self._fds or fd in self._keys:
                 raise ValueError(f"{key!r} or its descriptor is already watched")
-            syscall(self._epoll.register, fd, mask)
+            with calling("epoll_ctl(2)"):
+                syscall(self._epoll.register, fd, mask)
             self._keys[fd], self._masks[fd], self._fds[key] = key, mask, fd
 
     def remove(self, key: Key) -> None:
@@ -425,7 +434,8 @@ class ScopeWatch(Generic[Key]):
         again, so that a caller who is slow to `remove` it does not spin.
         """
         with self._guard:
-            ready = [fd for fd, _ in syscall(self._epoll.poll, 0) if fd in self._keys]
+            with calling("epoll_wait(2)"):
+                ready = [fd for fd, _ in syscall(self._epoll.poll, 0) if fd in self._keys]
             for fd in ready:
                 if self._masks[fd] == self.DEATH or not _rearm(fd):
                     self._disarm(fd)
@@ -468,6 +478,7 @@ def anchor_cgroup(root: Path, instance: str) -> Path:
     Raises:
         ScopeError: it is not there and could not be made.
     """
+    # Keeps NODE-3.
     path = _anchor_path(root, instance)
     _make_in_slice(path)
     return path
@@ -490,7 +501,7 @@ def remove_anchor_cgroup(root: Path, instance: str) -> bool:
         if _remove_directory(path) or _lists_members(path):
             break
         select.poll().poll(LEAVING_PAUSE_MS)
-    return not syscall(path.is_dir)
+    return not _is_there(path)
 
 
 def _lists_members(path: Path) -> bool:
@@ -707,6 +718,11 @@ def _remove_directory(path: Path) -> bool:
     return True
 
 
+def _is_there(path: Path) -> bool:
+    with _retelling("stat(2)", path):
+        return syscall(path.is_dir)
+
+
 def _read_stamp(path: Path | int) -> str | None:
     return _read_attribute(path, OWNER_ATTRIBUTE)
 
@@ -767,8 +783,9 @@ def _rearm(fd: int) -> bool:
     """Read the events file, which is what makes its next change count; False once it is gone."""
     try:
         syscall(os.pread, fd, EVENTS_BYTES_MAX, 0)
-    except OSError:
-        return False
+    except OSError as error:
+        # Any other error (no memory) passes, and what was not read is reported again.
+        return error.errno not in (*_GONE, errno.EBADF)
     return True
 
 

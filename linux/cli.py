@@ -6,6 +6,7 @@
     end       end an allocation                           cli_request
     list      show allocations, their state and remains   cli_list
     trace     check or draw what `serve --trace` wrote    cli_trace
+    verify    run the campaign that verifies this tree    cli_verify
     demo      two allocations' lives, checked             demo
 
 A verb's module is imported when the verb is used: it takes ten times as long as this one, and who
@@ -101,6 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_end(verbs)
     _add_list(verbs)
     _add_trace(verbs)
+    _add_verify(verbs)
     verbs.add_parser("demo", help="two allocations from request to release, checked")
     return parser
 
@@ -144,6 +146,12 @@ def _trace(options: argparse.Namespace) -> int:
     return cli_trace.check(options) if options.what == "check" else cli_trace.show(options)
 
 
+def _verify(options: argparse.Namespace) -> int:
+    from .cli_verify import verify
+
+    return verify(options)
+
+
 def _demo(words: list[str]) -> int:
     # It has a command line of its own, which only it knows.
     from .demo import main as demo
@@ -158,6 +166,7 @@ _VERBS: Final = {
     "end": _end,
     "list": _list,
     "trace": _trace,
+    "verify": _verify,
 }
 
 
@@ -273,6 +282,28 @@ def _add_trace(verbs: Any) -> None:
     show.add_argument("file", metavar="FILE", help="the trace")
     about = "only what concerns this one, and the connections that do"
     show.add_argument("--allocation", metavar="ID", help=about)
+
+
+def _add_verify(verbs: Any) -> None:
+    about = (
+        "Run the verification campaign of a source tree, which takes minutes, and write a page of "
+        "what it has to show. Interrupted, it goes on where it was as long as the sources are the "
+        "same. Exit code 1: something was found."
+    )
+    verify = verbs.add_parser("verify", help="verify a source tree", description=about)
+    about = "the tree (default: the current directory, or where this is installed from)"
+    verify.add_argument("--tree", metavar="DIR", help=about)
+    about = "go on for so long, with new seeds and ever larger tasks (default: once)"
+    verify.add_argument("--hours", metavar="H", help=about)
+    about = "how many tasks at a time (default: one for each core)"
+    verify.add_argument("--jobs", metavar="N", help=about)
+    about = "derive every task's seed from this one (default: a new one, which is printed)"
+    verify.add_argument("--seed", metavar="N", help=about)
+    about = "only this part of it; repeatable"
+    verify.add_argument("--part", metavar="NAME", action="append", default=[], help=about)
+    about = "where outcomes, logs and the page go (default .verify)"
+    verify.add_argument("--output", metavar="DIR", help=about)
+    verify.add_argument("--fresh", action="store_true", help="forget what was done before")
 
 
 def _add_socket(parser: argparse.ArgumentParser) -> None:

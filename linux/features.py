@@ -49,6 +49,7 @@ class Features:
         Nothing stays behind: no descriptor, no mount. What fails for any reason counts as absent,
         because the second way then serves, or fails with a reason of its own.
         """
+        # Keeps NODE-16.
         return cls(
             pidfs_inodes=_works(_try_pidfs_inodes),
             pidfd_namespaces=_works(_try_pidfd_namespaces),

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import shutil
 import signal
 import socket
@@ -71,6 +72,12 @@ LAST_WORDS_BYTES_MAX: Final = 4096
 FORGE_COMMAND: Final = (sys.executable, "-P", "-m", "linux.forge_child")
 """How a forge is started; the number of its socket comes last."""
 
+UNANNOUNCED_LOOKS_MAX: Final = 5
+"""How often the anchor of a forge that died is looked for."""
+
+UNANNOUNCED_PAUSE_MS: Final = 2
+"""Pause between two looks: what has begun to be executed is executed by then."""
+
 _PACKAGES: Final = str(Path(__file__).resolve().parent.parent)
 
 
@@ -91,6 +98,8 @@ class Forge:
         features: What the forge may use.
         command: Starts a program that is a forge.
     """
+
+    # Keeps CRASH-1, SELF-12.
 
     def __init__(
         self,
@@ -315,11 +324,20 @@ class Forge:
 
     def _kill_unannounced(self, token: str) -> None:
         """Kill the anchor that a forge had started before it died, without having said so."""
-        for pid in _pids_in(self._cgroup):
-            with suppress(SyscallError), syscalls.pidfd_open(pid) as pidfd:
-                # The pidfd came first, and tokens are never used twice: this is the anchor.
-                if token_of(pid) == token:
-                    syscalls.pidfd_send_signal(pidfd, signal.SIGKILL)
+        for _ in range(UNANNOUNCED_LOOKS_MAX):
+            # It has its token once it is executed, which it may be about to be.
+            is_settled = True
+            for pid in _pids_in(self._cgroup):
+                with suppress(SyscallError), syscalls.pidfd_open(pid) as pidfd:
+                    # The pidfd came first, and tokens are never used twice: this is the anchor.
+                    found = token_of(pid)
+                    if found == token:
+                        syscalls.pidfd_send_signal(pidfd, signal.SIGKILL)
+                        return
+                    is_settled = is_settled and found is not None
+            if is_settled:
+                return
+            select.poll().poll(UNANNOUNCED_PAUSE_MS)
 
 
 def _find_program() -> str:

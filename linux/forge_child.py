@@ -137,6 +137,7 @@ class Work:
 
 
 def _unshare(work: Work) -> None:
+    # Keeps NODE-6, LIFE-9.
     flags = 0
     for kind in work.plan.kinds:
         flags |= CLONE_FLAGS[kind]
@@ -155,10 +156,12 @@ def _unshare(work: Work) -> None:
 def _separate_mounts(work: Work) -> None:
     # Slave, not private: a mount that the node takes away must not live on in every allocation.
     # Not shared either: what an allocation mounts must not appear on the node.
+    # Keeps NODE-9.
     syscalls.mount(None, "/", None, syscalls.MS_REC | syscalls.MS_SLAVE)
 
 
 def _bring_up_lo(work: Work) -> None:
+    # Keeps NODE-8.
     with calling("socket(2)"):
         any_socket = syscall(socket.socket, socket.AF_INET, socket.SOCK_DGRAM)
     with any_socket:
@@ -170,6 +173,7 @@ def _bring_up_lo(work: Work) -> None:
 
 
 def _mount_image(work: Work) -> None:
+    # Keeps NODE-12.
     base, path = work.plan.uenv_base, work.plan.mount_path
     assert base is not None
     assert path is not None
@@ -190,6 +194,7 @@ def _mount_image(work: Work) -> None:
 def _start_anchor(work: Work) -> None:
     # Forks, execs, and reports a failed exec as its own errno. The child of a failed exec was the
     # first of its PID namespace, which is dead now: the next anchor begins with a new unshare.
+    # Keeps NODE-7.
     program = work.settings.program
     with calling("posix_spawn(3)", program):
         pid = syscall(
@@ -227,6 +232,7 @@ def _kill_child(pid: int) -> None:
 
 
 def _mount_proc(work: Work) -> None:
+    # Keeps NODE-10.
     if work.features.proc_by_pidns:
         _mount_proc_from_outside(work)
     else:

@@ -139,6 +139,9 @@ def restore_foreground(tty: int) -> None:
 
     Args:
         tty: The terminal; lent. No effect if it is none, or not the caller's.
+
+    Raises:
+        SyscallError: it cannot be done; who is in the foreground has not changed.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
     try:

@@ -33,7 +33,9 @@ from transport.calls import syscall
 from transport.descriptors import Descriptor
 
 JOURNAL_NAME: Final = "journal.sqlite3"
+"""The journal's file in the state directory."""
 LOCK_NAME: Final = "lock"
+"""The file whose lock a provider holds as long as it lives; the holder's pid stands in it."""
 
 REMEMBERED_MAX: Final = 1024
 """How many ended allocations are remembered by id; the oldest end is forgotten first."""
@@ -48,6 +50,7 @@ READ_ATTEMPTS_MAX: Final = 32
 """How often a reader starts again when a provider opens or closes the journal under it."""
 
 State: TypeAlias = Literal["requested", "created", "handed_off", "ended"]
+"""Where an allocation stands, as far as the node needs to know."""
 
 STATES: Final[tuple[State, ...]] = get_args(State)
 """The states an entry can be in; an entry only ever moves to the right."""
@@ -86,6 +89,8 @@ class JournalError(Exception):
 class JournalBusy(JournalError):
     """Another provider holds the state directory; nothing was read or written."""
 
+    # Keeps CRASH-10.
+
     def __init__(self, path: Path, holder_pid: int | None) -> None:
         holder = "another process" if holder_pid is None else f"process {holder_pid}"
         super().__init__(path, f"{holder} holds this state directory; one provider may use it")
@@ -98,6 +103,8 @@ class JournalCorrupt(JournalError):
 
     It may be the only record of live allocations, so deleting it is an operator's decision.
     """
+
+    # Keeps CRASH-11.
 
 
 class JournalUnavailable(JournalError):
@@ -128,9 +135,13 @@ class EntryFields(TypedDict, total=False):
     """The fields of an entry that become known later, by name."""
 
     mount_path: str | None
+    """Where its image is mounted, inside."""
     anchor: Mapping[str, object] | None
+    """Who its anchor is, as `AnchorIdentity.as_json` says it."""
     scope_path: str | None
+    """Its scope."""
     why: str | None
+    """Why it is not released yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +248,7 @@ class Journal:
 
     def remembered(self) -> tuple[str, ...]:
         """Return the ids of ended allocations (at most `REMEMBERED_MAX`), the oldest end first."""
+        # Keeps CRASH-6.
         with self._transaction() as database:
             return _read_remembered(database)
 
@@ -258,6 +270,7 @@ class Journal:
         self.close()
 
     def _begin_boot(self, boot_id: str) -> tuple[Entry, ...]:
+        # Keeps CRASH-9.
         with self._transaction() as database:
             if _read_boot_id(database) == boot_id:
                 _read_entries(database)  # a journal that cannot be read is refused now, not later

@@ -55,6 +55,7 @@ from .syscalls import (
 )
 
 IMAGE_FSTYPE: Final = "squashfs"
+"""The filesystem that an image holds."""
 
 RESOLVE_ATTEMPTS_MAX: Final = 16
 """How often an image is looked up again when somebody renames directories meanwhile (EAGAIN)."""
@@ -103,6 +104,8 @@ class ImageError(SyscallError):
     Nothing that the failing step made is left behind.
     """
 
+    # Keeps NODE-15.
+
     def __init__(self, step: str, call: str, number: int, path: str, advice: str = "") -> None:
         super().__init__(call, number, path)
         self.step: Final = step
@@ -132,7 +135,9 @@ class LingeringImage:
     """An image that the store has dropped and somebody still holds mounted."""
 
     image: str
+    """The image, below the image root."""
     device: str
+    """The loop device that still backs it."""
 
 
 class _ImageKey(NamedTuple):
@@ -179,10 +184,11 @@ def resolve_image(root: Path, image: str) -> Descriptor:
     Source:
         Protocol, "Conventions on the node"; openat2(2).
     """
+    # Keeps NODE-11.
     subject = f"{image!a} below {root}"
     try:
         with _open_root(root) as base, _open_below(base, image) as found:
-            if not stat.S_ISREG(syscall(os.fstat, found.fileno()).st_mode):
+            if not stat.S_ISREG(_status_of(found).st_mode):
                 advice = f"it is no regular file; a uenv image is a {IMAGE_FSTYPE} file"
                 raise ImageError(_RESOLVE, "openat2(2)", errno.EINVAL, subject, advice)
             # O_PATH opened nothing yet. By this name it is the very file that was looked at.
@@ -209,6 +215,8 @@ class ImageStore:
         clock: Tells the time in seconds; only differences count. Never goes back.
         features: What the running Linux kernel can do.
     """
+
+    # Keeps NODE-13.
 
     def __init__(
         self, root: Path, hold_time_s: float, clock: Callable[[], float], features: Features
@@ -298,6 +306,7 @@ class ImageStore:
             Seconds until the next image is due, if nobody acquires it before; None if none is
             waiting.
         """
+        # Keeps NODE-14.
         with self._guard:
             now = self._clock()
             waiting = {
@@ -362,7 +371,8 @@ class ImageStore:
     @contextmanager
     def _borrowed(self, file: Descriptor, image: str, user: str) -> Iterator[_Image]:
         """Enter a user, and keep the image while the body uses it; a body that fails undoes it."""
-        key = _key_of(file)
+        with _step("look at image", image):
+            key = _key_of(file)
         with self._guard:
             if self._is_closed:
                 raise ValueError("the image store is closed")
@@ -434,7 +444,7 @@ def _open_below(base: Descriptor, image: str) -> Descriptor:
 
 
 def _key_of(file: Descriptor) -> _ImageKey:
-    status = syscall(os.fstat, file.fileno())
+    status = _status_of(file)
     return _ImageKey(status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
 
 
@@ -462,6 +472,7 @@ def _mount_master(entry: _Image, device: str) -> None:
 
 
 def _mount(image: str, device: str) -> Descriptor:
+    # Keeps NODE-12.
     with _step("mount image", image), fsopen(IMAGE_FSTYPE) as context:
         try:
             fsconfig_string(context, "source", device)
@@ -509,7 +520,7 @@ def _loop_config(file: Descriptor, image: str) -> bytes:
 
 def _find_loop(file: Descriptor) -> tuple[str, Descriptor] | None:
     """Find the loop device that an earlier life of ours put the file on, and hold it."""
-    status = syscall(os.fstat, file.fileno())
+    status = _status_of(file)
     for path in sorted(_SYS_BLOCK.glob("loop*/loop/backing_file")):
         device = f"/dev/{path.parent.parent.name}"
         # Looked at from afar first: to open a stranger's device keeps it from being freed.
@@ -558,6 +569,11 @@ def _backing_file(device: str) -> str:
 def _open(path: str) -> Descriptor:
     with calling("open(2)", path):
         return Descriptor(syscall(os.open, path, os.O_RDONLY | os.O_CLOEXEC))
+
+
+def _status_of(file: Descriptor) -> os.stat_result:
+    with calling("fstat(2)"):
+        return syscall(os.fstat, file.fileno())
 
 
 def _drop(entries: list[_Image]) -> None:

@@ -23,7 +23,7 @@ from transport.descriptors import Descriptor, DescriptorBundle, NamespaceIdentit
 from . import syscalls
 from .anchor import Anchor
 from .features import Features
-from .syscalls import Ioctl, SyscallError
+from .syscalls import Ioctl, SyscallError, calling
 
 CLONE_FLAGS: Final[Mapping[NamespaceType, int]] = MappingProxyType(
     {
@@ -149,6 +149,7 @@ class KernelInspector:
         Source:
             ioctl_nsfs(2), NS_GET_NSTYPE.
         """
+        # Keeps FD-8.
         try:
             flag = syscalls.ioctl(fd, Ioctl.NS_GET_NSTYPE)
             kind = KINDS.get(flag)
@@ -173,7 +174,8 @@ class KernelInspector:
         if self._features.mount_namespace_ids and kind is NamespaceType.MOUNT:
             return (_namespace_id(fd, Ioctl.NS_GET_MNTNS_ID),)
         # The inode is used again when the namespace has gone, but not while this is open.
-        status = syscall(os.fstat, fd)
+        with calling("fstat(2)"):
+            status = syscall(os.fstat, fd)
         return (status.st_dev, status.st_ino)
 
 

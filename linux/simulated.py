@@ -6,8 +6,10 @@ over a socket, counted and closed; what they stand for is in their name, so that
 tell as well (`SimulatedInspector`).
 
 It is never kinder than the Linux kernel: inode numbers are reused though namespaces are new, a
-descriptor of a PID namespace outlives its init and is useless then, a zombie does not populate a
-cgroup, freezing is not ending, what is killed is not gone at once, and what cannot be killed stays.
+descriptor of a PID namespace outlives its init and is useless then, an init does not end before
+everything in its namespace is reaped, a zombie does not populate a cgroup, freezing is not ending,
+what is killed is not gone at once, and what cannot be killed stays. What the kernel's part in this
+is, the `simulated_*` modules say; random programs run on them, and on this, and on Linux.
 
 `SimulatedNode` is the machine, `SimulatedBackend` a provider's program on it. The program can be
 dropped without a word and another one started on the same node: that is a crash.
@@ -17,8 +19,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
@@ -39,11 +41,18 @@ from transport.descriptors import (
     close_all,
 )
 
+from .simulated_cgroup import SimulatedCgroup, SimulatedMember
+from .simulated_namespace import (
+    SimulatedNamespace,
+    SimulatedNamespaces,
+    SimulatedTask,
+    Stage,
+)
+
+_PID: Final = NamespaceType.PID
+
 SIMULATED_UENV_BASE: Final = "/run/pact/uenv"
 """Where images are mounted on a simulated node, unless said otherwise."""
-
-FIRST_INODE: Final = 0xF0000001
-"""The lowest inode number of a namespace, as on Linux."""
 
 _MEMFD_PREFIX: Final = "nshandoff-"
 
@@ -76,42 +85,48 @@ Hook = Callable[[Step, str], None]
 
 
 @dataclass(slots=True)
-class SimulatedNamespace:
-    """A namespace of the simulated node."""
+class _Held:
+    """A namespace of the simulated node, and what stands for it in descriptors."""
 
-    kind: NamespaceType
-    unique_id: int
-    """Never used again, like NS_GET_ID."""
-    inode: int
-    """Used again as soon as the namespace is gone."""
+    namespace: SimulatedNamespace
     descriptor: Descriptor
 
 
 @dataclass(slots=True)
-class SimulatedScope:
-    """A cgroup of the simulated node."""
+class _Workload:
+    """A process that somebody started in an allocation's cgroup."""
 
-    processes: int = 0
-    zombies: int = 0
-    was_used: bool = False
-    is_frozen: bool = False
-    unkillable: int = 0
-    """How many of the processes ignore being killed, for now."""
-
-    @property
-    def is_populated(self) -> bool:
-        """What `cgroup.events` says: zombies do not count."""
-        return self.processes > 0
+    member: SimulatedMember
+    is_inside: bool
+    """Whether it is in the PID namespace, too."""
 
 
 @dataclass(slots=True)
 class _Life:
     """Everything of one allocation that is on the node, whoever knows of it."""
 
-    namespaces: list[SimulatedNamespace] = field(default_factory=list)
-    is_init_alive: bool = False
-    scope: SimulatedScope | None = None
+    namespaces: list[_Held] = field(default_factory=list)
+    init: SimulatedTask | None = None
+    scope: SimulatedCgroup | None = None
     image: str | None = None
+    workload: list[_Workload] = field(default_factory=list)
+    unreaped: list[SimulatedTask] = field(default_factory=list)
+    """Dead in the PID namespace, with a parent outside that has not waited for them."""
+
+    @property
+    def is_init_alive(self) -> bool:
+        """Whether its namespaces can be opened, and entered with success."""
+        return self.init is not None and self.init.stage is Stage.RUNNING
+
+    @property
+    def is_init_gone(self) -> bool:
+        """Whether its pidfd is readable: it is dead, and waits for nobody any more."""
+        return self.init is None or self.init.stage not in (Stage.RUNNING, Stage.DYING)
+
+    @property
+    def has_pid_namespace(self) -> bool:
+        """Whether its init takes others along."""
+        return any(held.namespace.kind is _PID for held in self.namespaces)
 
 
 @dataclass(slots=True)
@@ -126,6 +141,8 @@ class _Entry:
 
 @dataclass(slots=True)
 class _Image:
+    """What a backend holds mounted, and for whom."""
+
     users: set[str] = field(default_factory=set)
     idle_since: float | None = None
 
@@ -153,60 +170,96 @@ class SimulatedNode:
         self.lives: dict[str, _Life] = {}
         self.journal: dict[str, _Entry] = {}
         self.remembered: list[str] = []
-        self.mounted: dict[str, _Image] = {}
         self.lock = threading.RLock()
         self._watchers: list[SimulatedBackend] = []
-        self._last_id = 0
-        self._free_inodes: list[int] = []
-        self._next_inode = FIRST_INODE
+        self._namespaces = SimulatedNamespaces()
+        self._forge = self._namespaces.boot()
+        """Never leaves home for long: what starts inits, and whoever else."""
+        self._slice = SimulatedCgroup()
 
     # What happens on the machine, told by a test or a demonstration.
 
-    def start_process(self, allocation_id: str) -> None:
-        """Start a process in the allocation's cgroup."""
+    def start_process(self, allocation_id: str, *, is_inside: bool = True) -> None:
+        """
+        Start a process in the allocation's cgroup.
+
+        Args:
+            allocation_id: Whose.
+            is_inside: Whether it is in the allocation's PID namespace, and dies with its init.
+        """
         with self._changing(allocation_id) as scope:
-            scope.processes += 1
-            scope.was_used = True
+            workload = _Workload(SimulatedMember(), is_inside)
+            self.lives[allocation_id].workload.append(workload)
+            scope.enter(workload.member)
 
     def end_process(self, allocation_id: str, *, is_reaped: bool = True) -> None:
-        """Let a process of the allocation's cgroup exit; its parent may or may not reap it."""
-        with self._changing(allocation_id) as scope:
-            scope.processes -= 1
-            scope.zombies += not is_reaped
+        """Let the last process of the cgroup exit; its parent may or may not reap it."""
+        with self._changing(allocation_id):
+            member = self.lives[allocation_id].workload.pop().member
+            member.exit()
+            if is_reaped:
+                member.reap()
 
     def freeze(self, allocation_id: str, *, is_frozen: bool = True) -> None:
         """Freeze or thaw the cgroup: `cgroup.events` changes, and nothing has ended."""
         with self._changing(allocation_id) as scope:
-            scope.is_frozen = is_frozen
+            scope.freeze(is_frozen)
 
     def hang(self, allocation_id: str, processes: int = 1) -> None:
         """Let some processes ignore being killed, as in uninterruptible sleep; 0 lets them die."""
         with self.lock:
-            scope = self._scope(allocation_id)
-            scope.unkillable = processes
+            for number, workload in enumerate(self.lives[allocation_id].workload):
+                workload.member.is_killable = number >= processes
+
+    def leave_unreaped(self, allocation_id: str) -> None:
+        """Let a process die in the PID namespace, with a parent outside that does not wait."""
+        with self.lock:
+            life = self.lives[allocation_id]
+            (home,) = (held.namespace for held in life.namespaces if held.namespace.kind is _PID)
+            task = self._start_in([home])
+            task.kill()
+            life.unreaped.append(task)
+
+    def reap(self, allocation_id: str) -> None:
+        """Let that parent wait for what it left."""
+        with self.lock:
+            life = self.lives[allocation_id]
+            was_gone = life.is_init_gone
+            while life.unreaped:
+                life.unreaped.pop().reap()
+            if life.is_init_gone and not was_gone:
+                self._tell(Observation(allocation_id, Sighting.INIT_DIED))
 
     def kill_init(self, allocation_id: str) -> None:
         """Kill the process that holds the namespaces; with it all in the PID namespace."""
         with self.lock:
             life = self.lives[allocation_id]
-            life.is_init_alive = False
-            has_pid = any(n.kind is NamespaceType.PID for n in life.namespaces)
-            if has_pid and life.scope is not None:
-                life.scope.processes = min(life.scope.processes, life.scope.unkillable)
-            self._tell(Observation(allocation_id, Sighting.INIT_DIED))
+            self.end_init(life)
+            if life.is_init_gone:
+                self._tell(Observation(allocation_id, Sighting.INIT_DIED))
+            if life.scope is not None:
+                life.scope.settle()
             self._tell_population(allocation_id)
 
     def remove_scope(self, allocation_id: str) -> None:
-        """Let somebody else remove the empty cgroup."""
+        """Let somebody else remove the empty cgroup; EBUSY if it is not."""
         with self.lock:
-            self.lives[allocation_id].scope = None
+            self.drop_scope(allocation_id)
             self._tell(Observation(allocation_id, Sighting.EMPTIED))
+
+    @property
+    def mounted(self) -> list[str]:
+        """The images that are mounted: held by a program, or in a living namespace."""
+        with self.lock:
+            held = {image for watcher in self._watchers for image in watcher.images}
+            inside = {life.image for life in self.lives.values() if life.is_init_alive}
+            return sorted(held.union(image for image in inside if image is not None))
 
     @property
     def is_clean(self) -> bool:
         """Whether nothing of any allocation is left on the machine."""
         with self.lock:
-            return not self.lives and not any(image.users for image in self.mounted.values())
+            return not self.lives
 
     def close(self) -> None:
         """Switch the machine off."""
@@ -222,26 +275,57 @@ class SimulatedNode:
         if self.hook is not None:
             self.hook(step, allocation_id)
 
-    def make_namespace(self, kind: NamespaceType) -> SimulatedNamespace:
-        """Make one, with a new id and the lowest inode number that is free."""
+    def start_init(self, life: _Life, kinds: Sequence[NamespaceType]) -> None:
+        """Make the namespaces, and the init that holds them."""
         with self.lock:
-            self._last_id += 1
-            if self._free_inodes:
-                inode = min(self._free_inodes)
-                self._free_inodes.remove(inode)
-            else:
-                inode, self._next_inode = self._next_inode, self._next_inode + 1
-            name = f"{_MEMFD_PREFIX}{kind.value}-{self._last_id}"
-            descriptor = Descriptor(os.memfd_create(name, os.MFD_CLOEXEC))
-            return SimulatedNamespace(kind, self._last_id, inode, descriptor)
+            life.init = self._start_in(map(self._namespaces.make, kinds))
+            for kind in kinds:
+                namespace = life.init.namespace(kind)
+                name = f"{_MEMFD_PREFIX}{kind.value}-{namespace.unique_id}"
+                descriptor = Descriptor(os.memfd_create(name, os.MFD_CLOEXEC))
+                life.namespaces.append(_Held(namespace, descriptor))
+
+    def end_init(self, life: _Life) -> None:
+        """Kill the init, and tell all in its PID namespace to die."""
+        if life.init is None:
+            return
+        life.init.kill()
+        if life.has_pid_namespace:
+            for workload in life.workload:
+                if workload.is_inside:
+                    workload.member.kill()
+
+    def make_scope(self, allocation_id: str) -> None:
+        """Make the cgroup."""
+        with self.lock:
+            self.lives[allocation_id].scope = self._slice.make(allocation_id)
+
+    def drop_scope(self, allocation_id: str) -> None:
+        """Remove the cgroup; EBUSY while it is populated."""
+        with self.lock:
+            if self.lives[allocation_id].scope is not None:
+                self._slice.remove(allocation_id)
+                self.lives[allocation_id].scope = None
 
     def drop_namespaces(self, allocation_id: str) -> None:
         """Let an allocation's namespaces go; whoever has descriptors of them keeps those."""
         with self.lock:
             life = self.lives[allocation_id]
-            self._free_inodes += [namespace.inode for namespace in life.namespaces]
-            close_all(namespace.descriptor for namespace in life.namespaces)
+            for held in life.namespaces:
+                self._namespaces.drop(held.namespace)
+            close_all(held.descriptor for held in life.namespaces)
             life.namespaces.clear()
+
+    def _start_in(self, namespaces: Iterable[SimulatedNamespace]) -> SimulatedTask:
+        """Let the forge enter some namespaces, start a task, and come home."""
+        home = [self._forge.namespace(kind) for kind in NamespaceType]
+        for namespace in namespaces:
+            self._forge.setns(namespace, namespace.kind)
+        try:
+            return self._forge.fork()
+        finally:
+            for namespace in home:
+                self._forge.setns(namespace, namespace.kind)
 
     def attach(self, backend: SimulatedBackend) -> None:
         """Let a backend hear what happens."""
@@ -253,14 +337,14 @@ class SimulatedNode:
         with self.lock:
             self._watchers = [watcher for watcher in self._watchers if watcher is not backend]
 
-    def _scope(self, allocation_id: str) -> SimulatedScope:
+    def _scope(self, allocation_id: str) -> SimulatedCgroup:
         scope = self.lives[allocation_id].scope
         if scope is None:
             raise KeyError(f"the cgroup of {allocation_id} is gone")
         return scope
 
     @contextmanager
-    def _changing(self, allocation_id: str) -> Iterator[SimulatedScope]:
+    def _changing(self, allocation_id: str) -> Iterator[SimulatedCgroup]:
         with self.lock:
             yield self._scope(allocation_id)
             self._tell_population(allocation_id)
@@ -299,9 +383,15 @@ class SimulatedBackend:
         self._node = node
         self._hold_time_s = hold_time_s
         self._clock = clock
+        self.images: dict[str, _Image] = {}
+        """What it holds mounted; gone with this program, except where it is in use."""
         self._watched: set[str] = set()
+        self._closed: set[str] = set()
+        """Allocations whose release was tried, or whose init was found dead at the start."""
         self._over: set[str] = set()
         """Allocations that have ended and are not released."""
+        self._scopeless: set[str] = set()
+        """Allocations whose cgroup was gone at the start: nothing can be said of it any more."""
         self._heard: list[Observation] = []
         self._signal = Descriptor(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
         node.attach(self)
@@ -362,27 +452,40 @@ class SimulatedBackend:
         self.record_ended(allocation_id)
         with node.lock:
             self._watched.discard(allocation_id)
+            self._closed.add(allocation_id)
+            # What it was seen to do is not told any more: its name may be another's by then.
+            self._heard = [each for each in self._heard if each.allocation_id != allocation_id]
         node.step(Step.KILL, allocation_id)
         with node.lock:
             life = node.lives.setdefault(allocation_id, _Life())
-            life.is_init_alive = False
-            if life.scope is not None and life.scope.processes > 0:
-                # Killed now, gone when next looked at: like the Linux kernel, never at once.
-                life.scope.processes = life.scope.unkillable
-                return
-        node.step(Step.REMOVE_SCOPE, allocation_id)
+            node.end_init(life)
+            if life.scope is not None:
+                # What was killed is gone when it is next looked at: like on Linux, never at once.
+                life.scope.settle()
+                life.scope.kill()
+            is_empty = life.scope is None or not life.scope.is_populated
+        if is_empty and life.scope is not None:
+            node.step(Step.REMOVE_SCOPE, allocation_id)
+            node.drop_scope(allocation_id)
+        if not is_empty or not life.is_init_gone:
+            return
         node.step(Step.FORGET, allocation_id)
         self._undo(allocation_id)
 
     # The rest of the contract.
 
     def bundle_of(self, allocation_id: str) -> DescriptorBundle:
-        """Open the allocation's namespaces, in request order; the caller owns the bundle."""
+        """
+        Open the allocation's namespaces, in request order; the caller owns the bundle.
+
+        Raises:
+            AllocationNotFound, FdPassing: as the contract says; nothing is open.
+        """
         with self._node.lock:
             life = self._node.lives.get(allocation_id)
-            if life is None or self._node.journal[allocation_id].standing is Standing.REMAINS:
+            if life is None or life.init is None or allocation_id in self._closed:
                 raise AllocationNotFound(allocation_id)
-            if not life.is_init_alive:
+            if life.namespaces and not life.is_init_alive:
                 raise FdPassing(f"the init of {allocation_id} is dead")
             return _duplicates(life.namespaces)
 
@@ -392,8 +495,11 @@ class SimulatedBackend:
             life = self._node.lives.get(allocation_id)
             if life is None:
                 return None
-            if life.scope is not None and life.scope.unkillable and life.scope.processes:
-                return f"{life.scope.processes} processes do not die"
+            if life.unreaped:
+                return f"its init waits for {len(life.unreaped)} that are dead and not reaped"
+            staying = [each for each in life.workload if not each.member.is_killable]
+            if staying and life.scope is not None and life.scope.is_populated:
+                return f"{len(staying)} processes do not die"
             return "its processes are being killed"
 
     def recover(self) -> Recovery:
@@ -422,14 +528,23 @@ class SimulatedBackend:
                 entry.standing = Standing.REMAINS
 
     def watch(self, allocation_id: str) -> None:
-        """Begin to observe an allocation."""
+        """
+        Begin to observe an allocation.
+
+        Raises:
+            AllocationNotFound, ValueError: as the contract says; nothing changed.
+        """
         with self._node.lock:
             life = self._node.lives.get(allocation_id)
             if life is None:
                 raise AllocationNotFound(allocation_id)
+            if allocation_id in self._watched - self._closed:
+                raise ValueError(f"{allocation_id} is already watched")
             self._watched.add(allocation_id)
-            if not life.is_init_alive:
+            if life.is_init_gone and allocation_id not in self._closed:
                 self.hear(Observation(allocation_id, Sighting.INIT_DIED))
+            if allocation_id in self._scopeless:
+                return
             if life.scope is None or (life.scope.was_used and not life.scope.is_populated):
                 self.hear(Observation(allocation_id, Sighting.EMPTIED))
             elif life.scope.is_populated:
@@ -443,7 +558,7 @@ class SimulatedBackend:
         """Say what has been seen since the last call."""
         with self._node.lock:
             heard, self._heard = self._heard, []
-            if heard:
+            with suppress(BlockingIOError):
                 os.eventfd_read(self._signal.fileno())
             return heard
 
@@ -451,7 +566,7 @@ class SimulatedBackend:
         """Read whether the cgroup was used and is empty; a cgroup that is gone is empty."""
         with self._node.lock:
             life = self._node.lives.get(allocation_id)
-            if life is None:
+            if life is None or allocation_id in self._scopeless:
                 return False
             if life.scope is None:
                 return True
@@ -463,12 +578,12 @@ class SimulatedBackend:
         with self._node.lock:
             idle = {
                 name: image.idle_since
-                for name, image in self._node.mounted.items()
+                for name, image in self.images.items()
                 if image.idle_since is not None
             }
             left = {name: since + self._hold_time_s - now for name, since in idle.items()}
             for name in [name for name, rest_s in left.items() if rest_s <= 0]:
-                del self._node.mounted[name]
+                del self.images[name]
                 del left[name]
         return min(left.values(), default=None)
 
@@ -488,13 +603,9 @@ class SimulatedBackend:
     def _make(self, request: NamespaceRequest, life: _Life) -> None:
         name = request.allocation_id
         self._node.step(Step.ANCHOR, name)
-        with self._node.lock:
-            life.is_init_alive = True
-            for kind in request.namespaces:
-                life.namespaces.append(self._node.make_namespace(kind))
+        self._node.start_init(life, request.namespaces)
         self._node.step(Step.SCOPE, name)
-        with self._node.lock:
-            life.scope = SimulatedScope()
+        self._node.make_scope(name)
         if request.uenv_image is not None:
             self._node.step(Step.IMAGE, name)
             self._mount(request.uenv_image, name, life)
@@ -503,31 +614,45 @@ class SimulatedBackend:
         if image not in self._node.images:
             raise SimulatedFailure(f"open image: ENOENT: {image}")
         with self._node.lock:
-            mounted = self._node.mounted.setdefault(image, _Image())
-            mounted.users.add(user)
-            mounted.idle_since = None
+            self._use(image, user)
             life.image = image
+
+    def _use(self, image: str, user: str) -> None:
+        mounted = self.images.setdefault(image, _Image())
+        mounted.users.add(user)
+        mounted.idle_since = None
 
     def _undo(self, name: str) -> None:
         """Take everything of an allocation off the node, and its line out of the journal."""
         node = self._node
         with node.lock:
             life = node.lives[name]
+            node.end_init(life)
+            node.drop_scope(name)
             node.drop_namespaces(name)
-            if life.image is not None:
-                mounted = node.mounted[life.image]
-                mounted.users.discard(name)
-                mounted.idle_since = None if mounted.users else self._clock()
+            for image in self.images.values():
+                if name in image.users:
+                    image.users.discard(name)
+                    image.idle_since = None if image.users else self._clock()
             del node.lives[name]
             del node.journal[name]
-            node.remembered.append(name)
+            node.remembered = [*(each for each in node.remembered if each != name), name]
             self._over.discard(name)
+            self._closed.discard(name)
+            self._scopeless.discard(name)
 
     def _adopt(self, entry: _Entry) -> Adoption:
-        life = self._node.lives.get(entry.request.allocation_id)
-        is_dead = life is None or not life.is_init_alive or life.scope is None
+        name = entry.request.allocation_id
+        life = self._node.lives.get(name)
+        if life is None or life.scope is None:
+            self._scopeless.add(name)
+        is_dead = life is None or life.is_init_gone or life.scope is None
+        if life is None or life.is_init_gone:
+            self._closed.add(name)
         if is_dead or entry.standing is Standing.REMAINS:
             return Adoption(Standing.REMAINS, entry.request, None)
+        if entry.request.uenv_image is not None and life is not None and life.is_init_alive:
+            self._use(entry.request.uenv_image, name)
         return Adoption(entry.standing, entry.request, entry.response)
 
 
@@ -554,12 +679,12 @@ class SimulatedInspector:
         return None
 
 
-def _duplicates(namespaces: list[SimulatedNamespace]) -> DescriptorBundle:
+def _duplicates(namespaces: list[_Held]) -> DescriptorBundle:
     made: list[Descriptor] = []
     try:
-        for namespace in namespaces:
-            made.append(namespace.descriptor.duplicate())
+        for held in namespaces:
+            made.append(held.descriptor.duplicate())
     except OSError as error:
         close_all(made)
         raise FdPassing(f"no descriptor is left: {error.strerror}") from error
-    return DescriptorBundle([namespace.kind for namespace in namespaces], made)
+    return DescriptorBundle([held.namespace.kind for held in namespaces], made)

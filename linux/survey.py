@@ -59,6 +59,7 @@ class ProviderSeen:
 
     pid: int
     socket: str
+    """Where it listens, if that is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,7 @@ class NamespaceSeen:
     """One namespace of a living allocation."""
 
     identity: NamespaceIdentity
+    """Which one it is."""
     inode: int
     """As in the links of /proc/PID/ns."""
 
@@ -86,6 +88,7 @@ class AllocationSeen:
     """One allocation, as the journal has it and as the Linux kernel has it."""
 
     entry: Entry
+    """What the journal says of it."""
     init_pid: int | None
     """The process that keeps its namespaces; None if it has ended or was never made."""
     namespaces: tuple[NamespaceSeen, ...]
@@ -93,6 +96,7 @@ class AllocationSeen:
     scope: Path | None
     """Its cgroup, if there is one."""
     processes: tuple[ProcessSeen, ...]
+    """Who runs in it."""
     why: str | None
     """Why it is not what it should be: ended and still there, or alive without an init."""
 
@@ -104,6 +108,7 @@ class ImageSeen:
     image: str
     """As it was asked for; cut off if it is long."""
     device: str
+    """The loop device."""
     file: str
     """The image's path, as the Linux kernel has it."""
     users: tuple[str, ...]
@@ -117,6 +122,7 @@ class NodeSeen:
     provider: ProviderSeen | None
     """None if none runs that serves requests."""
     allocations: tuple[AllocationSeen, ...]
+    """Everything that is not released."""
     images: tuple[ImageSeen, ...]
     """Of all providers of this node."""
     remembered: tuple[str, ...]

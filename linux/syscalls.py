@@ -150,6 +150,8 @@ class SyscallError(OSError):
     every errno: look at `errno`, not at the class.
     """
 
+    # Keeps ERR-8, ERR-2.
+
     def __init__(self, call: str, number: int, path: Path | None = None) -> None:
         """
         Describe one failure.
@@ -192,6 +194,9 @@ def calling(call: str, path: Path | None = None) -> Iterator[None]:
 
     For calls that Python does wrap (`os.mkdir`, `os.open`), so that a failure reads alike whichever
     way the call was made.
+
+    Raises:
+        SyscallError: the body raised an `OSError`.
     """
     try:
         yield
@@ -440,6 +445,9 @@ def ioctl_descriptor(fd: FileDescriptor, request: int, arg: int = 0) -> Descript
 def pidfd_open(pid: int) -> Descriptor:
     """
     Open a process, so that its number can be reused without anybody being mistaken for it.
+
+    Returns:
+        A descriptor that the caller owns.
 
     Raises:
         SyscallError: ESRCH, no such process (a zombie is still one); EINVAL, the number is a

@@ -74,6 +74,33 @@ def descriptors_are_what_the_response_says(
     return []
 
 
+def namespaces_are_not_the_nodes_own(
+    identities: Iterable[Hashable], own: Iterable[Hashable | None]
+) -> list[str]:
+    """Nobody is handed a namespace of the node; `own` may have None where nothing is known."""
+    return [f"{one} is the node's own" for one in set(identities) & (set(own) - {None})]
+
+
+def every_descriptor_has_one_owner(
+    present: Mapping[Hashable, int], owners: Mapping[Hashable, Mapping[Hashable, int]]
+) -> list[str]:
+    """
+    Whatever is open belongs to exactly one, and what belongs to anybody is open.
+
+    Args:
+        present: how many descriptors of each namespace are open.
+        owners: how many of them each owner has: the provider, what is on its way, consumers.
+    """
+    owned: Counter[Hashable] = Counter()
+    for has in owners.values():
+        owned.update(has)
+    return [
+        f"{present.get(one, 0)} descriptors of {one} are open, and {owned[one]} have an owner"
+        for one in {*present, *owned}
+        if present.get(one, 0) != owned[one]
+    ]
+
+
 # --- Allocations and their incarnations --------------------------------------------------------
 
 
@@ -166,6 +193,26 @@ def at_most_one_live_set(
     """
     settled = set(own) - {(c, a) for c, a in own if c in set(in_debt)}
     return [f"{c} has {a} twice" for c, a in settled & set(provided)]
+
+
+def one_outcome(*, is_delivered: bool, is_refused: bool) -> list[str]:
+    """A request is granted or refused, never both."""
+    return ["the caller got namespaces, and a refusal"] if is_delivered and is_refused else []
+
+
+def self_service_is_loud_and_for_a_reason(
+    *, has_turned: bool, audits: int, is_refused: bool
+) -> list[str]:
+    """
+    A consumer turns to self-service once at most, says so once, and not over a refusal.
+
+    Args:
+        has_turned: whether it has.
+        audits: how often it said so.
+        is_refused: whether the provider refused the request while the consumer waited.
+    """
+    found = [] if audits == has_turned else [f"turned {has_turned:d} times, said so {audits} times"]
+    return [*found, *(["it papered over a refusal"] if has_turned and is_refused else [])]
 
 
 # --- One connection ----------------------------------------------------------------------------

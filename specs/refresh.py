@@ -1,23 +1,36 @@
 """Writes the generated parts of the documents anew: `python specs/refresh.py`.
 
-A generated part stands between `<!-- generated: <how> <table> -->` and `<!-- end -->`.
+A generated part stands between `<!-- generated: <how> <of what> -->` and `<!-- end -->`:
+
+    mermaid, markdown   a table of `statemachine.lifecycle`, as a diagram or row by row
+    module              a module of this folder as a chapter: its headings, its words, its code
+    clauses             every clause, where the code cites it and which tests claim it
+    api                 every public name of a package
 """
 
 from __future__ import annotations
 
+import ast
+import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
-from statemachine import drawing, lifecycle
-
-ROOT = Path(__file__).resolve().parent.parent
+ROOT: Final = Path(__file__).resolve().parent.parent
 """The project's folder."""
 
-DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "specs").glob("*.md")))
+sys.path.insert(0, str(ROOT))
+
+from specs import api, clauses, make_vectors  # noqa: E402
+from statemachine import drawing, lifecycle  # noqa: E402
+
+DOCUMENTS: Final = (ROOT / "README.md", *sorted((ROOT / "specs").rglob("*.md")))
 """The documents that may have generated parts."""
 
-_PART = re.compile(r"<!-- generated: (\w+) (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+_PART: Final = re.compile(r"<!-- generated: (\w+) (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+_HEADING: Final = re.compile(r"^# --- (.*?) -+$", re.MULTILINE)
 
 
 def refreshed(text: str) -> str:
@@ -26,18 +39,81 @@ def refreshed(text: str) -> str:
 
 
 def _part(match: re.Match[str]) -> str:
-    how, table = match.groups()
-    drawn = getattr(drawing, how)(getattr(lifecycle, table))
-    block = f"```mermaid\n{drawn}```" if how == "mermaid" else drawn.rstrip()
-    return f"<!-- generated: {how} {table} -->\n\n{block}\n\n<!-- end -->"
+    how, what = match.groups()
+    return f"<!-- generated: {how} {what} -->\n\n{_MAKERS[how](what).strip()}\n\n<!-- end -->"
+
+
+def _mermaid(table: str) -> str:
+    return f"```mermaid\n{drawing.mermaid(getattr(lifecycle, table))}```"
+
+
+def _markdown(table: str) -> str:
+    return drawing.markdown(getattr(lifecycle, table))
+
+
+def _module(name: str) -> str:
+    """Show a module as a chapter: what it says of itself, and its code under its own headings."""
+    source = (ROOT / "specs" / f"{name}.py").read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    words = ast.get_docstring(tree) or ""
+    code = "".join(source.splitlines(keepends=True)[tree.body[0].end_lineno :])
+    first, *rest = _HEADING.split(code)
+    shown = [words, _block(first)]
+    for heading, body in zip(rest[::2], rest[1::2], strict=True):
+        shown += [f"## {heading}", _block(body)]
+    return "\n\n".join(shown)
+
+
+def _block(code: str) -> str:
+    return f"```python\n{code.strip()}\n```"
+
+
+def _index(_: str) -> str:
+    """List the clauses of each chapter; links lead to the lines."""
+    claims, citations = clauses.claims(), clauses.citations()
+    lines: list[str] = []
+    for chapter in clauses.CHAPTERS:
+        found = list(clauses.clauses_of(chapter))
+        if found:
+            title = chapter.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+            lines += ["", f"## {title}", "", "| clause | | code | tests |", "|---|---|---|---|"]
+        for clause in found:
+            anchor = f"[{clause.id}]({chapter.name}#{clause.id})"
+            code = _places(citations.get(clause.id, []))
+            lines.append(
+                f"| {anchor} | {clause.level} | {code} | {_places(claims.get(clause.id, []))} |"
+            )
+    return "\n".join(lines)
+
+
+def _places(places: list[clauses.Place]) -> str:
+    """Link each place once, under the name of what stands there."""
+    links: dict[str, str] = {}
+    for place in places:
+        name = f"{place.path.stem}.{place.name}".rstrip(".")
+        target = os.path.relpath(place.path, ROOT / "specs")
+        links.setdefault(name, f"[{name}]({target})")
+    return ", ".join(links.values())
+
+
+_MAKERS: Final[dict[str, Callable[[str], str]]] = {
+    "mermaid": _mermaid,
+    "markdown": _markdown,
+    "module": _module,
+    "clauses": _index,
+    "api": api.reference,
+}
 
 
 def main() -> int:
     """Rewrite what is stale and name it."""
+    for path in make_vectors.write():
+        print(f"refreshed {path.relative_to(ROOT)}")
     for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8")
-        if refreshed(text) != text:
-            document.write_text(refreshed(text), encoding="utf-8")
+        fresh = refreshed(text)
+        if fresh != text:
+            document.write_text(fresh, encoding="utf-8")
             print(f"refreshed {document.relative_to(ROOT)}")
     return 0
 

@@ -184,6 +184,7 @@ class ConsumerKernel:
             self._out.append(_BUILDERS[order](self._request, event))
 
     def _close(self) -> None:
+        # Keeps FD-10.
         if self._is_connected or self._is_calling:
             self._is_connected = self._is_calling = False
             self._out.append(do.CloseChannel())
@@ -209,6 +210,7 @@ def event_of(request: NamespaceRequest, message: Message) -> Event:
     Whether the descriptors are what `fd_types` says is the driver's to find out; it reports
     `ResponseMismatched` in place of `ResponseReceived` when they are not.
     """
+    # Keeps WIRE-11, WIRE-15.
     match message:
         case NamespaceResponse():
             reason = mismatch(request, message)
@@ -233,6 +235,7 @@ def event_of(request: NamespaceRequest, message: Message) -> Event:
 
 def mismatch(request: NamespaceRequest, response: NamespaceResponse) -> str | None:
     """Say in what a response differs from what was asked for, or None if it does not."""
+    # Keeps FD-2.
     if response.allocation_id != request.allocation_id:
         return f"the response is for {shown(response.allocation_id)}, not {request.allocation_id!r}"
     if response.fd_types != request.namespaces:

@@ -61,6 +61,7 @@ class Timing:
 
     timer: Timer
     starts: bool
+    """Whether it is started; else it is stopped, if it runs."""
 
     def __str__(self) -> str:
         return f"{'start' if self.starts else 'stop'} {self.timer.value} timer"

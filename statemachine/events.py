@@ -63,7 +63,11 @@ class ConnectionLost(PeerEvent):
 
 @dataclass(frozen=True, slots=True)
 class FrameRejected(PeerEvent):
-    """A frame could not be read, brought wrong descriptors, or is not for this side."""
+    """
+    A frame could not be read, brought wrong descriptors, or is not for this side.
+
+    Nothing that comes after it on its connection is read.
+    """
 
     reason: str
     connection: ConnectionId = 0
@@ -182,7 +186,7 @@ class NamespacesCreated(AllocationEvent):
 
 @dataclass(frozen=True, slots=True)
 class NamespacesNotCreated(AllocationEvent):
-    """The backend could not, and has undone what it had made."""
+    """The backend could not, and has undone what it had made; a release follows all the same."""
 
     error: CreationFailed
 

@@ -148,7 +148,8 @@ _RELEASED = AllocationState.RELEASED
 
 _GO: Final = (do.ReleaseNamespaces, start(Timer.RELEASE))
 _GO_UNCLAIMED: Final = (stop(Timer.CLAIM), *_GO)
-_TELL: Final = (do.Refuse, do.AnnounceEnd)
+# Who holds it is told first: an answer may be the last word on its connection. (END-12)
+_TELL: Final = (do.AnnounceEnd, do.Refuse)
 
 PROVIDER: Final = compile_table(
     "provider",
@@ -162,7 +163,9 @@ PROVIDER: Final = compile_table(
         Row(on.ResponseSent, _CREATED, _HANDED_OFF, (do.RecordHandoff,)),
         *_stay(on.ResponseSent, _HANDED_OFF),
         *_stay(on.ResponseNotSent, _CREATED, _HANDED_OFF),
-        # The same request again gets the same namespaces; another request gets a refusal.
+        # The same request again gets the same namespaces; another request gets a refusal. One that
+        # comes too early waits, and one that comes during the drain does not. (LIFE-3, LIFE-5,
+        # LIFE-6, LIFE-7)
         *_stay(on.RequestRepeated, _REQUESTED),
         *_stay(on.RequestRepeated, _CREATED, _HANDED_OFF, then=(stop(Timer.CLAIM), do.HandOver)),
         *_stay(on.RequestConflicting, _REQUESTED, _CREATED, _HANDED_OFF, then=(do.Refuse,)),
@@ -172,7 +175,7 @@ PROVIDER: Final = compile_table(
         *_stay(on.Unclaimed, _REQUESTED, _ENDED),
         *_stay(on.Unclaimed, _CREATED, _HANDED_OFF, then=(start(Timer.CLAIM),)),
         *_stay(on.ScopePopulated, _CREATED, _HANDED_OFF, then=(stop(Timer.CLAIM),)),
-        # The five reasons to end. The first one counts.
+        # The five reasons to end. The first one counts. (END-1, END-2, END-16)
         *_from(on.EndReceived, _REQUESTED, to=_ENDED, then=_GO),
         *_from(on.ReleaseRequested, _REQUESTED, to=_ENDED, then=_GO),
         *_from(on.ScopeEmptied, _CREATED, _HANDED_OFF, to=_ENDED, then=_GO_UNCLAIMED),
@@ -192,7 +195,7 @@ PROVIDER: Final = compile_table(
         # The creation that the end overtook. The release is queued behind it.
         *_stay(on.NamespacesCreated, _ENDED),
         *_stay(on.NamespacesNotCreated, _ENDED),
-        # Releasing: tried until nothing is left, announced at the deadline at the latest.
+        # Releasing: tried until nothing is left, announced at the deadline at the latest. (END-9)
         *_stay(on.ReleaseDelayed, _ENDED, then=(start(Timer.RETRY),)),
         *_stay(on.RetryDue, _ENDED, then=(do.ReleaseNamespaces,)),
         *_stay(on.ReleaseOverdue, _ENDED, then=_TELL),
@@ -200,7 +203,7 @@ PROVIDER: Final = compile_table(
         # The end of what is over already, and of what never was.
         *_stay(on.EndRepeated, _ENDED, _RELEASED, then=(do.AnnounceEnd,)),
         *_stay(on.EndReceived, _UNKNOWN, then=(do.Refuse,)),
-        # After a restart: what the journal and the Linux kernel agree on.
+        # After a restart: what the journal and the Linux kernel agree on. (CRASH-2 to CRASH-4)
         Row(on.CreatedAdopted, _UNKNOWN, _CREATED, (do.Watch, start(Timer.CLAIM))),
         Row(on.HandedOffAdopted, _UNKNOWN, _HANDED_OFF, (do.Watch, start(Timer.CLAIM))),
         Row(on.RemainsFound, _UNKNOWN, _ENDED, _GO),
@@ -208,6 +211,7 @@ PROVIDER: Final = compile_table(
     initial=_UNKNOWN,
     finals=(_RELEASED,),
 )
+"""An allocation, in the provider's view."""
 
 # --- The consumer's table ----------------------------------------------------------------------
 
@@ -235,14 +239,14 @@ CONSUMER: Final = compile_table(
         # Ask.
         Row(on.NamespacesWanted, _IDLE, _CONNECTING, (do.Connect,)),
         Row(on.Connected, _CONNECTING, _ASKING, (do.SendRequest, start(Timer.ANSWER))),
-        # The provider hands over, or refuses this request.
+        # The provider hands over, or refuses this request. (ERR-5)
         Row(on.ResponseReceived, _ASKING, _HELD, (stop(Timer.ANSWER), do.DeliverDescriptors)),
         Row(on.CreationRefused, _ASKING, _REFUSED, (*_HANG_UP, do.ReportRefusal)),
         Row(on.NotFoundReceived, _ASKING, _REFUSED, (*_HANG_UP, do.ReportRefusal)),
-        # It cannot be reached, or says that it cannot serve: it has made nothing.
+        # It cannot be reached, or says that it cannot serve: it has made nothing. (ERR-6, SELF-10)
         Row(on.ProviderUnreachable, _CONNECTING, _SERVING_SELF, _SELF),
         Row(on.ProviderUnavailable, _ASKING, _SERVING_SELF, (*_HANG_UP, *_SELF)),
-        # It cannot be understood, or falls silent: what it has made, nobody knows.
+        # It cannot be understood, or falls silent: what it has made, nobody knows. (ERR-6, SELF-8)
         Row(on.PassingFailed, _ASKING, _SERVING_SELF, (*_HANG_UP, *_SELF_OWING)),
         Row(on.FrameRejected, _ASKING, _SERVING_SELF, (*_FAULT, *_SELF_OWING)),
         Row(
@@ -253,15 +257,16 @@ CONSUMER: Final = compile_table(
         ),
         Row(on.ConnectionLost, _ASKING, _SERVING_SELF, (stop(Timer.ANSWER), *_SELF_OWING)),
         # On a deadline the connection stays: an answer may still come, and the end can be told.
+        # (SELF-1, SELF-7)
         Row(on.AnswerOverdue, _ASKING, _SERVING_SELF, _SELF_OWING),
         Row(on.SelfServed, _SERVING_SELF, _SELF_HELD, (do.DeliverDescriptors,)),
         Row(on.SelfServiceFailed, _SERVING_SELF, _FAILED, (do.ReportRefusal,)),
-        # Held: the provider may announce the end; losing it is no end.
+        # Held: the provider may announce the end; losing it is no end. (CRASH-13)
         Row(on.EndAnnounced, _HELD, _OVER, (do.CloseChannel, do.ReportEnd)),
         *_stay(on.ConnectionLost, _HELD),
         *_stay(on.PassingFailed, _HELD, then=(do.CloseChannel,)),
         *_stay(on.FrameRejected, _HELD, then=(do.SendFault, do.CloseChannel)),
-        # The caller is done, at any time.
+        # The caller is done, at any time. (SELF-11)
         Row(on.EndWanted, _IDLE, _ENDING, (do.OweEnd,)),
         Row(on.EndWanted, _CONNECTING, _OVER, (do.CloseChannel, do.ReportEnd)),
         Row(on.EndWanted, _ASKING, _ENDING, (stop(Timer.ANSWER), do.OweEnd)),
@@ -269,7 +274,7 @@ CONSUMER: Final = compile_table(
         Row(on.EndWanted, _SELF_HELD, _OVER, (do.ReleaseOwn, do.ReportEnd)),
         Row(on.EndAnnounced, _ENDING, _OVER, (do.ReportEnd,)),
         Row(on.NotFoundReceived, _ENDING, _OVER, (do.ReportRefusal, do.ReportEnd)),
-        # What still arrives after the consumer has turned away. The rest is the notice's to hear:
+        # What still arrives after the consumer has turned away. (SELF-9) The rest is the notice's:
         # a consumer that has turned away and is still connected is telling the end.
         *_stay(on.ResponseReceived, *_TURNED_AWAY, then=(do.DiscardDescriptors,)),
         *_stay(on.ResponseMismatched, *_TURNED_AWAY, then=(do.DiscardDescriptors,)),
@@ -277,6 +282,7 @@ CONSUMER: Final = compile_table(
     initial=_IDLE,
     finals=(_REFUSED, _FAILED, _OVER),
 )
+"""An allocation, in the consumer's view."""
 
 # --- The notice's table ------------------------------------------------------------------------
 
@@ -298,7 +304,7 @@ NOTICE: Final = compile_table(
         Row(on.Connected, _DIALLING, _TOLD, _SAY),
         Row(on.ProviderUnreachable, _DIALLING, _OWED, _LATER),
         Row(on.NoticeDue, _OWED, _DIALLING, (do.Connect,)),
-        # Confirmed: ended now, or not known, which is as good.
+        # Confirmed: ended now, or not known, which is as good. (END-15)
         Row(on.EndAnnounced, _TOLD, _HEARD, (stop(Timer.NOTICE), do.CloseChannel)),
         Row(on.NotFoundReceived, _TOLD, _HEARD, (stop(Timer.NOTICE), do.CloseChannel)),
         # Not confirmed: again, on a new connection.
@@ -313,6 +319,7 @@ NOTICE: Final = compile_table(
     initial=_SILENT,
     finals=(_HEARD,),
 )
+"""The word of the end that a consumer may owe the provider."""
 
 TABLES: Final = (PROVIDER, CONSUMER, NOTICE)
 """Every table, in reading order."""

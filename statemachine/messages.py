@@ -116,6 +116,7 @@ def objection(request: NamespaceRequest) -> str | None:
     Returns:
         A reason that names the field and the rule, ready for `CreationFailed`.
     """
+    # Keeps LIFE-11.
     return (
         objection_to_id(request.allocation_id)
         or _objection_to_types(request.namespaces)
@@ -130,6 +131,7 @@ def objection_to_id(allocation_id: str) -> str | None:
     An id becomes one directory name (`<id>.scope`), so it must be one path component on any file
     system, printable in a log, and must not collide with the kernel's own `cgroup.*` files.
     """
+    # Keeps LIFE-10.
     reason = objection_to_size(allocation_id)
     if reason is not None:
         return reason
@@ -142,6 +144,7 @@ def objection_to_id(allocation_id: str) -> str | None:
 
 def objection_to_size(allocation_id: str) -> str | None:
     """Say why a text is too short or too long for an allocation's id, or None if it is not."""
+    # Keeps END-19.
     size = len(allocation_id.encode("utf-8", "surrogatepass"))
     if not 1 <= size <= ALLOCATION_ID_BYTES_MAX:
         return f"allocation_id has {size} bytes; 1 to {ALLOCATION_ID_BYTES_MAX} are allowed"
@@ -164,6 +167,7 @@ def mount_path_below(base: str, image: str) -> str:
 
 
 def _objection_to_types(types: tuple[NamespaceType, ...]) -> str | None:
+    # Keeps LIFE-12.
     repeated = [kind.value for kind in NamespaceType if types.count(kind) > 1]
     if repeated:
         return f"namespaces repeats {', '.join(repeated)}; each type may be asked for once"
@@ -171,6 +175,7 @@ def _objection_to_types(types: tuple[NamespaceType, ...]) -> str | None:
 
 
 def _objection_to_image(request: NamespaceRequest) -> str | None:
+    # Keeps LIFE-12.
     image = request.uenv_image
     if image is None:
         return None

@@ -6,7 +6,8 @@ requests that wait for the provider to be ready, and the names it remembers.
 
 Answers. Errors carry no id, so a consumer matches answers to messages by their order. Every message
 of a connection therefore takes a *slot*; a slot is resolved when its answer is known, and leaves
-when all slots before it have left. `AllocationEnded`s that nobody asked for take no slot.
+when all slots before it have left. `AllocationEnded`s that nobody asked for take no slot. (WIRE-14,
+WIRE-15, WIRE-16)
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ REMEMBERED_MAX: Final = 1024
 """Most names of released allocations that are remembered; the oldest is forgotten first."""
 
 OPEN_MESSAGES_PER_CONNECTION_MAX: Final = 64
-"""Most unanswered messages of one connection; twice as many close it."""
+"""Most unanswered messages of one connection; more than twice as many close it."""
 
 OPEN_MESSAGES_PER_UID_MAX: Final = 1024
 """Most unanswered messages of all connections of one user."""
@@ -66,11 +67,17 @@ class Limits:
     allowed_uids: frozenset[int] = frozenset({0})
     """Users whose connections are served; the driver puts its own first."""
     waiting: int = WAITING_MAX
+    """Most messages that wait for the provider to be ready."""
     open_per_connection: int = OPEN_MESSAGES_PER_CONNECTION_MAX
+    """Most unanswered messages of a connection."""
     open_per_uid: int = OPEN_MESSAGES_PER_UID_MAX
+    """Most unanswered messages of a user."""
     allocations_per_uid: int = ALLOCATIONS_PER_UID_MAX
+    """Most allocations of a user that are not released."""
     connections_per_uid: int = CONNECTIONS_PER_UID_MAX
+    """Most connections of a user."""
     remembered: int = REMEMBERED_MAX
+    """Most names of released allocations."""
 
 
 class Phase(Enum):
@@ -158,6 +165,8 @@ class _Allocation:
     """Live connections that its descriptors were sent to."""
     early: list[ConnectionId] = field(default_factory=list)
     """Whose requests wait for its release, one for each, in the order in which they came."""
+    is_being_made: bool = False
+    """Whether the backend has not reported yet what came of the creation."""
     is_populated: bool = False
     is_announced: bool = False
     timers: set[Timer] = field(default_factory=set)
@@ -177,6 +186,7 @@ class _Allocation:
             frozenset(self.parties),
             frozenset(self.handed),
             tuple(self.early),
+            self.is_being_made,
             self.is_populated,
             self.is_announced,
             frozenset(self.timers),
@@ -271,10 +281,12 @@ class ProviderKernel:
 
     def remember(self, names: Iterable[str]) -> None:
         """Take up the names of allocations released before a restart, oldest first."""
+        # Keeps CRASH-6.
         self._remembered |= dict.fromkeys(names)
         self._trim_remembered()
 
     def _trim_remembered(self) -> None:
+        # Keeps END-18.
         while len(self._remembered) > self._limits.remembered:
             del self._remembered[next(iter(self._remembered))]
 
@@ -319,9 +331,9 @@ class ProviderKernel:
         """Keep what an event says about an allocation, before its row is taken."""
         match event:
             case on.NamespacesCreated(response=response):
-                allocation.response = response
+                allocation.response, allocation.is_being_made = response, False
             case on.NamespacesNotCreated(error=error):
-                allocation.failure = error.reason
+                allocation.failure, allocation.is_being_made = error.reason, False
             case on.ResponseSent(connection=connection):
                 if connection in self._connections:
                     allocation.handed.add(connection)
@@ -365,6 +377,7 @@ class ProviderKernel:
 
     def _ask_early(self, number: ConnectionId, name: str) -> None:
         """Put a connection's first early request for a name, if it is still there, to its next."""
+        # Keeps LIFE-6.
         slots = self._connections[number].slots if number in self._connections else ()
         for slot in slots:
             if slot.stage is _Stage.EARLY and slot.is_request_for(name):
@@ -384,6 +397,7 @@ class ProviderKernel:
             self._close(event.connection)
 
     def _objection_to_peer(self, uid: int) -> NamespaceError | None:
+        # Keeps PEER-2, ERR-3.
         if uid not in self._limits.allowed_uids:
             return SocketUnavailable(f"user {uid} may not use this provider")
         most = self._limits.connections_per_uid
@@ -392,6 +406,7 @@ class ProviderKernel:
         return None
 
     def _on_connection_lost(self, event: on.ConnectionLost) -> None:
+        # Keeps LIFE-2.
         connection = self._connection(event)
         number = event.connection
         del self._connections[number]
@@ -419,6 +434,7 @@ class ProviderKernel:
         self._flush(event.connection)
 
     def _look_for_claim(self, allocation: _Allocation) -> None:
+        # Keeps END-3.
         if not allocation.asked and not allocation.is_populated:
             self._fire(allocation, on.Unclaimed(allocation.allocation_id))
 
@@ -432,6 +448,7 @@ class ProviderKernel:
 
     def _on_question(self, event: _PeerSaid, question: _Question) -> None:
         """Give a message its slot, and the answer that the provider as a whole has for it."""
+        # Keeps PEER-6.
         connection = self._open_connection(event)
         slot = _Slot(question, self._objection_to_question(connection, question))
         self._append(connection, slot)
@@ -453,12 +470,15 @@ class ProviderKernel:
     def _objection_to_question(
         self, connection: _Connection, question: _Question
     ) -> NamespaceError | None:
+        # Keeps PEER-4, PEER-5, ERR-4, LIFE-14.
         limits = self._limits
-        if len(connection.slots) >= limits.open_per_connection:
+        is_request = isinstance(question, NamespaceRequest)
+        # An end frees something: only the flood rule bounds it. (END-20, LIFE-15, LIFE-16)
+        if is_request and len(connection.slots) >= limits.open_per_connection:
             return _over(_OPEN_MESSAGES, limits.open_per_connection)
-        if self._users[connection.uid].messages >= limits.open_per_uid:
+        if is_request and self._users[connection.uid].messages >= limits.open_per_uid:
             return _over("unanswered messages of one user", limits.open_per_uid)
-        is_late = isinstance(question, NamespaceRequest) or not self._has_been_ready
+        is_late = is_request or not self._has_been_ready
         if self._phase is Phase.STOPPING and is_late:
             return SocketUnavailable(_STOPPING)
         if self._phase is Phase.STARTING and len(self._waiting) >= limits.waiting:
@@ -466,6 +486,7 @@ class ProviderKernel:
         return None
 
     def _wait(self, number: ConnectionId, slot: _Slot) -> None:
+        # Keeps LIFE-13.
         if not self._waiting:
             self._out.append(do.StartTimer(Timer.READINESS, ""))
         slot.stage = _Stage.WAITING
@@ -501,6 +522,7 @@ class ProviderKernel:
     def _objection_to_request(
         self, number: ConnectionId, request: NamespaceRequest, allocation: _Allocation | None
     ) -> CreationFailed | None:
+        # Keeps ERR-1, ERR-4, PEER-3.
         reason = objection(request)
         if reason is not None:
             return CreationFailed(reason)
@@ -532,6 +554,7 @@ class ProviderKernel:
 
     def _withdraw_early(self, number: ConnectionId, name: str) -> None:
         """An end takes back the requests that its sender sent before it."""
+        # Keeps END-17.
         for slot in self._connections[number].slots:
             if slot.stage is _Stage.EARLY and slot.is_request_for(name):
                 slot.answer, slot.stage = CreationFailed(_OVERTAKEN), _Stage.PUT
@@ -599,6 +622,7 @@ class ProviderKernel:
 
     def _build_create(self, allocation: _Allocation, event: Event) -> None:
         assert allocation.request is not None
+        allocation.is_being_made = True
         self._out.append(do.CreateNamespaces(allocation.request))
 
     def _build_watch(self, allocation: _Allocation, event: Event) -> None:
@@ -612,6 +636,7 @@ class ProviderKernel:
 
     def _build_hand_over(self, allocation: _Allocation, event: Event) -> None:
         """Grant whatever has been asked; it leaves when its turn comes."""
+        # Keeps LIFE-3, LIFE-4.
         for number in sorted(allocation.asked):
             for slot in self._connections[number].slots:
                 is_open = slot.stage is _Stage.PUT and slot.answer is None
@@ -650,6 +675,7 @@ class ProviderKernel:
 
     def _build_announce(self, allocation: _Allocation, event: Event) -> None:
         """Answer everyone who asked for the end; tell everyone else who holds the allocation."""
+        # Keeps END-12, END-13.
         ended = AllocationEnded(allocation.allocation_id)
         if isinstance(event, on.EndRepeated):
             self._resolve(event.connection, ended, ended)
@@ -681,6 +707,7 @@ class ProviderKernel:
 
     def _flush(self, number: ConnectionId) -> None:
         """Let every slot leave that is resolved and has none before it that is not."""
+        # Keeps WIRE-14.
         connection = self._connections[number]
         while connection.slots and not connection.is_closing:
             if not self._leave(number, connection.slots[0]):
@@ -700,6 +727,7 @@ class ProviderKernel:
         return True
 
     def _hand_over(self, number: ConnectionId, slot: _Slot) -> bool:
+        # Keeps FD-2.
         if slot.stage is not _Stage.GRANTED or slot.question is None:
             return False
         allocation = self._allocations[slot.question.allocation_id]
@@ -732,9 +760,10 @@ class ProviderKernel:
         return connection
 
     def _open_connection(self, event: _PeerSaid) -> _Connection:
-        """Find a connection that is still read from."""
+        """Find a connection that is still read from: no frame of it was unreadable."""
         connection = self._connection(event)
-        if connection.is_closing:
+        is_deaf = bool(connection.slots) and connection.slots[-1].question is None
+        if connection.is_closing or is_deaf:
             raise LocalProtocolError(
                 type(event).__name__, "closing", f"connection {event.connection}"
             )
@@ -751,6 +780,7 @@ class ProviderKernel:
 
 def event_of(connection: ConnectionId, message: Message) -> Event:
     """Name what it means for a provider that a message has arrived."""
+    # Keeps END-19, WIRE-11.
     match message:
         case NamespaceRequest():
             return on.RequestReceived(connection, message)
@@ -769,6 +799,7 @@ _PeerSaid: TypeAlias = on.RequestReceived | on.EndReceived | on.FrameRejected | 
 
 _ADOPTIONS: Final = (on.CreatedAdopted, on.HandedOffAdopted, on.RemainsFound)
 
+_CREATION_REPORTS: Final = (on.NamespacesCreated, on.NamespacesNotCreated)
 _RELEASE_REPORTS: Final = (on.ReleaseDelayed, on.NamespacesReleased)
 
 _EXPIRIES: Final[dict[type[Event], Timer]] = {
@@ -805,7 +836,7 @@ _BUILDERS: Final[dict[type[Effect], Callable[[ProviderKernel, _Allocation, Event
 
 def _check_due(allocation: _Allocation, event: on.AllocationEvent) -> None:
     """
-    Check that a timer ran that has run out, and that a release was tried that is reported.
+    Check that a timer ran that has run out, and that a job was under way that is reported.
 
     Raises:
         LocalProtocolError: naming what is missing.
@@ -814,6 +845,10 @@ def _check_due(allocation: _Allocation, event: on.AllocationEvent) -> None:
     missing = ""
     if timer is not None and timer not in allocation.timers:
         missing = f"without a {timer.value} timer"
+    elif isinstance(event, _CREATION_REPORTS) and not allocation.is_being_made:
+        missing = "and not being made"
+    elif isinstance(event, _RELEASE_REPORTS) and allocation.is_being_made:
+        missing = "and still being made"
     elif isinstance(event, _RELEASE_REPORTS) and Timer.RETRY in allocation.timers:
         missing = "and not being released"
     if missing:

@@ -33,7 +33,9 @@ class Row:
 
     event: type[Event]
     source: Enum
+    """The state before."""
     target: Enum
+    """The state after; the same if the event is tolerated."""
     effects: tuple[Order, ...] = ()
 
 
@@ -50,9 +52,13 @@ class Table:
     """
 
     name: str
+    """What the table is about, for texts."""
     rows: tuple[Row, ...]
+    """Every row, in the order in which they are written down."""
     initial: Enum
+    """Where a life begins."""
     finals: frozenset[Enum]
+    """Where a life can end."""
     _cells: dict[tuple[type[Event], Enum], Row] = field(repr=False)
     _triggers: dict[type[Event], Any] = field(repr=False)
 
@@ -86,6 +92,7 @@ class Table:
             LocalProtocolError, RemoteProtocolError: there is no such row; the event's class says
                 whose fault that is. The model is untouched.
         """
+        # Keeps LIFE-1.
         row = self._cells.get((event, model.state))
         if row is None:
             raise refusal(event, model.state, subject)

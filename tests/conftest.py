@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import secrets
 import shutil
 import subprocess
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -19,10 +20,17 @@ import pytest
 from census import MACHINE_WIDE, SCOPE_PREFIX, Census, Session
 from foreign import add_options, is_named
 from hypothesis import HealthCheck, settings
+from hypothesis import core as hypothesis_core
+from hypothesis.database import DirectoryBasedExampleDatabase
 
 IN_CI: Final = os.environ.get("CI", "").lower() not in ("", "0", "false", "no")
 PERMITTED_SKIP: Final = "kernel lacks"
 """How the reason of a skip must begin to be one under CI."""
+
+EXAMPLES: Final = (
+    Path(os.environ.get("HYPOTHESIS_STORAGE_DIRECTORY", ".hypothesis")).absolute() / "examples"
+)
+"""Where the long profile keeps what failed; any number of processes may share it."""
 
 # How fast a machine is today is no property of the code: no deadline, no complaint about slowness.
 settings.register_profile(
@@ -35,7 +43,15 @@ settings.register_profile(
 settings.register_profile(
     "ci", settings.get_profile("dev"), derandomize=True, database=None, max_examples=100
 )
-settings.register_profile("long", settings.get_profile("dev"), max_examples=5_000)
+# Other examples every time; what failed once is tried first, by every process that shares the
+# directory. The seed is printed: `--hypothesis-seed` runs the same again.
+settings.register_profile(
+    "long",
+    settings.get_profile("dev"),
+    derandomize=False,
+    database=DirectoryBasedExampleDatabase(EXAMPLES),
+    max_examples=5_000,
+)
 settings.load_profile("ci" if IN_CI else "dev")  # --hypothesis-profile=long comes later, and wins
 
 MakeImage = Callable[[Path, Mapping[str, str]], Path]
@@ -51,10 +67,19 @@ pytest_addoption: Final = add_options  # those that name a provider which is not
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs_root: makes real namespaces, cgroups or mounts")
+    config.addinivalue_line("markers", "clause(*ids): shows that these clauses of specs/ are kept")
     config.stash[_ran] = 0
+    is_long = config.getoption("--hypothesis-profile") == "long"
+    if is_long and hypothesis_core.global_force_seed is None:
+        hypothesis_core.global_force_seed = secrets.randbelow(2**32)
     if is_named(config):
         # It keeps an image for its hold time, which is longer than any test.
         session_census.overlooked = frozenset({"loops"})
+
+
+def pytest_report_header() -> list[str]:
+    seed = hypothesis_core.global_force_seed
+    return [] if seed is None else [f"hypothesis seed: {seed}"]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -50,7 +50,7 @@ Identities = tuple[NamespaceIdentity, ...]
 
 def add_options(parser: pytest.Parser) -> None:
     """Be the suite's `pytest_addoption`."""
-    group = parser.getgroup("provider", "a provider to certify (specs/certify.md)")
+    group = parser.getgroup("provider", "a provider to certify (specs, chapter 11)")
     group.addoption(
         "--provider-socket",
         metavar="PATH",

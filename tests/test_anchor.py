@@ -169,6 +169,7 @@ def test_adopt_knows_that_an_anchor_has_ended(forge: Forge, features: Features) 
         assert adopt(written, anchor.token, features) is None
 
 
+@pytest.mark.clause("CRASH-8")
 def test_adopt_knows_a_reused_number(forge: Forge, features: Features) -> None:
     with made(forge, plan()) as first, made(forge, plan()) as second:
         reused = dataclasses.replace(first.identity(features), pid=second.pid)
@@ -176,6 +177,7 @@ def test_adopt_knows_a_reused_number(forge: Forge, features: Features) -> None:
         assert adopt(reused, second.token, features) is None
 
 
+@pytest.mark.clause("CRASH-8")
 def test_adopt_without_pidfs_knows_a_number_reused_in_the_same_tick(forge: Forge) -> None:
     """The start time alone would say yes; namespaces and token are the second opinion."""
     with made(forge, plan()) as first, made(forge, plan()) as second:
@@ -187,6 +189,7 @@ def test_adopt_without_pidfs_knows_a_number_reused_in_the_same_tick(forge: Forge
         assert adopt(same_inodes, first.token, OLDEST) is None
 
 
+@pytest.mark.clause("CRASH-8")
 def test_adopt_refuses_another_token(forge: Forge, features: Features) -> None:
     with made(forge, plan()) as anchor:
         wait_until(lambda: token_of(anchor.pid) == anchor.token)

@@ -91,6 +91,7 @@ def test_a_plan_depends_on_the_request_alone() -> None:
 # --- What a failing step says ------------------------------------------------------------------
 
 
+@pytest.mark.clause("NODE-15")
 def test_a_missing_image_is_named(world: LinuxWorld, allocation_id: str, image_root: Path) -> None:
     reason = refusal_of(world.program_now, request_for(allocation_id, "no/such.sqfs"))
     assert reason.startswith("mount the image: resolve image: openat2(2): ENOENT")
@@ -178,6 +179,7 @@ def test_without_cgroups_allocations_have_no_scope(
 # --- Running out -------------------------------------------------------------------------------
 
 
+@pytest.mark.clause("LIFE-8")
 def test_running_out_of_descriptors_anywhere_leaves_nothing(
     world: LinuxWorld, allocation_id: str
 ) -> None:
@@ -308,6 +310,7 @@ def test_two_providers_work_side_by_side(
     assert other_world.identities(f"{allocation_id}-other") == before
 
 
+@pytest.mark.clause("CRASH-7")
 def test_strays_of_the_own_cgroup_are_ended(world: LinuxWorld, other_world: LinuxWorld) -> None:
     ours, theirs = new_token(), new_token()
     for token, cgroup in ((ours, world.anchors_cgroup), (theirs, other_world.anchors_cgroup)):
@@ -320,6 +323,7 @@ def test_strays_of_the_own_cgroup_are_ended(world: LinuxWorld, other_world: Linu
     eventually(lambda: not pids_with_token(theirs))
 
 
+@pytest.mark.clause("NODE-4")
 def test_a_scope_that_others_have_put_in_its_place_is_left_alone(
     world: LinuxWorld, other_world: LinuxWorld, allocation_id: str
 ) -> None:
@@ -335,6 +339,7 @@ def test_a_scope_that_others_have_put_in_its_place_is_left_alone(
 # --- Recovering --------------------------------------------------------------------------------
 
 
+@pytest.mark.clause("CRASH-3")
 def test_what_was_half_made_has_left_only_what_the_journal_says(
     world: LinuxWorld, allocation_id: str
 ) -> None:
@@ -424,6 +429,7 @@ def self_service(
         backend.close()
 
 
+@pytest.mark.clause("SELF-2")
 @pytest.mark.parametrize("features", [None, OLDEST], ids=["this kernel", "oldest kernel"])
 def test_self_service_makes_the_same_allocation(
     tmp_path: Path,
@@ -463,6 +469,7 @@ def test_self_service_does_not_share_the_providers_scope(
     assert not (cgroup2 / SELF_SERVICE_SLICE).exists()
 
 
+@pytest.mark.clause("SELF-12")
 def test_self_service_ends_with_a_consumer_that_is_killed(
     tmp_path: Path, cgroup2: Path, image_root: Path, allocation_id: str
 ) -> None:

@@ -101,6 +101,7 @@ def test_an_allocation_keeps_its_namespaces(world: World, allocation_id: str) ->
     assert world.identities(allocation_id) == world.identities(allocation_id)
 
 
+@pytest.mark.clause("LIFE-9")
 def test_two_allocations_share_no_namespace(world: World, allocation_id: str) -> None:
     create(world, f"{allocation_id}-a", ALL)
     create(world, f"{allocation_id}-b", ALL)
@@ -144,6 +145,7 @@ def test_an_id_that_is_no_name_is_refused(world: World, bad: str) -> None:
     assert world.leftovers() == []
 
 
+@pytest.mark.clause("LIFE-8")
 def test_a_missing_image_undoes_everything(world: World, allocation_id: str) -> None:
     with pytest.raises(CreationFailed, match=r"missing\.sqfs"):
         create(world, allocation_id, LIGHT, "missing.sqfs")
@@ -178,6 +180,7 @@ def test_an_id_that_failed_is_free_once_its_end_is_over(world: World, allocation
 # --- Releasing ---------------------------------------------------------------------------------
 
 
+@pytest.mark.clause("END-10")
 def test_what_is_released_is_not_found(world: World, allocation_id: str) -> None:
     create(world, allocation_id)
     world.release(allocation_id)
@@ -196,6 +199,7 @@ def test_nothing_of_what_never_was_is_alive(world: World, allocation_id: str) ->
     assert not world.backend.is_over(allocation_id)
 
 
+@pytest.mark.clause("END-8")
 def test_a_release_ends_the_processes(world: World, name: str) -> None:
     world.join(name)
     world.release(name)
@@ -210,6 +214,7 @@ def test_a_new_incarnation_has_new_namespaces(world: World, allocation_id: str) 
         assert not set(world.inspect(first)) & set(world.identities(allocation_id))
 
 
+@pytest.mark.clause("END-9")
 def test_what_cannot_end_yet_is_said_and_goes_later(world: World, name: str) -> None:
     world.entangle(name)
     for _ in range(10):
@@ -381,6 +386,7 @@ def test_a_new_machine_has_nothing_to_recover(world: World) -> None:
     assert (recovery.adoptions, recovery.remembered) == ((), ())
 
 
+@pytest.mark.clause("CRASH-2")
 @pytest.mark.parametrize("standing", [Standing.CREATED, Standing.HANDED_OFF])
 def test_what_is_alive_is_adopted_with_its_namespaces(
     world: World, allocation_id: str, standing: Standing
@@ -405,6 +411,7 @@ def test_what_was_adopted_is_observed_and_released(world: World, name: str) -> N
     assert world.leftovers() == []
 
 
+@pytest.mark.clause("CRASH-3")
 @pytest.mark.parametrize("point", ["intended", "made"])
 def test_what_was_half_made_is_undone(world: World, allocation_id: str, point: CrashPoint) -> None:
     request = NamespaceRequest(allocation_id, LIGHT, IMAGE)
@@ -434,6 +441,7 @@ def test_what_ended_meanwhile_is_seen_at_once(world: World, name: str) -> None:
     world.sees(name, Sighting.EMPTIED)
 
 
+@pytest.mark.clause("CRASH-4")
 def test_an_init_that_died_meanwhile_leaves_remains(world: World, name: str) -> None:
     world.kill_init(name)
     world.sees(name, Sighting.INIT_DIED)
@@ -462,6 +470,7 @@ def test_the_others_are_adopted_untouched(world: World, name: str) -> None:
     assert world.identities(other) == before
 
 
+@pytest.mark.clause("CRASH-6")
 def test_what_was_released_is_remembered_in_order(world: World, allocation_id: str) -> None:
     names = [f"{allocation_id}-{number}" for number in range(3)]
     for name in names:
@@ -483,6 +492,7 @@ def test_what_failed_is_remembered_too(world: World, allocation_id: str) -> None
 # --- Images ------------------------------------------------------------------------------------
 
 
+@pytest.mark.clause("NODE-13")
 def test_an_image_is_mounted_once_for_all(world: World, allocation_id: str) -> None:
     for number in range(3):
         create(world, f"{allocation_id}-{number}", (MOUNT,), IMAGE)
@@ -495,6 +505,7 @@ def test_two_images_are_two_mounts(world: World, allocation_id: str) -> None:
     assert world.mounted() == sorted([IMAGE, OTHER_IMAGE])
 
 
+@pytest.mark.clause("NODE-14")
 def test_an_image_is_held_for_a_while_and_then_gone(world: World, allocation_id: str) -> None:
     create(world, allocation_id, (MOUNT,), IMAGE)
     world.release(allocation_id)
@@ -581,6 +592,7 @@ def test_an_end_recorded_during_creation_leaves_nothing_alive(
     world.release(allocation_id)
 
 
+@pytest.mark.clause("END-14", "CRASH-5")
 def test_an_end_that_was_recorded_is_found_after_a_crash(world: World, allocation_id: str) -> None:
     world.backend.create_namespaces(NamespaceRequest(allocation_id, (PID,)))
     world.backend.record_handed_off(allocation_id)

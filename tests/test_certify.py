@@ -1,4 +1,4 @@
-"""Whoever has a provider can have it tried as `specs/certify.md` says; and it can fail."""
+"""Whoever has a provider can have it tried as chapter 11 says; and it can fail."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from programs import DEADLINE_S, ROOT, daemon_in, environment
 from statemachine.errors import CreationFailed
 from statemachine.messages import AllocationEnded
 
-PAGE = ROOT / "specs" / "certify.md"
+PAGE = ROOT / "specs" / "11-certifying.md"
 
 
 def tried(socket: Path, cases: str) -> subprocess.CompletedProcess[str]:

@@ -98,6 +98,7 @@ def exit_status(process: subprocess.Popen[bytes]) -> int:
 # --- where ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.clause("NODE-1")
 def test_basic(root: Path) -> None:
     scope = Scope.create(root, "alloc-42", OWNER)
     assert scope.path == root / "workload.slice" / "alloc-42.scope"
@@ -115,6 +116,7 @@ def test_basic(root: Path) -> None:
     assert scope.remove()
 
 
+@pytest.mark.clause("NODE-1")
 def test_the_cgroup2_mount_is_found_by_its_type(cgroup2: Path) -> None:
     assert find_cgroup2() == cgroup2
     assert (find_cgroup2() / "cgroup.controllers").exists()
@@ -185,6 +187,7 @@ def test_an_odd_but_legal_id_lives_its_life(root: Path, name: str) -> None:
     assert found.remove()
 
 
+@pytest.mark.clause("END-11")
 def test_a_scope_of_somebody_else_is_named_and_left_alone(root: Path) -> None:
     theirs = Scope.create(root, "alloc", STRANGER)
     with running(theirs.path) as process:
@@ -212,6 +215,7 @@ def test_an_empty_scope_without_an_owner_is_replaced(scope: Scope, root: Path) -
     assert scope.path.stat().st_ino != before
 
 
+@pytest.mark.clause("END-11", "NODE-4")
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_used_scope_without_an_owner_is_never_touched(
     scope: Scope, root: Path, nested: bool
@@ -283,11 +287,13 @@ def test_many_makers_of_one_scope_make_one(root: Path) -> None:
 # --- over or not -------------------------------------------------------------------------------
 
 
+@pytest.mark.clause("END-4")
 def test_a_scope_never_used_is_not_over(scope: Scope) -> None:
     assert not scope.was_used()
     assert not scope.is_over()
 
 
+@pytest.mark.clause("END-5")
 def test_freezing_is_neither_use_nor_end(scope: Scope) -> None:
     for word in ("1", "0"):
         (scope.path / "cgroup.freeze").write_text(word)
@@ -299,6 +305,7 @@ def test_freezing_is_neither_use_nor_end(scope: Scope) -> None:
         assert not scope.is_over()
 
 
+@pytest.mark.clause("END-4")
 def test_use_that_nobody_watched_is_still_proved(scope: Scope, root: Path) -> None:
     run_to_end(scope.path)
     found = Scope.open(root, "alloc", OWNER)
@@ -307,6 +314,7 @@ def test_use_that_nobody_watched_is_still_proved(scope: Scope, root: Path) -> No
     wait_until(found.is_over)
 
 
+@pytest.mark.clause("END-6")
 def test_a_process_below_counts(scope: Scope) -> None:
     below = scope.path / "a" / "b"
     below.mkdir(parents=True)
@@ -318,6 +326,7 @@ def test_a_process_below_counts(scope: Scope) -> None:
     wait_until(scope.is_over)
 
 
+@pytest.mark.clause("END-5")
 def test_a_zombie_does_not_count(scope: Scope) -> None:
     with running(scope.path, "true") as process:
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
@@ -592,6 +601,7 @@ def test_misuse_of_the_watch_is_refused(scope: Scope) -> None:
 # --- anchors and slices ------------------------------------------------------------------------
 
 
+@pytest.mark.clause("NODE-3")
 def test_the_anchors_cgroup_is_made_found_and_removed_when_empty(root: Path) -> None:
     path = anchor_cgroup(root, "instance-1")
     assert path == root / ANCHOR_SLICE / "instance-1.scope"

@@ -11,6 +11,7 @@ import errno
 import itertools
 import os
 import select
+import signal
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -33,6 +34,7 @@ from transport import channel as channel_module
 from transport.channel import (
     FRAME_DESCRIPTORS_MAX,
     OUTGOING_BUNDLES_MAX,
+    OUTGOING_BYTES_MAX,
     RECEIVE_BYTES_MAX,
     RECEIVE_READS_MAX,
     SENDMSG_DESCRIPTORS_MAX,
@@ -236,6 +238,7 @@ def fresh_wire() -> Iterator[Wire]:
 each_stream = pytest.mark.parametrize("messages", STREAMS.values(), ids=STREAMS)
 
 
+@pytest.mark.clause("WIRE-5")
 @each_stream
 def test_every_cut_into_three_delivers_the_same(messages: tuple[Message, ...]) -> None:
     with Plan(messages) as plan, fresh_wire() as wire:
@@ -246,6 +249,7 @@ def test_every_cut_into_three_delivers_the_same(messages: tuple[Message, ...]) -
             assert taken(wire.receive()) == expected, cuts
 
 
+@pytest.mark.clause("FD-7")
 @each_stream
 def test_every_cut_delivers_the_same_when_read_at_once(messages: tuple[Message, ...]) -> None:
     with Plan(messages) as plan, fresh_wire() as wire:
@@ -282,6 +286,7 @@ def test_every_size_of_read_delivers_the_same(
             assert taken(received) == expected, size
 
 
+@pytest.mark.clause("FD-7")
 def test_linux_joins_plain_bytes_with_the_descriptors_after_them() -> None:
     # The trap this suite is about, shown without a channel.
     (descriptor,) = memfds(1)
@@ -330,7 +335,8 @@ def test_descriptors_that_come_late_are_rejected(consumer: Wire, bytes_ahead: in
         consumer.send(frame[:bytes_ahead])
         assert consumer.receive() == []
         consumer.send(frame[bytes_ahead:], plan.descriptors[0])
-        assert "later than the first byte" in rejection(consumer.receive())
+        reason = "descriptors came later than the first byte of their frame"
+        assert rejection(consumer.receive()) == reason
 
 
 def test_descriptors_that_come_late_in_one_read_cannot_be_told_apart(consumer: Wire) -> None:
@@ -376,6 +382,7 @@ def test_is_mid_frame_from_the_first_byte_to_the_last(provider: Wire) -> None:
 # Receiving: what is refused. Nothing stays open, nothing follows, the answer still goes out.
 
 
+@pytest.mark.clause("FD-9")
 @pytest.mark.parametrize(
     ("message", "count", "reason"),
     [
@@ -385,7 +392,12 @@ def test_is_mid_frame_from_the_first_byte_to_the_last(provider: Wire) -> None:
         (response(), 1, "NamespaceResponse announces 0 descriptors and came with 1"),
         (ENDED, 1, "AllocationEnded announces 0 descriptors and came with 1"),
         (CreationFailed("no"), 2, "CreationFailed announces 0 descriptors and came with 2"),
-        (response(PID, NET, MOUNT), 4, "descriptors were cut off"),
+        (
+            response(PID, NET, MOUNT),
+            4,
+            "descriptors were cut off: more than 3 came with a frame, "
+            "or the receiver has no descriptor left",
+        ),
         (response(PID, NET, MOUNT), SENDMSG_DESCRIPTORS_MAX, "descriptors were cut off"),
         (response(*[NET] * 4), 4, "descriptors were cut off"),
     ],
@@ -423,6 +435,7 @@ def test_with_exactly_enough_descriptors_left_all_are_delivered(consumer: Wire) 
         assert taken(received) == plan.expected
 
 
+@pytest.mark.clause("FD-11")
 def test_a_provider_never_opens_what_a_consumer_sends(provider: Wire) -> None:
     descriptors = memfds(SENDMSG_DESCRIPTORS_MAX)
     provider.send(frame_of(NamespaceRequest("a", (PID,))), descriptors)
@@ -539,6 +552,7 @@ def test_the_end_of_the_stream_is_told_once(consumer: Wire) -> None:
     assert consumer.channel.receive() == []
 
 
+@pytest.mark.clause("FD-6")
 def test_a_frame_cut_short_is_lost_and_its_descriptors_closed(consumer: Wire) -> None:
     descriptors = memfds(3)
     consumer.send(frame_of(response(PID, NET, MOUNT))[:-1], descriptors)
@@ -566,6 +580,7 @@ def test_closing_a_channel_closes_what_it_holds(consumer: Wire) -> None:
             use()
 
 
+@pytest.mark.clause("FD-6")
 @given(
     st.lists(
         st.tuples(
@@ -635,6 +650,7 @@ def drain(wire: Wire) -> list[tuple[bytes, int]]:
         reads.append((reception.data, len(reception.descriptors)))
 
 
+@pytest.mark.clause("FD-3")
 def test_descriptors_leave_once_however_often_the_rest_is_sent(narrow: Wire) -> None:
     message = response(PID, NET, MOUNT, path="x" * 60_000)
     descriptors = memfds(3)
@@ -654,6 +670,7 @@ def test_descriptors_leave_once_however_often_the_rest_is_sent(narrow: Wire) -> 
     assert not narrow.channel.wants_write
 
 
+@pytest.mark.clause("FD-1")
 def test_descriptors_wait_while_there_is_no_room(narrow: Wire) -> None:
     descriptors = memfds(1)
     with socket.fromfd(narrow.channel.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as full:
@@ -699,6 +716,7 @@ def test_the_longest_frame_goes_through(pair: Pair) -> None:
     assert taken(received) == [(longest, [])] * 5
 
 
+@pytest.mark.clause("FD-4")
 @pytest.mark.parametrize(
     ("message", "types"),
     [
@@ -715,7 +733,8 @@ def test_a_bundle_that_the_message_does_not_announce_is_misuse(
     pair: Pair, message: Message, types: tuple[NamespaceType, ...]
 ) -> None:
     bundle = DescriptorBundle(types, memfds(len(types)))
-    with pytest.raises(ValueError, match=r"does not announce|a frame has 3"):
+    name = type(message).__name__
+    with pytest.raises(ValueError, match=rf"^{name} does not announce|a frame has 3"):
         pair.provider.send(message, bundle)
     assert bundle.closed
     assert pair.consumer.receive() == []
@@ -739,7 +758,7 @@ def test_a_closed_channel_or_bundle_is_misuse(pair: Pair) -> None:
     assert bundle.closed
     pair.provider.close()
     bundle = DescriptorBundle((PID,), memfds(1))
-    with pytest.raises(ValueError, match="the channel is closed"):
+    with pytest.raises(ValueError, match=r"^the channel is closed$"):
         pair.provider.send(response(PID), bundle)
     assert bundle.closed
 
@@ -780,6 +799,7 @@ def test_closing_a_channel_closes_what_waits_to_be_sent(narrow: Wire) -> None:
     assert bundle.closed
 
 
+@pytest.mark.clause("PEER-9")
 def test_a_peer_that_does_not_read_cannot_pile_up_bytes(narrow: Wire) -> None:
     message = AllocationEnded("x" * 60_000)
 
@@ -792,6 +812,7 @@ def test_a_peer_that_does_not_read_cannot_pile_up_bytes(narrow: Wire) -> None:
     assert not narrow.channel.wants_write
 
 
+@pytest.mark.clause("PEER-9")
 def test_a_peer_that_does_not_read_cannot_pile_up_descriptors(narrow: Wire) -> None:
     before = descriptors_open()
     with socket.fromfd(narrow.channel.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as full:
@@ -802,6 +823,40 @@ def test_a_peer_that_does_not_read_cannot_pile_up_descriptors(narrow: Wire) -> N
     with pytest.raises(FdPassing, match="the peer does not read: 256 bundles wait"):
         narrow.channel.send(response(PID), DescriptorBundle((PID,), memfds(1)))
     assert descriptors_open() == before
+    with pytest.raises(FdPassing, match="the peer does not read: 256 bundles wait"):
+        narrow.channel.send(ENDED)
+
+
+def test_exactly_as_much_may_wait_as_the_limit_says(narrow: Wire) -> None:
+    with socket.fromfd(narrow.channel.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as full:
+        fill(full)
+    frame_bytes = OUTGOING_BYTES_MAX // 16
+    padding = frame_bytes - len(frame_of(AllocationEnded("x" * 60_000)))
+    for _ in range(16):
+        narrow.channel.send(AllocationEnded("x" * (60_000 + padding)))
+    with pytest.raises(FdPassing, match="the peer does not read: 1048576 bytes wait"):
+        narrow.channel.send(ENDED)
+
+
+def test_what_has_left_does_not_wait_any_more(narrow: Wire) -> None:
+    message = response(PID, path="x" * 30_000)
+    arrived = 0
+    for _ in range(2 * OUTGOING_BUNDLES_MAX):
+        narrow.channel.send(message, DescriptorBundle((PID,), memfds(1)))
+        while not narrow.channel.flush():
+            arrived += sum(len(data) for data, _ in drain(narrow))
+    sent = 2 * OUTGOING_BUNDLES_MAX * len(frame_of(message))
+
+    def send_for_ever() -> None:
+        nonlocal sent
+        while True:
+            narrow.channel.send(message, DescriptorBundle((PID,), memfds(1)))
+            sent += len(frame_of(message))
+
+    with pytest.raises(FdPassing) as caught:
+        send_for_ever()
+    arrived += sum(len(data) for data, _ in drain(narrow))
+    assert str(caught.value).endswith(f"the peer does not read: {sent - arrived} bytes wait")
 
 
 # The two calls themselves.
@@ -810,7 +865,7 @@ def test_a_peer_that_does_not_read_cannot_pile_up_descriptors(narrow: Wire) -> N
 def test_bytes_are_needed_to_send_descriptors() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs, Descriptor(os.memfd_create("test")) as descriptor:
-        with pytest.raises(ValueError, match="at least one"):
+        with pytest.raises(ValueError, match=r"^descriptors travel with bytes: at least one"):
             send_once(ours, b"", [descriptor.fileno()])
         with pytest.raises(ValueError, match="254 descriptors; at most 253"):
             send_once(ours, b"x", [descriptor.fileno()] * 254)
@@ -851,11 +906,25 @@ def test_a_packet_longer_than_the_read_is_truncated() -> None:
 
 
 def test_sending_to_nobody_is_an_error_and_no_signal() -> None:
+    signals: list[int] = []
+    before = signal.signal(signal.SIGPIPE, lambda number, frame: signals.append(number))
     ours, theirs = socket.socketpair()
-    with ours:
-        theirs.close()
-        with pytest.raises(BrokenPipeError):
-            send_once(ours, b"x")
+    try:
+        with ours:
+            theirs.close()
+            with pytest.raises(BrokenPipeError):
+                send_once(ours, b"x")
+    finally:
+        signal.signal(signal.SIGPIPE, before)
+    assert signals == []
+
+
+def test_credentials_that_come_with_bytes_are_no_descriptors() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        send_once(ours, b"x")
+        assert receive_once(theirs, 1, SENDMSG_DESCRIPTORS_MAX) == (b"x", [], False)
 
 
 def test_a_peer_that_refuses_descriptors_is_told_by_the_sender(narrow: Wire) -> None:

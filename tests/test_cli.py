@@ -30,7 +30,7 @@ from linux.cli_exit import ExitCode
 from statemachine.messages import HANDOFF_SOCKET_PATH
 from transport import endpoint, serve
 
-VERBS = ("serve", "run", "request", "end", "list", "trace")
+VERBS = ("serve", "run", "request", "end", "list", "trace", "verify")
 ABSENT = ("--socket", "/nowhere/handoff.sock")
 
 

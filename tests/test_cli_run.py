@@ -210,6 +210,7 @@ def test_draining_is_said_and_not_waited_for(
 # --- Without a provider ------------------------------------------------------------------------
 
 
+@pytest.mark.clause("SELF-4")
 def test_without_a_provider_it_serves_itself_and_says_so_loudly(
     tmp_path: Path, image_root: Path, allocation_id: str
 ) -> None:
@@ -229,6 +230,7 @@ def test_without_a_provider_it_serves_itself_and_says_so_loudly(
     assert told.stderr.count("\n") == 1
 
 
+@pytest.mark.clause("SELF-6")
 def test_refused_fallback_is_a_failure_of_its_own(tmp_path: Path) -> None:
     socket = ("--socket", tmp_path / "absent.sock", "--fallback", "never")
     told = nshandoff("run", *socket, *ALL, "--", "echo", "never")

@@ -88,6 +88,7 @@ def test_systemd_that_cannot_be_told_is_no_reason_to_end(tmp_path: Path, image_r
     assert "notify_failed" in {line["event"] for line in daemon.events()}
 
 
+@pytest.mark.clause("CRASH-2")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_the_next_one_hands_over_the_same_namespaces(
     daemon: Daemon, allocation_id: str, number: signal.Signals
@@ -207,6 +208,7 @@ def failure(*words: str) -> tuple[str, str]:
     return last["error"], last["message"]
 
 
+@pytest.mark.clause("CRASH-10")
 def test_second_one_on_a_socket_changes_nothing(
     daemon: Daemon, tmp_path: Path, image_root: Path
 ) -> None:
@@ -231,6 +233,7 @@ def test_second_one_on_a_state_directory_changes_nothing(
     assert not second.socket.exists()
 
 
+@pytest.mark.clause("CRASH-11")
 def test_damaged_journal_is_left_alone(tmp_path: Path, image_root: Path) -> None:
     daemon = Daemon(tmp_path, image_root)
     daemon.state_dir.mkdir()

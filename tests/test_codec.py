@@ -81,11 +81,13 @@ def test_basic_message() -> None:
     assert decode_message(body) == AllocationEnded("alloc-42")
 
 
+@pytest.mark.clause("WIRE-6")
 @each_vector
 def test_a_vector_is_written_byte_for_byte(vector: Vector) -> None:
     assert encode_message(message_of(vector.document)) == vector.named
 
 
+@pytest.mark.clause("WIRE-8")
 @each_vector
 def test_a_vector_is_read_in_both_forms(vector: Vector) -> None:
     message = message_of(vector.document)
@@ -93,6 +95,7 @@ def test_a_vector_is_read_in_both_forms(vector: Vector) -> None:
     assert decode_message(vector.compact) == message
 
 
+@pytest.mark.clause("WIRE-7")
 def test_the_vectors_cover_every_message_that_serde_can_write() -> None:
     # The seed's FdPassing holds an io::Error, which serde cannot; the next test has its bytes.
     messages = [message_of(vector.document) for vector in VECTORS]
@@ -104,6 +107,7 @@ def test_the_vectors_cover_every_message_that_serde_can_write() -> None:
     } - {FdPassing}
 
 
+@pytest.mark.clause("WIRE-7")
 def test_fd_passing_is_written_like_the_other_errors() -> None:
     body = b"\x81\xaeNamespaceError\x81\xa9FdPassing\x81\xa6reason\xa4EPIP"
     assert encode_message(FdPassing("EPIP")) == body
@@ -162,6 +166,7 @@ READ = {
 }
 
 
+@pytest.mark.clause("WIRE-8")
 @pytest.mark.parametrize(("body", "message"), READ.values(), ids=READ)
 def test_a_lenient_form_is_read(body: bytes, message: Message) -> None:
     assert decode_message(body) == message
@@ -256,6 +261,10 @@ REFUSED = {
         "fd_types[1] must be Pid, Net, Mount, not 'User'",
     ),
     "an unknown message": (b"\x81\xa5Hello\x90", "'Hello' is not the name of a message"),
+    "the longest name that is shown": (
+        b"\x81\xd9\x3a" + b"x" * 58 + b"\x90",
+        f"'{'x' * 58}' is not the name of a message",
+    ),
     "a lower-case message": (
         b"\x81\xb0allocation_ended\x81" + ID,
         "'allocation_ended' is not the name of a message",
@@ -390,11 +399,13 @@ REFUSED = {
 }
 
 
+@pytest.mark.clause("WIRE-9")
 @pytest.mark.parametrize(("body", "reason"), REFUSED.values(), ids=REFUSED)
 def test_it_is_refused_with_a_reason(body: bytes, reason: str) -> None:
     assert refusal_of(body) == reason
 
 
+@pytest.mark.clause("WIRE-13")
 def test_a_reason_is_short_and_can_be_sent_back() -> None:
     for text in ("x" * 60_000, "\0" * 60_000, "\u00e9" * 30_000, "\N{GRINNING FACE}" * 15_000):
         for body in (
@@ -485,6 +496,7 @@ def test_any_bytes_are_a_message_or_a_refusal(body: bytes) -> None:
     check_outcome(body)
 
 
+@pytest.mark.clause("WIRE-9")
 @given(st.sampled_from(VECTORS), st.booleans(), st.data())
 def test_any_mutation_is_a_message_or_a_refusal(
     vector: Vector, is_compact: bool, data: st.DataObject
@@ -543,6 +555,7 @@ HEAVY: dict[str, Callable[[int], bytes]] = {
 }
 
 
+@pytest.mark.clause("WIRE-10")
 @pytest.mark.parametrize("heavy", HEAVY.values(), ids=HEAVY)
 def test_reading_is_bounded_in_memory(heavy: Callable[[int], bytes]) -> None:
     body = heavy(FRAME_BYTES_MAX - 100)
@@ -555,6 +568,7 @@ def test_reading_is_bounded_in_memory(heavy: Callable[[int], bytes]) -> None:
     assert peak_bytes < 64 * FRAME_BYTES_MAX
 
 
+@pytest.mark.clause("WIRE-10")
 @pytest.mark.parametrize("heavy", HEAVY.values(), ids=HEAVY)
 def test_reading_is_linear(heavy: Callable[[int], bytes]) -> None:
     # Counted, not timed: calls made for a body four times as long.

@@ -102,12 +102,14 @@ def test_a_new_consumer_is_idle_and_owes_nothing() -> None:
 # --- When it serves itself, and when not -------------------------------------------------------
 
 
+@pytest.mark.clause("SELF-10")
 def test_an_unreachable_provider_is_owed_nothing() -> None:
     kernel = after(WANT)
     assert kernel.receive(UNREACHABLE) == turn(REFUSED)
     assert not kernel.is_in_debt
 
 
+@pytest.mark.clause("SELF-10")
 def test_an_unavailable_provider_is_owed_nothing() -> None:
     kernel = after(*TO_ASKING)
     error = SocketUnavailable("shutting down")
@@ -164,6 +166,7 @@ def test_a_response_that_was_not_asked_for_is_closed_at_once() -> None:
     assert kernel.is_in_debt
 
 
+@pytest.mark.clause("ERR-5")
 @pytest.mark.parametrize(
     ("event", "error"),
     [(FAILED, CreationFailed("ENOSPC")), (NOT_FOUND, AllocationNotFound("a"))],
@@ -182,6 +185,7 @@ def test_self_service_is_delivered_as_degraded() -> None:
     assert kernel.state is ConsumerState.SELF_HELD
 
 
+@pytest.mark.clause("SELF-5")
 def test_self_service_that_fails_is_reported() -> None:
     kernel = after(WANT, UNREACHABLE)
     error = CreationFailed("unshare: unshare(2): EPERM")
@@ -199,6 +203,7 @@ def test_a_failed_request_still_pays_its_debt() -> None:
 # --- Never two live sets -----------------------------------------------------------------------
 
 
+@pytest.mark.clause("SELF-9")
 @pytest.mark.parametrize("own", [(), (SERVED,)], ids=["serving itself", "self-held"])
 def test_a_late_answer_is_closed_and_the_end_already_said(own: tuple[Event, ...]) -> None:
     kernel = after(*TO_ASKING, LATE, *own)
@@ -219,6 +224,7 @@ def test_a_late_refusal_leaves_the_debt_to_the_answer_of_the_end() -> None:
     assert not kernel.is_in_debt
 
 
+@pytest.mark.clause("SELF-8")
 def test_the_end_is_told_again_until_it_is_confirmed() -> None:
     kernel = after(*TO_ASKING, LOST)
     for _ in range(3):
@@ -259,6 +265,7 @@ def test_the_debt_is_paid_while_self_service_is_under_way_and_after_it() -> None
 # --- Held --------------------------------------------------------------------------------------
 
 
+@pytest.mark.clause("CRASH-13")
 def test_losing_the_connection_does_not_end_what_is_held() -> None:
     kernel = after(*TO_HELD)
     assert kernel.receive(LOST) == ()
@@ -323,6 +330,7 @@ def test_what_arrives_for_a_caller_who_is_done_is_closed() -> None:
     assert kernel.state is ConsumerState.ENDING
 
 
+@pytest.mark.clause("SELF-11")
 def test_a_caller_who_is_done_with_what_it_holds_tells_the_provider() -> None:
     kernel = after(*TO_HELD)
     assert kernel.receive(END) == SAY
@@ -393,6 +401,7 @@ def test_a_caller_cannot_end_what_is_not_there_or_not_done_yet(events: tuple[Eve
     assert kernel.snapshot() == before
 
 
+@pytest.mark.clause("END-15")
 def test_crossing_ends_end_it_once() -> None:
     """The provider's own end is taken as the answer; the connection is closed before the second."""
     kernel = after(*TO_HELD, END)
@@ -401,6 +410,7 @@ def test_crossing_ends_end_it_once() -> None:
     assert not kernel.is_connected
 
 
+@pytest.mark.clause("LIFE-1")
 @pytest.mark.parametrize(
     "event", [RESPONDED, MISMATCHED, FAILED, NOT_FOUND, ENDED, UNAVAILABLE, PASSING, GARBLED, LOST]
 )
@@ -446,6 +456,7 @@ def test_the_end_of_somebody_elses_allocation_is_not_for_this_consumer() -> None
     assert event == on.FrameRejected("AllocationEnded for 'b', which was never asked for")
 
 
+@pytest.mark.clause("FD-2")
 @pytest.mark.parametrize(
     ("response", "named"),
     [
@@ -466,8 +477,20 @@ def test_a_response_to_something_else_is_named_by_what_differs(
 
 def test_a_mount_path_that_nobody_asked_for_differs_too() -> None:
     reason = mismatch(NamespaceRequest("a", (MOUNT,)), NamespaceResponse("a", (MOUNT,), "/x"))
-    assert reason is not None
+    assert reason == "uenv_mount_path must be there exactly if uenv_image was asked for"
     assert mismatch(NamespaceRequest("a", (MOUNT,)), NamespaceResponse("a", (MOUNT,))) is None
+
+
+def test_no_more_of_what_came_is_told_than_shows_the_difference() -> None:
+    reason = mismatch(NamespaceRequest("a", (NET,)), NamespaceResponse("a", (NET, PID, MOUNT)))
+    assert reason == "fd_types is ['Net', 'Pid'], not ['Net']"
+
+
+def test_a_caller_who_may_not_do_something_is_told_of_which_allocation() -> None:
+    kernel = after(*TO_HELD, END)
+    with pytest.raises(LocalProtocolError) as caught:
+        kernel.receive(END)
+    assert str(caught.value) == "EndWanted is not possible while allocation a is ending"
 
 
 # --- Random walks ------------------------------------------------------------------------------

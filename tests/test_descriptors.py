@@ -123,6 +123,7 @@ def test_a_descriptor_shows_what_it_is() -> None:
     assert repr(descriptor) == "Descriptor(closed)"
 
 
+@pytest.mark.clause("FD-12")
 def test_a_bundle_keeps_order_and_finds_by_type() -> None:
     with bundle_of(NET, PID) as bundle:
         assert bundle.types == (NET, PID)
@@ -243,6 +244,7 @@ def test_verified_is_what_was_announced(foreign: DescriptorBundle) -> None:
     assert verify_bundle(DescriptorBundle(), inspector) == ()
 
 
+@pytest.mark.clause("FD-8")
 @pytest.mark.needs_root
 def test_swapped_descriptors_are_told_by_position(foreign: DescriptorBundle) -> None:
     swapped = [foreign[PID].duplicate(), foreign[MOUNT].duplicate(), foreign[NET].duplicate()]
@@ -254,6 +256,7 @@ def test_swapped_descriptors_are_told_by_position(foreign: DescriptorBundle) -> 
     assert caught.value == FdPassing(reason)
 
 
+@pytest.mark.clause("FD-9")
 @pytest.mark.needs_root
 def test_one_namespace_twice_is_told(foreign: DescriptorBundle) -> None:
     twice = [foreign[NET].duplicate(), foreign[PID].duplicate(), foreign[NET].duplicate()]
@@ -263,6 +266,7 @@ def test_one_namespace_twice_is_told(foreign: DescriptorBundle) -> None:
     assert caught.value == FdPassing(reason)
 
 
+@pytest.mark.clause("FD-9")
 @pytest.mark.parametrize("kind", NamespaceType)
 def test_the_receivers_own_namespace_is_told(kind: NamespaceType) -> None:
     own = DescriptorBundle([kind], [own_namespace(kind)])

@@ -93,6 +93,7 @@ def has_option(option: int) -> bool:
     return True
 
 
+@pytest.mark.clause("WIRE-1")
 def test_basic_connection(listener: Listener, path: Path) -> None:
     assert listener.path == path
     assert listener.accept() is None
@@ -128,11 +129,13 @@ def test_the_mode_is_what_was_asked_for_whatever_the_umask(
         os.umask(before)
 
 
+@pytest.mark.clause("WIRE-2")
 def test_the_mode_is_for_the_owner_alone_by_default(listener: Listener, path: Path) -> None:
     assert permissions(path) == 0o600
     assert stat.S_ISSOCK(path.stat().st_mode)
 
 
+@pytest.mark.clause("WIRE-2")
 def test_there_is_no_moment_with_wider_permissions(path: Path) -> None:
     # Seen at the one moment at which there is a name, and nothing has been adjusted yet.
     seen: list[int] = []
@@ -192,6 +195,7 @@ def test_a_stale_socket_is_taken_over(path: Path) -> None:
     assert list(path.parent.iterdir()) == []
 
 
+@pytest.mark.clause("CRASH-10")
 def test_a_socket_somebody_listens_on_is_left_alone(listener: Listener, path: Path) -> None:
     inode = path.stat().st_ino
     with pytest.raises(SocketUnavailable) as caught:
@@ -396,6 +400,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.clause("PEER-1")
 def test_credentials_are_those_of_the_connecting_process(path: Path) -> None:
     path.parent.chmod(0o755)
     with listen(path, mode=0o666) as listener:
@@ -444,6 +449,7 @@ def test_a_socket_that_is_not_connected_has_no_peer_to_pin() -> None:
 # Descriptors that a consumer sends.
 
 
+@pytest.mark.clause("FD-11")
 @pytest.mark.parametrize("use_passrights", [True, False])
 def test_a_provider_takes_no_descriptors_from_a_consumer(path: Path, use_passrights: bool) -> None:
     with (
@@ -496,6 +502,7 @@ def refusal_read_by(consumer: Channel) -> str:
     return delivery.message.reason
 
 
+@pytest.mark.clause("PEER-11")
 @pytest.mark.parametrize("left", [0, 1])
 def test_a_connection_for_which_no_descriptor_is_left_is_told_so(
     listener: Listener, path: Path, left: int

@@ -50,6 +50,7 @@ def test_there_are_the_four_kinds_of_the_seed_and_no_other() -> None:
 def test_errors_of_the_same_kind_and_text_are_equal() -> None:
     assert CreationFailed("x") == CreationFailed("x")
     assert hash(CreationFailed("x")) == hash(CreationFailed("x"))
+    assert len({hash(kind("x")) for kind in (CreationFailed, FdPassing, SocketUnavailable)}) == 3
     assert CreationFailed("x") != CreationFailed("y")
     assert CreationFailed("x") != SocketUnavailable("x")
     assert CreationFailed("x") != "x"

@@ -36,6 +36,7 @@ def test_basic_oldest_has_none() -> None:
     assert set(asdict(OLDEST)) == set(SINCE)
 
 
+@pytest.mark.clause("NODE-16")
 @pytest.mark.needs_root
 @pytest.mark.parametrize("feature", SINCE)
 def test_probe_finds_what_this_kernel_has(feature: str) -> None:
@@ -47,6 +48,7 @@ def test_probe_is_the_same_each_time() -> None:
     assert Features.probe() == Features.probe()
 
 
+@pytest.mark.clause("NODE-16")
 @pytest.mark.needs_root
 def test_probe_without_capabilities_finds_less_and_raises_nothing() -> None:
     assert shutil.which("setpriv"), "setpriv is missing (Debian package util-linux)"

@@ -2,7 +2,7 @@
 
 In the order of the protocol: frames, messages, answers, descriptors, allocations, peers, and in the
 end everything in any order. Every case has a number that stays. Without options it is our own
-daemon that is tried, as a program; `specs/certify.md` says how to try another.
+daemon that is tried, as a program; `specs/11-certifying.md` says how to try another.
 """
 
 from __future__ import annotations
@@ -114,6 +114,7 @@ def test_frames_may_come_together(wire: Wire) -> None:
         wire.granted(request, line)
 
 
+@pytest.mark.clause("WIRE-5")
 @case("wire-frame-05")
 def test_frames_may_come_together_and_be_cut_anywhere(wire: Wire) -> None:
     line, never = wire.call(), AllocationEnded(f"{wire.prefix}-never")
@@ -125,6 +126,7 @@ def test_frames_may_come_together_and_be_cut_anywhere(wire: Wire) -> None:
         assert line.hear() == AllocationNotFound(never.allocation_id), f"cut after {cut} bytes"
 
 
+@pytest.mark.clause("WIRE-3")
 @case("wire-frame-06")
 def test_the_longest_frame_is_read(wire: Wire) -> None:
     line, request = wire.call(), wire.request(PID)
@@ -136,6 +138,7 @@ def test_the_longest_frame_is_read(wire: Wire) -> None:
     wire.granted(request, line)
 
 
+@pytest.mark.clause("WIRE-4")
 @cases(
     {
         "wire-frame-07": 0,
@@ -165,6 +168,7 @@ def test_a_whole_message_in_too_long_a_frame_is_refused(wire: Wire) -> None:
 # --- Messages ----------------------------------------------------------------------------------
 
 
+@pytest.mark.clause("WIRE-8")
 @case("wire-read-01")
 def test_the_compact_form_is_read(wire: Wire) -> None:
     line, request = wire.call(), wire.request(MOUNT, PID)
@@ -174,6 +178,7 @@ def test_the_compact_form_is_read(wire: Wire) -> None:
     assert line.hear() == AllocationEnded(request.allocation_id)
 
 
+@pytest.mark.clause("WIRE-8")
 @case("wire-read-02")
 def test_keys_are_read_in_any_order(wire: Wire) -> None:
     line, request = wire.call(), wire.request(PID)
@@ -182,6 +187,7 @@ def test_keys_are_read_in_any_order(wire: Wire) -> None:
     wire.granted(request, line)
 
 
+@pytest.mark.clause("WIRE-8")
 @case("wire-read-03")
 def test_a_key_that_is_not_known_is_passed_over(wire: Wire) -> None:
     line, request = wire.call(), wire.request(PID)
@@ -191,6 +197,7 @@ def test_a_key_that_is_not_known_is_passed_over(wire: Wire) -> None:
     wire.granted(request, line)
 
 
+@pytest.mark.clause("WIRE-8")
 @case("wire-read-04")
 def test_an_image_that_is_not_mentioned_is_none(wire: Wire) -> None:
     line, request = wire.call(), wire.request(PID)
@@ -288,6 +295,7 @@ REFUSED: Final[dict[str, bytes]] = {
 }  # fmt: skip
 
 
+@pytest.mark.clause("WIRE-9")
 @cases(REFUSED)
 def test_a_body_that_is_no_message_is_refused_and_nobody_else_notices(
     wire: Wire, what: bytes
@@ -295,6 +303,7 @@ def test_a_body_that_is_no_message_is_refused_and_nobody_else_notices(
     wire.check_frame_rejected(framed(what))
 
 
+@pytest.mark.clause("WIRE-11")
 @cases(
     {
         "wire-role-01": NamespaceResponse("nsh-test-role", (), None),
@@ -329,6 +338,7 @@ def test_what_came_before_a_frame_that_is_refused_is_answered_first(wire: Wire) 
 # --- Descriptors that are sent to the provider -------------------------------------------------
 
 
+@pytest.mark.clause("FD-11")
 @cases({"wire-fd-01": 0, "wire-fd-02": 1, "wire-fd-03": HEADER_BYTES, "wire-fd-04": 20})
 def test_a_provider_takes_no_descriptors(wire: Wire, what: int) -> None:
     wire.watch()
@@ -361,6 +371,7 @@ def test_a_provider_takes_no_descriptors(wire: Wire, what: int) -> None:
 # --- Answers -----------------------------------------------------------------------------------
 
 
+@pytest.mark.clause("WIRE-14")
 @case("wire-order-01")
 def test_answers_come_in_the_order_of_what_they_answer(wire: Wire) -> None:
     line = wire.call()
@@ -377,6 +388,7 @@ def test_answers_come_in_the_order_of_what_they_answer(wire: Wire) -> None:
     assert line.hear() == AllocationNotFound(never.allocation_id)
 
 
+@pytest.mark.clause("WIRE-16")
 @case("wire-order-02")
 def test_many_requests_under_way_are_answered_in_order(wire: Wire) -> None:
     line = wire.call()
@@ -406,6 +418,7 @@ def test_one_connection_does_not_wait_for_another(wire: Wire) -> None:
 # --- Descriptors that are handed over ----------------------------------------------------------
 
 
+@pytest.mark.clause("LIFE-11", "FD-2")
 @cases({f"wire-give-{number:02}": kinds for number, kinds in enumerate(SUBSETS, 1)})
 def test_descriptors_are_what_was_asked_for_in_the_order_of_the_request(
     wire: Wire, what: tuple[NamespaceType, ...]
@@ -417,6 +430,7 @@ def test_descriptors_are_what_was_asked_for_in_the_order_of_the_request(
     assert not own & set(first)
 
 
+@pytest.mark.clause("FD-1")
 @case("wire-give-17")
 def test_descriptors_come_with_the_first_byte_of_their_frame(wire: Wire) -> None:
     request = wire.request(NET, MOUNT, PID)
@@ -445,6 +459,7 @@ def _exactly(sock: socket.socket, size: int) -> bytes:
     return data
 
 
+@pytest.mark.clause("LIFE-9")
 @case("wire-give-18")
 def test_allocations_are_isolated_from_one_another(wire: Wire) -> None:
     granted = {n: wire.ask(wire.request(PID, NET, MOUNT)) for n in range(3)}
@@ -454,6 +469,7 @@ def test_allocations_are_isolated_from_one_another(wire: Wire) -> None:
 # --- Allocations: what may be asked ------------------------------------------------------------
 
 
+@pytest.mark.clause("LIFE-10")
 @cases(
     {
         "wire-id-01": lambda start: start + "x" * (128 - len(start)),
@@ -472,6 +488,7 @@ def test_an_id_is_any_component_of_a_path(wire: Wire, what: Any) -> None:
     wire.end(request.allocation_id, line)
 
 
+@pytest.mark.clause("LIFE-10")
 @cases(
     {
         "wire-id-08": "",
@@ -497,6 +514,7 @@ def test_an_id_that_could_be_no_directory_of_its_own_is_refused(wire: Wire, what
     check_refused(wire, line)
 
 
+@pytest.mark.clause("LIFE-12")
 @cases(
     {
         "wire-types-01": (PID, PID),
@@ -522,6 +540,7 @@ def check_refused(wire: Wire, line: foreign.Ear) -> None:
     wire.barrier(line)
 
 
+@pytest.mark.clause("LIFE-12")
 @cases({"wire-uenv-01": (), "wire-uenv-02": (PID,), "wire-uenv-03": (NET, PID)})
 def test_an_image_needs_a_mount_namespace(wire: Wire, what: tuple[NamespaceType, ...]) -> None:
     line = wire.call()
@@ -529,6 +548,7 @@ def test_an_image_needs_a_mount_namespace(wire: Wire, what: tuple[NamespaceType,
     check_refused(wire, line)
 
 
+@pytest.mark.clause("NODE-11")
 @cases(
     {
         "wire-uenv-04": "nsh-test-there-is-none.sqfs",
@@ -566,6 +586,7 @@ def test_an_image_is_mounted_where_the_answer_says(wire: Wire) -> None:
 # --- Allocations: the same again, another, and none --------------------------------------------
 
 
+@pytest.mark.clause("LIFE-3")
 @case("wire-same-01")
 def test_the_same_request_is_handed_the_same_namespaces(wire: Wire) -> None:
     line, request = wire.call(), wire.request(PID, NET, MOUNT)
@@ -573,6 +594,7 @@ def test_the_same_request_is_handed_the_same_namespaces(wire: Wire) -> None:
     assert len(set(granted)) == 1
 
 
+@pytest.mark.clause("LIFE-4")
 @case("wire-same-02")
 def test_who_asks_while_it_is_being_created_is_handed_the_one_result(wire: Wire) -> None:
     lines, request = [wire.call() for _ in range(8)], wire.request(PID, NET, MOUNT)
@@ -581,6 +603,7 @@ def test_who_asks_while_it_is_being_created_is_handed_the_one_result(wire: Wire)
     assert len({wire.granted(request, line) for line in lines}) == 1
 
 
+@pytest.mark.clause("LIFE-5")
 @cases(
     {
         "wire-same-03": ((MOUNT, PID), None),
@@ -601,6 +624,7 @@ def test_another_request_for_what_is_alive_is_refused_and_changes_nothing(
     assert wire.ask(request, line) == wire.ask(request, other) == identities
 
 
+@pytest.mark.clause("LIFE-2")
 @case("wire-life-01")
 def test_an_allocation_outlives_its_connection(wire: Wire) -> None:
     line, request = wire.call(), wire.request(PID, NET, MOUNT)
@@ -617,6 +641,7 @@ def test_an_allocation_outlives_a_consumer_that_did_not_wait_for_its_answer(wire
     assert wire.ask(request) == wire.ask(request)
 
 
+@pytest.mark.clause("END-13")
 @case("wire-end-01")
 def test_an_end_is_confirmed(wire: Wire) -> None:
     line, request = wire.call(), wire.request(PID, NET, MOUNT)
@@ -625,6 +650,7 @@ def test_an_end_is_confirmed(wire: Wire) -> None:
     wire.barrier(line)
 
 
+@pytest.mark.clause("PEER-3")
 @case("wire-end-02")
 def test_anybody_may_end_and_the_end_of_what_has_ended_is_confirmed_again(wire: Wire) -> None:
     request = wire.request(*LIGHT)
@@ -635,6 +661,7 @@ def test_anybody_may_end_and_the_end_of_what_has_ended_is_confirmed_again(wire: 
     wire.end(request.allocation_id)
 
 
+@pytest.mark.clause("END-13")
 @cases({"wire-end-03": "nsh-test-never-was", "wire-end-04": "a/b\0"})
 def test_the_end_of_what_never_was_is_not_confirmed(wire: Wire, what: str) -> None:
     line = wire.call()
@@ -643,6 +670,7 @@ def test_the_end_of_what_never_was_is_not_confirmed(wire: Wire, what: str) -> No
         assert line.hear() == AllocationNotFound(what)
 
 
+@pytest.mark.clause("END-19")
 @cases({"wire-end-05": "", "wire-end-06": "x" * 129, "wire-end-07": "x" * 65_000})
 def test_the_end_of_what_can_never_be_is_not_confirmed(wire: Wire, what: str) -> None:
     wire.watch()
@@ -671,6 +699,7 @@ def test_a_refused_request_leaves_nothing_to_end(wire: Wire) -> None:
     )
 
 
+@pytest.mark.clause("END-12")
 @case("wire-end-09")
 def test_everybody_who_holds_it_hears_of_the_end_once(wire: Wire) -> None:
     request = wire.request(*LIGHT)
@@ -688,6 +717,7 @@ def test_everybody_who_holds_it_hears_of_the_end_once(wire: Wire) -> None:
     wire.barrier(stranger)
 
 
+@pytest.mark.clause("END-15")
 @case("wire-end-10")
 def test_ends_that_cross_are_all_confirmed(wire: Wire) -> None:
     request = wire.request(*LIGHT)
@@ -703,6 +733,7 @@ def test_ends_that_cross_are_all_confirmed(wire: Wire) -> None:
         wire.end(request.allocation_id, line)
 
 
+@pytest.mark.clause("LIFE-6")
 @case("wire-end-11")
 def test_after_its_end_the_same_id_is_another_incarnation(wire: Wire) -> None:
     line, request = wire.call(), wire.request(PID, NET, MOUNT)
@@ -766,6 +797,7 @@ def test_who_has_gone_is_missed_by_nobody(wire: Wire) -> None:
 # --- Peers -------------------------------------------------------------------------------------
 
 
+@pytest.mark.clause("PEER-10")
 @case("wire-peer-01")
 def test_a_peer_that_is_done_speaking_costs_nobody_anything(wire: Wire) -> None:
     wire.watch()
@@ -788,6 +820,7 @@ def test_a_peer_that_is_done_listening_costs_nobody_anything(wire: Wire) -> None
     assert wire.ask(request) == wire.ask(request)
 
 
+@pytest.mark.clause("PEER-8")
 @case("wire-peer-03")
 def test_peers_that_send_slowly_do_not_keep_others_waiting(wire: Wire) -> None:
     wire.watch()
@@ -863,5 +896,6 @@ def test_every_promise_is_kept_whatever_consumers_do(
             return Adapter(provider.socket, provider.inspector, provider.image)
 
     run_state_machine_as_test(
-        OverTheWire, settings=settings(max_examples=40, stateful_step_count=STEPS)
+        OverTheWire,
+        settings=settings(max_examples=settings().max_examples * 2 // 5, stateful_step_count=STEPS),
     )

@@ -161,6 +161,7 @@ def links_of(pid: int | None) -> dict[str, str]:
 # --- what an anchor is ------------------------------------------------------------------------
 
 
+@pytest.mark.clause("NODE-6")
 @pytest.mark.parametrize("kinds", ORDERS, ids=lambda kinds: "-".join(k.value for k in kinds))
 def test_basic_anchor_has_the_namespaces_asked_for_and_no_others(
     forge: Forge, kinds: tuple[NamespaceType, ...]
@@ -173,6 +174,7 @@ def test_basic_anchor_has_the_namespaces_asked_for_and_no_others(
         assert links_of(forge.pid) == own, "the forge is at home again"
 
 
+@pytest.mark.clause("NODE-8")
 def test_lo_is_up_and_alone(forge: Forge, features: Features) -> None:
     with allocation(forge, features, (NET,)) as (_, bundle):
         links = run_within(bundle, "ip", "-oneline", "link").splitlines()
@@ -182,6 +184,7 @@ def test_lo_is_up_and_alone(forge: Forge, features: Features) -> None:
         assert run_within(bundle, "ip", "-oneline", "-4", "address").split()[3] == "127.0.0.1/8"
 
 
+@pytest.mark.clause("NODE-10")
 def test_proc_shows_only_the_allocation(forge: Forge, features: Features) -> None:
     with allocation(forge, features) as (_, bundle):
         shown = run_within(bundle, "sh", "-c", "echo /proc/[0-9]*; cat /proc/1/comm /proc/mounts")
@@ -317,6 +320,7 @@ def test_mounts_come_from_the_node_and_never_go_there(features: Features, tmp_pa
 # --- when it fails ----------------------------------------------------------------------------
 
 
+@pytest.mark.clause("ERR-2")
 def test_failed_step_is_named_and_leaves_nothing(
     forge: Forge, features: Features, tmp_path: Path
 ) -> None:
@@ -596,6 +600,7 @@ def test_threads_may_ask_at_once(forge: Forge, features: Features) -> None:
             end(anchor)
 
 
+@pytest.mark.clause("NODE-3")
 def test_anchors_are_born_in_their_cgroup(features: Features, anchors_cgroup: Path) -> None:
     with (
         Forge.start(cgroup=anchors_cgroup, features=features) as forge,
@@ -613,6 +618,7 @@ def test_anchors_are_born_in_their_cgroup(features: Features, anchors_cgroup: Pa
 # --- whose end is whose -----------------------------------------------------------------------
 
 
+@pytest.mark.clause("CRASH-1", "NODE-7")
 def test_anchors_outlive_an_owner_that_is_killed(features: Features) -> None:
     with owner(features, new_token()) as (child, forge, (anchor,)):
         child.kill()
@@ -620,6 +626,7 @@ def test_anchors_outlive_an_owner_that_is_killed(features: Features) -> None:
         assert anchor.is_alive()
 
 
+@pytest.mark.clause("SELF-12")
 def test_tied_anchors_and_their_scope_end_with_an_owner_that_is_killed(
     features: Features, scope: Scope
 ) -> None:

@@ -74,6 +74,7 @@ def test_basic_command_is_our_child_in_all_namespaces(forge: Forge, features: Fe
         assert child.wait() == -signal.SIGTERM
 
 
+@pytest.mark.clause("NODE-6")
 @pytest.mark.parametrize("kinds", [(PID,), (NET,), (MOUNT,), (MOUNT, PID), (NET, MOUNT)])
 def test_command_is_in_the_bundles_namespaces_and_else_in_ours(
     forge: Forge, features: Features, kinds: tuple[object, ...]
@@ -103,6 +104,7 @@ def test_caller_stays_where_it_was(forge: Forge, features: Features, tmp_path: P
     assert threading.active_count() == len(os.listdir("/proc/self/task"))
 
 
+@pytest.mark.clause("NODE-5")
 def test_command_is_in_its_scope_from_the_start(
     forge: Forge, features: Features, scope: Scope, cgroup2: Path
 ) -> None:

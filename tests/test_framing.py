@@ -25,6 +25,7 @@ def frames_in(*chunks: bytes) -> list[Frame]:
     return frames
 
 
+@pytest.mark.clause("WIRE-3")
 def test_basic_frame() -> None:
     assert encode_frame(b"body") == b"\x00\x00\x00\x04body"
     assert frames_in(b"\x00\x00\x00\x04body") == [Frame(b"body", 0)]
@@ -61,11 +62,13 @@ def test_trailing_bytes_wait_for_the_rest_of_their_frame() -> None:
     assert not reader.is_partial
 
 
+@pytest.mark.clause("WIRE-3")
 def test_the_longest_frame_passes() -> None:
     body = bytes(FRAME_BYTES_MAX)
     assert frames_in(encode_frame(body)) == [Frame(body, 0)]
 
 
+@pytest.mark.clause("WIRE-4")
 @pytest.mark.parametrize(
     ("header", "announced"),
     [
@@ -91,6 +94,7 @@ def test_a_bad_body_is_never_written(body_bytes: int) -> None:
         encode_frame(bytes(body_bytes))
 
 
+@pytest.mark.clause("WIRE-5")
 @given(st.lists(st.binary(min_size=1, max_size=300), max_size=8), st.data())
 def test_any_bodies_survive_any_cuts(bodies: list[bytes], data: st.DataObject) -> None:
     stream = b"".join(map(encode_frame, bodies))

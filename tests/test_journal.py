@@ -128,6 +128,7 @@ def test_text_that_cannot_be_written_changes_nothing(tmp_path: Path) -> None:
         assert journal.entries() == (requested("alloc"),)
 
 
+@pytest.mark.clause("END-18")
 def test_remembered_ends_are_bounded_and_the_oldest_goes_first(tmp_path: Path) -> None:
     surplus = 3
     names = [f"alloc-{number}" for number in range(REMEMBERED_MAX + surplus)]
@@ -146,6 +147,7 @@ def test_an_id_that_ends_again_is_remembered_once_and_last(tmp_path: Path) -> No
         assert journal.remembered() == ("second", "first")
 
 
+@pytest.mark.clause("CRASH-9")
 def test_another_boot_voids_the_entries_and_remembers_their_ends(tmp_path: Path) -> None:
     with Journal(tmp_path, BOOT) as journal:
         journal.intend(requested("before"))
@@ -160,6 +162,7 @@ def test_another_boot_voids_the_entries_and_remembers_their_ends(tmp_path: Path)
         assert journal.voided == ()
 
 
+@pytest.mark.clause("CRASH-10")
 def test_a_second_provider_is_refused_and_told_who_holds_it(tmp_path: Path) -> None:
     with Journal(tmp_path, BOOT):
         with pytest.raises(JournalBusy, match=f"process {os.getpid()} holds") as refusal:
@@ -195,6 +198,7 @@ def test_a_directory_that_cannot_be_made_is_unavailable(tmp_path: Path) -> None:
         Journal(tmp_path / "file" / "state", BOOT)
 
 
+@pytest.mark.clause("CRASH-11")
 @pytest.mark.parametrize(
     "damage",
     [
@@ -212,6 +216,7 @@ def test_a_file_that_is_no_database_is_refused_and_kept(tmp_path: Path, damage: 
     assert path.read_bytes() == damage
 
 
+@pytest.mark.clause("CRASH-11")
 def test_a_damaged_page_is_refused_and_kept(tmp_path: Path) -> None:
     with Journal(tmp_path, BOOT) as journal:
         for number in range(50):

@@ -147,6 +147,7 @@ def world() -> Iterator[SimulatedWorld]:
 # --- The hand-off ------------------------------------------------------------------------------
 
 
+@pytest.mark.clause("NODE-2")
 def test_basic_life_of_an_allocation(life: Life, allocation_id: str) -> None:
     handoff = life.obtain(allocation_id, ALL, IMAGE)
     assert life.state_of(allocation_id) is AllocationState.HANDED_OFF
@@ -156,6 +157,7 @@ def test_basic_life_of_an_allocation(life: Life, allocation_id: str) -> None:
     assert life.world.leftovers() == []
 
 
+@pytest.mark.clause("FD-2")
 def test_descriptors_come_in_the_order_of_fd_types(life: Life, allocation_id: str) -> None:
     """Read off the socket byte by byte, with nothing of ours in between."""
     for number, order in enumerate(ORDERS):
@@ -174,11 +176,13 @@ def test_descriptors_come_in_the_order_of_fd_types(life: Life, allocation_id: st
         assert kinds == [CLONE_FLAGS[kind] for kind in order]
 
 
+@pytest.mark.clause("LIFE-3")
 def test_the_same_request_gets_the_same_namespaces(life: Life, allocation_id: str) -> None:
     first = life.obtain(allocation_id, ALL)
     assert life.obtain(allocation_id, ALL).identities == first.identities
 
 
+@pytest.mark.clause("LIFE-4")
 def test_askers_that_meet_get_one_set(life: Life, allocation_id: str) -> None:
     with ExitStack() as stack:
         wires = [stack.enter_context(Wire(life.path)) for _ in range(5)]
@@ -189,6 +193,7 @@ def test_askers_that_meet_get_one_set(life: Life, allocation_id: str) -> None:
     assert len(life.provider.effects(do.CreateNamespaces)) == 1
 
 
+@pytest.mark.clause("LIFE-5")
 def test_another_request_for_a_live_id_is_refused(life: Life, allocation_id: str) -> None:
     handoff = life.obtain(allocation_id, (PID, MOUNT))
     with pytest.raises(CreationFailed, match="another request"):
@@ -204,6 +209,7 @@ def test_every_holder_hears_of_the_end(life: Life, allocation_id: str) -> None:
     assert len(set(announced)) == len(announced) == 3
 
 
+@pytest.mark.clause("LIFE-8", "ERR-1")
 def test_a_failed_creation_is_told_and_leaves_nothing(life: Life, allocation_id: str) -> None:
     with pytest.raises(CreationFailed, match=r"openat2\(2\): ENOENT .*missing\.sqfs"):
         life.obtain(allocation_id, LIGHT, "missing.sqfs")
@@ -216,6 +222,7 @@ def test_an_id_that_failed_can_be_asked_for_again(life: Life, allocation_id: str
     assert life.obtain(allocation_id).identities
 
 
+@pytest.mark.clause("LIFE-6")
 def test_an_id_that_was_released_begins_anew(life: Life, allocation_id: str) -> None:
     first = life.obtain(allocation_id)
     assert first.end(LONG_S)
@@ -254,27 +261,32 @@ def test_the_first_process_is_the_init(life: Life, inside: Handoff) -> None:
     assert output_of(life, inside, "cat /proc/1/comm") == ["sleep"]
 
 
+@pytest.mark.clause("NODE-10")
 def test_proc_shows_the_allocation_alone(life: Life, inside: Handoff) -> None:
     pids = output_of(life, inside, "cd /proc; echo [0-9]*")[0].split()
     assert len(pids) == 3  # the init, the process that keeps it alive, the shell itself
     assert max(map(int, pids)) < 10
 
 
+@pytest.mark.clause("NODE-7")
 def test_orphans_are_reaped(life: Life, inside: Handoff) -> None:
     output_of(life, inside, "sleep 0.01 & exit")
     eventually(lambda: len(output_of(life, inside, "cd /proc; echo [0-9]*")[0].split()) == 3)
 
 
+@pytest.mark.clause("NODE-7")
 def test_the_init_ignores_signals_from_inside(life: Life, inside: Handoff) -> None:
     output_of(life, inside, "kill -TERM 1; kill -KILL 1; kill -STOP 1")
     assert output_of(life, inside, "grep State /proc/1/status") == ["State:\tS (sleeping)"]
 
 
+@pytest.mark.clause("NODE-8")
 def test_lo_is_up_and_alone(life: Life, inside: Handoff) -> None:
     (link,) = output_of(life, inside, "ip -o link")
     assert " lo: <LOOPBACK,UP,LOWER_UP>" in link
 
 
+@pytest.mark.clause("NODE-12")
 def test_the_image_is_at_its_mount_point(life: Life, inside: Handoff) -> None:
     path = inside.response.uenv_mount_path
     assert output_of(life, inside, f"cat {path}/hello.txt") == ["hello from the image"]
@@ -292,6 +304,7 @@ def test_the_image_is_read_only_without_setuid_and_devices(life: Life, inside: H
     assert {"ro", "nosuid", "nodev"} <= set(options)
 
 
+@pytest.mark.clause("NODE-12")
 def test_the_image_is_not_on_the_node(life: Life, allocation_id: str) -> None:
     before = Path("/proc/self/mountinfo").read_text()
     handoff = life.obtain(allocation_id, ALL, IMAGE)
@@ -312,6 +325,7 @@ def shared_mount(path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-R", path], check=True)
 
 
+@pytest.mark.clause("NODE-9")
 def test_what_the_node_mounts_later_is_seen_inside(
     life: Life, tmp_path: Path, allocation_id: str
 ) -> None:
@@ -324,6 +338,7 @@ def test_what_the_node_mounts_later_is_seen_inside(
         assert output_of(life, handoff, f"ls {shared}/later") == ["file"]
 
 
+@pytest.mark.clause("NODE-9")
 def test_what_is_mounted_inside_is_not_seen_on_the_node(
     life: Life, tmp_path: Path, allocation_id: str
 ) -> None:
@@ -377,6 +392,7 @@ ENDS: Final = (
 )
 
 
+@pytest.mark.clause("END-1", "END-10")
 @pytest.mark.parametrize("end", ENDS)
 def test_one_end_is_announced_once_and_everything_released(
     life: Life, allocation_id: str, end: Callable[[Life, Handoff], None]
@@ -405,6 +421,7 @@ def test_an_end_that_is_asked_for_is_answered_once(life: Life, allocation_id: st
         assert wire.hears_nothing()
 
 
+@pytest.mark.clause("END-8")
 def test_an_end_kills_what_runs(life: Life, allocation_id: str) -> None:
     handoff = life.obtain(allocation_id, (NET, MOUNT))  # no PID namespace takes it along
     process = life.spawn(handoff, "sleep", "infinity")
@@ -413,6 +430,7 @@ def test_an_end_kills_what_runs(life: Life, allocation_id: str) -> None:
     assert life.world.leftovers() == []
 
 
+@pytest.mark.clause("END-2")
 def test_many_reasons_to_end_are_one_end(life: Life, allocation_id: str) -> None:
     handoff = life.obtain(allocation_id)
     with life.spawn(handoff, "sleep", "infinity") as process, ExitStack() as stack:
@@ -438,6 +456,7 @@ def test_the_last_of_several_processes_counts(life: Life, allocation_id: str) ->
     assert handoff.wait_ended(LONG_S)
 
 
+@pytest.mark.clause("END-6")
 def test_a_process_further_down_keeps_it_alive(life: Life, allocation_id: str) -> None:
     handoff = life.obtain(allocation_id)
     below = life.world.scope(allocation_id) / "a" / "b"
@@ -455,6 +474,7 @@ def assert_still_alive(life: Life, name: str) -> None:
     assert life.state_of(name) is AllocationState.HANDED_OFF
 
 
+@pytest.mark.clause("END-5")
 def test_a_frozen_process_keeps_it_alive(life: Life, allocation_id: str) -> None:
     handoff = life.obtain(allocation_id)
     life.spawn(handoff, "sleep", "infinity")
@@ -517,6 +537,7 @@ def test_a_zombie_in_the_cgroup_alone_does_not_keep_it(life: Life, allocation_id
     assert life.is_released(allocation_id)
 
 
+@pytest.mark.clause("END-16")
 def test_an_end_that_overtakes_the_creation_undoes_it(life: Life, allocation_id: str) -> None:
     with Wire(life.path) as asker, Wire(life.path) as ender:
         asker.send(NamespaceRequest(allocation_id, ALL, IMAGE))
@@ -537,6 +558,7 @@ def test_what_nobody_claims_is_ended(idle_life: Life, allocation_id: str) -> Non
     assert idle_life.world.leftovers() == []
 
 
+@pytest.mark.clause("END-3")
 def test_whoever_is_connected_claims_it(idle_life: Life, allocation_id: str) -> None:
     idle_life.start(claim_s=0.01)
     handoff = idle_life.obtain(allocation_id)
@@ -573,6 +595,7 @@ def graces_of(life: Life) -> list[str]:
     return life.provider.ask_provider(lambda provider: list(provider._clock.graces))
 
 
+@pytest.mark.clause("END-7")
 def test_within_the_grace_the_next_process_goes_on(idle_life: Life, allocation_id: str) -> None:
     idle_life.start(empty_grace_s=LONG_S)
     handoff = idle_life.obtain(allocation_id)
@@ -614,6 +637,7 @@ def entry_of(life: Life, name: str) -> Entry:
     return next(entry for entry in journal.entries() if entry.allocation_id == name)
 
 
+@pytest.mark.clause("END-9")
 def test_what_does_not_die_is_named(idle_life: Life, draining: Handoff, allocation_id: str) -> None:
     zombie = str(idle_life.world._entangled[allocation_id].pid)
     drain = idle_life.provider.ask_provider
@@ -634,6 +658,7 @@ def test_it_is_in_nobodys_way(idle_life: Life, draining: Handoff, allocation_id:
     assert idle_life.state_of(allocation_id) is AllocationState.ENDED
 
 
+@pytest.mark.clause("LIFE-7")
 def test_its_id_is_not_given_again(idle_life: Life, draining: Handoff, allocation_id: str) -> None:
     assert draining.wait_ended(LONG_S)
     with pytest.raises(CreationFailed, match="not released"):
@@ -651,6 +676,7 @@ def test_it_is_found_again_by_the_next_provider(
 # --- The provider comes back -------------------------------------------------------------------
 
 
+@pytest.mark.clause("CRASH-2")
 def test_the_next_provider_hands_over_the_same(life: Life, allocation_id: str) -> None:
     first = life.obtain(allocation_id, ALL, IMAGE)
     life.drop()
@@ -670,6 +696,7 @@ def test_the_next_provider_sees_the_end(life: Life, allocation_id: str) -> None:
     assert life.world.leftovers() == []
 
 
+@pytest.mark.clause("CRASH-4")
 def test_what_ended_meanwhile_is_released_at_the_start(life: Life, allocation_id: str) -> None:
     process = life.spawn(life.obtain(allocation_id), "sleep", "infinity")
     life.drop()
@@ -686,6 +713,7 @@ def test_what_nobody_claims_after_a_restart_is_ended(life: Life, allocation_id: 
     eventually(lambda: life.is_released(allocation_id))
 
 
+@pytest.mark.clause("CRASH-6")
 def test_what_was_released_is_still_known_after_a_restart(life: Life, allocation_id: str) -> None:
     assert life.obtain(allocation_id).end(LONG_S)
     life.drop()
@@ -693,6 +721,7 @@ def test_what_was_released_is_still_known_after_a_restart(life: Life, allocation
     life.consumer.end(allocation_id)
 
 
+@pytest.mark.clause("LIFE-2", "CRASH-1")
 def test_a_process_survives_the_provider(life: Life, allocation_id: str) -> None:
     process = life.spawn(life.obtain(allocation_id), "sleep", "infinity")
     life.drop()
@@ -735,6 +764,7 @@ def response_to(name: str) -> NamespaceResponse:
     return NamespaceResponse(name, ALL, None)
 
 
+@pytest.mark.clause("PEER-8")
 @pytest.mark.parametrize("step", [Step.ANCHOR, Step.PUBLISH])
 def test_a_slow_creation_holds_up_nobody_else(
     world: SimulatedWorld, tmp_path: Path, step: Step
@@ -809,6 +839,7 @@ def test_an_end_during_the_creation_undoes_it(world: SimulatedWorld, tmp_path: P
     assert world.leftovers() == []
 
 
+@pytest.mark.clause("PEER-7")
 def test_a_frame_that_does_not_come_whole_ends_its_connection(
     world: SimulatedWorld, tmp_path: Path
 ) -> None:
@@ -827,6 +858,7 @@ def test_a_frame_that_does_not_come_whole_ends_its_connection(
         assert other.take() == response_to("x")
 
 
+@pytest.mark.clause("PEER-8")
 def test_a_peer_that_does_not_read_holds_up_nobody_else(
     world: SimulatedWorld, tmp_path: Path
 ) -> None:
@@ -848,6 +880,7 @@ def test_a_peer_that_does_not_read_holds_up_nobody_else(
 # --- Limits ------------------------------------------------------------------------------------
 
 
+@pytest.mark.clause("PEER-2")
 def test_a_user_who_is_not_allowed_is_turned_away(world: SimulatedWorld, tmp_path: Path) -> None:
     path = tmp_path / "s.sock"
     limits = Limits(allowed_uids=frozenset({54_321}))
@@ -856,6 +889,7 @@ def test_a_user_who_is_not_allowed_is_turned_away(world: SimulatedWorld, tmp_pat
         assert wire.hears_the_end()
 
 
+@pytest.mark.clause("PEER-4")
 def test_too_many_open_messages_are_refused_in_order(world: SimulatedWorld, tmp_path: Path) -> None:
     path = tmp_path / "s.sock"
     with (
@@ -872,6 +906,7 @@ def test_too_many_open_messages_are_refused_in_order(world: SimulatedWorld, tmp_
     assert "unanswered messages of one connection, at most 2" in answers[2].reason
 
 
+@pytest.mark.clause("PEER-4")
 def test_too_many_allocations_are_refused_until_one_ends(
     world: SimulatedWorld, tmp_path: Path
 ) -> None:
@@ -888,6 +923,7 @@ def test_too_many_allocations_are_refused_until_one_ends(
         assert wire.take() == response_to("b")
 
 
+@pytest.mark.clause("PEER-4")
 def test_too_many_connections_are_turned_away(world: SimulatedWorld, tmp_path: Path) -> None:
     path = tmp_path / "s.sock"
     with served(path, world.backend, Limits(connections_per_uid=1)), Wire(path) as first:
@@ -898,6 +934,7 @@ def test_too_many_connections_are_turned_away(world: SimulatedWorld, tmp_path: P
             assert second.hears_the_end()
 
 
+@pytest.mark.clause("LIFE-13")
 def test_requests_wait_until_the_provider_is_ready(tmp_path: Path) -> None:
     with simulated() as world:
         is_recovered = threading.Event()
@@ -940,6 +977,7 @@ def test_a_provider_that_is_not_ready_in_time_says_so(tmp_path: Path) -> None:
         provider.stop()
 
 
+@pytest.mark.clause("CRASH-12")
 def test_a_stopped_provider_leaves_the_allocations_alive(
     world: SimulatedWorld, tmp_path: Path
 ) -> None:

@@ -312,6 +312,7 @@ def scripted(stage: Stage, tell: Lie) -> Callable[[Line], None]:
     return script
 
 
+@pytest.mark.clause("FD-8", "FD-9", "ERR-6")
 @lies
 def test_a_lie_is_caught_and_the_consumer_serves_itself(
     new_consumer: NewConsumer,
@@ -333,6 +334,7 @@ def test_a_lie_is_caught_and_the_consumer_serves_itself(
         assert handoff.end()
 
 
+@pytest.mark.clause("FD-10")
 @lies
 def test_a_lie_without_self_service_is_raised_and_leaves_no_descriptor(
     new_consumer: NewConsumer, path: Path, stage: Stage, tell: Lie, reason: str
@@ -345,6 +347,7 @@ def test_a_lie_without_self_service_is_raised_and_leaves_no_descriptor(
         assert copies_of(stage.all_fds) == before
 
 
+@pytest.mark.clause("FD-10")
 @lies
 def test_a_liar_hears_what_was_wrong_and_is_hung_up_on(
     path: Path, stage: Stage, tell: Lie, reason: str
@@ -355,6 +358,7 @@ def test_a_liar_hears_what_was_wrong_and_is_hung_up_on(
         assert liar.told(0) == [stage.request, raised.value]
 
 
+@pytest.mark.clause("SELF-8")
 @lies
 def test_a_liar_is_told_to_end_what_it_may_have_made(
     path: Path, stage: Stage, tell: Lie, reason: str

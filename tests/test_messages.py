@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from statemachine.messages import (
     ALLOCATION_ID_BYTES_MAX,
     HANDOFF_SOCKET_PATH,
+    SHOWN_CHARACTERS_MAX,
     UENV_IMAGE_BYTES_MAX,
     AllocationEnded,
     NamespaceRequest,
@@ -21,6 +22,7 @@ from statemachine.messages import (
     mount_path_below,
     objection,
     objection_to_id,
+    shown,
 )
 
 PID, NET, MOUNT = NamespaceType.PID, NamespaceType.NET, NamespaceType.MOUNT
@@ -31,6 +33,7 @@ def test_basic_the_request_of_the_seed_can_be_granted() -> None:
     assert objection(request) is None
 
 
+@pytest.mark.clause("WIRE-1")
 def test_the_socket_is_where_the_seed_says() -> None:
     assert HANDOFF_SOCKET_PATH == "/run/pact/handoff.sock"
 
@@ -40,6 +43,7 @@ def test_the_types_are_spelt_as_in_the_seed() -> None:
     assert repr(PID) == "NamespaceType.PID"
 
 
+@pytest.mark.clause("WIRE-6")
 @pytest.mark.parametrize(
     ("message", "fields"),
     [
@@ -95,6 +99,7 @@ def test_an_id_that_names_one_directory_is_allowed(allocation_id: str) -> None:
     assert objection_to_id(allocation_id) is None
 
 
+@pytest.mark.clause("LIFE-10")
 @pytest.mark.parametrize(
     ("allocation_id", "named"),
     [
@@ -128,6 +133,7 @@ def test_the_longest_id_still_names_a_scope() -> None:
     assert len("a" * ALLOCATION_ID_BYTES_MAX + ".scope") <= 255
 
 
+@pytest.mark.clause("LIFE-10")
 @given(st.text(max_size=200))
 def test_an_id_without_objection_is_one_path_component(allocation_id: str) -> None:
     if objection_to_id(allocation_id) is None:
@@ -151,6 +157,7 @@ ORDERS: Final = [
 ]
 
 
+@pytest.mark.clause("LIFE-11")
 @pytest.mark.parametrize("order", ORDERS, ids=str)
 def test_any_order_of_any_choice_of_types_can_be_granted(
     order: tuple[NamespaceType, ...],
@@ -158,6 +165,7 @@ def test_any_order_of_any_choice_of_types_can_be_granted(
     assert objection(NamespaceRequest("a", order)) is None
 
 
+@pytest.mark.clause("LIFE-12")
 @pytest.mark.parametrize(
     ("types", "named"),
     [((PID, PID), "Pid"), ((NET, PID, NET), "Net"), ((MOUNT, PID, MOUNT, PID), "Pid, Mount")],
@@ -171,7 +179,11 @@ def test_a_repeated_type_is_refused_by_name(types: tuple[NamespaceType, ...], na
 
 
 @pytest.mark.parametrize(
-    "image", ["hello.sqfs", "tools/gcc/13.sqfs", "no-ending", ".hidden.sqfs", "a..b.sqfs"]
+    "image",
+    [
+        *("hello.sqfs", "tools/gcc/13.sqfs", "no-ending", ".hidden.sqfs", "a..b.sqfs"),
+        *("i", "i" * UENV_IMAGE_BYTES_MAX),
+    ],
 )
 def test_an_image_below_the_root_can_be_granted(image: str) -> None:
     assert objection(NamespaceRequest("a", (MOUNT,), image)) is None
@@ -180,7 +192,8 @@ def test_an_image_below_the_root_can_be_granted(image: str) -> None:
 def test_an_image_without_a_mount_namespace_is_refused() -> None:
     reason = objection(NamespaceRequest("a", (PID, NET), "hello.sqfs"))
     assert reason is not None
-    assert "add Mount to namespaces" in reason
+    named = "uenv_image needs a Mount namespace to be mounted in; add Mount to namespaces"
+    assert reason == named
 
 
 @pytest.mark.parametrize(
@@ -234,6 +247,14 @@ def test_the_mount_point_of_an_accepted_image_is_below_the_base(image: str) -> N
 def test_only_the_ending_of_an_image_goes(image: str, path: str) -> None:
     assert mount_path_below("/run/pact/uenv", image) == path
     assert mount_path_below("/run/pact/uenv/", image) == path
+    assert mount_path_below("/run/LINUX", "x.sqfs") == "/run/LINUX/x"
+
+
+def test_a_text_from_outside_is_quoted_and_cut() -> None:
+    longest = "x" * SHOWN_CHARACTERS_MAX
+    assert shown("a\nb") == "'a\\nb'"
+    assert shown(longest) == f"'{longest}'"
+    assert shown(longest + "x") == f"'{longest}'..."
 
 
 def test_the_first_rule_that_is_broken_is_named() -> None:

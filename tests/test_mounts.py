@@ -118,6 +118,7 @@ def test_basic(store: ImageStore, root: Path, clock: Clock) -> None:
     assert loops_of(root) == []
 
 
+@pytest.mark.clause("NODE-12")
 def test_the_mount_is_read_only_nosuid_and_nodev(store: ImageStore) -> None:
     with store.acquire("a.sqfs", "first") as first, store.acquire("a.sqfs", "second") as second:
         for mounted in (first, second):
@@ -128,6 +129,7 @@ def test_the_mount_is_read_only_nosuid_and_nodev(store: ImageStore) -> None:
                 os.open("new", os.O_WRONLY | os.O_CREAT, dir_fd=mounted.fileno())
 
 
+@pytest.mark.clause("NODE-13")
 def test_many_users_share_one_loop_device_and_one_superblock(store: ImageStore, root: Path) -> None:
     users = [f"alloc-{number}" for number in range(20)]
     mounted = [store.acquire("a.sqfs", user) for user in users]
@@ -197,6 +199,7 @@ def test_a_replaced_file_is_another_image(
 # --- hold time ---------------------------------------------------------------------------------
 
 
+@pytest.mark.clause("NODE-14")
 def test_the_hold_time_begins_with_the_last_user(store: ImageStore, clock: Clock) -> None:
     store.acquire("a.sqfs", "first").close()
     store.acquire("a.sqfs", "second").close()
@@ -230,6 +233,7 @@ def test_an_image_acquired_during_the_hold_time_is_the_same_one(
         assert len(store.images()) == 1
 
 
+@pytest.mark.clause("END-8")
 def test_without_a_hold_time_the_loop_is_gone_with_the_last_user(
     root: Path, clock: Clock, features: Features
 ) -> None:
@@ -320,6 +324,7 @@ BAD: Final = [
 ]
 
 
+@pytest.mark.clause("NODE-15")
 @pytest.mark.parametrize(("image", "name", "advice"), BAD, ids=[ascii(bad[0])[:30] for bad in BAD])
 def test_what_is_no_image_is_refused_with_its_reason(
     store: ImageStore, root: Path, image: str, name: str, advice: str
@@ -337,6 +342,7 @@ def test_what_is_no_image_is_refused_with_its_reason(
     wait_until(lambda: loops_of(root) == [])
 
 
+@pytest.mark.clause("ERR-2")
 def test_a_refusal_names_step_call_errno_path_and_the_kernels_words(
     store: ImageStore, root: Path
 ) -> None:
@@ -350,6 +356,7 @@ def test_a_refusal_names_step_call_errno_path_and_the_kernels_words(
     )
 
 
+@pytest.mark.clause("NODE-11")
 def test_magic_links_are_not_followed_even_inside(root: Path) -> None:
     with pytest.raises(ImageError) as refusal:
         resolve_image(Path("/proc/self"), "exe")
@@ -483,6 +490,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.clause("CRASH-7")
 def test_a_killed_provider_leaves_no_loop_device(root: Path) -> None:
     command = [sys.executable, "-c", KILLED, str(root)]
     subprocess.run(command, cwd=Path(__file__).parents[1], check=False)
@@ -529,6 +537,7 @@ def test_a_replaced_image_is_not_adopted(
                 assert read_in(mounted, "hello.txt") == "new\n"
 
 
+@pytest.mark.clause("END-11")
 def test_a_strangers_loop_device_is_not_adopted(store: ImageStore, root: Path) -> None:
     """Somebody else's device may go, or change, when it suits them."""
     control = Descriptor(os.open("/dev/loop-control", os.O_RDWR))

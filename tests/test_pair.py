@@ -109,6 +109,7 @@ def test_ends_that_cross_count_as_one() -> None:
     finish(world)
 
 
+@pytest.mark.clause("SELF-7")
 def test_an_answer_after_the_fallback_leaves_one_live_set() -> None:
     world, client = begin()
     run(world, client, "call", "read", "read", "answer is late", "serve itself")
@@ -159,6 +160,7 @@ def test_a_name_in_use_again_survives_the_provider() -> None:
     finish(world)
 
 
+@pytest.mark.clause("END-17")
 def test_a_caller_who_is_done_while_its_request_waits_for_a_release_gets_no_second_set() -> None:
     world, client = begin()
     run(world, client, "call", "read", "read", "create", "hear", "end", "read")

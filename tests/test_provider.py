@@ -67,6 +67,8 @@ def answer_to(request: NamespaceRequest) -> NamespaceResponse:
 
 
 DELAYED: Final = on.ReleaseDelayed("a", "1 process does not die")
+EARLY_END: Final = (on.RequestReceived(1, B), on.EndReceived(9, "b"))
+STUCK_FAULT: Final = (on.RequestReceived(1, B), on.FrameRejected("x", 1))
 
 
 class Script:
@@ -159,12 +161,14 @@ def test_basic_one_life_from_the_request_to_the_release() -> None:
 # --- Hand-over ---------------------------------------------------------------------------------
 
 
+@pytest.mark.clause("LIFE-3")
 def test_the_same_request_gets_the_same_namespaces_and_creates_nothing(script: Script) -> None:
     script.hand_over(1)
     assert script.ask(2, A) == (do.HandOver(2, answer_to(A)),)
     assert script.ask(1, A) == (do.HandOver(1, answer_to(A)),)
 
 
+@pytest.mark.clause("LIFE-4")
 def test_everyone_who_asks_during_the_creation_gets_the_one_result(script: Script) -> None:
     assert script.ask(1, A) == (do.CreateNamespaces(A),)
     assert script.ask(2, A) == ()
@@ -188,6 +192,7 @@ def test_everyone_who_asks_during_a_creation_that_fails_hears_why(script: Script
     )
 
 
+@pytest.mark.clause("LIFE-5")
 @pytest.mark.parametrize("state", [REQUESTED, CREATED, HANDED_OFF])
 def test_another_request_under_a_live_name_is_refused_and_changes_nothing(
     script: Script, state: AllocationState
@@ -211,6 +216,7 @@ def test_order_and_image_belong_to_the_request(script: Script, change: dict[str,
     assert isinstance(refusal, do.Refuse)
 
 
+@pytest.mark.clause("LIFE-12", "ERR-1")
 @pytest.mark.parametrize(
     "request_",
     [
@@ -236,6 +242,7 @@ def test_the_provider_may_hand_over_nothing_at_all(script: Script) -> None:
     assert do.HandOver(1, NamespaceResponse("a", ())) in script.create(empty)
 
 
+@pytest.mark.clause("FD-13")
 def test_descriptors_that_cannot_be_had_leave_the_allocation_as_it_is(script: Script) -> None:
     script.ask(1, A)
     script.feed(on.NamespacesCreated("a", answer_to(A)))
@@ -270,6 +277,7 @@ def test_a_hand_over_is_recorded_once(script: Script) -> None:
 # --- Answers in order --------------------------------------------------------------------------
 
 
+@pytest.mark.clause("WIRE-14")
 def test_answers_come_in_the_order_of_the_messages(script: Script) -> None:
     script.ask(1, A)
     script.ask(1, B)
@@ -298,6 +306,7 @@ def test_a_refusal_waits_for_its_turn(script: Script) -> None:
     assert (type(handed), type(refused)) == (do.HandOver, do.Refuse)
 
 
+@pytest.mark.clause("WIRE-15")
 def test_an_end_that_nobody_asked_for_may_come_in_between(script: Script) -> None:
     script.hand_over(1)
     script.ask(1, B)
@@ -332,6 +341,7 @@ def test_two_equal_messages_have_two_answers(script: Script) -> None:
 # --- Frames that cannot be read ----------------------------------------------------------------
 
 
+@pytest.mark.clause("WIRE-11")
 def test_an_unreadable_frame_is_answered_and_the_connection_closed(script: Script) -> None:
     assert script.feed(on.FrameRejected("N is 0", 1)) == (
         do.Refuse(1, FdPassing("N is 0")),
@@ -349,6 +359,7 @@ def test_an_unreadable_frame_is_answered_in_its_turn(script: Script) -> None:
     )
 
 
+@pytest.mark.clause("WIRE-12")
 def test_an_unreadable_frame_concerns_no_other_connection(script: Script) -> None:
     script.hand_over(1)
     script.ask(2, B)
@@ -388,9 +399,15 @@ def test_messages_are_named_as_what_they_mean() -> None:
     assert event_of(7, AllocationEnded("a")) == on.EndReceived(7, "a")
 
 
+def test_an_end_whose_answer_could_not_be_sent_is_as_good_as_unreadable() -> None:
+    reason = "allocation_id has 129 bytes; 1 to 128 are allowed"
+    assert event_of(7, AllocationEnded("x" * 129)) == on.FrameRejected(reason, 7)
+
+
 # --- Ends --------------------------------------------------------------------------------------
 
 
+@pytest.mark.clause("END-1")
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("is_handed", [False, True], ids=["created", "handed off"])
 def test_whichever_reason_comes_first_ends_it(
@@ -407,6 +424,7 @@ def test_whichever_reason_comes_first_ends_it(
     assert script.state() is ENDED
 
 
+@pytest.mark.clause("END-2")
 @pytest.mark.parametrize("first", ENDINGS)
 def test_the_later_reasons_to_end_have_no_effect(script: Script, first: Event) -> None:
     script.hand_over(1)
@@ -423,6 +441,7 @@ def test_the_later_reasons_to_end_have_no_effect(script: Script, first: Event) -
         assert script.feed(event) == ()
 
 
+@pytest.mark.clause("LIFE-1")
 @pytest.mark.parametrize(
     ("events", "event", "state"),
     [
@@ -432,6 +451,14 @@ def test_the_later_reasons_to_end_have_no_effect(script: Script, first: Event) -
         ((on.ScopeEmptied("a"), on.ReleaseOverdue("a")), on.ReleaseOverdue("a"), "release timer"),
         ((on.ScopeEmptied("a"), DELAYED), DELAYED, "ended and not being released"),
         ((on.ScopeEmptied("a"), DELAYED), on.NamespacesReleased("a"), "not being released"),
+        ((), on.NamespacesCreated("a", answer_to(A)), "handed_off"),
+        ((on.ScopeEmptied("a"),), on.NamespacesCreated("a", answer_to(A)), "and not being made"),
+        ((on.ScopeEmptied("a"),), on.NamespacesNotCreated("a", TOO_LATE), "and not being made"),
+        (EARLY_END, on.NamespacesReleased("b"), "ended and still being made"),
+        (EARLY_END, on.ReleaseDelayed("b", "it hangs"), "ended and still being made"),
+        ((on.FrameRejected("x", 1),), on.EndReceived(1, "a"), "closing"),
+        (STUCK_FAULT, on.FrameRejected("x", 1), "closing"),
+        (STUCK_FAULT, on.EndReceived(1, "a"), "closing"),
         ((), on.CreatedAdopted("b", B, answer_to(B)), "the provider is ready"),
         ((), on.HandedOffAdopted("b", B, answer_to(B)), "the provider is ready"),
         ((), on.RemainsFound("b", B), "the provider is ready"),
@@ -449,6 +476,7 @@ def test_what_was_not_under_way_cannot_be_reported(
     assert script.kernel.snapshot() == before
 
 
+@pytest.mark.clause("END-12")
 def test_an_end_is_pushed_once_to_each_connection_that_was_handed_it(script: Script) -> None:
     script.hand_over(1)
     script.ask(2, A)
@@ -466,6 +494,7 @@ def test_an_end_is_not_pushed_to_a_lost_connection(script: Script) -> None:
     assert script.release() == (do.StopTimer(Timer.RELEASE, "a"),)
 
 
+@pytest.mark.clause("END-13")
 def test_whoever_ends_gets_the_end_as_the_answer_and_not_twice(script: Script) -> None:
     script.hand_over(1)
     script.end(1)
@@ -487,6 +516,7 @@ def test_ends_from_two_sides_at_once_are_both_answered_by_the_one_release(script
     assert script.release()[1:] == (do.AnnounceEnd(1, "a"), do.AnnounceEnd(2, "a"))
 
 
+@pytest.mark.clause("END-16")
 def test_an_end_during_the_creation_undoes_it(script: Script) -> None:
     script.ask(1, A)
     script.ask(3, A)
@@ -494,9 +524,9 @@ def test_an_end_during_the_creation_undoes_it(script: Script) -> None:
     assert script.feed(on.NamespacesCreated("a", answer_to(A))) == ()
     assert script.release() == (
         do.StopTimer(Timer.RELEASE, "a"),
+        do.AnnounceEnd(2, "a"),
         do.Refuse(1, TOO_LATE),
         do.Refuse(3, TOO_LATE),
-        do.AnnounceEnd(2, "a"),
     )
 
 
@@ -505,21 +535,49 @@ def test_an_end_during_a_creation_that_fails_is_an_end_all_the_same(script: Scri
     script.end(2)
     failure = CreationFailed("ENOSPC")
     assert script.feed(on.NamespacesNotCreated("a", failure)) == ()
-    assert script.release()[1:] == (do.Refuse(1, failure), do.AnnounceEnd(2, "a"))
+    assert script.release()[1:] == (do.AnnounceEnd(2, "a"), do.Refuse(1, failure))
 
 
 def test_whoever_ends_its_own_request_hears_first_that_it_failed(script: Script) -> None:
     script.ask(1, A)
     script.end(1)
+    script.feed(on.NamespacesCreated("a", answer_to(A)))
     assert script.release()[1:] == (do.Refuse(1, TOO_LATE), do.AnnounceEnd(1, "a"))
+
+
+@pytest.mark.clause("END-12")
+def test_who_holds_it_is_told_of_the_end_before_the_last_word_on_its_connection(
+    script: Script,
+) -> None:
+    """Its fault waits for the answer to its second request, which comes with the end."""
+    script.hand_over(1)
+    script.feed(on.ReleaseRequested("a"))
+    script.ask(1, A)
+    script.feed(on.FrameRejected("N is 0", 1))
+    told, refused, fault, closed = script.feed(on.ReleaseOverdue("a"))
+    assert told == do.AnnounceEnd(1, "a")
+    assert isinstance(refused, do.Refuse)
+    assert (fault, closed) == (do.Refuse(1, FdPassing("N is 0")), do.CloseConnection(1))
+
+
+@pytest.mark.clause("END-20")
+def test_an_end_is_taken_however_many_messages_are_unanswered() -> None:
+    script = Script(Limits(open_per_connection=2, open_per_uid=2))
+    script.open(1)
+    script.ask(1, A)
+    script.ask(1, B)
+    assert do.ReleaseNamespaces("a") in script.end(1, "a")
+    assert script.state("a") is ENDED
 
 
 def test_an_operators_release_undoes_a_creation(script: Script) -> None:
     script.ask(1, A)
     assert do.ReleaseNamespaces("a") in script.feed(on.ReleaseRequested("a"))
+    script.feed(on.NamespacesCreated("a", answer_to(A)))
     assert script.release()[1:] == (do.Refuse(1, TOO_LATE),)
 
 
+@pytest.mark.clause("END-13")
 def test_the_end_of_what_never_was_is_not_found(script: Script) -> None:
     before = script.kernel.snapshot()
     assert script.end(1, "nobody") == (do.Refuse(1, AllocationNotFound("nobody")),)
@@ -534,6 +592,7 @@ def test_the_end_of_what_is_remembered_is_confirmed_again(script: Script) -> Non
     assert script.end(2) == (do.AnnounceEnd(2, "a"),)
 
 
+@pytest.mark.clause("END-18")
 def test_the_oldest_name_is_forgotten_first() -> None:
     script = Script(Limits(remembered=2))
     for name in ("x", "y", "z"):
@@ -555,6 +614,27 @@ def test_a_name_that_is_used_again_is_remembered_as_of_its_last_end() -> None:
     assert script.state("y") is UNKNOWN
 
 
+def test_a_name_that_is_used_again_takes_no_place_among_the_remembered() -> None:
+    script = Script(Limits(remembered=2))
+    for name in ("x", "y"):
+        script.hand_over(9, NamespaceRequest(name, ()))
+        script.end(9, name)
+        script.release(name)
+    script.hand_over(9, NamespaceRequest("y", ()))
+    script.hand_over(9, B)
+    script.end(9, "b")
+    script.release("b")
+    assert script.state("x") is RELEASED
+
+
+def test_names_are_remembered_in_addition() -> None:
+    kernel = ProviderKernel()
+    kernel.remember(["x"])
+    kernel.remember(["y"])
+    assert [kernel.state_of(name) for name in "xyz"] == [RELEASED, RELEASED, UNKNOWN]
+
+
+@pytest.mark.clause("END-18")
 def test_about_a_thousand_names_are_remembered() -> None:
     assert Limits().remembered == REMEMBERED_MAX == 1024
 
@@ -623,6 +703,7 @@ def test_an_end_during_the_drain_is_confirmed_at_once(script: Script) -> None:
     assert script.end(2) == (do.AnnounceEnd(2, "a"),)
 
 
+@pytest.mark.clause("LIFE-6")
 def test_a_request_during_the_release_waits_and_starts_a_new_incarnation(script: Script) -> None:
     script.hand_over(1)
     script.feed(on.ScopeEmptied("a"))
@@ -635,6 +716,7 @@ def test_a_request_during_the_release_waits_and_starts_a_new_incarnation(script:
     assert script.create(A_OTHERWISE)[1:] == (do.HandOver(2, answer_to(A_OTHERWISE)),)
 
 
+@pytest.mark.clause("LIFE-7")
 def test_a_request_during_the_drain_is_refused_with_what_is_still_there(script: Script) -> None:
     script.hand_over(1)
     script.feed(on.ScopeEmptied("a"))
@@ -655,6 +737,7 @@ def test_an_early_request_of_a_lost_connection_starts_nothing(script: Script) ->
     assert script.release() == (do.StopTimer(Timer.RELEASE, "a"), do.AnnounceEnd(1, "a"))
 
 
+@pytest.mark.clause("END-17")
 def test_an_end_takes_back_the_early_request_before_it(script: Script) -> None:
     """Or the answer to the end would stand for a set that is alive, and that nobody owes for."""
     script.hand_over(1)
@@ -680,6 +763,7 @@ def test_an_end_takes_back_no_early_request_of_anybody_else(script: Script) -> N
 # --- Nobody claims it --------------------------------------------------------------------------
 
 
+@pytest.mark.clause("END-3")
 def test_the_claim_timer_runs_from_the_loss_of_the_last_asker(script: Script) -> None:
     script.hand_over(1)
     script.ask(2, A)
@@ -732,6 +816,7 @@ def test_an_end_stops_the_claim_timer(script: Script) -> None:
     assert script.end(2)[0] == do.StopTimer(Timer.CLAIM, "a")
 
 
+@pytest.mark.clause("LIFE-2")
 def test_a_lost_connection_changes_nothing_of_what_is_used(script: Script) -> None:
     script.hand_over(1)
     script.feed(on.ScopePopulated("a"))
@@ -742,6 +827,8 @@ def test_a_lost_connection_changes_nothing_of_what_is_used(script: Script) -> No
 # --- Readiness ---------------------------------------------------------------------------------
 
 
+@pytest.mark.clause("LIFE-15")
+@pytest.mark.clause("LIFE-13")
 def test_before_it_is_ready_messages_wait_in_order() -> None:
     script = Script(is_ready=False)
     script.open(1, 2)
@@ -754,6 +841,7 @@ def test_before_it_is_ready_messages_wait_in_order() -> None:
     assert answers == [do.Refuse(1, conflict), do.Refuse(1, AllocationNotFound("nobody"))]
 
 
+@pytest.mark.clause("LIFE-14")
 def test_no_more_wait_than_the_limit_allows() -> None:
     script = Script(Limits(open_per_connection=1000), is_ready=False)
     for number in range(WAITING_MAX):
@@ -765,6 +853,7 @@ def test_no_more_wait_than_the_limit_allows() -> None:
     assert [x.request.allocation_id for x in made] == [f"job-{n}" for n in range(WAITING_MAX)]
 
 
+@pytest.mark.clause("LIFE-14")
 def test_whoever_waited_too_long_is_told_that_it_is_unavailable() -> None:
     script = Script(is_ready=False)
     script.open(1, 2)
@@ -863,6 +952,7 @@ def refused(effects: tuple[Effect, ...], naming: str) -> NamespaceError:
     return refusal.error
 
 
+@pytest.mark.clause("ERR-3", "PEER-1")
 def test_a_user_who_is_not_allowed_is_turned_away_before_anything_is_read() -> None:
     script = Script(Limits(allowed_uids=frozenset({0, 1000})))
     effects = script.feed(on.ConnectionOpened(1, 1001))
@@ -874,10 +964,12 @@ def test_a_user_who_is_not_allowed_is_turned_away_before_anything_is_read() -> N
     script.open(2, uid=1000)
 
 
+@pytest.mark.clause("PEER-2")
 def test_by_default_only_root_is_allowed() -> None:
     assert Limits().allowed_uids == {0}
 
 
+@pytest.mark.clause("ERR-4")
 def test_a_connection_too_many_is_refused_by_the_name_of_the_limit() -> None:
     script = Script(Limits(connections_per_uid=2, allowed_uids=frozenset({0, 1})))
     script.open(1)
@@ -889,8 +981,11 @@ def test_a_connection_too_many_is_refused_by_the_name_of_the_limit() -> None:
     script.lose(2)
     script.lose(1)
     script.open(4)
+    # One that is lost makes room for one.
+    assert script.feed(on.ConnectionOpened(5, 0))[-1] == do.CloseConnection(5)
 
 
+@pytest.mark.clause("PEER-5")
 def test_messages_too_many_on_one_connection_are_refused_and_no_other_is_held_up() -> None:
     script = Script(Limits(open_per_connection=2))
     script.open(1)
@@ -905,15 +1000,19 @@ def test_messages_too_many_on_one_connection_are_refused_and_no_other_is_held_up
     assert script.ask(9, NamespaceRequest("c", ())) != ()
 
 
+@pytest.mark.clause("PEER-6")
 def test_a_connection_that_goes_on_beyond_its_limit_is_closed() -> None:
     script = Script(Limits(open_per_connection=2))
     script.ask(9, A)
     for _ in range(3):
         assert script.ask(9, A) == ()
-    assert script.ask(9, A)[-1] == do.CloseConnection(9)
+    *_, last, closed = script.ask(9, A)
+    assert last == do.Refuse(9, FdPassing("over 4 unanswered messages of one connection"))
+    assert closed == do.CloseConnection(9)
     assert script.lose(9) == ()
 
 
+@pytest.mark.clause("LIFE-15")
 def test_messages_too_many_of_one_user_are_refused() -> None:
     script = Script(Limits(open_per_uid=2, allowed_uids=frozenset({0, 1})))
     script.open(1, 2)
@@ -937,7 +1036,29 @@ def test_allocations_too_many_of_one_user_are_refused_until_one_is_released() ->
     assert script.ask(1, B) == (do.CreateNamespaces(B),)
     script.end(9)
     script.release()
-    assert script.ask(9, NamespaceRequest("c", ())) != ()
+    # One that is released makes room for one.
+    c, d = NamespaceRequest("c", ()), NamespaceRequest("d", ())
+    assert script.ask(9, c) == (do.CreateNamespaces(c),)
+    script.create(c)
+    refused(script.ask(9, d), "live allocations of one user, at most 1")
+
+
+def test_a_restored_kernel_counts_on() -> None:
+    limits = Limits(connections_per_uid=3, open_per_uid=4, allocations_per_uid=3)
+    c, d = NamespaceRequest("c", ()), NamespaceRequest("d", ())
+    script = Script(limits)
+    script.open(1)
+    for connection in (1, 9):
+        script.ask(connection, A)
+        script.ask(connection, B)
+    script.kernel = ProviderKernel.restore(script.kernel.snapshot(), limits)
+    script.open(2)
+    refused(script.ask(2, c), "unanswered messages of one user, at most 4")
+    refused(script.feed(on.ConnectionOpened(3, 0)), "connections of one user, at most 3")
+    script.create(A)
+    script.create(B)
+    assert script.ask(2, c) == (do.CreateNamespaces(c),)
+    refused(script.ask(9, d), "live allocations of one user, at most 3")
 
 
 def test_the_limit_counts_what_has_ended_until_it_is_released() -> None:
@@ -953,6 +1074,7 @@ def test_the_limit_counts_what_has_ended_until_it_is_released() -> None:
 # --- Shutting down -----------------------------------------------------------------------------
 
 
+@pytest.mark.clause("ERR-3")
 def test_a_provider_that_stops_turns_away_who_asks_and_keeps_what_is_alive(
     script: Script,
 ) -> None:
@@ -980,6 +1102,7 @@ def test_a_provider_that_stops_turns_away_who_waits_for_a_release(script: Script
     assert script.release() == (do.StopTimer(Timer.RELEASE, "a"), do.AnnounceEnd(1, "a"))
 
 
+@pytest.mark.clause("LIFE-16")
 def test_a_provider_that_stops_before_it_is_ready_turns_away_who_waits() -> None:
     script = Script(is_ready=False)
     script.ask(9, A)
@@ -1039,6 +1162,7 @@ IMPOSSIBLE: Final[list[Event]] = [
 ]
 
 
+@pytest.mark.clause("LIFE-1")
 @pytest.mark.parametrize("event", IMPOSSIBLE, ids=lambda event: type(event).__name__)
 def test_an_impossible_event_raises_and_changes_nothing(script: Script, event: Event) -> None:
     script.hand_over(1)
@@ -1046,6 +1170,43 @@ def test_an_impossible_event_raises_and_changes_nothing(script: Script, event: E
     assert error.event == type(event).__name__
     # It goes on as if nothing had been.
     assert script.ask(2, A) == (do.HandOver(2, answer_to(A)),)
+
+
+MISUSE: Final[list[tuple[tuple[Event, ...], Event, str]]] = [
+    # (what happened before, what cannot be, whose it is and where that stands)
+    ((), on.NamespacesWanted(), "NamespacesWanted is not possible while the provider is ready"),
+    ((), on.ProviderReady(), "ProviderReady is not possible while the provider is ready"),
+    ((), on.ReadinessOverdue(), "ReadinessOverdue is not possible while the provider is ready"),
+    (
+        (on.ProviderStopping(),),
+        on.ProviderStopping(),
+        "ProviderStopping is not possible while the provider is stopping",
+    ),
+    ((), on.ConnectionOpened(9, 0), "ConnectionOpened is not possible while connection 9 is open"),
+    ((), on.ConnectionLost(8), "ConnectionLost is not possible while connection 8 is not open"),
+    (
+        (on.FrameRejected("x", 9),),
+        on.RequestReceived(9, A),
+        "RequestReceived is not possible while connection 9 is closing",
+    ),
+    ((), on.InitDied("a"), "InitDied is not possible while allocation a is unknown"),
+    (
+        (on.RequestReceived(9, A), on.NamespacesCreated("a", answer_to(A))),
+        on.ClaimExpired("a"),
+        "ClaimExpired is not possible while allocation a is created without a claim timer",
+    ),
+]
+
+
+@pytest.mark.parametrize(("events", "event", "text"), MISUSE, ids=[text for *_, text in MISUSE])
+def test_a_misuse_is_named_with_whose_it_is_and_where_that_stands(
+    script: Script, events: tuple[Event, ...], event: Event, text: str
+) -> None:
+    for earlier in events:
+        script.feed(earlier)
+    with pytest.raises(LocalProtocolError) as caught:
+        script.feed(event)
+    assert str(caught.value) == text
 
 
 def test_a_provider_stops_once(script: Script) -> None:

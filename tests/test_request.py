@@ -149,6 +149,7 @@ def test_basic_handoff(
         assert not handoff.is_degraded
 
 
+@pytest.mark.clause("FD-12")
 @pytest.mark.parametrize("order", list(permutations(ALL)), ids=str)
 def test_descriptors_come_in_the_requests_order(
     new_consumer: NewConsumer,
@@ -215,6 +216,7 @@ def test_a_handoff_can_be_closed_twice(
     assert handoff.bundle.closed
 
 
+@pytest.mark.clause("FD-5")
 def test_descriptors_are_not_inherited(
     new_consumer: NewConsumer, provider: Serving, wanted: NamespaceRequest
 ) -> None:
@@ -371,6 +373,7 @@ unreachable = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.clause("SELF-1", "ERR-6")
 @pytest.mark.needs_root
 @unreachable
 def test_without_a_provider_the_consumer_serves_itself(
@@ -391,6 +394,7 @@ def test_without_a_provider_the_consumer_serves_itself(
         handoff.end()
 
 
+@pytest.mark.clause("SELF-4")
 @pytest.mark.needs_root
 @unreachable
 def test_the_fallback_is_loud_and_said_once(
@@ -413,6 +417,7 @@ def test_the_fallback_is_loud_and_said_once(
         assert reason in warnings[0].getMessage()
 
 
+@pytest.mark.clause("SELF-6")
 @pytest.mark.needs_root
 @unreachable
 def test_without_self_service_the_original_error_is_raised(
@@ -426,6 +431,7 @@ def test_without_self_service_the_original_error_is_raised(
         new_consumer(patience=HASTY).obtain(wanted)
 
 
+@pytest.mark.clause("SELF-1")
 @pytest.mark.needs_root
 @unreachable
 def test_the_consumer_waits_no_longer_than_its_patience(
@@ -444,6 +450,7 @@ def test_the_consumer_waits_no_longer_than_its_patience(
     assert watch.seconds < 0.9
 
 
+@pytest.mark.clause("ERR-6")
 def test_an_answer_cut_off_at_any_byte_is_no_answer(
     new_consumer: NewConsumer,
     path: Path,
@@ -503,6 +510,7 @@ except SocketUnavailable as error:
     assert "Permission denied" in result.stdout, result.stderr
 
 
+@pytest.mark.clause("SELF-3")
 def test_only_this_allocation_is_self_served(
     new_consumer: NewConsumer,
     path: Path,
@@ -556,6 +564,7 @@ def test_self_service_does_not_wait_until_the_provider_can_be_told(
         handoff.close()
 
 
+@pytest.mark.clause("SELF-5")
 def test_self_service_that_fails_too_is_reported_with_both_reasons(
     new_consumer: NewConsumer, path: Path, service: SimulatedBackend, allocation_id: str
 ) -> None:
@@ -592,6 +601,7 @@ def test_what_self_service_made_and_cannot_open_is_released(
         assert node.is_clean
 
 
+@pytest.mark.clause("SELF-2")
 @pytest.mark.needs_root
 def test_real_self_service_follows_the_nodes_conventions(
     new_consumer: NewConsumer, path: Path, wanted: NamespaceRequest, cgroup2: Path
@@ -613,6 +623,7 @@ def test_real_self_service_follows_the_nodes_conventions(
 # --- Reported, not papered over ----------------------------------------------------------------
 
 
+@pytest.mark.clause("ERR-5")
 @pytest.mark.parametrize("error", [CreationFailed("no room"), AllocationNotFound("a")], ids=repr)
 def test_what_the_provider_refuses_is_reported(
     new_consumer: NewConsumer,
@@ -663,6 +674,7 @@ def test_an_invalid_request_is_refused_before_any_connection(
 # --- Never two live sets -----------------------------------------------------------------------
 
 
+@pytest.mark.clause("SELF-9")
 def test_a_late_answer_is_closed_and_answered_with_the_end(
     new_consumer: NewConsumer,
     path: Path,
@@ -688,6 +700,7 @@ def test_a_late_answer_is_closed_and_answered_with_the_end(
         handoff.end()
 
 
+@pytest.mark.clause("SELF-7")
 def test_a_late_answer_does_not_change_what_the_caller_holds(
     new_consumer: NewConsumer,
     path: Path,
@@ -736,6 +749,7 @@ def test_a_real_providers_late_set_is_ended(
         handoff.end()
 
 
+@pytest.mark.clause("SELF-8")
 def test_the_end_is_told_on_a_new_connection_when_the_old_one_is_lost(
     new_consumer: NewConsumer, path: Path, service: SimulatedBackend, wanted: NamespaceRequest
 ) -> None:
@@ -838,6 +852,7 @@ def test_a_debt_that_cannot_be_paid_does_not_hold_up_the_caller(
 # --- The caller's end --------------------------------------------------------------------------
 
 
+@pytest.mark.clause("SELF-11")
 def test_an_end_releases_the_providers_set(
     new_consumer: NewConsumer, provider: Serving, node: SimulatedNode, wanted: NamespaceRequest
 ) -> None:
@@ -966,6 +981,7 @@ def test_an_end_the_provider_does_not_know_is_an_end(
         assert handoff.end()
 
 
+@pytest.mark.clause("WIRE-15")
 def test_a_pushed_end_is_noticed(
     new_consumer: NewConsumer, provider: Serving, node: SimulatedNode, wanted: NamespaceRequest
 ) -> None:
@@ -977,6 +993,7 @@ def test_a_pushed_end_is_noticed(
         assert handoff.end()
 
 
+@pytest.mark.clause("END-15")
 def test_a_push_and_an_end_may_cross(
     new_consumer: NewConsumer, path: Path, wanted: NamespaceRequest, lent: tuple[int, ...]
 ) -> None:
@@ -994,6 +1011,7 @@ def test_a_push_and_an_end_may_cross(
         assert liar.told(0) in ([wanted], [wanted, ended])
 
 
+@pytest.mark.clause("CRASH-13")
 def test_losing_the_provider_is_no_end(
     new_consumer: NewConsumer, path: Path, wanted: NamespaceRequest, lent: tuple[int, ...]
 ) -> None:

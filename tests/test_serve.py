@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import resource
+import select
 import selectors
 import socket
 import threading
@@ -140,6 +141,7 @@ def test_an_end_is_answered_once_everything_is_gone(serving: Serving, node: Simu
         assert node.is_clean
 
 
+@pytest.mark.clause("WIRE-14")
 def test_answers_come_in_the_order_of_the_questions(path: Path, node: SimulatedNode) -> None:
     gate = node.hook = Gate(Step.ANCHOR, "slow")
     with served(path, SimulatedBackend(node)) as serving, serving.connect() as line:
@@ -149,6 +151,7 @@ def test_answers_come_in_the_order_of_the_questions(path: Path, node: SimulatedN
         assert hear_all(line, 3) == [handed("slow"), handed("fast"), AllocationNotFound("none")]
 
 
+@pytest.mark.clause("WIRE-16")
 def test_descriptors_stay_with_their_answers_when_pipelined(serving: Serving) -> None:
     orders = [(PID, NET, MOUNT), (), (NET,), (MOUNT, PID)]
     with serving.connect() as line:
@@ -161,6 +164,7 @@ def test_descriptors_stay_with_their_answers_when_pipelined(serving: Serving) ->
                 assert [name.split("-")[1] for name in names] == [kind.value for kind in order]
 
 
+@pytest.mark.clause("WIRE-15")
 def test_a_push_comes_in_between_and_takes_no_answers_place(
     path: Path, node: SimulatedNode
 ) -> None:
@@ -223,6 +227,66 @@ def test_an_end_overtakes_a_creation(path: Path, node: SimulatedNode) -> None:
         assert node.is_clean
 
 
+class Noted(SimulatedBackend):
+    """Notes what is asked of it, and when a creation is over."""
+
+    def __init__(self, node: SimulatedNode) -> None:
+        super().__init__(node)
+        self.calls: list[str] = []
+
+    def create_namespaces(self, request: NamespaceRequest) -> NamespaceResponse:
+        try:
+            return super().create_namespaces(request)
+        finally:
+            self.calls.append(f"create {request.allocation_id}")
+
+    def bundle_of(self, allocation_id: str) -> DescriptorBundle:
+        self.calls.append(f"open {allocation_id}")
+        return super().bundle_of(allocation_id)
+
+    def record_handed_off(self, allocation_id: str) -> None:
+        self.calls.append(f"record {allocation_id}")
+        super().record_handed_off(allocation_id)
+
+    def release_namespaces(self, allocation_id: str) -> None:
+        self.calls.append(f"release {allocation_id}")
+        super().release_namespaces(allocation_id)
+
+
+def test_a_release_waits_for_the_creation_before_it(path: Path, node: SimulatedNode) -> None:
+    gate = node.hook = Gate(Step.ANCHOR, "a")
+    backend = Noted(node)
+    with served(path, backend) as serving, serving.connect() as line, serving.connect() as other:
+        line.say(wanted("a"))
+        line.say(ended("a"))
+        serving.wait_for(on.EndReceived)
+        # Whatever was handed to the backend with the end has begun before this is done.
+        other.say(wanted("b"))
+        assert other.hear() == handed("b")
+        gate.let_go()
+        hear_all(line, 2)
+    assert [call for call in backend.calls if call.endswith(" a")] == ["create a", "release a"]
+
+
+def test_all_of_an_events_effects_come_before_what_they_bring_about(
+    path: Path, node: SimulatedNode
+) -> None:
+    gate = node.hook = Gate(Step.ANCHOR)
+    backend = Noted(node)
+    with (
+        served(path, backend) as serving,
+        serving.connect() as first,
+        serving.connect() as second,
+    ):
+        for line in (first, second):
+            line.say(wanted("a"))
+        serving.wait_for(on.RequestReceived, 2)
+        gate.let_go()
+        assert first.hear() == second.hear() == handed("a")
+        serving.wait_for(on.ResponseSent, 2)
+    assert backend.calls == ["create a", "open a", "open a", "record a"]
+
+
 def test_an_end_is_heard_though_its_sender_takes_no_answers_any_more(
     serving: Serving, node: SimulatedNode
 ) -> None:
@@ -281,6 +345,7 @@ def test_a_peer_that_never_reads_is_dropped_and_holds_no_descriptors(
             assert copies_of(bundle.filenos()) == 2 * len(ALL)
 
 
+@pytest.mark.clause("PEER-7")
 def test_a_frame_that_does_not_become_whole_is_refused_in_time(
     path: Path, backend: SimulatedBackend
 ) -> None:
@@ -298,6 +363,18 @@ def test_a_frame_in_pieces_is_read_as_long_as_it_is_whole_in_time(serving: Servi
         for byte in frame_of(wanted("a")):
             line.say(bytes([byte]))
         assert line.hear() == handed("a")
+
+
+def test_bytes_that_trickle_in_buy_no_more_time(path: Path, backend: SimulatedBackend) -> None:
+    with (
+        Serving(path, backend, spans=Spans(partial_frame_s=0.2)) as serving,
+        serving.connect() as line,
+    ):
+        for byte in frame_of(wanted("x" * 100)):
+            line.say(bytes([byte]))
+            if select.select([line.sock], [], [], 0.02)[0]:
+                break
+        assert line.hear() == FdPassing("a frame was not whole within 0.2 s")
 
 
 def test_an_idle_connection_has_no_deadline(path: Path, backend: SimulatedBackend) -> None:
@@ -325,6 +402,7 @@ UNREADABLE: Final = {
 }
 
 
+@pytest.mark.clause("WIRE-11")
 @pytest.mark.parametrize(("frame", "reason"), UNREADABLE.values(), ids=UNREADABLE.keys())
 def test_an_unreadable_frame_is_told_what_is_wrong_and_closed(
     serving: Serving, frame: bytes, reason: str
@@ -364,6 +442,7 @@ def test_what_follows_an_unreadable_frame_has_no_effect(
         assert serving.state_of("b") is AllocationState.UNKNOWN
 
 
+@pytest.mark.clause("WIRE-12")
 def test_an_unreadable_frame_affects_nobody_else(serving: Serving) -> None:
     with serving.connect() as line, serving.connect() as other:
         other.say(wanted("a"))
@@ -374,6 +453,7 @@ def test_an_unreadable_frame_affects_nobody_else(serving: Serving) -> None:
         assert serving.state_of("a") is HANDED_OFF
 
 
+@pytest.mark.clause("WIRE-13")
 def test_an_error_that_fits_into_no_frame_is_shortened(path: Path, node: SimulatedNode) -> None:
     def fail(step: Step, name: str) -> None:
         if step is Step.ANCHOR:
@@ -386,6 +466,7 @@ def test_an_error_that_fits_into_no_frame_is_shortened(path: Path, node: Simulat
         assert is_open(line)
 
 
+@pytest.mark.clause("WIRE-13")
 def test_an_error_that_is_not_unicode_is_sent_escaped(path: Path, node: SimulatedNode) -> None:
     def fail(step: Step, name: str) -> None:
         if step is Step.ANCHOR:
@@ -411,6 +492,7 @@ def test_descriptors_are_refused_where_they_are_sent(serving: Serving) -> None:
         assert is_open(line)
 
 
+@pytest.mark.clause("FD-11")
 def test_descriptors_are_dropped_where_they_cannot_be_refused(
     path: Path, backend: SimulatedBackend
 ) -> None:
@@ -461,6 +543,7 @@ def test_too_many_connections_are_refused_by_name(path: Path, backend: Simulated
         assert is_open(two)
 
 
+@pytest.mark.clause("ERR-4")
 def test_too_many_live_allocations_are_refused_by_name(
     path: Path, backend: SimulatedBackend
 ) -> None:
@@ -478,6 +561,7 @@ def test_too_many_live_allocations_are_refused_by_name(
         assert line.hear() == handed("b")
 
 
+@pytest.mark.clause("ERR-4")
 def test_too_many_open_messages_of_a_connection_are_refused_by_name(
     path: Path, node: SimulatedNode
 ) -> None:
@@ -495,6 +579,7 @@ def test_too_many_open_messages_of_a_connection_are_refused_by_name(
         assert line.hear() == refused("unanswered messages of one connection, at most 2")
 
 
+@pytest.mark.clause("PEER-6")
 def test_far_too_many_open_messages_close_the_connection(path: Path, node: SimulatedNode) -> None:
     gate = node.hook = Gate(Step.ANCHOR)
     limits = Limits(open_per_connection=2)
@@ -512,6 +597,7 @@ def test_far_too_many_open_messages_close_the_connection(path: Path, node: Simul
         gate.let_go()
 
 
+@pytest.mark.clause("PEER-5")
 def test_too_many_open_messages_of_a_user_are_refused_by_name(
     path: Path, node: SimulatedNode
 ) -> None:
@@ -544,6 +630,7 @@ def test_many_connections_at_once_are_all_served(path: Path, backend: SimulatedB
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+@pytest.mark.clause("PEER-11")
 def test_without_descriptors_connections_are_turned_away_and_later_served(
     serving: Serving,
 ) -> None:
@@ -615,6 +702,7 @@ def test_no_more_wait_before_it_is_ready_than_may(path: Path, node: SimulatedNod
         assert heard.count(SocketUnavailable(reason)) == WAITING_MAX // 2
 
 
+@pytest.mark.clause("LIFE-14")
 def test_who_waits_too_long_for_it_to_be_ready_is_told(path: Path, node: SimulatedNode) -> None:
     with (
         recovering(path, node, spans=Spans(readiness_s=0.02)) as (serving, backend),
@@ -642,6 +730,16 @@ def test_what_an_earlier_provider_left_is_handed_over_again(
         with line.take() as again:
             same = zip(bundle.filenos(), again.filenos(), strict=True)
             assert all(os.path.sameopenfile(*pair) for pair in same)
+
+
+def test_what_an_earlier_provider_ended_is_confirmed_again(path: Path, node: SimulatedNode) -> None:
+    with served(path, SimulatedBackend(node)) as first, first.connect() as line:
+        for message in (wanted("a"), ended("a")):
+            line.say(message)
+            line.hear()
+    with served(path, SimulatedBackend(node)) as second, second.connect() as line:
+        line.say(ended("a"))
+        assert line.hear() == ended("a")
 
 
 def test_a_backend_that_cannot_recover_stops_the_provider(path: Path, node: SimulatedNode) -> None:
@@ -696,6 +794,7 @@ def test_nothing_of_it_goes_on_in_its_loop_when_it_has_stopped(
     assert node.lives["a"].is_init_alive
 
 
+@pytest.mark.clause("CRASH-12")
 def test_who_asks_while_it_stops_is_told_and_who_asked_before_is_served(
     path: Path, node: SimulatedNode
 ) -> None:
@@ -844,6 +943,7 @@ def test_an_empty_cgroup_ends_it_at_once_without_a_grace(
         assert line.hear() == ended("a")
 
 
+@pytest.mark.clause("END-7")
 def test_a_grace_lets_one_program_follow_another(path: Path, node: SimulatedNode) -> None:
     with (
         served(path, SimulatedBackend(node), spans=Spans(empty_grace_s=60)) as serving,
@@ -898,6 +998,7 @@ def test_a_change_without_proof_is_looked_at_again(path: Path, node: SimulatedNo
         assert line.hear() == ended("a")
 
 
+@pytest.mark.clause("END-4")
 def test_a_change_without_use_ends_nothing(
     path: Path, node: SimulatedNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -922,6 +1023,7 @@ def test_a_change_without_use_ends_nothing(
 # --- Releasing ---------------------------------------------------------------------------------
 
 
+@pytest.mark.clause("END-9")
 def test_a_release_is_tried_until_it_is_done_and_announced_in_time(
     path: Path, node: SimulatedNode
 ) -> None:
@@ -994,6 +1096,7 @@ BROKEN: Final = (
 )
 
 
+@pytest.mark.clause("ERR-7")
 @pytest.mark.parametrize("method", BROKEN)
 def test_a_bug_of_the_backend_costs_one_allocation(
     path: Path, node: SimulatedNode, method: str
@@ -1023,6 +1126,7 @@ def test_what_cannot_be_watched_is_ended(path: Path, node: SimulatedNode) -> Non
         assert node.is_clean
 
 
+@pytest.mark.clause("FD-13")
 def test_descriptors_that_cannot_be_had_are_answered_with_the_reason(
     path: Path, node: SimulatedNode
 ) -> None:
@@ -1159,6 +1263,7 @@ def test_an_idle_provider_does_not_wake_up(path: Path, backend: SimulatedBackend
         loop.close()
 
 
+@pytest.mark.clause("CRASH-14")
 def test_losses_come_before_what_is_said_on_later_connections(serving: Serving) -> None:
     for number in range(50):
         with serving.connect() as first:

@@ -1,123 +1,210 @@
 """Whatever consumers, processes and crashes do in whatever order, every promise is kept.
 
-One machine, `tests/handoffs.py`, on two worlds: a provider on a real socket over the simulated
-node, and the same over this node. Here it can do everything: end processes, kill inits, start the
-provider anew.
+Two machines. `Handoffs` (`tests/handoffs.py`) is to a provider whatever consumers could be;
+`Dealings` (`tests/stateful_dealings.py`) is to a consumer whatever a provider could be. Each runs
+on the model, on the bare kernels, on real sockets over a simulated node, and on real sockets over
+this one, and takes every row of the tables on each.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable
-from contextlib import ExitStack
-from itertools import count
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Final
 
 import pytest
-from handoffs import STEPS, Ability, Adapter, Handoffs, History
+import stateful_campaign
+from handoffs import STEPS, Handoffs
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
-from served import Served
-from worlds import IMAGE, LinuxWorld, SimulatedWorld, World, eventually
+from stateful_adapters import Node, adapter_of, counterpart_of, machine
+from stateful_cells import counted, missing
+from stateful_dealings import STEPS as DEALINGS_STEPS
+from stateful_dealings import Dealings, dealings
+from stateful_inside import Pipe
+from stateful_reins import Reins
+from stateful_tour import CONSUMER_TOUR, PROVIDER_TOUR, take
 
-from statemachine.errors import CreationFailed
-from statemachine.lifecycle import AllocationState
-from statemachine.messages import NamespaceRequest
+from specs.invariants import InvariantBroken
+from statemachine import effects as do
+from statemachine import provider as kernel
+from statemachine.lifecycle import CONSUMER, NOTICE, PROVIDER
+from statemachine.table import compile_table
+from transport.descriptors import DescriptorBundle
 
+SHARES: Final = {"model": 1.0, "kernels": 1.0, "simulated": 0.5, "linux": 0.1}
+"""How much of the profile's examples each adapter gets: a step costs what it costs there."""
 
-class OnWorld(Adapter):
-    """A provider in a thread, over the backend of a world that is the machine's own to shake."""
-
-    abilities = frozenset(Ability)
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self.folder = tempfile.TemporaryDirectory(prefix="nsh-")
-        super().__init__(Path(self.folder.name) / "handoff.sock", world.inspector, IMAGE)
-        self.past: History = []
-        world.launch()
-        self.served = self.serve()
-
-    def serve(self) -> Served:
-        served = Served(self.path, self.world.backend)
-        served.wait_ready()
-        return served
-
-    def restart(self) -> None:
-        self.past += self.served.turns
-        self.served.stop()
-        self.world.backend.close()
-        self.world.launch()
-        self.served = self.serve()
-
-    def join(self, name: str) -> None:
-        self.world.join(name)
-
-    def leave(self, name: str) -> None:
-        self.world.leave(name)
-
-    def pass_through(self, name: str) -> None:
-        self.world.pass_through(name)
-
-    def freeze(self, name: str, *, is_frozen: bool) -> None:
-        self.world.freeze(name, is_frozen=is_frozen)
-
-    def bury(self, name: str) -> None:
-        self.world.bury(name)
-
-    def kill_init(self, name: str) -> None:
-        self.world.kill_init(name)
-
-    def wait_released(self, name: str) -> None:
-        eventually(lambda: self.served.state_of(name) is AllocationState.RELEASED)
-
-    def history(self) -> History:
-        return [*self.past, *self.served.turns]
-
-    def leftovers(self) -> list[str]:
-        return self.world.leftovers()
-
-    def close(self) -> None:
-        with ExitStack() as stack:
-            stack.callback(self.folder.cleanup)
-            stack.callback(self.world.close)
-            stack.callback(self.served.stop)
+ADAPTERS: Final = [
+    pytest.param(name, marks=[pytest.mark.needs_root] if name == "linux" else []) for name in SHARES
+]
 
 
-def machine(prefix: str, make: Callable[[], World]) -> type[Handoffs]:
-    """A class of its own for one test: Hypothesis makes many of it."""
-
-    class Machine(Handoffs):
-        def open_adapter(self) -> Adapter:
-            return OnWorld(make())
-
-        def is_refused(self, request: NamespaceRequest) -> None:
-            with pytest.raises(CreationFailed, match="another request"):
-                self.consumer.obtain(request)
-
-    Machine.prefix = prefix
-    return Machine
+@pytest.fixture
+def node(request: pytest.FixtureRequest, tmp_path: Path, allocation_id: str) -> Node | None:
+    """What the adapter of this node needs; the others need nothing."""
+    if request.getfixturevalue("name") != "linux":
+        return None
+    found = (request.getfixturevalue(name) for name in ("cgroup2", "image_root"))
+    return Node(tmp_path, *found)
 
 
-def test_promises_on_a_simulated_node() -> None:
-    run_state_machine_as_test(
-        machine("sim", SimulatedWorld),
-        settings=settings(max_examples=60, stateful_step_count=STEPS),
-    )
+@pytest.fixture
+def handoffs(name: str, node: Node | None, allocation_id: str) -> type[Handoffs]:
+    return machine(allocation_id, lambda: adapter_of(name, node))
 
 
-@pytest.mark.needs_root
-def test_promises_on_this_node(
-    allocation_id: str, tmp_path: Path, cgroup2: Path, image_root: Path
+@pytest.fixture
+def dealing(name: str, node: Node | None, allocation_id: str) -> Iterator[type[Dealings]]:
+    counterpart = counterpart_of(name, allocation_id, node)
+    yield dealings(counterpart)
+    counterpart.close()
+
+
+def examples(share: float, steps: int) -> settings:
+    most = max(1, round(settings().max_examples * share))
+    return settings(max_examples=most, stateful_step_count=steps)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_provider_keeps_its_promises(name: str, handoffs: type[Handoffs]) -> None:
+    run_state_machine_as_test(handoffs, settings=examples(SHARES[name], STEPS))
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_consumer_keeps_its_promises(name: str, dealing: type[Dealings]) -> None:
+    run_state_machine_as_test(dealing, settings=examples(SHARES[name], DEALINGS_STEPS))
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_every_row_of_a_provider_is_taken(name: str, handoffs: type[Handoffs]) -> None:
+    with counted() as hits:
+        take(handoffs, PROVIDER_TOUR)
+    assert missing(hits, PROVIDER) == []
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_every_row_of_a_consumer_is_taken(name: str, dealing: type[Dealings]) -> None:
+    with counted() as hits:
+        take(dealing, CONSUMER_TOUR)
+    assert missing(hits, CONSUMER, NOTICE) == []
+
+
+def test_a_row_that_is_not_taken_is_named(allocation_id: str) -> None:
+    with counted() as hits:
+        take(machine(allocation_id, lambda: adapter_of("kernels", None)), PROVIDER_TOUR[:2])
+    assert "provider unknown RequestReceived" not in missing(hits, PROVIDER)
+    assert "provider handed_off InitDied" in missing(hits, PROVIDER)
+
+
+# --- The machines can fail ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def kernels(allocation_id: str) -> type[Handoffs]:
+    return machine(allocation_id, lambda: adapter_of("kernels", None))
+
+
+def test_a_descriptor_that_nobody_owns_is_found(
+    kernels: type[Handoffs], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folders = count(1)
+    monkeypatch.setattr("liar.DEADLINE_S", 0.05)
+    kept: list[DescriptorBundle] = []
+    pass_on = Reins.bundle_of
 
-    def make() -> LinuxWorld:
-        folder = tmp_path / str(next(folders))
-        folder.mkdir()
-        return LinuxWorld(folder, cgroup2, image_root)
+    def keeping_a_copy(self: Reins, name: str) -> DescriptorBundle:
+        bundle = pass_on(self, name)
+        kept.append(bundle.duplicate())
+        return bundle
 
-    run_state_machine_as_test(
-        machine(allocation_id, make),
-        settings=settings(max_examples=25, stateful_step_count=STEPS),
-    )
+    monkeypatch.setattr(Reins, "bundle_of", keeping_a_copy)
+    try:
+        with pytest.raises(AssertionError, match=r"are open, and \d have an owner"):
+            take(kernels, PROVIDER_TOUR)
+    finally:
+        for bundle in kept:
+            bundle.close()
+
+
+def test_descriptors_in_another_order_are_found(
+    kernels: type[Handoffs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send = Pipe.send
+
+    def reversing(self: Pipe, message: Any, bundle: DescriptorBundle | None = None) -> None:
+        if bundle:
+            parts = [descriptor for _, descriptor in bundle][::-1]
+            bundle = DescriptorBundle(bundle.types, parts)
+        send(self, message, bundle)
+
+    monkeypatch.setattr(Pipe, "send", reversing)
+    steps = [
+        ("a_line_is_opened", {}),
+        ("a_line_asks_many_things_at_once", {"who": 0, "picks": [2]}),
+    ]
+    with pytest.raises(InvariantBroken, match="announced"):
+        take(kernels, tuple(steps))
+
+
+@pytest.mark.parametrize(
+    ("row", "leaves_out"),
+    [
+        (("InitDied", "handed_off"), do.ReleaseNamespaces),
+        (("NamespacesReleased", "ended"), do.AnnounceEnd),
+        (("RequestRepeated", "handed_off"), do.HandOver),
+        (("Unclaimed", "created"), "start claim timer"),
+    ],
+    ids=["never released", "never told", "never answered", "never claimed"],
+)
+def test_an_effect_that_is_left_out_is_found(
+    kernels: type[Handoffs],
+    monkeypatch: pytest.MonkeyPatch,
+    row: tuple[str, str],
+    leaves_out: Any,
+) -> None:
+    monkeypatch.setattr("liar.DEADLINE_S", 0.05)
+    rows = [
+        type(each)(
+            each.event,
+            each.source,
+            each.target,
+            tuple(x for x in each.effects if x is not leaves_out and str(x) != leaves_out)
+            if (each.event.__name__, each.source.value) == row
+            else each.effects,
+        )
+        for each in PROVIDER.rows
+    ]
+    mutant = compile_table("provider", rows, initial=PROVIDER.initial, finals=PROVIDER.finals)
+    monkeypatch.setattr(kernel, "PROVIDER", mutant)
+    with pytest.raises((AssertionError, KeyError)):
+        take(kernels, PROVIDER_TOUR)
+
+
+# --- As a part of a campaign -------------------------------------------------------------------
+
+
+def test_a_campaign_has_a_task_for_everything_and_each_can_be_repeated() -> None:
+    tasks = stateful_campaign.tasks(1.0)
+    assert len({task.name for task in tasks}) == len(tasks)
+    assert len(stateful_campaign.tasks(3.0)) == 3 * len(tasks)
+    one, same = (stateful_campaign.run(7, "kernels", "dealings", 5) for _ in range(2))
+    assert one.discoveries == []
+    assert missing(one.cells["kernels"], CONSUMER, NOTICE) == []
+    assert one.cells == same.cells
+    assert one.figures["steps"] == same.figures["steps"] > one.figures["examples"] > 5
+
+
+def test_what_a_campaign_finds_comes_as_a_test_that_does_it_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    error = AssertionError("a promise")
+    steps = ["state = Machine()", "state.somebody_asks(pick=3)", "state.teardown()"]
+    error.add_note("\n".join(["Failing test case:", *steps]))
+    (found,) = stateful_campaign.discoveries(error, "kernels", "handoffs", "again")
+    assert found.title == "AssertionError: a promise"
+    namespace: dict[str, Any] = {}
+    exec(found.script, namespace)
+    asked: list[int] = []
+    monkeypatch.setattr(Handoffs, "somebody_asks", lambda self, pick: asked.append(pick))
+    namespace["test_a_promise_that_is_not_kept"]()
+    assert asked == [3]

@@ -49,6 +49,7 @@ def tmpfs() -> Descriptor:
         return syscalls.fsmount(context, syscalls.MOUNT_ATTR_NODEV)
 
 
+@pytest.mark.clause("ERR-8")
 def test_basic_failure_names_call_errno_and_path() -> None:
     with pytest.raises(SyscallError) as caught:
         syscalls.mount(None, "/nowhere", None, syscalls.MS_BIND)
@@ -137,6 +138,7 @@ def test_call_that_waits_lets_other_threads_run(tmp_path: Path) -> None:
     opened[0].close()
 
 
+@pytest.mark.clause("NODE-11")
 def test_openat2_stays_beneath(tmp_path: Path) -> None:
     (tmp_path / "inside").write_text("inside")
     (tmp_path / "out").symlink_to("/etc")

@@ -80,6 +80,7 @@ def test_a_table_shows_its_rows_states_and_events() -> None:
     assert sound.row(Pressed, Light.RED) is ROWS[0]
     assert sound.row(Broken, Light.RED) is None
     assert sound.finals == {Light.DARK}
+    assert sound.name == "lights"
 
 
 def test_a_row_that_stays_is_no_error() -> None:
@@ -123,8 +124,8 @@ def test_slotted_models_that_are_registered_nowhere_are_moved_side_by_side() -> 
 
 
 def test_a_table_keeps_no_reference_to_a_model() -> None:
-    lamp = Lamp()
-    lights().fire(lamp, Pressed, "the lamp")
+    sound, lamp = lights(), Lamp()
+    sound.fire(lamp, Pressed, "the lamp")
     watch = weakref.ref(lamp)
     del lamp
     gc.collect()
@@ -192,7 +193,7 @@ def test_invalid_a_state_without_a_way_to_an_end() -> None:
 
 
 def test_invalid_a_table_without_an_end() -> None:
-    with pytest.raises(UnsoundTable, match="no way to an end"):
+    with pytest.raises(UnsoundTable, match=r"no way to an end from: dark, green, red$"):
         compile_table("lights", ROWS, initial=Light.RED, finals=())
 
 
@@ -205,7 +206,7 @@ def test_invalid_a_table_without_an_end() -> None:
     ids=["source", "target"],
 )
 def test_invalid_a_state_of_another_enum(row: Row) -> None:
-    with pytest.raises(UnsoundTable, match="nowhere"):
+    with pytest.raises(UnsoundTable, match=r"^lights: no state of this table: nowhere$"):
         lights(row)
 
 

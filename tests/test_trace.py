@@ -317,6 +317,7 @@ def test_what_a_crash_can_leave_may_be_found(last: type[Event], found: Event | N
     assert after_a_crash(*life, found=events).starts == 2
 
 
+@pytest.mark.clause("CRASH-5")
 @pytest.mark.parametrize(
     ("last", "found", "says"),
     [

@@ -214,7 +214,7 @@ class SimulatedWorld(World):
         return self.restart()
 
     def join(self, name: str) -> None:
-        self.node.start_process(name)
+        self.node.start_process(name, is_inside=False)
 
     def leave(self, name: str, *, is_reaped: bool = True) -> None:
         self.node.end_process(name, is_reaped=is_reaped)
@@ -223,18 +223,17 @@ class SimulatedWorld(World):
         """A simulated parent has reaped them."""
 
     def pass_through(self, name: str) -> None:
-        self.node.start_process(name)
+        self.node.start_process(name, is_inside=False)
         self.node.end_process(name)
 
     def freeze(self, name: str, *, is_frozen: bool = True) -> None:
         self.node.freeze(name, is_frozen=is_frozen)
 
     def entangle(self, name: str) -> None:
-        self.node.start_process(name)
-        self.node.hang(name)
+        self.node.leave_unreaped(name)
 
     def disentangle(self, name: str) -> None:
-        self.node.hang(name, 0)
+        self.node.reap(name)
 
     def kill_init(self, name: str) -> None:
         self.node.kill_init(name)
@@ -249,7 +248,7 @@ class SimulatedWorld(World):
         self._occupied.discard(name)
 
     def mounted(self) -> list[str]:
-        return sorted(self.node.mounted)
+        return self.node.mounted
 
     def leftovers(self) -> list[str]:
         return sorted({*self.node.lives, *self.node.journal})

@@ -91,6 +91,7 @@ def send_once(sock: socket.socket, data: bytes | memoryview, fds: Sequence[int] 
     Source:
         unix(7), SCM_RIGHTS. sendmsg(2).
     """
+    # Keeps FD-1.
     if not data:
         raise ValueError("descriptors travel with bytes: at least one is needed")
     if len(fds) > SENDMSG_DESCRIPTORS_MAX:
@@ -123,6 +124,7 @@ def receive_once(sock: socket.socket, size: int, descriptors_max: int) -> Recept
     Source:
         unix(7), SCM_RIGHTS. recvmsg(2). cmsg(3).
     """
+    # Keeps FD-5, FD-6.
     # CMSG_LEN, not CMSG_SPACE: the padding of the latter has room for one descriptor more.
     # recvmsg, not socket.recv_fds: the latter ignores its flags, so that what it returns would be
     # inherited by whatever is executed (CPython issue 107898).
@@ -278,8 +280,9 @@ class Channel:
                 encoded, or the channel is closed. The bundle is closed; nothing else changed.
 
         Source:
-            protocol.md, "Wire". unix(7), SCM_RIGHTS.
+            FD-1, FD-3. unix(7), SCM_RIGHTS.
         """
+        # Keeps FD-4.
         owned = DescriptorBundle() if bundle is None else bundle
         with ExitStack() as undo:
             undo.callback(owned.close)
@@ -326,7 +329,7 @@ class Channel:
             ValueError: the channel is closed.
 
         Source:
-            protocol.md, "Receiving descriptors". unix(7), SCM_RIGHTS.
+            FD-5, FD-7. unix(7), SCM_RIGHTS.
         """
         self.fileno()
         received: list[Received] = []
@@ -366,6 +369,7 @@ class Channel:
     # Sending.
 
     def _check_room(self, frame_bytes: int, bundle: DescriptorBundle) -> None:
+        # Keeps PEER-9.
         self._check_not_mute()
         if self._outgoing_bytes + frame_bytes > OUTGOING_BYTES_MAX:
             raise self._fall_mute(f"the peer does not read: {self._outgoing_bytes} bytes wait")
@@ -377,6 +381,7 @@ class Channel:
             raise FdPassing(self._mute_reason)
 
     def _send_some(self, frame: _Outgoing) -> None:
+        # Keeps FD-3.
         sent = send_once(self._sock, frame.rest, frame.bundle.filenos())
         # The first byte has left, and the descriptors with it. They are forgotten before anything
         # else can fail, so that they can never be sent twice.
@@ -440,6 +445,7 @@ class Channel:
     def _deliver(self, frame: Frame) -> Delivery:
         # Arrivals of earlier frames are gone, so what ends before this frame does is this frame's.
         # They are let go only when nothing can fail any more; until then the channel owns them.
+        # Keeps FD-7, FD-9.
         arrivals = [arrival for arrival in self._arrivals if arrival.last_byte < frame.end]
         descriptors = _sole(arrivals)
         if any(arrival.first_byte > frame.offset for arrival in arrivals):
@@ -459,6 +465,7 @@ class Channel:
         return last
 
     def _drop_incoming(self) -> None:
+        # Keeps FD-10.
         self._is_deaf = True
         self._frames = FrameReader()
         dropped, self._arrivals = self._arrivals, []

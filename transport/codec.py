@@ -41,7 +41,9 @@ SHOWN_CHARACTERS_MAX: Final = 60
 """How much of a peer's text a reason repeats: the reason must fit into an answer."""
 
 Fields: TypeAlias = Mapping[str, object]
+"""The fields of a struct by name."""
 Document: TypeAlias = dict[str, Any]
+"""A message as plain values, ready for MessagePack."""
 
 
 def encode_message(message: Message) -> bytes:
@@ -55,6 +57,7 @@ def encode_message(message: Message) -> bytes:
         ValueError: a text has a lone surrogate, which UTF-8 cannot carry, or the body would be
             longer than a frame can be.
     """
+    # Keeps WIRE-6.
     try:
         body: bytes = msgpack.packb(_document_of(message))
     except UnicodeEncodeError as error:
@@ -80,7 +83,7 @@ def decode_message(body: bytes) -> Message:
             and is short enough to be sent back.
 
     Source:
-        protocol.md, "Wire".
+        WIRE-8, WIRE-9.
     """
     if not 1 <= len(body) <= FRAME_BYTES_MAX:
         raise FdPassing(f"a body has 1 to {FRAME_BYTES_MAX} bytes, not {len(body)}")
@@ -98,6 +101,7 @@ def decode_message(body: bytes) -> Message:
 
 def _document_of(message: Message) -> Document:
     # Entries stand in the seed's field order; msgpack writes a dict in its order.
+    # Keeps WIRE-7.
     match message:
         case NamespaceRequest():
             return {
@@ -129,6 +133,7 @@ def _error_field(kind: type[NamespaceError]) -> str:
 
 
 def _unpack(body: bytes) -> object:
+    # Keeps WIRE-10.
     try:
         return msgpack.unpackb(
             body,

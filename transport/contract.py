@@ -39,6 +39,7 @@ class Observation:
 
     allocation_id: str
     sighting: Sighting
+    """What was seen of it."""
 
 
 class Standing(Enum):
@@ -57,6 +58,7 @@ class Adoption:
     """One allocation that a backend found after a restart."""
 
     standing: Standing
+    """What it counts as from now on."""
     request: NamespaceRequest
     response: NamespaceResponse | None
     """What was answered; None for remains."""
@@ -67,6 +69,7 @@ class Recovery:
     """Everything a backend found after a restart."""
 
     adoptions: tuple[Adoption, ...] = ()
+    """What was found on the node, in the order in which it had been asked for."""
     remembered: tuple[str, ...] = ()
     """Names of allocations that were released, oldest first."""
 

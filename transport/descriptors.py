@@ -131,8 +131,10 @@ class Descriptor:
 
     def __del__(self) -> None:
         if self._fd >= 0:
-            warnings.warn(f"never closed: {self!r}", ResourceWarning, stacklevel=2, source=self)
-            self.close()
+            try:
+                warnings.warn(f"never closed: {self!r}", ResourceWarning, stacklevel=2, source=self)
+            finally:  # also where warnings are errors
+                self.close()
 
     def __repr__(self) -> str:
         return "Descriptor(closed)" if self.closed else f"Descriptor({self._fd})"
@@ -169,6 +171,8 @@ class DescriptorBundle:
     Raises:
         ValueError: not as many descriptors as types. All of them are closed.
     """
+
+    # Keeps FD-12.
 
     __slots__ = ("_descriptors", "_types")
 
@@ -337,7 +341,7 @@ def verify_bundle(bundle: DescriptorBundle, inspector: Inspector) -> tuple[Names
             caller closes the bundle and the channel.
 
     Source:
-        protocol.md, "Receiving descriptors". ioctl_ns(2), NS_GET_NSTYPE.
+        FD-8, FD-9. ioctl_ns(2), NS_GET_NSTYPE.
     """
     identities: list[NamespaceIdentity] = []
     for position, (kind, descriptor) in enumerate(bundle, start=1):

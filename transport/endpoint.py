@@ -84,6 +84,7 @@ class PeerCredentials:
         Source:
             unix(7), SO_PEERCRED, SO_PEERPIDFD.
         """
+        # Keeps PEER-1.
         ucred = syscall(sock.getsockopt, socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
         pid, uid, gid = _UCRED.unpack(ucred)
         return cls(pid, uid, gid, _peer_pidfd(sock) if use_peerpidfd else None)
@@ -144,8 +145,9 @@ def listen(
             path is still there, unless it was a socket that nobody listened on.
 
     Source:
-        Seed 9-13. protocol.md, "Wire". unix(7).
+        Seed 9-13. WIRE-1, WIRE-2. unix(7).
     """
+    # Keeps WIRE-1, WIRE-2, CRASH-10.
     address = _address(path)
     try:
         with _sole_starter(address), ExitStack() as undo:
@@ -182,6 +184,7 @@ def begin_connect(path: str | os.PathLike[str]) -> socket.socket:
     Source:
         connect(2). unix(7).
     """
+    # Keeps SELF-1.
     address = _address(path)
     try:
         with ExitStack() as undo:
@@ -256,10 +259,11 @@ class Listener:
         Source:
             accept(2).
         """
+        # Keeps PEER-11.
         self.fileno()
         try:
             sock, _ = syscall(self._sock.accept)
-        except BlockingIOError:
+        except (BlockingIOError, ConnectionAbortedError):
             return None
         except OSError as error:
             if error.errno not in _SHORTAGE:
@@ -335,6 +339,7 @@ def _stream_socket() -> socket.socket:
 
 def _refuse_descriptors(sock: socket.socket) -> None:
     # Accepted sockets inherit it. A Linux that does not know it leaves the refusal to Channel.
+    # Keeps FD-11.
     with suppress(OSError):
         syscall(sock.setsockopt, socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
 
@@ -391,6 +396,7 @@ def _is_at(path: Path, descriptor: Descriptor) -> bool:
 
 
 def _bind(sock: socket.socket, path: Path) -> None:
+    # Keeps WIRE-2.
     try:
         syscall(sock.bind, str(path))
     except OSError as error:

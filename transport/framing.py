@@ -43,7 +43,7 @@ def encode_frame(body: bytes) -> bytes:
         ValueError: the body is empty, or longer than `FRAME_BYTES_MAX`.
 
     Source:
-        protocol.md, "Wire".
+        WIRE-3.
     """
     if not 1 <= len(body) <= FRAME_BYTES_MAX:
         raise ValueError(f"a body has 1 to {FRAME_BYTES_MAX} bytes, not {len(body)}")
@@ -56,6 +56,8 @@ class FrameReader:
 
     A caller that takes after every feed makes it hold at most one unfinished frame.
     """
+
+    # Keeps WIRE-5.
 
     __slots__ = ("_buffer", "_bytes_taken")
 
@@ -86,6 +88,7 @@ class FrameReader:
                 is whole, before room is made for the body. The stream cannot be read any further,
                 and every later call says so again.
         """
+        # Keeps WIRE-4.
         if len(self._buffer) < HEADER_BYTES:
             return None
         body_bytes = int.from_bytes(self._buffer[:HEADER_BYTES], "big")

@@ -83,8 +83,11 @@ class Patience:
     """How long a consumer waits, in seconds. The defaults are the constants above."""
 
     connect_s: float = CONNECT_TIMEOUT_S
+    """For the socket to take the call."""
     answer_s: float = ANSWER_TIMEOUT_S
+    """For a whole answer."""
     redial_s: float = REDIAL_S
+    """Between two calls to tell of an end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +180,7 @@ class _Exchange:
 
     def _verified(self, event: Event, bundle: DescriptorBundle) -> Event:
         """Ask the Linux kernel whether the descriptors are what the response says they are."""
+        # Keeps FD-8, FD-10.
         if isinstance(event, on.ResponseReceived):
             try:
                 self.arrived_identities = verify_bundle(bundle, self.inspector)
@@ -265,6 +269,7 @@ class _Exchange:
 
     def _make_own(self, service: SelfService, request: NamespaceRequest) -> NamespaceResponse:
         """Make the namespaces and open them: both, or nothing is left of either."""
+        # Keeps SELF-2, SELF-5.
         response = service.create_namespaces(request)
         try:
             self.bundle = service.bundle_of(request.allocation_id)
@@ -331,16 +336,19 @@ class _Exchange:
             self.channel = None
 
     def _deliver(self, effect: do.DeliverDescriptors) -> None:
+        # Keeps FD-12.
         if not effect.is_degraded:
             self.bundle, self.arrived = self.arrived, None
             self.identities = self.arrived_identities
         self.response = effect.response
 
     def _discard(self, effect: do.DiscardDescriptors) -> None:
+        # Keeps SELF-9.
         if self.arrived is not None:
             self.arrived.close()
 
     def _report_fallback(self, effect: do.ReportFallback) -> None:
+        # Keeps SELF-4.
         self.fallback = effect.error
         _log.warning(
             "%s: %s: %s; %s",
@@ -520,6 +528,7 @@ class Consumer:
             SocketUnavailable, FdPassing: the provider could not be had, and there is no
                 self-service.
         """
+        # Keeps SELF-3, SELF-6.
         exchange = self._settings.begin(request)
         try:
             _run(exchange, lambda: exchange.is_settled, deadline=None)

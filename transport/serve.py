@@ -20,7 +20,13 @@ from typing import Any, Final, TypeAlias
 from statemachine import effects as do
 from statemachine import events as on
 from statemachine.effects import Effect, Timer
-from statemachine.errors import AllocationNotFound, CreationFailed, FdPassing, NamespaceError
+from statemachine.errors import (
+    AllocationNotFound,
+    CreationFailed,
+    FdPassing,
+    NamespaceError,
+    SocketUnavailable,
+)
 from statemachine.events import Event
 from statemachine.lifecycle import AllocationState
 from statemachine.messages import AllocationEnded, Message, NamespaceRequest
@@ -84,10 +90,15 @@ class Spans:
     """How long the provider's timers run, in seconds. The defaults are the constants above."""
 
     readiness_s: float = READINESS_TIMEOUT_S
+    """The wait of a message for the provider to be ready."""
     claim_s: float = CLAIM_TIMEOUT_S
+    """The life of what nobody uses or waits for."""
     release_s: float = RELEASE_DEADLINE_S
+    """From an end to its announcement, at most."""
     partial_frame_s: float = PARTIAL_FRAME_TIMEOUT_S
+    """From a frame's first byte to its last, at most."""
     farewell_s: float = FAREWELL_TIMEOUT_S
+    """For a peer to read what was sent before its connection is closed."""
     empty_grace_s: float = 0.0
     """How long a used cgroup must stay empty to count as ended."""
 
@@ -132,6 +143,8 @@ class Provider:
         spans: how long the timers run.
         observer: told of every event and its effects.
     """
+
+    # Keeps PEER-8.
 
     def __init__(
         self,
@@ -237,6 +250,7 @@ class Provider:
             on_ready()
 
     async def _wind_up(self, starting: asyncio.Task[None]) -> None:
+        # Keeps CRASH-12.
         self.stop()
         self._loop.remove_reader(self._listener.fileno())
         self._listener.close()
@@ -298,9 +312,13 @@ class Provider:
             if accepted is None:
                 return
             peer = _Peer(self._next_number, accepted.channel, accepted.credentials)
+            try:
+                self._loop.add_reader(peer.channel.fileno(), self._read, peer)
+            except OSError as error:
+                _turn_away(accepted, f"the provider cannot listen to it: {error.strerror}")
+                continue
             self._next_number += 1
             self._peers[peer.number] = peer
-            self._loop.add_reader(peer.channel.fileno(), self._read, peer)
             self._feed(on.ConnectionOpened(peer.number, peer.credentials.uid))
 
     def _accept_next(self) -> Accepted | None:
@@ -317,12 +335,17 @@ class Provider:
         return accepted
 
     def _pause_accepting(self) -> None:
+        # Keeps PEER-11.
         self._loop.remove_reader(self._listener.fileno())
         self._loop.call_later(ACCEPT_PAUSE_S, self._resume_accepting)
 
     def _resume_accepting(self) -> None:
         if not self._stop_asked.is_set():
-            self._loop.add_reader(self._listener.fileno(), self._accept)
+            try:
+                self._loop.add_reader(self._listener.fileno(), self._accept)
+            except OSError:
+                _log.exception("listening to %s failed", self._listener.path)
+                self._loop.call_later(ACCEPT_PAUSE_S, self._resume_accepting)
 
     def _read(self, peer: _Peer) -> None:
         for received in peer.channel.receive():
@@ -338,6 +361,7 @@ class Provider:
         self._time_frame(peer)
 
     def _hear(self, peer: _Peer, event: Event) -> None:
+        # Keeps WIRE-11, WIRE-12.
         if isinstance(event, on.FrameRejected):
             # What follows is not listened to, though the refusal may have to wait for its turn.
             self._stop_reading(peer)
@@ -359,6 +383,7 @@ class Provider:
             peer.deadline = self._loop.call_later(span_s, self._reject_slow, peer)
 
     def _reject_slow(self, peer: _Peer) -> None:
+        # Keeps PEER-7.
         reason = f"a frame was not whole within {self._spans.partial_frame_s:g} s"
         self._hear(peer, on.FrameRejected(reason, peer.number))
 
@@ -368,6 +393,7 @@ class Provider:
             peer.deadline = None
 
     def _send(self, number: int, message: Message) -> None:
+        # Keeps WIRE-13.
         peer = self._peers.get(number)
         if peer is None:
             return
@@ -388,11 +414,14 @@ class Provider:
         """
         try:
             peer.channel.send(message, bundle)
+            if peer.channel.wants_write:
+                self._loop.add_writer(peer.channel.fileno(), self._write, peer)
         except FdPassing as error:
             self._stop_writing(peer, error.reason)
             return False
-        if peer.channel.wants_write:
-            self._loop.add_writer(peer.channel.fileno(), self._write, peer)
+        except OSError as error:
+            self._stop_writing(peer, f"the rest cannot be sent: {error.strerror}")
+            return False
         return True
 
     def _write(self, peer: _Peer) -> None:
@@ -430,6 +459,7 @@ class Provider:
         peer.farewell = self._loop.call_later(self._spans.farewell_s, self._drop, peer, reason)
 
     def _drop(self, peer: _Peer, reason: str) -> None:
+        # Keeps PEER-10, CRASH-14.
         if self._peers.pop(peer.number, None) is None:
             return
         self._stop_reading(peer)
@@ -458,7 +488,11 @@ class Provider:
 
     def _resume_observing(self) -> None:
         if not self._stop_asked.is_set():
-            self._loop.add_reader(self._backend.fileno(), self._observe)
+            try:
+                self._loop.add_reader(self._backend.fileno(), self._observe)
+            except OSError:
+                _log.exception("listening to the backend failed")
+                self._loop.call_later(BACKEND_PAUSE_S, self._resume_observing)
 
     def _see(self, observation: Observation) -> None:
         name = observation.allocation_id
@@ -503,6 +537,7 @@ class Provider:
             handle.cancel()
 
     def _end_grace(self, name: str) -> None:
+        # Keeps END-4, END-7.
         self._clock.graces.pop(name, None)
         if self._is_over(name):
             self._feed(on.ScopeEmptied(name))
@@ -544,6 +579,7 @@ class Provider:
         self._work(effect.allocation_id, lambda: _try_to_release(self._backend, effect))
 
     def _record_end(self, name: str) -> None:
+        # Keeps END-14.
         try:
             self._backend.record_ended(name)
         except Exception:
@@ -552,6 +588,7 @@ class Provider:
 
     def _work(self, name: str, job: Callable[[], Event]) -> None:
         """Run a job in a thread, after the jobs of the same allocation that came before it."""
+        # Keeps END-9.
         before = self._lanes.get(name)
         self._lanes[name] = self._loop.create_task(self._run_in_lane(name, before, job))
 
@@ -599,6 +636,7 @@ class Provider:
             _log.exception("recording the hand-off of %s failed", effect.allocation_id)
 
     def _hand_over(self, effect: do.HandOver) -> None:
+        # Keeps FD-13.
         peer = self._peers.get(effect.connection)
         if peer is None:
             return
@@ -614,6 +652,10 @@ class Provider:
             return
         if is_sent:
             self._feed(on.ResponseSent(name, effect.connection))
+        else:
+            # Its loss may be reported only when it was heard out; the release does not wait for it.
+            gone = FdPassing("the consumer takes nothing any more")
+            self._feed(on.ResponseNotSent(name, effect.connection, gone))
 
     def _refuse(self, effect: do.Refuse) -> None:
         self._send(effect.connection, effect.error)
@@ -653,6 +695,7 @@ _PERFORMERS: Final[dict[type[Effect], Callable[[Provider, Any], None]]] = {
 
 
 def _try_to_create(backend: Backend, effect: do.CreateNamespaces) -> Event:
+    # Keeps ERR-7.
     request: NamespaceRequest = effect.request
     name = request.allocation_id
     try:
@@ -666,6 +709,7 @@ def _try_to_create(backend: Backend, effect: do.CreateNamespaces) -> Event:
 
 
 def _try_to_release(backend: Backend, effect: do.ReleaseNamespaces) -> Event:
+    # Keeps ERR-7.
     name = effect.allocation_id
     try:
         backend.release_namespaces(name)
@@ -686,6 +730,15 @@ def _try_to_tidy(backend: Backend) -> float | None:
         return BACKEND_PAUSE_S
 
 
+def _turn_away(accepted: Accepted, reason: str) -> None:
+    """Say why a connection is not served, as far as that can be said at once, and close it."""
+    try:
+        with suppress(FdPassing):
+            accepted.channel.send(SocketUnavailable(reason))
+    finally:
+        accepted.close()
+
+
 def _sendable(error: NamespaceError) -> NamespaceError:
     """Say the same so that it fits into a frame, whatever it quotes."""
     text = error.text.encode("ascii", "backslashreplace").decode()
@@ -693,6 +746,7 @@ def _sendable(error: NamespaceError) -> NamespaceError:
 
 
 def _adopted(adoption: Adoption) -> Event:
+    # Keeps CRASH-2.
     name = adoption.request.allocation_id
     if adoption.standing is Standing.REMAINS or adoption.response is None:
         return on.RemainsFound(name, adoption.request)

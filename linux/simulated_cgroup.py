@@ -1,0 +1,170 @@
+"""What does a tree of cgroups say of the processes in it, without a kernel?
+
+The part of cgroup v2 that the end of an allocation is decided by: `populated`, `frozen`, kill,
+remove, and the notification of `cgroup.events`. Random programs run on this and on Linux.
+
+    cgroup.is_populated      somebody is alive in it or below; frozen counts, dead does not
+    cgroup.remove()          EBUSY while populated or with cgroups below; the dead do not count
+    cgroup.kill()            all below, at once told and not at once dead
+    cgroup.changes           how often `cgroup.events` has changed: one wake-up for any number
+
+Not simulated: threads, controllers, and what is delegated to other users.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from typing import NoReturn
+
+
+class SimulatedMember:
+    """A process, as far as a cgroup is concerned: alive, then dead, then reaped."""
+
+    def __init__(self) -> None:
+        self.cgroup: SimulatedCgroup | None = None
+        self.is_alive = True
+        self.is_reaped = False
+        self.is_killed = False
+        """Told to die; it may take its time."""
+        self.is_killable = True
+        """False in uninterruptible sleep: told to die, it stays for now."""
+
+    def kill(self) -> None:
+        """Tell it to die; it is not dead yet (`settle`)."""
+        self.is_killed = True
+
+    def settle(self) -> None:
+        """Let what was told to die do so, if it can."""
+        if self.is_killed and self.is_killable:
+            self.exit()
+
+    def exit(self) -> None:
+        """End. Until somebody reaps it, it is a zombie, and in a cgroup only by name."""
+        cgroup, self.cgroup = self.cgroup, None
+        if self.is_alive and cgroup is not None:
+            cgroup.leave(self)
+        self.is_alive = False
+
+    def reap(self) -> None:
+        """Take note of its end; there is no process any more."""
+        self.is_reaped = True
+
+
+class SimulatedCgroup:
+    """
+    One cgroup.
+
+    Args:
+        parent: the one it is in; None for the top.
+    """
+
+    def __init__(self, parent: SimulatedCgroup | None = None) -> None:
+        self.parent = parent
+        self.children: dict[str, SimulatedCgroup] = {}
+        self.members: list[SimulatedMember] = []
+        """The living."""
+        self.was_used = False
+        """Whether anything was ever in it or below: `usage_usec` of `cpu.stat`."""
+        self.changes = 0
+        self._is_told_to_freeze = False
+
+    @property
+    def is_populated(self) -> bool:
+        """`populated`: whether a living process is in it or below."""
+        return any(cgroup.members for cgroup in self._below())
+
+    @property
+    def is_frozen(self) -> bool:
+        """`frozen`: whether it, or one above it, was told to freeze."""
+        above = self.parent is not None and self.parent.is_frozen
+        return self._is_told_to_freeze or above
+
+    def make(self, name: str) -> SimulatedCgroup:
+        """Make one below; EEXIST."""
+        if name in self.children:
+            _refuse(errno.EEXIST)
+        self.children[name] = made = SimulatedCgroup(self)
+        return made
+
+    def find(self, name: str) -> SimulatedCgroup:
+        """Return one below; ENOENT."""
+        if name not in self.children:
+            _refuse(errno.ENOENT)
+        return self.children[name]
+
+    def remove(self, name: str) -> None:
+        """Remove one below; ENOENT, or EBUSY while it is populated or there are any below it."""
+        found = self.find(name)
+        if found.children or found.members:
+            _refuse(errno.EBUSY)
+        del self.children[name]
+
+    def enter(self, member: SimulatedMember) -> None:
+        """Move a process here; ESRCH once it is reaped. Nothing moves what is dead."""
+        if member.is_reaped:
+            _refuse(errno.ESRCH)
+        if not member.is_alive or member.cgroup is self:
+            return
+        before = member.cgroup
+        # First in, then out: whatever is above both never was empty.
+        with _Noting(self):
+            self.members.append(member)
+        member.cgroup = self
+        for cgroup in self._upward():
+            cgroup.was_used = True
+        if before is not None:
+            before.leave(member)
+
+    def leave(self, member: SimulatedMember) -> None:
+        """Lose a process that died or moved on."""
+        with _Noting(self):
+            self.members.remove(member)
+
+    def freeze(self, is_told: bool = True) -> None:
+        """Freeze or thaw everything here and below; whatever is frozen can be killed."""
+        before = {cgroup: cgroup.is_frozen for cgroup in self._below()}
+        self._is_told_to_freeze = is_told
+        for cgroup, was_frozen in before.items():
+            cgroup.changes += cgroup.is_frozen is not was_frozen
+
+    def kill(self) -> None:
+        """Tell everything here and below to die; it does not wait (`settle`)."""
+        for cgroup in self._below():
+            for member in cgroup.members:
+                member.kill()
+
+    def settle(self) -> None:
+        """Let what was told to die do so, if it can."""
+        for cgroup in list(self._below()):
+            for member in tuple(cgroup.members):
+                member.settle()
+
+    def _below(self) -> Iterator[SimulatedCgroup]:
+        yield self
+        for child in self.children.values():
+            yield from child._below()
+
+    def _upward(self) -> Iterator[SimulatedCgroup]:
+        yield self
+        if self.parent is not None:
+            yield from self.parent._upward()
+
+
+class _Noting:
+    """Counts, on the way up, whose `populated` changes in the body."""
+
+    def __init__(self, cgroup: SimulatedCgroup) -> None:
+        self._before = [(each, each.is_populated) for each in cgroup._upward()]
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        for cgroup, was_populated in self._before:
+            cgroup.changes += cgroup.is_populated is not was_populated
+
+
+def _refuse(number: int) -> NoReturn:
+    raise OSError(number, os.strerror(number))

@@ -1,0 +1,89 @@
+"""Every normative sentence is a clause, is claimed by a test, and is cited where it is enforced."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from specs import clauses as book
+from specs.clauses import CHAPTERS, LEVELS, Clause
+
+CLAUSES = book.clauses()
+CLAIMS = book.claims()
+CITATIONS = book.citations()
+
+
+def test_there_are_clauses_in_every_topic() -> None:
+    assert len({clause.topic for clause in CLAUSES.values()}) >= 8
+    assert len(CLAUSES) >= 100
+
+
+@pytest.mark.parametrize("clause", CLAUSES.values(), ids=CLAUSES)
+def test_a_clause_says_one_thing_is_tested_and_is_cited(clause: Clause) -> None:
+    assert len(LEVELS.findall(clause.text)) == 1
+    assert CLAIMS.get(clause.id), f"no test claims {clause.id}: {clause.text}"
+    assert CITATIONS.get(clause.id), f"no code cites {clause.id}: {clause.text}"
+
+
+def test_a_claim_has_its_clause() -> None:
+    assert {name: places for name, places in CLAIMS.items() if name not in CLAUSES} == {}
+
+
+def test_a_citation_has_its_clause() -> None:
+    assert {name: places for name, places in CITATIONS.items() if name not in CLAUSES} == {}
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.name)
+def test_a_chapter_is_normative_only_in_its_clauses(chapter: Path) -> None:
+    text = chapter.read_text(encoding="utf-8")
+    prose = "\n".join(line for line in text.splitlines() if not line.startswith("> "))
+    drawn_or_code = r"<!-- generated.*?<!-- end -->|```.*?```|`[^`]*`"
+    assert LEVELS.findall(re.sub(drawn_or_code, "", prose, flags=re.DOTALL)) == []
+
+
+def test_the_numbers_of_a_topic_have_no_holes_and_ascend_in_the_chapters() -> None:
+    numbers: dict[str, list[int]] = {}
+    for clause in CLAUSES.values():
+        numbers.setdefault(clause.topic, []).append(int(clause.id.rpartition("-")[2]))
+    assert {t: n for t, n in numbers.items() if n != list(range(1, len(n) + 1))} == {}
+
+
+# --- The finding itself can fail ---------------------------------------------------------------
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tree with one chapter, one module and one test."""
+    chapter = tmp_path / "specs" / "01-one.md"
+    for folder in ("specs", "tests", "statemachine", "transport", "linux"):
+        (tmp_path / folder).mkdir()
+    chapter.write_text('> <a id="T-1"></a>**T-1** It MUST\n> be.\n>\n> More.\n', "utf-8")
+    code = "class K:\n    def f(self):\n        # T-1, and UTF-8.\n        T_2 = 'T-2'\n"
+    (tmp_path / "linux" / "code.py").write_text(code)
+    claim = "import pytest\n@pytest.mark.clause('T-1', 'T-3')\ndef test_it(): ...\n"
+    (tmp_path / "tests" / "test_one.py").write_text(claim)
+    monkeypatch.setattr(book, "ROOT", tmp_path)
+    monkeypatch.setattr(book, "CHAPTERS", (chapter,))
+    return tmp_path
+
+
+def test_clauses_claims_and_citations_are_found_where_they_are(tree: Path) -> None:
+    (clause,) = book.clauses().values()
+    assert (clause.id, clause.text, clause.level, clause.line) == ("T-1", "It MUST be.", "MUST", 1)
+    assert [place.name for place in book.claims()["T-3"]] == ["test_it"]
+    assert {c: (p[0].line, p[0].name) for c, p in book.citations().items()} == {
+        "T-1": (3, "K.f"),
+        "T-2": (4, "K.f"),
+    }
+
+
+@pytest.mark.parametrize(
+    "second", ['> <a id="T-1"></a>**T-1** Again.\n', '> <a id="T-2"></a>**T-3** Other.\n']
+)
+def test_an_id_that_is_not_its_own_is_refused(tree: Path, second: str) -> None:
+    chapter = book.CHAPTERS[0]
+    chapter.write_text(chapter.read_text("utf-8") + second, "utf-8")
+    with pytest.raises(ValueError, match=r"T-1 stands in|the anchor of T-3 is T-2"):
+        book.clauses()
