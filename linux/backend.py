@@ -374,8 +374,11 @@ class LinuxBackend:
                 self._note_end(life)
 
     def watch(self, allocation_id: str) -> None:
-        """Begin to observe an allocation's scope and its anchor."""
+        """Begin to observe an allocation's scope and its anchor; nothing of what is released."""
         life = self._life(allocation_id)
+        if life.is_released:
+            # Whatever is added now would not be taken off any more.
+            return
         life.is_watched = True
         try:
             self._watch_scope(life)

@@ -1,20 +1,30 @@
 """The book as a site: `make site` builds these chapters into static HTML with Sphinx.
 
 What it makes needs no network, neither to be built nor to be read. A Mermaid diagram is shown as
-the picture that `refresh.py` drew of the same table.
+the picture that `pictures.py` draws of the same table, a file that a chapter links to as a page of
+its own, and a clause's id is a link to itself. The build is always a whole one (`-E`).
 """
 
 from __future__ import annotations
 
+import ast
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from docutils import nodes
 from docutils.parsers.rst import Directive
+from pygments.lexer import RegexLexer, bygroups
+from pygments.token import Comment, Generic, Number, Text
+from sphinx import addnodes
+from sphinx.transforms import SphinxTransform
+from sphinx.util.osutil import relative_uri
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+HERE: Final = Path(__file__).resolve().parent
+ROOT: Final = HERE.parent
+sys.path.insert(0, str(ROOT))
 
 from specs import pictures  # noqa: E402
 
@@ -22,18 +32,27 @@ project = "Namespace handoff"
 author = "the namespace-handoff authors"
 extensions = ["myst_parser"]
 root_doc = "README"
-exclude_patterns = ["**.py", "__pycache__"]
+exclude_patterns = ["__pycache__", "_static"]
 html_theme = "furo"
 html_title = "Namespace handoff"
+html_static_path = ["_static"]
+html_css_files = ["book.css"]
 html_copy_source = False
 html_show_sphinx = False
 html_show_copyright = False
+html_use_index = False
 myst_heading_anchors = 3
 myst_fence_as_directive = ["mermaid"]
-myst_links_external_new_tab = False
 highlight_language = "none"
-# Links out of the book lead to the code, which is not part of the site.
-suppress_warnings = ["myst.xref_missing"]
+
+LANGUAGES: Final = {".py": "python", ".c": "c", ".h": "c", ".json": "json"}
+"""How the pages of files are coloured, by the end of their names; all others are plain."""
+
+_ANCHOR: Final = re.compile(r'<a id="([^"]+)">')
+_CHAPTER: Final = re.compile(r"^(?:\| |- )\[[^\]]*\]\(([\w/.-]+)\.md\)", re.MULTILINE)
+
+shown: Final[set[Path]] = set()
+"""The files that become pages, because a chapter links to them."""
 
 
 class Mermaid(Directive):
@@ -44,10 +63,114 @@ class Mermaid(Directive):
     def run(self) -> list[nodes.Node]:
         """Find the picture; a diagram without one stops the build."""
         picture = pictures.of_diagram("\n".join(self.content) + "\n")
-        return [nodes.raw("", picture, format="html")]
+        return [nodes.raw("", f'<div class="picture">{picture}</div>', format="html")]
 
 
-def setup(app: Any) -> dict[str, bool]:
-    """Register the directive."""
+class Hex(RegexLexer):
+    """Bytes with a remark behind each line, and at last what they mean."""
+
+    name = "hex"
+    aliases = ["hex"]  # noqa: RUF012
+    tokens = {  # noqa: RUF012
+        "root": [
+            (r"^= .*$", Generic.Strong),
+            (
+                r"^((?:[0-9a-f]{2} )*[0-9a-f]{2})(  .*)?$",
+                bygroups(Number.Hex, Comment),
+            ),
+            (r".*\n", Text),
+        ]
+    }
+
+
+class Clauses(SphinxTransform):
+    """Makes a clause's anchor a target that Sphinx knows, and its id a link to itself."""
+
+    default_priority = 400
+
+    def apply(self, **_: Any) -> None:
+        """Replace the anchors, which are raw HTML so far."""
+        for raw in list(self.document.findall(nodes.raw)):
+            found = _ANCHOR.fullmatch(raw.astext())
+            if found is None:
+                continue
+            name, siblings = found[1], raw.parent
+            at = siblings.index(raw)
+            words = siblings[at + 2]
+            link = nodes.reference("", "", words.deepcopy(), refid=name, classes=["clause"])
+            target = nodes.inline("", "", link, ids=[name], names=[name])
+            entry = addnodes.index(entries=[("single", name, name, "", None)])
+            siblings[at : at + 3] = [entry, target]
+            self.document.note_explicit_target(target)
+
+
+class Files(SphinxTransform):
+    """Lets links to files lead to their pages; a folder has none, and becomes plain text."""
+
+    default_priority = 410
+
+    def apply(self, **_: Any) -> None:
+        """Replace what would be downloads."""
+        docname = self.env.docname
+        for link in list(self.document.findall(addnodes.download_reference)):
+            path = (HERE / docname).parent.joinpath(link["reftarget"]).resolve()
+            shown.add(path)
+            page = relative_uri(f"{docname}.html", f"{page_of(path)}.html")
+            uri = page + fragment_of(path, link.astext())
+            link.replace_self(nodes.reference("", "", *link[0].children, refuri=uri, internal=True))
+        for link in list(self.document.findall(addnodes.pending_xref)):
+            if (HERE / docname).parent.joinpath(link["reftarget"]).is_dir():
+                link.replace_self(link[0].children)
+
+
+def page_of(path: Path) -> str:
+    """Name the page of a file."""
+    return f"files/{path.relative_to(ROOT)}"
+
+
+def fragment_of(path: Path, said: str) -> str:
+    """Find the line of `module.Name`, if a link to a module says that."""
+    module, _, name = said.partition(".")
+    if path.suffix != ".py" or module != path.stem or not name:
+        return ""
+    body: list[ast.stmt] = ast.parse(path.read_text(encoding="utf-8")).body
+    line = 0
+    for part in name.split("."):
+        found = [node for node in body if getattr(node, "name", None) == part]
+        if not found:
+            return ""
+        line, body = found[0].lineno, getattr(found[0], "body", [])
+    return f"#line-{line}"
+
+
+def files(app: Any) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Make a page of each file that is linked to, and the one that a browser opens first."""
+    for path in sorted(shown):
+        name = str(path.relative_to(ROOT))
+        code = app.builder.highlighter.highlight_block(
+            path.read_text(encoding="utf-8"),
+            LANGUAGES.get(path.suffix, "none"),
+            linespans="line",
+        )
+        yield page_of(path), {"title": name, "body": f"<h1>{name}</h1>\n{code}"}, "page.html"
+    yield "index", {}, "first.html"
+
+
+def list_chapters(_: Any, docname: str, source: list[str]) -> None:
+    """Give a first page the list of its chapters, in the order in which it names them."""
+    if Path(docname).name == "README":
+        chapters = "\n".join(dict.fromkeys(_CHAPTER.findall(source[0])))
+        source[0] += f"\n```{{toctree}}\n:hidden:\n\n{chapters}\n```\n" if chapters else ""
+
+
+templates_path = ["_templates"]
+
+
+def setup(app: Any) -> None:
+    """Register all of that."""
     app.add_directive("mermaid", Mermaid)
-    return {"parallel_read_safe": True}
+    app.add_lexer("hex", Hex)
+    app.add_transform(Clauses)
+    app.add_transform(Files)
+    app.connect("source-read", list_chapters)
+    app.connect("html-collect-pages", files)

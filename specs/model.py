@@ -412,15 +412,17 @@ def _hear(it: Provider, c: ConnectionId, message: Message | None) -> Provider:
     is_request = isinstance(message, NamespaceRequest)
     is_full = not it.is_ready and len(it.unread) >= limits.waiting
     fate: Fate = "unread"
+    is_flood = message and count >= 2 * limits.open_per_connection
     if message is None:
         fate = UNREADABLE
+    elif is_flood:
+        fate = FAILED  # It is not looked at: the word before it closes the connection.
     elif is_request and (count >= limits.open_per_connection or of_uid >= limits.open_per_uid):
         fate = FAILED
     elif (it.is_stopping and (is_request or not it.is_ready)) or is_full:
         fate = UNAVAILABLE
     else:
         it = it._replace(unread=(*it.unread, (c, message)))
-    is_flood = message and count >= 2 * limits.open_per_connection
     first = (Open(None, UNREADABLE),) if is_flood else ()
     return it.peer(c, open=(*first, *peer.open, Open(message, fate)))
 

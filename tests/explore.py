@@ -115,8 +115,13 @@ class Broken(AssertionError):
         """What the provider would have written down: for `nshandoff trace check` and `show`."""
         self.test = as_python(bounds, script, finding)
         """A test that fails."""
+        self._given = (bounds, script, finding, story)
         told = f"```\n{self.trace.decode()}```"
         super().__init__(f"{finding}\n\n{self.test}\n{self.chart}\n{told}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # It comes out of a process of a pool as what it was.
+        return (type(self), self._given)
 
 
 @dataclass

@@ -127,7 +127,7 @@ SPACES: Final[dict[str, Space]] = {
             ),
             without=only(*TALK),
         ),
-        27_000,
+        23_000,
         3,
     ),
     "a stranger who floods, among few": Space(
@@ -139,7 +139,7 @@ SPACES: Final[dict[str, Space]] = {
             limits=Limits(open_per_connection=1, connections_per_uid=1, remembered=1),
             without=only(*TALK, "babble"),
         ),
-        150,
+        140,
         1,
     ),
 }

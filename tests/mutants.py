@@ -158,6 +158,7 @@ def vocabulary(table: Table) -> tuple[Order, ...]:
 def killer_of(mutant: Mutant) -> str | None:
     """Say what notices a mutant: a few words of its finding; None if nothing does."""
     original = next(table for table in TABLES if table.name == mutant.table)
+    moments()  # what is wrong with the table as it is counts for no mutant
     try:
         table = compile_table(
             original.name, mutant.rows, initial=original.initial, finals=original.finals

@@ -22,13 +22,13 @@ from report_goals import (
     is_good,
     label_of,
 )
-from report_graph import state_graph
 from report_sequence import NotDrawable, sequence
 from report_summary import Cell, Found, Part, Summary, number_in, plain
-from report_svg import arrow_heads
 from verify_progress import clock
 from verify_record import Head
 
+from specs.graph import state_graph
+from specs.svg import arrow_heads
 from statemachine.lifecycle import TABLES
 from statemachine.table import Table
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from report_svg import element, group, level_of, line, picture, rect, short, text, width_of
+from specs.svg import element, group, level_of, line, picture, rect, short, text, width_of
 
 from statemachine.table import Table
 

@@ -827,6 +827,27 @@ def test_a_peer_that_does_not_read_cannot_pile_up_descriptors(narrow: Wire) -> N
         narrow.channel.send(ENDED)
 
 
+def test_bundles_that_have_left_make_room_for_as_many(narrow: Wire) -> None:
+    with socket.fromfd(narrow.channel.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as full:
+        fill(full)
+    sent = arrived = 0
+    for _ in range(OUTGOING_BUNDLES_MAX):
+        narrow.channel.send(response(PID), DescriptorBundle((PID,), memfds(1)))
+    arrived += sum(count for _, count in drain(narrow))
+    assert not narrow.channel.flush(), "some of them have left"
+
+    def send_for_ever() -> None:
+        nonlocal sent
+        while True:
+            narrow.channel.send(response(PID), DescriptorBundle((PID,), memfds(1)))
+            sent += 1
+
+    with pytest.raises(FdPassing, match="the peer does not read: 256 bundles wait"):
+        send_for_ever()
+    arrived += sum(count for _, count in drain(narrow))
+    assert sent == arrived > 0
+
+
 def test_exactly_as_much_may_wait_as_the_limit_says(narrow: Wire) -> None:
     with socket.fromfd(narrow.channel.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as full:
         fill(full)

@@ -88,14 +88,14 @@ def test_basic_one_life_from_the_wish_to_the_end() -> None:
     assert kernel.receive(ENDED) == (do.CloseChannel(), do.ReportEnd("a"))
     assert (kernel.state, kernel.notice) == (ConsumerState.ENDED, NoticeState.SILENT)
     assert not kernel.is_in_debt
-    assert not kernel.is_connected
+    assert kernel.is_connected is False
 
 
 def test_a_new_consumer_is_idle_and_owes_nothing() -> None:
     kernel = ConsumerKernel(REQUEST)
     assert kernel.request == REQUEST
     assert (kernel.state, kernel.notice) == (ConsumerState.IDLE, NoticeState.SILENT)
-    assert not kernel.is_connected
+    assert kernel.is_connected is False
     assert not kernel.is_in_debt
 
 
@@ -121,7 +121,7 @@ def test_on_the_answer_deadline_it_turns_to_itself_and_says_so_on_the_open_conne
     kernel = after(*TO_ASKING)
     overdue = SocketUnavailable("no whole answer within the answer deadline")
     assert kernel.receive(LATE) == (*SAY, *turn(overdue))
-    assert kernel.is_connected
+    assert kernel.is_connected is True
     assert kernel.is_in_debt
 
 
@@ -270,7 +270,7 @@ def test_losing_the_connection_does_not_end_what_is_held() -> None:
     kernel = after(*TO_HELD)
     assert kernel.receive(LOST) == ()
     assert kernel.state is ConsumerState.HELD
-    assert not kernel.is_connected
+    assert kernel.is_connected is False
 
 
 def test_what_is_held_without_a_connection_is_ended_on_a_new_one() -> None:
@@ -407,7 +407,7 @@ def test_crossing_ends_end_it_once() -> None:
     kernel = after(*TO_HELD, END)
     assert do.CloseChannel() in kernel.receive(ENDED)
     assert kernel.state is ConsumerState.ENDED
-    assert not kernel.is_connected
+    assert kernel.is_connected is False
 
 
 @pytest.mark.clause("LIFE-1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -441,3 +442,11 @@ def test_a_campaign_tells_of_what_is_broken(monkeypatch: pytest.MonkeyPatch) -> 
     assert "def test_counterexample" in found.script
     assert '"event":{"ProviderReady"' in found.script
     assert found.diagram.startswith("sequenceDiagram")
+
+
+def test_a_finding_comes_out_of_another_process_as_what_it_was() -> None:
+    """The spaces are explored in a pool; a finding that could not be sent would be lost."""
+    with pytest.raises(Broken) as broken:
+        Explorer(Bounds(), provider=TellsTwice).explore()
+    copy = pickle.loads(pickle.dumps(broken.value))
+    assert (str(copy), copy.script) == (str(broken.value), broken.value.script)

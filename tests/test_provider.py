@@ -34,6 +34,7 @@ from statemachine.messages import (
     NamespaceRequest,
     NamespaceResponse,
     NamespaceType,
+    objection,
 )
 from statemachine.provider import (
     REMEMBERED_MAX,
@@ -232,7 +233,7 @@ def test_a_request_that_breaks_a_rule_is_refused_without_any_effect(
     before = script.kernel.snapshot()
     (refusal,) = script.ask(1, request_)
     assert isinstance(refusal, do.Refuse)
-    assert isinstance(refusal.error, CreationFailed)
+    assert refusal.error == CreationFailed(str(objection(request_)))
     assert script.kernel.snapshot() == before
 
 
@@ -727,6 +728,14 @@ def test_a_request_during_the_drain_is_refused_with_what_is_still_there(script: 
     )
     assert do.Refuse(2, draining) in script.feed(on.ReleaseOverdue("a"))
     assert script.ask(3, A) == (do.Refuse(3, draining),)
+
+
+def test_a_request_during_a_drain_of_which_nothing_is_known_is_refused_too(script: Script) -> None:
+    script.hand_over(1)
+    script.feed(on.ScopeEmptied("a"))
+    script.feed(on.ReleaseOverdue("a"))
+    reason = "the allocation before it has ended but is not released: its release takes long"
+    assert script.ask(2, A) == (do.Refuse(2, CreationFailed(reason)),)
 
 
 def test_an_early_request_of_a_lost_connection_starts_nothing(script: Script) -> None:

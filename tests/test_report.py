@@ -15,13 +15,13 @@ from outcome import Discovery, Outcome
 from report import report
 from report_charts import Bar, Dots, bars, dots, heat_map, stacks
 from report_goals import ADAPTERS, Goal, Verdict, goals_of, is_good
-from report_graph import state_graph
 from report_sequence import Arrow, NotDrawable, Note, read, sequence
 from report_summary import LEGAL, Cell, Summary, number_in, plain, summary_of
-from report_svg import level_of, short
 from verify_record import Done, Head
 
 from linux.cli_sequence import sequence_diagram
+from specs.graph import state_graph
+from specs.svg import level_of, short
 from statemachine import NamespaceRequest, NamespaceResponse, NamespaceType, ProviderKernel
 from statemachine import effects as do
 from statemachine import events as on

@@ -1,4 +1,4 @@
-"""A table as a picture: its states in layers, its moves between them, coloured by visits.
+"""A table as a picture: its states in layers, its moves between them; coloured by visits, if any.
 
 The layout is that of every layered drawing (Sugiyama): states in layers by their distance from the
 initial one, and a move that spans layers goes through a place of its own in each. Between any two
@@ -12,10 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise
-from typing import Final
+from typing import Final, NamedTuple
 
-from report_svg import element, group, level_of, picture, rect, short, text, width_of
-
+from specs.svg import element, group, level_of, picture, rect, short, text, width_of
 from statemachine.table import Row, Table
 
 STATE_HEIGHT: Final = 44.0
@@ -31,6 +30,14 @@ STRAIGHTNESS: Final = 8.0
 
 Cells = Mapping[tuple[str, str, str], int]
 """Visits by table, state and event."""
+
+
+class Drawing(NamedTuple):
+    """What a picture is made of."""
+
+    width: float
+    height: float
+    parts: list[str]
 
 
 @dataclass
@@ -63,7 +70,21 @@ class _Move:
 
 
 def state_graph(table: Table, cells: Cells) -> str:
-    """Draw a table; a move that nobody made is dashed."""
+    """Draw a table as a picture for a page that has arrow heads; a move nobody made is dashed."""
+    label = f"State graph of the table {table.name}: the rows are listed in the table below it"
+    width, height, parts = drawing(table, cells)
+    return picture(width, height, label, parts)
+
+
+def drawing(table: Table, cells: Cells | None = None, heads: str = "head") -> Drawing:
+    """
+    Draw a table.
+
+    Args:
+        table: whose states and moves.
+        cells: how often each row was used; without them, nothing is said of it.
+        heads: how the ids of the arrow heads begin, `-hit` and `-missed`.
+    """
     moves = _moves_of(table)
     depths = _depths_of(table, moves)
     states = {
@@ -75,15 +96,16 @@ def state_graph(table: Table, cells: Cells) -> str:
     layers = _layers(states, moves)
     _order(layers)
     width, height = _place(layers)
-    most = max(_visits(table, row, cells) for row in table.rows)
-    parts = [_draw_line(table, move, cells, most) for move in moves]
+    parts = [_draw_line(table, move, cells, heads) for move in moves]
     parts += [_draw_label(table, move, cells) for move in moves]
     parts += [_draw_state(table, state, place, cells) for state, place in states.items()]
-    label = f"State graph of the table {table.name}: the rows are listed in the table below it"
-    return picture(width, height, label, parts)
+    return Drawing(width, height, parts)
 
 
-def _visits(table: Table, row: Row, cells: Cells) -> int:
+def _visits(table: Table, row: Row, cells: Cells | None) -> int:
+    """Say how often a row was used; a row of which nobody says it counts as used."""
+    if cells is None:
+        return 1
     return cells.get((table.name, _id(row.source), row.event.__name__), 0)
 
 
@@ -231,21 +253,26 @@ def _apart(left: _Place, right: _Place) -> float:
 # --- What it looks like ------------------------------------------------------------------------
 
 
-def _draw_line(table: Table, move: _Move, cells: Cells, most: int) -> str:
+def _counted(said: str, count: int, cells: Cells | None) -> str:
+    return said if cells is None else f"{said}: {count:,}"
+
+
+def _draw_line(table: Table, move: _Move, cells: Cells | None, heads: str) -> str:
     visits = sum(_visits(table, row, cells) for row in move.rows)
-    level = level_of(visits, most)
+    most = max(_visits(table, row, cells) for row in table.rows)
+    level = 0 if cells is None else level_of(visits, most)
     name = "hit" if visits else "missed"
     path = element(
         "path",
         d=_curve(move),
         class_=f"edge {name} e{level}",
         stroke_width=1.0 + level * 0.5,
-        marker_end=f"url(#head-{name})",
+        marker_end=f"url(#{heads}-{name})",
     )
     return group([path], _tip(table, move, cells))
 
 
-def _draw_label(table: Table, move: _Move, cells: Cells) -> str:
+def _draw_label(table: Table, move: _Move, cells: Cells | None) -> str:
     place = move.label
     assert place is not None
     corner = (place.x - place.width / 2, place.y - place.height / 2)
@@ -265,9 +292,11 @@ def _draw_label(table: Table, move: _Move, cells: Cells) -> str:
     return group([box, *words], _tip(table, move, cells))
 
 
-def _tip(table: Table, move: _Move, cells: Cells) -> str:
+def _tip(table: Table, move: _Move, cells: Cells | None) -> str:
     lines = [f"{_id(move.source)} to {_id(move.target)}"]
-    lines += [f"{row.event.__name__}: {_visits(table, row, cells):,}" for row in move.rows]
+    lines += [
+        _counted(row.event.__name__, _visits(table, row, cells), cells) for row in move.rows
+    ]
     return "\n".join(lines)
 
 
@@ -299,7 +328,7 @@ def _port(state: _Place, next_one: _Place) -> float:
     return state.x + (index - (len(ordered) - 1) / 2) * step
 
 
-def _stays(table: Table, state: Enum, cells: Cells) -> dict[str, int]:
+def _stays(table: Table, state: Enum, cells: Cells | None) -> dict[str, int]:
     return {
         row.event.__name__: _visits(table, row, cells)
         for row in table.rows
@@ -307,21 +336,22 @@ def _stays(table: Table, state: Enum, cells: Cells) -> dict[str, int]:
     }
 
 
-def _second_line(stays: Mapping[str, int]) -> str:
+def _second_line(stays: Mapping[str, int], cells: Cells | None) -> str:
     if not stays:
         return ""
     events = "event" if len(stays) == 1 else "events"
-    return f"stays on {len(stays)} {events}: {short(sum(stays.values()))}"
+    said = f"stays on {len(stays)} {events}"
+    return said if cells is None else f"{said}: {short(sum(stays.values()))}"
 
 
-def _state_width(table: Table, state: Enum, cells: Cells) -> float:
-    second = _second_line(_stays(table, state, cells))
+def _state_width(table: Table, state: Enum, cells: Cells | None) -> float:
+    second = _second_line(_stays(table, state, cells), cells)
     return max(width_of(_id(state), 14), width_of(second, 10), 60) + 2 * STATE_PAD
 
 
-def _draw_state(table: Table, state: Enum, place: _Place, cells: Cells) -> str:
+def _draw_state(table: Table, state: Enum, place: _Place, cells: Cells | None) -> str:
     stays = _stays(table, state, cells)
-    second = _second_line(stays)
+    second = _second_line(stays, cells)
     arrivals = sum(
         _visits(table, row, cells)
         for row in table.rows
@@ -354,6 +384,6 @@ def _draw_state(table: Table, state: Enum, place: _Place, cells: Cells) -> str:
                 text_anchor="middle",
             )
         )
-    lines = [f"{_id(state)}: reached {arrivals:,} times"]
-    lines += [f"stays on {event}: {count:,}" for event, count in stays.items()]
+    lines = [_id(state) if cells is None else f"{_id(state)}: reached {arrivals:,} times"]
+    lines += [_counted(f"stays on {event}", count, cells) for event, count in stays.items()]
     return group(parts, "\n".join(lines))

@@ -1,6 +1,6 @@
-"""Pictures as text: the few SVG elements the report draws with, and how wide its letters are.
+"""Pictures as text: the few SVG elements that we draw with, and how wide letters are.
 
-Colours are classes of the page's style sheet, never values: the page knows light, dark and print.
+Colours are classes of a style sheet, never values: the sheet knows light, dark and print.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from typing import Final
 TEXT_PX: Final = 12.0
 """Height of the letters, unless said otherwise."""
 LETTER_SHARE: Final = 0.6
-"""Widest average letter of the fonts that the page asks for, as a share of their height."""
+"""Widest average letter of the fonts that the style sheets ask for, as a share of their height."""
+TRIANGLE: Final = "M0 0L8 4L0 8z"
+"""What most lines end in, in a square of 8."""
 LEVELS: Final = 7
 """Shades there are for counts: `v0` is none, `v1` to `v6` are ever more."""
 
@@ -57,8 +59,10 @@ def group(parts: Iterable[str], tip: str = "", **attributes: object) -> str:
     return element("g", inside + "".join(parts), **attributes)
 
 
-def picture(width: float, height: float, label: str, parts: Iterable[str]) -> str:
-    """Make a picture; `label` is for those who do not see it."""
+def picture(
+    width: float, height: float, label: str | None, parts: Iterable[str], **attributes: object
+) -> str:
+    """Make a picture; `label` is for those who do not see it, unless a part tells them."""
     return element(
         "svg",
         "\n".join(parts),
@@ -67,34 +71,40 @@ def picture(width: float, height: float, label: str, parts: Iterable[str]) -> st
         height=height,
         role="img",
         aria_label=label,
+        **attributes,
     )
 
 
 def arrow_heads() -> str:
     """Make what the lines of every picture of a page end in; once on the page, and not seen."""
     shapes = {
-        "hit": "M0 0L8 4L0 8z",
-        "missed": "M0 0L8 4L0 8z",
-        "said": "M0 0L8 4L0 8z",
+        "hit": TRIANGLE,
+        "missed": TRIANGLE,
+        "said": TRIANGLE,
         "lost": "M1 1L7 7M7 1L1 7",
     }
     heads = [
-        element(
-            "marker",
-            element("path", d=shape, class_=f"head {name}"),
-            id=f"head-{name}",
-            viewBox="0 0 8 8",
-            refX=4 if name == "lost" else 7,
-            refY=4,
-            markerWidth=9,
-            markerHeight=9,
-            markerUnits="userSpaceOnUse",
-            orient="auto",
-        )
+        arrow_head(shape, 4 if name == "lost" else 7, class_=f"head {name}", id=f"head-{name}")
         for name, shape in shapes.items()
     ]
     inside = element("defs", "".join(heads))
     return element("svg", inside, width=0, height=0, class_="heads", aria_hidden="true")
+
+
+def arrow_head(shape: str, tip: float, *, class_: str, id: str) -> str:  # noqa: A002
+    """Make what lines end in: a shape in a square of 8, of which `tip` is where the line ends."""
+    return element(
+        "marker",
+        element("path", d=shape, class_=class_),
+        id=id,
+        viewBox="0 0 8 8",
+        refX=tip,
+        refY=4,
+        markerWidth=9,
+        markerHeight=9,
+        markerUnits="userSpaceOnUse",
+        orient="auto",
+    )
 
 
 def level_of(count: int, most: int) -> int:
