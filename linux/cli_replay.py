@@ -128,10 +128,24 @@ class Replay:
             raise Impossible(number, reason, f"found:    {found}", f"expected: {expected}")
         if isinstance(event, on.ProviderReady):
             self._knows_all, self._left = True, None
-        _keep(self._lives, event)
+        self._keep(event)
         for effect in effects:
             self._owed.add(effect)
-            _keep(self._lives, effect)
+            if isinstance(effect, do.CreateNamespaces):
+                self._lives[effect.request.allocation_id] = _Life(effect.request)
+            elif isinstance(effect, do.AnnounceEnd) and effect.allocation_id in self._lives:
+                self._lives[effect.allocation_id].is_announced = True
+
+    def _keep(self, event: Event) -> None:
+        """Note what an event says of a life."""
+        if isinstance(event, on.NamespacesCreated):
+            self._lives[event.allocation_id].response = event.response
+        elif isinstance(event, on.NamespacesReleased):
+            del self._lives[event.allocation_id]
+        elif isinstance(event, on.CreatedAdopted | on.HandedOffAdopted):
+            self._lives[event.allocation_id] = _Life(event.request, event.response)
+        elif isinstance(event, on.RemainsFound):
+            self._lives[event.allocation_id] = _Life(event.request)
 
     def _not_asked_for(self, number: int, event: Event) -> Impossible:
         allowed = self._allowed_for(event)
@@ -162,23 +176,6 @@ class _Life:
     request: NamespaceRequest
     response: NamespaceResponse | None = None
     is_announced: bool = False
-
-
-def _keep(lives: dict[str, _Life], said: Event | Effect) -> None:
-    """Note what an event or an effect says of a life."""
-    match said:
-        case do.CreateNamespaces(request=request) | on.RemainsFound(request=request):
-            lives[request.allocation_id] = _Life(request)
-        case on.CreatedAdopted() | on.HandedOffAdopted():
-            lives[said.allocation_id] = _Life(said.request, said.response)
-        case on.NamespacesCreated(allocation_id=name, response=response):
-            lives[name].response = response
-        case do.AnnounceEnd(allocation_id=name) if name in lives:
-            lives[name].is_announced = True
-        case on.NamespacesReleased(allocation_id=name):
-            del lives[name]
-        case _:
-            pass
 
 
 class _Left:
@@ -256,19 +253,17 @@ class _Owed:
 
     def add(self, effect: Effect) -> None:
         """Note what an effect asks for."""
-        match effect:
-            case do.StartTimer(timer=timer, allocation_id=name):
-                self._open.add((timer, name))
-            case do.StopTimer(timer=timer, allocation_id=name):
-                self._open.discard((timer, name))
-            case do.CreateNamespaces(request=request):
-                self._open.add((do.CreateNamespaces, request.allocation_id))
-            case do.ReleaseNamespaces(allocation_id=name):
-                self._open.add((do.ReleaseNamespaces, name))
-            case do.HandOver(connection=number, response=response):
-                self._on_the_way.setdefault(number, []).append(response.allocation_id)
-            case _:
-                pass
+        if isinstance(effect, do.HandOver):
+            name = effect.response.allocation_id
+            self._on_the_way.setdefault(effect.connection, []).append(name)
+        elif isinstance(effect, do.StartTimer):
+            self._open.add((effect.timer, effect.allocation_id))
+        elif isinstance(effect, do.StopTimer):
+            self._open.discard((effect.timer, effect.allocation_id))
+        elif isinstance(effect, do.CreateNamespaces):
+            self._open.add((do.CreateNamespaces, effect.request.allocation_id))
+        elif isinstance(effect, do.ReleaseNamespaces):
+            self._open.add((do.ReleaseNamespaces, effect.allocation_id))
 
     def settle(self, event: Event) -> bool:
         """Strike off what an event reports; say whether it was owed, or need not be."""

@@ -32,10 +32,11 @@ project = "Namespace handoff"
 author = "the namespace-handoff authors"
 extensions = ["myst_parser"]
 root_doc = "README"
-exclude_patterns = ["__pycache__", "_static"]
+exclude_patterns = ["__pycache__", "_static", "_templates"]
 html_theme = "furo"
 html_title = "Namespace handoff"
 html_static_path = ["_static"]
+templates_path = ["_templates"]
 html_css_files = ["book.css"]
 html_copy_source = False
 html_show_sphinx = False
@@ -44,6 +45,7 @@ html_use_index = False
 myst_heading_anchors = 3
 myst_fence_as_directive = ["mermaid"]
 highlight_language = "none"
+smartquotes = False
 
 LANGUAGES: Final = {".py": "python", ".c": "c", ".h": "c", ".json": "json"}
 """How the pages of files are coloured, by the end of their names; all others are plain."""
@@ -95,12 +97,12 @@ class Clauses(SphinxTransform):
             if found is None:
                 continue
             name, siblings = found[1], raw.parent
-            at = siblings.index(raw)
-            words = siblings[at + 2]
-            link = nodes.reference("", "", words.deepcopy(), refid=name, classes=["clause"])
+            begin = siblings.index(raw)
+            end = begin + next(i for i, n in enumerate(siblings[begin:]) if n.astext() == name)
+            link = nodes.reference("", "", siblings[end], refid=name, classes=["clause"])
             target = nodes.inline("", "", link, ids=[name], names=[name])
             entry = addnodes.index(entries=[("single", name, name, "", None)])
-            siblings[at : at + 3] = [entry, target]
+            siblings[begin : end + 1] = [entry, target]
             self.document.note_explicit_target(target)
 
 
@@ -161,9 +163,6 @@ def list_chapters(_: Any, docname: str, source: list[str]) -> None:
     if Path(docname).name == "README":
         chapters = "\n".join(dict.fromkeys(_CHAPTER.findall(source[0])))
         source[0] += f"\n```{{toctree}}\n:hidden:\n\n{chapters}\n```\n" if chapters else ""
-
-
-templates_path = ["_templates"]
 
 
 def setup(app: Any) -> None:

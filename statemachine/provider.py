@@ -323,9 +323,12 @@ class ProviderKernel:
         if PROVIDER.row(type(event), allocation.state) is None:
             raise refusal(type(event), allocation.state, f"allocation {event.allocation_id}")
         _check_due(allocation, event)
-        self._note(allocation, event)
+        # Looked up, because most events say nothing more, and an explorer feeds millions.
+        if type(event) in _NOTED:
+            self._note(allocation, event)
         self._fire(allocation, event)
-        self._follow(allocation, event)
+        if type(event) in _FOLLOWED:
+            self._follow(allocation, event)
 
     def _note(self, allocation: _Allocation, event: on.AllocationEvent) -> None:
         """Keep what an event says about an allocation, before its row is taken."""
@@ -731,7 +734,7 @@ class ProviderKernel:
         if slot.stage is not _Stage.GRANTED or slot.question is None:
             return False
         allocation = self._allocations[slot.question.allocation_id]
-        if allocation.state is AllocationState.ENDED:
+        if allocation.state in _OVER:
             return False
         assert allocation.response is not None
         self._out.append(do.HandOver(number, allocation.response))
@@ -802,11 +805,31 @@ _ADOPTIONS: Final = (on.CreatedAdopted, on.HandedOffAdopted, on.RemainsFound)
 _CREATION_REPORTS: Final = (on.NamespacesCreated, on.NamespacesNotCreated)
 _RELEASE_REPORTS: Final = (on.ReleaseDelayed, on.NamespacesReleased)
 
+_NOTED: Final = frozenset(
+    {
+        *_CREATION_REPORTS,
+        *_ADOPTIONS,
+        on.ResponseSent,
+        on.ScopePopulated,
+        on.ReleaseDelayed,
+        on.ClaimExpired,
+        on.RetryDue,
+        on.ReleaseOverdue,
+    }
+)
+"""Events that say something of an allocation besides what their row does."""
+
+_FOLLOWED: Final = frozenset({on.NamespacesCreated, on.ReleaseOverdue, on.NamespacesReleased})
+"""Events that mean something for more than their allocation."""
+
 _EXPIRIES: Final[dict[type[Event], Timer]] = {
     on.ClaimExpired: Timer.CLAIM,
     on.RetryDue: Timer.RETRY,
     on.ReleaseOverdue: Timer.RELEASE,
 }
+
+_OVER: Final = (AllocationState.ENDED, AllocationState.RELEASED)
+"""Nothing of it is handed over any more, though an answer that was granted may still wait."""
 
 _OPEN_MESSAGES: Final = "unanswered messages of one connection"
 _STOPPING: Final = "the provider is shutting down"

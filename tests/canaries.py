@@ -337,6 +337,22 @@ CANARIES: Final = (
             ),
         ),
     ),
+    Canary(
+        "what is released is handed over when its turn comes",
+        "announcing the end before refusing whoever asked; found by a life that mutants are put to",
+        _in(
+            "provider",
+            "test_provider.py",
+            "test_what_is_released_before_its_turn_is_not_handed_over",
+        ),
+        (
+            Change(
+                _PROVIDER,
+                "_OVER: Final = (AllocationState.ENDED, AllocationState.RELEASED)",
+                "_OVER: Final = (AllocationState.ENDED,)",
+            ),
+        ),
+    ),
     # --- Claims, adoption, limits --------------------------------------------------------------
     Canary(
         "the claim timer runs on when somebody asks again",
@@ -826,21 +842,6 @@ CANARIES: Final = (
         "setns succeeds, and only then every fork fails with ENOMEM",
         _namespaces("test_dead_init_is_known_where_the_kernel_tells"),
         (Change("linux/namespaces.py", "return error.errno == errno.ESRCH\n", "return False\n"),),
-    ),
-    Canary(
-        "the intent is journaled after the work",
-        "what is not made need not be written down",
-        _backend(
-            "test_an_intent_that_cannot_be_journaled_creates_nothing",
-            "test_what_was_half_made_has_left_only_what_the_journal_says",
-        ),
-        (
-            Change(
-                _BACKEND,
-                "for step in (_INTEND, *plan(request, has_scopes=self._has_scopes), _PUBLISH):",
-                "for step in (*plan(request, has_scopes=self._has_scopes), _INTEND, _PUBLISH):",
-            ),
-        ),
     ),
     Canary(
         "the loopback of a new network is down",

@@ -62,7 +62,10 @@ _call_failed: Final = pytest.StashKey[bool]()
 _ran: Final = pytest.StashKey[int]()
 
 
-pytest_addoption: Final = add_options  # those that name a provider which is not ours
+def pytest_addoption(parser: pytest.Parser) -> None:
+    add_options(parser)  # those that name a provider which is not ours
+    told = "write down what the kernels do in the scenarios of specs/scenarios/"
+    parser.addoption("--rewrite-scenarios", action="store_true", help=told)
 
 
 def pytest_configure(config: pytest.Config) -> None:

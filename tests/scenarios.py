@@ -168,6 +168,11 @@ def words_of(message: Message) -> str:
             return f"{kind} {message.allocation_id}"
 
 
+def _attached(response: NamespaceResponse) -> str:
+    count = len(response.fd_types)
+    return f" + {count} descriptor{'s' * (count > 1)}" if count else ""
+
+
 def _names(kinds: Iterable[NamespaceType]) -> list[str]:
     return [kind.value for kind in kinds]
 
@@ -264,7 +269,7 @@ class ProviderAccount:
                 self.items.append(Item(column("provider", f"stops the claim timer of {name}")))
             case do.HandOver(connection=number, response=response):
                 told = words_of(_renamed(response, self._named))
-                self._say(number, f"{told} + {len(response.fd_types)} descriptors")
+                self._say(number, f"{told}{_attached(response)}")
             case do.Refuse(connection=number, error=error):
                 self._say(number, words_of(error))
             case do.AnnounceEnd(connection=number):
@@ -343,13 +348,14 @@ class Call:
         self.connection: tuple[int, int] = (-1, -1)
         """Of which life of the provider, and which of it."""
         self._numbers: Counter[Hashable] = Counter()
+        self._audit: list[Fallback] = []
         player = consumer.player
         self.exchange = _Exchange(
             _Recorder(request, self),
             player.stage.inspector,
             consumer.service,
             FOREVER,
-            self._audit,
+            self._audit.append,
             player.stage.path,
         )
 
@@ -381,6 +387,8 @@ class Call:
                 items.append(Item(self._holding))
             case do.DiscardDescriptors():
                 items.append(Item(column(who, "closes what arrived, unused")))
+            case do.ReportFallback():
+                items.append(Item(self._audited))
             case do.ServeSelf() | do.ReleaseOwn():
                 items.append(Item(arrow(who, "node", f"{type(effect).__name__} {self.name}")))
             case do.ReportRefusal(error=error):
@@ -398,9 +406,10 @@ class Call:
         degraded = ", degraded" if exchange.fallback is not None else ""
         return column(self.consumer.name, f"holds {self.name}: {kinds}, set {number}{degraded}")
 
-    def _audit(self, fallback: Fallback) -> None:
+    def _audited(self) -> str:
+        (fallback,) = self._audit
         what = f"{fallback.event} {self.name}: {type(fallback.error).__name__}"
-        self.consumer.items.append(Item(arrow(self.consumer.name, "audit", what)))
+        return arrow(self.consumer.name, "audit", what)
 
     def _say(self, what: str) -> None:
         item = Item(arrow(self.consumer.name, "provider", what), says=self._next("consumer"))
@@ -423,8 +432,6 @@ class Call:
                 if exchange.channel is None:
                     stage.forget_connection()
             else:
-                if isinstance(effect, do.ServeSelf):
-                    exchange.service = self.consumer.own()
                 _perform(exchange, effect)
         if not self.consumer.is_looking_away:
             exchange.read()
@@ -438,7 +445,7 @@ class Consumer:
         self.name = name
         self.calls: dict[str, Call] = {}
         self.items: list[Item] = []
-        self.service: SelfService | None = None
+        self.service = player.stage.self_service(name)
         self.is_gone = False
         self.is_looking_away = False
 
@@ -450,22 +457,14 @@ class Consumer:
         call = self.calls[name] = Call(self, request, name)
         return call
 
-    def own(self) -> SelfService:
-        """Have what makes namespaces without a provider."""
-        if self.service is None:
-            self.service = self.player.stage.self_service(self.name)
-        return self.service
-
     def close(self) -> None:
         """Be gone, and whatever was made by oneself with it."""
         self.is_gone = True
         for call in self.calls.values():
             call.exchange.close()
         self.calls.clear()
-        if self.service is not None:
-            self.service.close()
-            self.player.stage.own_is_gone(self.name)
-            self.service = None
+        self.service.close()
+        self.player.stage.own_is_gone(self.name)
 
 
 # --- Stages ------------------------------------------------------------------------------------
@@ -596,6 +595,8 @@ class OnKernels(Stage):
         self._adapter.stop()
         self._world.backend.close()
         self._is_there = False
+        for work in _WORK.values():
+            self._adapter.let_go(work)
 
     def hold(self, work: Work) -> None:
         self._adapter.hold(work)
@@ -637,8 +638,8 @@ class OnKernels(Stage):
         self._world.node.reap(name)
 
     def _node_of(self, call: Call) -> SimulatedNode:
-        own = self._own.get(call.consumer.name)
-        return self._world.node if own is None or call.name not in own.lives else own
+        own = self._own[call.consumer.name]
+        return own if call.name in own.lives else self._world.node
 
     def self_service(self, name: str) -> SelfService:
         node = self._own[name] = SimulatedNode(frozenset({IMAGE}))
@@ -664,8 +665,7 @@ class OnKernels(Stage):
         return {name: self._sight(life) for name, life in self._world.node.lives.items()}
 
     def own_sight(self, name: str, call: Call) -> Sight | None:
-        own = self._own.get(call.consumer.name)
-        life = None if own is None else own.lives.get(name)
+        life = self._own[call.consumer.name].lives.get(name)
         return None if life is None else self._sight(life)
 
     def _sight(self, life: Any) -> Sight:
@@ -802,9 +802,8 @@ class OnDaemon(Stage):
         exchange = call.exchange
         assert exchange.bundle is not None
         scope = self._cgroup2 / "workload.slice" / f"{name}.scope"
-        own = self._own.get(call.consumer.name)
-        if exchange.fallback is not None and own is not None:
-            scope = own.scope_of(name) or scope
+        if exchange.fallback is not None:
+            scope = self._own[call.consumer.name].scope_of(name) or scope
         with Scope(scope, "").open_procs() as procs:
             process = spawn_within(["sleep", "infinity"], exchange.bundle, scope=procs)
         self._inside.setdefault(name, []).append(process)
@@ -878,9 +877,7 @@ class OnDaemon(Stage):
         return found
 
     def own_sight(self, name: str, call: Call) -> Sight | None:
-        own = self._own.get(call.consumer.name)
-        if own is None:
-            return None
+        own = self._own[call.consumer.name]
         try:
             scope = own.scope_of(name)
         except AllocationNotFound:
@@ -1017,9 +1014,9 @@ class Player:
 
     def _differences(self) -> Iterator[str]:
         now = self._seen()
-        for what in {**self._node, **now}:
+        for what in sorted({**self._node, **now}, key=lambda what: (what.endswith(".sqfs"), what)):
             if now.get(what) != self._node.get(what):
-                yield column("node", f"{what}: {now.get(what, 'nothing')}")
+                yield column("node", f"{what}: {now.get(what, 'nothing left')}")
 
     def _seen(self) -> dict[str, str]:
         """What is on the node now, in words."""
@@ -1044,7 +1041,9 @@ class Player:
         self._node = self._seen()
 
     def _consumer(self, who: str) -> Consumer:
-        return self.consumers.setdefault(who, Consumer(self, who))
+        if who not in self.consumers:
+            self.consumers[who] = Consumer(self, who)
+        return self.consumers[who]
 
     def _holder(self, job: str) -> Call:
         calls = [c.calls[job] for c in self.consumers.values() if job in c.calls]

@@ -329,6 +329,16 @@ def test_what_ended_before_its_turn_is_not_handed_over(script: Script) -> None:
     )
 
 
+def test_what_is_released_before_its_turn_is_not_handed_over(script: Script) -> None:
+    script.ask(1, B)
+    script.ask(1, A)
+    script.create(A)
+    script.feed(on.ScopeEmptied("a"))
+    script.create(B)
+    script.end(1)
+    assert do.Refuse(1, TOO_LATE) in script.release()
+
+
 def test_two_equal_messages_have_two_answers(script: Script) -> None:
     nobody = AllocationNotFound("nobody")
     assert script.end(1, "nobody") == (do.Refuse(1, nobody),)
