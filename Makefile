@@ -1,12 +1,13 @@
 # A fresh clone needs Python 3.11 and make; every target fetches what else it needs, once.
 # More words for the program behind a target: make test ARGS='tests/test_codec.py -x'
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint site clean
 
 help:
 	@echo 'make demo    two allocations from request to release, on this machine, checked'
 	@echo 'make test    the whole suite; as root also what needs real namespaces'
 	@echo 'make lint    ruff, ruff format and mypy --strict'
+	@echo 'make site    the book of specs/ as a web site, build/site/index.html'
 	@echo 'make clean   remove the environment and everything generated'
 	@echo "ARGS='...' is handed on; PYTHON=... chooses the interpreter for .venv"
 
@@ -23,6 +24,11 @@ lint:
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
+
+site:
+	@.ci/setup site
+	rm -rf build/site
+	.venv/bin/python -m sphinx -qEW --keep-going -d build/doctrees $(ARGS) specs build/site
 
 clean:
 	rm -rf .venv build dist *.egg-info .hypothesis .*_cache

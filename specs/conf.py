@@ -11,13 +11,14 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
 from docutils import nodes
 from docutils.parsers.rst import Directive
 from pygments.lexer import RegexLexer, bygroups
-from pygments.token import Comment, Generic, Number, Text
+from pygments.token import Comment, Generic, Name, Number, Text
 from sphinx import addnodes
 from sphinx.transforms import SphinxTransform
 from sphinx.util.osutil import relative_uri
@@ -45,13 +46,14 @@ html_use_index = False
 myst_heading_anchors = 3
 myst_fence_as_directive = ["mermaid"]
 highlight_language = "none"
+pygments_dark_style = "github-dark"
 smartquotes = False
 
 LANGUAGES: Final = {".py": "python", ".c": "c", ".h": "c", ".json": "json"}
 """How the pages of files are coloured, by the end of their names; all others are plain."""
 
 _ANCHOR: Final = re.compile(r'<a id="([^"]+)">')
-_CHAPTER: Final = re.compile(r"^(?:\| |- )\[[^\]]*\]\(([\w/.-]+)\.md\)", re.MULTILINE)
+_NAME: Final = re.compile(r"(?:class |async def )?([\w.]+)")
 
 shown: Final[set[Path]] = set()
 """The files that become pages, because a chapter links to them."""
@@ -75,11 +77,22 @@ class Hex(RegexLexer):
     aliases = ["hex"]  # noqa: RUF012
     tokens = {  # noqa: RUF012
         "root": [
-            (r"^= .*$", Generic.Strong),
-            (
-                r"^((?:[0-9a-f]{2} )*[0-9a-f]{2})(  .*)?$",
-                bygroups(Number.Hex, Comment),
-            ),
+            (r"^= .*\n", Generic.Strong),
+            (r"^((?:[0-9a-f]{2} )*[0-9a-f]{2})(.*\n)", bygroups(Number.Hex, Comment)),
+            (r".*\n", Text),
+        ]
+    }
+
+
+class Scenario(RegexLexer):
+    """Rules behind `>`; below each what everybody did, `who what` or `who → whom what`."""
+
+    name = "scenario"
+    aliases = ["scenario"]  # noqa: RUF012
+    tokens = {  # noqa: RUF012
+        "root": [
+            (r"^> .*\n", Generic.Strong),
+            (r"^(\S+(?: → \S+)?)( .*\n)", bygroups(Name.Function, Text)),
             (r".*\n", Text),
         ]
     }
@@ -101,9 +114,41 @@ class Clauses(SphinxTransform):
             end = begin + next(i for i, n in enumerate(siblings[begin:]) if n.astext() == name)
             link = nodes.reference("", "", siblings[end], refid=name, classes=["clause"])
             target = nodes.inline("", "", link, ids=[name], names=[name])
-            entry = addnodes.index(entries=[("single", name, name, "", None)])
+            entry = addnodes.index(entries=[("single", name, name, "main", None)])
             siblings[begin : end + 1] = [entry, target]
             self.document.note_explicit_target(target)
+
+
+class Names(SphinxTransform):
+    """Makes each public name of the reference a place that can be linked and searched for."""
+
+    default_priority = 405
+
+    def apply(self, **_: Any) -> None:
+        """Colour the signatures; what they mean stands below them, with no dash before it."""
+        for item in list(self.document.findall(nodes.list_item)):
+            paragraph = item[0]
+            signature, words = [*paragraph.children, None, None][:2]
+            if not isinstance(signature, nodes.literal) or not str(words).startswith(" — "):
+                continue
+            paragraph[1] = nodes.Text(str(words).removeprefix(" — "))
+            signature["language"] = "python"
+            signature["classes"] += ["code", "signature"]
+            found = _NAME.match(signature.astext())
+            if found is not None:
+                name = f"{_owner(item)}.{found[1].rpartition('.')[2]}"
+                item["ids"].append(name)
+                short = name.split(".", 2)[-1]
+                entry = addnodes.index(entries=[("single", short, name, "main", None)])
+                paragraph.insert(0, entry)
+
+
+def _owner(item: nodes.Node) -> str:
+    """Name the class that a name of the reference belongs to, or else its module."""
+    above = item.parent
+    while not isinstance(above, nodes.list_item | nodes.section):
+        above = above.parent
+    return above["ids"][0] if isinstance(above, nodes.list_item) else above[0].astext()
 
 
 class Files(SphinxTransform):
@@ -133,16 +178,23 @@ def page_of(path: Path) -> str:
 def fragment_of(path: Path, said: str) -> str:
     """Find the line of `module.Name`, if a link to a module says that."""
     module, _, name = said.partition(".")
-    if path.suffix != ".py" or module != path.stem or not name:
+    if path.suffix != ".py" or module != path.stem:
         return ""
-    body: list[ast.stmt] = ast.parse(path.read_text(encoding="utf-8")).body
-    line = 0
-    for part in name.split("."):
-        found = [node for node in body if getattr(node, "name", None) == part]
-        if not found:
-            return ""
-        line, body = found[0].lineno, getattr(found[0], "body", [])
-    return f"#line-{line}"
+    line = lines_of(path).get(name)
+    return f"#line-{line}" if line else ""
+
+
+@cache
+def lines_of(path: Path) -> dict[str, int]:
+    """Find where in a module each class and function begins."""
+    return dict(_definitions(ast.parse(path.read_text(encoding="utf-8")), ""))
+
+
+def _definitions(tree: ast.AST, prefix: str) -> Iterator[tuple[str, int]]:
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield f"{prefix}{node.name}", node.lineno
+            yield from _definitions(node, f"{prefix}{node.name}.")
 
 
 def files(app: Any) -> Iterator[tuple[str, dict[str, Any], str]]:
@@ -159,9 +211,12 @@ def files(app: Any) -> Iterator[tuple[str, dict[str, Any], str]]:
 
 
 def list_chapters(_: Any, docname: str, source: list[str]) -> None:
-    """Give a first page the list of its chapters, in the order in which it names them."""
-    if Path(docname).name == "README":
-        chapters = "\n".join(dict.fromkeys(_CHAPTER.findall(source[0])))
+    """Give a first page the list of its chapters by their numbers, and then of its folders."""
+    page = HERE / docname
+    if page.name == "README":
+        numbered = sorted(path.stem for path in page.parent.glob("[0-9]*.md"))
+        folders = sorted(f"{path.parent.name}/README" for path in page.parent.glob("*/README.md"))
+        chapters = "\n".join([*numbered, *folders])
         source[0] += f"\n```{{toctree}}\n:hidden:\n\n{chapters}\n```\n" if chapters else ""
 
 
@@ -169,7 +224,9 @@ def setup(app: Any) -> None:
     """Register all of that."""
     app.add_directive("mermaid", Mermaid)
     app.add_lexer("hex", Hex)
+    app.add_lexer("scenario", Scenario)
     app.add_transform(Clauses)
+    app.add_transform(Names)
     app.add_transform(Files)
     app.connect("source-read", list_chapters)
     app.connect("html-collect-pages", files)

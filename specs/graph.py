@@ -294,9 +294,7 @@ def _draw_label(table: Table, move: _Move, cells: Cells | None) -> str:
 
 def _tip(table: Table, move: _Move, cells: Cells | None) -> str:
     lines = [f"{_id(move.source)} to {_id(move.target)}"]
-    lines += [
-        _counted(row.event.__name__, _visits(table, row, cells), cells) for row in move.rows
-    ]
+    lines += [_counted(row.event.__name__, _visits(table, row, cells), cells) for row in move.rows]
     return "\n".join(lines)
 
 

@@ -23,7 +23,7 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 
 sys.path.insert(0, str(ROOT))
 
-from specs import api, clauses, make_vectors  # noqa: E402
+from specs import api, clauses, make_vectors, pictures  # noqa: E402
 from statemachine import drawing, lifecycle  # noqa: E402
 
 DOCUMENTS: Final = (ROOT / "README.md", *sorted((ROOT / "specs").rglob("*.md")))
@@ -107,7 +107,7 @@ _MAKERS: Final[dict[str, Callable[[str], str]]] = {
 
 def main() -> int:
     """Rewrite what is stale and name it."""
-    for path in make_vectors.write():
+    for path in (*make_vectors.write(), *pictures.write()):
         print(f"refreshed {path.relative_to(ROOT)}")
     for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8")

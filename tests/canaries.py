@@ -68,6 +68,7 @@ def _in(name: str, file: str, *tests: str, is_linux: bool = False) -> Layer:
 _channel = partial(_in, "channel", "test_channel.py")
 _codec = partial(_in, "codec", "test_codec.py")
 _framing = partial(_in, "framing", "test_framing.py")
+_provider = partial(_in, "provider", "test_provider.py")
 _messages = partial(_in, "messages", "test_messages.py")
 _table = partial(_in, "table", "test_table.py")
 _descriptors = partial(_in, "descriptors", "test_descriptors.py")
@@ -436,7 +437,11 @@ CANARIES: Final = (
     Canary(
         "one allocation more than allowed may be alive",
         "off by one",
-        _model("provider", "abc"),
+        _in(
+            "provider",
+            "test_provider.py",
+            "test_allocations_too_many_of_one_user_are_refused_until_one_is_released",
+        ),
         (
             Change(
                 _PROVIDER,
@@ -782,23 +787,6 @@ CANARIES: Final = (
         (Change(_SERVE, "        self._kernel.remember(recovery.remembered)\n", ""),),
     ),
     Canary(
-        "a change of a cgroup is taken for its end",
-        "freezing makes an event, too",
-        _driver("test_a_change_without_use_ends_nothing", "test_freezing_ends_nothing"),
-        (
-            Change(
-                _SERVE,
-                "        if self._is_over(name):\n            self._feed(on.ScopeEmptied(name))",
-                "        self._feed(on.ScopeEmptied(name))",
-            ),
-            Change(
-                _SERVE,
-                "self._loop.call_later(LOOK_AGAIN_S, self._look_again, name)",
-                "self._start_grace(name)",
-            ),
-        ),
-    ),
-    Canary(
         "descriptors are taken for what the provider says they are",
         "fd_types says it, and who would lie",
         _liar("test_a_lie_is_caught_and_the_consumer_serves_itself"),
@@ -828,7 +816,12 @@ CANARIES: Final = (
     Canary(
         "only what was seen running counts as use",
         "a process can come and go between two looks",
-        _linux("test_a_process_that_nobody_saw_counts[linux]"),
+        _in(
+            "cgroups",
+            "test_cgroups.py",
+            "test_use_that_nobody_watched_is_still_proved",
+            is_linux=True,
+        ),
         (
             Change(
                 "linux/cgroups.py",

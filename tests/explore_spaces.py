@@ -130,6 +130,19 @@ SPACES: Final[dict[str, Space]] = {
         23_000,
         3,
     ),
+    "a stranger who does not wait for answers, and a crash": Space(
+        Bounds(
+            consumers=0,
+            strangers=1,
+            requests=(A, B),
+            in_flight=2,
+            crashes=1,
+            faults=1,
+            without=only(*TALK, "crash", "fail"),
+        ),
+        4_000,
+        2,
+    ),
     "a stranger who floods, among few": Space(
         Bounds(
             consumers=0,
@@ -137,7 +150,8 @@ SPACES: Final[dict[str, Space]] = {
             requests=(A, A_BAD),
             in_flight=3,
             limits=Limits(open_per_connection=1, connections_per_uid=1, remembered=1),
-            without=only(*TALK, "babble"),
+            crashes=1,
+            without=only(*TALK, "babble", "crash"),
         ),
         140,
         1,

@@ -186,14 +186,16 @@ class _Sweep:
                 if left is None:
                     raise
                 self._found.append(self._discovery(plan, error))
+        is_single = kind == "single"
         figures = {
-            "calls of golden lives": float(len(calls)) if kind == "single" else 0.0,
+            "calls of golden lives": float(len(calls)) if is_single else 0.0,
+            "single faults there are": float(sum(map(len, map(faults_of, calls)))) * is_single,
             _FIGURES[kind]: float(told),
             "planned calls that were not made": float(self._missed),
         }
         return Outcome(
             figures={name: number for name, number in figures.items() if number},
-            rows=self._rows() if kind == "single" else [],
+            rows=self._rows() if is_single else [],
             discoveries=self._found,
         )
 

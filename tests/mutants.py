@@ -319,6 +319,21 @@ _UNREADABLE: Final[tuple[Event, ...]] = (
 )
 """A holder whose unreadable frame waits for the answer before it."""
 
+_BEHIND: Final[tuple[Event, ...]] = (
+    on.ConnectionOpened(1, 1),
+    on.ProviderReady(),
+    on.RequestReceived(1, _A),
+    on.NamespacesCreated("a", response_to(_A)),
+    on.ResponseSent("a", 1),
+    on.RequestReceived(1, REQUESTS["b"][0]),
+    on.RequestReceived(1, _A),
+    on.FrameRejected("x", 1),
+    on.ScopeEmptied("a"),
+    on.NamespacesCreated("b", response_to(REQUESTS["b"][0])),
+    on.NamespacesReleased("a"),
+)
+"""The same, with an answer that was granted and comes too late."""
+
 _AGAIN: Final[tuple[Event, ...]] = (
     on.CreatedAdopted("a", _A, response_to(_A)),
     on.HandedOffAdopted("a", _A, response_to(_A)),
@@ -332,6 +347,8 @@ _BEGINNINGS: Final[tuple[tuple[Event, ...], ...]] = (
     (*_QUEUE, on.ScopeEmptied("a"), on.ResponseSent("a", 3)),
     (*_QUEUE, on.ScopeEmptied("a"), on.ResponseNotSent("a", 3, FdPassing("x"))),
     _OVERTAKEN,
+    (*_QUEUE[:-1], on.ResponseNotSent("a", 3, FdPassing("x"))),
+    _BEHIND,
     _UNREADABLE,
     (*_UNREADABLE, on.ReleaseOverdue("a")),
     *((first, *_AGAIN) for first in _AGAIN),
@@ -451,17 +468,22 @@ ARGUMENTS: Final = (
         lambda m: _adds_row(m, *_EXPIRIES),
     ),
     Argument(
+        "the report is refused, because what it reports is not under way in this state",
+        lambda m: (
+            (
+                _adds_row(m, on.NamespacesCreated, on.NamespacesNotCreated)
+                and m.cell[1] is not AllocationState.REQUESTED
+            )
+            or _adds_row(m, on.ReleaseDelayed, on.NamespacesReleased)
+        ),
+    ),
+    Argument(
         "adoptions are reported before the provider is ready, once for each name: nothing is "
         "requested then, and what is remembered as released counts as unknown",
         lambda m: (
             _adds_row(m, *_ADOPTIONS)
             and m.cell[1] in (AllocationState.REQUESTED, AllocationState.RELEASED)
         ),
-    ),
-    Argument(
-        "nobody is there to claim it, which is looked for at once and has no row in the state that "
-        "this leads to: so the event is refused, as it was",
-        lambda m: _adds_row(m, on.NamespacesCreated) and m.cell[1] in _NO_ALLOCATION,
     ),
     Argument(
         "without a connection the consumer's kernel hears no peer, whatever the rows say",

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Final
 
 from specs.svg import element, group, level_of, line, picture, rect, short, text, width_of
-
 from statemachine.table import Table
 
 WIDTH_MAX: Final = 1112.0

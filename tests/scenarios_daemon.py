@@ -1,8 +1,10 @@
-"""`nshandoff serve`, with a hand on it: its work is held up, and its time passes, when it is told so.
+"""`nshandoff serve` with a hand on it: work is held up, and time passes, when it is told so.
 
-It is the program as it stands; only its backend is on reins, and its clock can be put forward. What
-to do comes as lines of JSON on standard input, `[verb, ...]`; each is answered with an empty line
-once it is done. The first line names the work that is held up from the start.
+It is the program as it stands, but for a gate before its backend and a clock that can be put
+forward. What to do comes as lines of JSON on standard input, `[verb, ...]`; each is answered with
+an empty line once it is done. The first line names the work that is held up from the start.
+
+It starts often, so it imports little.
 """
 
 from __future__ import annotations
@@ -20,25 +22,61 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
-from handoffs import Work
-from liar import wait_until
-from stateful_reins import Reins
+from liar import DEADLINE_S, wait_until
 
 from linux import cli, cli_serve
 from statemachine import events as on
 from statemachine.effects import Timer
-from transport.contract import Backend
+from statemachine.messages import NamespaceRequest, NamespaceResponse
+from transport.contract import Backend, Recovery
 from transport.serve import Provider
+
+
+class Gate:
+    """A backend before which work that is held up waits, in the thread that does it."""
+
+    def __init__(self, backend: Backend, held: set[str]) -> None:
+        self._backend = backend
+        self._held = held
+        self._changed = threading.Condition()
+
+    def hold(self, work: str) -> None:
+        with self._changed:
+            self._held.add(work)
+
+    def let_go(self, work: str) -> None:
+        with self._changed:
+            self._held.discard(work)
+            self._changed.notify_all()
+
+    def recover(self) -> Recovery:
+        self._pass("RECOVER")
+        return self._backend.recover()
+
+    def create_namespaces(self, request: NamespaceRequest) -> NamespaceResponse:
+        self._pass("CREATE")
+        return self._backend.create_namespaces(request)
+
+    def release_namespaces(self, allocation_id: str) -> None:
+        self._pass("RELEASE")
+        self._backend.release_namespaces(allocation_id)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def _pass(self, work: str) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: work not in self._held, DEADLINE_S), work
 
 
 class Hand:
     """What holds the program."""
 
-    def __init__(self, held: list[str]) -> None:
+    def __init__(self, held: set[str]) -> None:
         self._held = held
         self._ahead_s = 0.0
         self._open_backend = cli_serve._backend
-        self.reins: Reins
+        self.gate: Gate
         self.provider: Provider
 
     def monotonic(self) -> float:
@@ -46,10 +84,8 @@ class Hand:
         return time.monotonic() + self._ahead_s
 
     def open_backend(self, options: Namespace, stack: ExitStack) -> Backend:
-        self.reins = Reins(self._open_backend(options, stack))
-        for work in self._held:
-            self.reins.hold(Work[work])
-        return self.reins
+        self.gate = Gate(self._open_backend(options, stack), self._held)
+        return self.gate
 
     def make_provider(self, *arguments: Any, **named: Any) -> Provider:
         self.provider = Provider(*arguments, **named)
@@ -65,10 +101,10 @@ class Hand:
     # What it is told.
 
     def hold(self, work: str) -> None:
-        self.reins.hold(Work[work])
+        self.gate.hold(work)
 
     def let_go(self, work: str) -> None:
-        self.reins.let_go(Work[work])
+        self.gate.let_go(work)
 
     def expire(self, timer: str, name: str) -> None:
         key = (Timer[timer], name)
@@ -96,12 +132,12 @@ class Hand:
             done.set()
 
         self.provider._loop.call_soon_threadsafe(acted)
-        assert done.wait(10.0), "the provider does not get round to it"
+        assert done.wait(DEADLINE_S), "the provider does not get round to it"
 
 
 def main() -> int:
     with open(0, "rb", buffering=0, closefd=False) as told:
-        hand = Hand(json.loads(told.readline()))
+        hand = Hand({*json.loads(told.readline())})
     replaced: Any = cli_serve
     replaced._backend = hand.open_backend
     replaced.Provider = hand.make_provider

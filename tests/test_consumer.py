@@ -91,6 +91,25 @@ def test_basic_one_life_from_the_wish_to_the_end() -> None:
     assert kernel.is_connected is False
 
 
+def test_a_snapshot_says_whether_there_is_a_line_and_which_timers_run() -> None:
+    def line_and_timers(*events: Event) -> tuple[bool, bool, set[Timer]]:
+        *_, is_connected, is_calling, timers = after(*events).snapshot()
+        assert isinstance(is_connected, bool)
+        assert isinstance(is_calling, bool)
+        return is_connected, is_calling, set(timers)
+
+    overdue, told_late = on.AnswerOverdue(), (END, on.NoticeOverdue())
+    assert line_and_timers() == (False, False, set())
+    assert line_and_timers(WANT) == (False, True, set())
+    assert line_and_timers(WANT, UNREACHABLE) == (False, False, set())
+    assert line_and_timers(*TO_ASKING) == (True, False, {Timer.ANSWER})
+    assert line_and_timers(*TO_HELD) == (True, False, set())
+    assert line_and_timers(*TO_HELD, LOST) == (False, False, set())
+    assert line_and_timers(*TO_ASKING, overdue) == (True, False, {Timer.NOTICE})
+    assert line_and_timers(*TO_HELD, *told_late) == (False, False, {Timer.REDIAL})
+    assert line_and_timers(*TO_HELD, *told_late, on.NoticeDue()) == (False, True, set())
+
+
 def test_a_new_consumer_is_idle_and_owes_nothing() -> None:
     kernel = ConsumerKernel(REQUEST)
     assert kernel.request == REQUEST

@@ -147,6 +147,7 @@ def test_a_life_makes_the_same_calls_whenever_it_is_told(stage: Stage, name: str
     assert stage.tell(LIVES[name]).passed == stage.tell(LIVES[name]).passed != []
 
 
+@pytest.mark.clause("ERR-7")
 @pytest.mark.parametrize("name", LIVES)
 def test_basic_every_call_can_fail_with_every_errno(stage: Stage, name: str) -> None:
     calls = stage.tell(LIVES[name]).passed
@@ -302,6 +303,7 @@ def _refuse_once(
 
 
 # What a program has open is closed with it; here it is Python that notices.
+@pytest.mark.clause("CRASH-7")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("phase", PHASES)
 def test_basic_a_provider_can_die_at_every_call(tmp_path: Path, phase: str) -> None:
@@ -309,6 +311,7 @@ def test_basic_a_provider_can_die_at_every_call(tmp_path: Path, phase: str) -> N
         assert len(list(crash_points(program, phase))) > 10
 
 
+@pytest.mark.clause("CRASH-7")
 @pytest.mark.needs_root
 @pytest.mark.parametrize("phase", PHASES)
 def test_on_linux_a_provider_can_be_killed_at_any_call(

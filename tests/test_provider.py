@@ -638,6 +638,10 @@ def test_a_name_that_is_used_again_takes_no_place_among_the_remembered() -> None
     assert script.state("x") is RELEASED
 
 
+def test_a_new_provider_is_starting_and_empty() -> None:
+    assert ProviderKernel().snapshot() == (Phase.STARTING, (), (), (), (), False)
+
+
 def test_names_are_remembered_in_addition() -> None:
     kernel = ProviderKernel()
     kernel.remember(["x"])
@@ -1192,6 +1196,11 @@ def test_an_impossible_event_raises_and_changes_nothing(script: Script, event: E
 
 
 MISUSE: Final[list[tuple[tuple[Event, ...], Event, str]]] = [
+    (
+        (on.RequestReceived(9, A), on.EndReceived(9, "a"), on.NamespacesCreated("a", answer_to(A))),
+        on.NamespacesCreated("a", answer_to(A)),
+        "NamespacesCreated is not possible while allocation a is ended and not being made",
+    ),
     # (what happened before, what cannot be, whose it is and where that stands)
     ((), on.NamespacesWanted(), "NamespacesWanted is not possible while the provider is ready"),
     ((), on.ProviderReady(), "ProviderReady is not possible while the provider is ready"),

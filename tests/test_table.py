@@ -137,6 +137,11 @@ def test_there_is_no_way_past_the_rows(sound: Table) -> None:
     machine = table._machine_of(sound.rows, sound.initial)
     assert set(machine.events) == {event.__name__ for event in sound.events}
     assert machine.models == []
+    assert machine.initial == sound.initial.name
+    assert set(machine.states) == {state.name for state in sound.states}
+    # A queue would be one for all models; a `to_<state>` would pass by the rows.
+    assert machine.has_queue is False
+    assert machine.auto_transitions is False
     for event in sound.events:
         rows = [row for row in sound.rows if row.event is event]
         moves = machine.get_transitions(event.__name__)

@@ -239,6 +239,7 @@ def comes_out_in_time(case: Case) -> bool:
     )
 
 
+@pytest.mark.clause("WIRE-5", "WIRE-6", "WIRE-8", "WIRE-9")
 @pytest.mark.parametrize(
     ("name", "check"),
     [
@@ -300,6 +301,7 @@ def is_attributed(case: Case) -> bool:
     )
 
 
+@pytest.mark.clause("FD-7", "FD-9")
 def test_our_channel_agrees_and_leaves_nothing_open() -> None:
     before = len(os.listdir("/proc/self/fd"))
 
