@@ -12,7 +12,7 @@ help:
 	@echo "ARGS='...' is handed on; PYTHON=... chooses the interpreter for .venv"
 
 demo:
-	@.ci/setup test
+	@.ci/setup demo
 	.venv/bin/nshandoff demo $(ARGS)
 
 test:
@@ -31,5 +31,5 @@ site:
 	.venv/bin/python -m sphinx -qEW --keep-going -d build/doctrees $(ARGS) specs build/site
 
 clean:
-	rm -rf .venv build dist *.egg-info .hypothesis .*_cache
+	rm -rf .venv build dist *.egg-info .hypothesis .verify .*_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +

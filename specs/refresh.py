@@ -6,6 +6,8 @@ A generated part stands between `<!-- generated: <how> <of what> -->` and `<!-- 
     module              a module of this folder as a chapter: its headings, its words, its code
     clauses             every clause, where the code cites it and which tests claim it
     api                 every public name of a package
+
+The pictures in `pictures/` and the vectors in `vectors/` are written as well.
 """
 
 from __future__ import annotations

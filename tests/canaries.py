@@ -97,6 +97,8 @@ _SERVE: Final = "transport/serve.py"
 _REQUEST: Final = "transport/request.py"
 _BACKEND: Final = "linux/backend.py"
 
+_INTEND: Final = 'self._journal.intend(Entry(life.name, life.token, "requested", life.request))'
+
 UPSTREAM: Final = "upstream"
 """The origin of the six bugs that the seed's own upstream has."""
 
@@ -134,9 +136,14 @@ CANARIES: Final = (
         (
             Change(
                 _BACKEND,
-                "            except _FAILURES as error:\n                self._abandon(life)",
-                "            except JournalError:\n                continue\n"
-                "            except _FAILURES as error:\n                self._abandon(life)",
+                f"            {_INTEND}\n            life.is_journaled = True\n",
+                f"            with suppress(JournalError):\n                {_INTEND}\n"
+                "                life.is_journaled = True\n",
+            ),
+            Change(
+                _BACKEND,
+                "        if self._journal is None:\n            return\n        assert life.anchor",
+                "        if not life.is_journaled:\n            return\n        assert life.anchor",
             ),
         ),
     ),

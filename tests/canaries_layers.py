@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -119,13 +121,25 @@ def properties(*selected_and_seed: Any) -> Layer:
 
 
 def _run_pytest(arguments: list[str]) -> None:
-    first = _FirstFailure()
+    first, folder = _FirstFailure(), Path.cwd() / "basetemp"
+    options = ["-x", "-q", "-p", "no:randomly", "-p", "no:cacheprovider", f"--basetemp={folder}"]
     # Hypothesis is imported already, here and in every house; pytest would make a warning of it.
-    options = ["-x", "-q", "-p", "no:randomly", "-p", "no:cacheprovider"]
     options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
     status = pytest.main([*options, *arguments], plugins=[first])
+    _remove_anchor_cgroups(folder)
     if status != pytest.ExitCode.OK:
         raise AssertionError(first.account or f"pytest ended with {status!r}")
+
+
+def _remove_anchor_cgroups(folder: Path) -> None:
+    """A test that fails half-way can leave one; it has its name from the provider's directory."""
+    from linux.backend import instance_of
+    from linux.cgroups import CgroupUnavailable, find_cgroup2, remove_anchor_cgroup
+
+    with suppress(CgroupUnavailable):
+        root = find_cgroup2()
+        for directory in (path for path in folder.rglob("*") if path.is_dir()):
+            remove_anchor_cgroup(root, instance_of(directory))
 
 
 class _FirstFailure:

@@ -15,6 +15,7 @@ import pytest
 import scenarios
 from census import Census
 from scenarios import DAEMON, FOLDER, KERNELS, SCENARIOS, Scenario
+from scenarios_accounts import column
 from scenarios_stages import PATIENCE_S, OnDaemon, OnKernels, Stage
 from worlds import MOUNT, NET
 
@@ -192,6 +193,14 @@ def test_every_promise_has_its_scenario_and_every_scenario_its_row() -> None:
         scenario = Scenario.read(FOLDER / name)
         assert scenario.text.startswith(f"# {title}\n")
         assert re.findall(r"\[([A-Z]+-\d+)\]", shown) == scenario.shown
+
+
+def test_the_example_of_the_readme_is_what_happens() -> None:
+    example = re.findall(r"^```text\n(> .*?)^```$", README, re.MULTILINE | re.DOTALL)
+    start = "> the provider starts\n" + column("provider", "ready")
+
+    assert len(example) == 1
+    assert difference(story(start, example[0].rstrip()), OnKernels()) == ""
 
 
 @pytest.mark.parametrize("path", [*SCENARIOS, FOLDER / "README.md"], ids=stem)
