@@ -50,6 +50,8 @@ class Canary:
     """Where it was met, or what makes it likely."""
     layer: Layer
     changes: tuple[Change, ...]
+    also: Layer | None = None
+    """A second layer that sees it, whatever it draws; tried in campaigns, with many seeds."""
 
 
 def _explorer(space: str) -> Layer:
@@ -82,7 +84,6 @@ _forge = partial(_in, "forge", "test_forge.py", is_linux=True)
 _linux = partial(_in, "contract, Linux", "test_backend_contract.py", is_linux=True)
 
 STATEFUL: Final = Layer("stateful", "stateful", is_seeded=True)
-SOCKET: Final = Layer("stateful, socket", "socket", is_seeded=True)
 
 _PROVIDER: Final = "statemachine/provider.py"
 _CONSUMER: Final = "statemachine/consumer.py"
@@ -116,6 +117,7 @@ CANARIES: Final = (
                 "            allocation = self._admit",
             ),
         ),
+        also=STATEFUL,
     ),
     Canary(
         "the end of what never was is confirmed",
@@ -205,6 +207,7 @@ CANARIES: Final = (
                 "            connection.slots.pop()",
             ),
         ),
+        also=STATEFUL,
     ),
     Canary(
         "whoever asked for the end hears of it twice",
@@ -302,6 +305,7 @@ CANARIES: Final = (
                 "_HANDED_OFF, (do.RecordHandoff, do.ReleaseNamespaces)",
             ),
         ),
+        also=STATEFUL,
     ),
     Canary(
         "a release that is delayed is not tried again",
@@ -410,6 +414,7 @@ CANARIES: Final = (
                 "Row(on.RemainsFound, _UNKNOWN, _ENDED),",
             ),
         ),
+        also=STATEFUL,
     ),
     Canary(
         "names that are remembered are lost in a snapshot",
@@ -479,6 +484,7 @@ CANARIES: Final = (
                 _LIFECYCLE, "_SELF_OWING: Final = (do.OweEnd, *_SELF)", "_SELF_OWING: Final = _SELF"
             ),
         ),
+        also=STATEFUL,
     ),
     Canary(
         "the descriptors of an answer that comes too late are kept",
@@ -672,7 +678,7 @@ CANARIES: Final = (
     Canary(
         "descriptors belong to the frame that their read began in",
         "Linux glues plain bytes in front of the next descriptors",
-        _channel("test_every_cut_into_three_delivers_the_same"),
+        _channel("test_every_cut_into_three_delivers_the_same[plain, then three]"),
         (
             Change(
                 _CHANNEL,

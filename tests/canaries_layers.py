@@ -23,8 +23,6 @@ Layer = Callable[[], None]
 WALK_STEPS: Final = 4_000
 STATEFUL_EXAMPLES: Final = 1_000
 """Most runs of the machine over the kernels; a canary is found in the first few."""
-SOCKET_EXAMPLES: Final = 120
-"""The same over a real socket, where a run takes longer."""
 
 
 # --- Exhaustive --------------------------------------------------------------------------------
@@ -76,14 +74,6 @@ def stateful(seed: int) -> Layer:
     return _machine(Pair, STATEFUL_EXAMPLES, 40, seed)
 
 
-def socket(seed: int) -> Layer:
-    """The same over a real socket, with the simulated node behind it."""
-    from test_stateful import machine
-    from worlds import SimulatedWorld
-
-    return _machine(machine("sim", SimulatedWorld), SOCKET_EXAMPLES, 25, seed)
-
-
 def _machine(kind: type[RuleBasedStateMachine], examples: int, steps: int, seed: int) -> Layer:
     import hypothesis
     from hypothesis.stateful import run_state_machine_as_test
@@ -110,14 +100,6 @@ def tests(*selected: str) -> Layer:
     arguments = [f"tests/{name}" for name in selected]
     os.environ["CI"] = "true"
     return lambda: _run_pytest(arguments)
-
-
-def properties(*selected_and_seed: Any) -> Layer:
-    """Run some tests that draw examples, with another seed than that of every CI run."""
-    *selected, seed = selected_and_seed
-    arguments = [f"tests/{name}" for name in selected]
-    os.environ.pop("CI", None)
-    return lambda: _run_pytest([*arguments, f"--hypothesis-seed={seed}"])
 
 
 def _run_pytest(arguments: list[str]) -> None:

@@ -33,6 +33,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from explore_client import CLIENT_MOVES, ClientDraft, client_moves, is_provided, may_have_two_sets
 from explore_draw import Story, as_python

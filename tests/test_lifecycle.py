@@ -10,6 +10,7 @@ import pytest
 
 from statemachine import effects as do
 from statemachine import events as on
+from statemachine import lifecycle
 from statemachine.effects import Order, Timer, order_name, start, stop
 from statemachine.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
 from statemachine.events import Event, PeerEvent
@@ -402,3 +403,8 @@ def test_orders_are_named_as_tables_print_them() -> None:
         "start claim timer",
         "stop claim timer",
     ]
+
+
+def test_the_vocabulary_that_is_checked_on_import_is_all_there_is() -> None:
+    used = {row.event for table in TABLES for row in table.rows}
+    assert lifecycle._leaves(on, Event) == used | set(lifecycle.OUTSIDE_EVENTS)

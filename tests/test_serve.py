@@ -370,7 +370,7 @@ def test_bytes_that_trickle_in_buy_no_more_time(path: Path, backend: SimulatedBa
         Serving(path, backend, spans=Spans(partial_frame_s=0.2)) as serving,
         serving.connect() as line,
     ):
-        for byte in frame_of(wanted("x" * 100)):
+        for byte in frame_of(wanted("x" * 30)):
             line.say(bytes([byte]))
             if select.select([line.sock], [], [], 0.02)[0]:
                 break
