@@ -117,7 +117,6 @@ CANARIES: Final = (
                 "            allocation = self._admit",
             ),
         ),
-        also=STATEFUL,
     ),
     Canary(
         "the end of what never was is confirmed",

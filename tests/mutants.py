@@ -25,7 +25,6 @@ from itertools import combinations
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import pytest
-import test_model
 from test_model import (
     LIMITS,
     MODEL_LIMITS,
@@ -208,7 +207,7 @@ def _relive(moment: Moment, events: Sequence[Event], *, settles: bool = False) -
     for event in events:
         kernel, known = step_provider(kernel, known, event)
     for event in _COMPLETIONS if settles else ():
-        if _can_be(known, event) and not _is_disputed(known, event):
+        if _can_be(known, event):
             kernel, known = step_provider(kernel, known, event)
 
 
@@ -357,9 +356,7 @@ _BEGINNINGS: Final[tuple[tuple[Event, ...], ...]] = (
 
 
 def _is_wanted(known: model.Provider, event: Event, share: float, chance: random.Random) -> bool:
-    if _can_be(known, event):
-        return not _is_disputed(known, event)
-    return chance.random() < share
+    return _can_be(known, event) or chance.random() < share
 
 
 def _can_be(known: model.Provider, event: Event) -> bool:
@@ -368,12 +365,6 @@ def _can_be(known: model.Provider, event: Event) -> bool:
     except model.Impossible:
         return False
     return True
-
-
-_is_disputed: Final[Callable[[model.Provider, Event], bool]] = getattr(
-    test_model, "is_disputed", lambda known, event: False
-)
-"""What the kernel is known to do otherwise than the model, if there is anything."""
 
 
 class _Noting:
