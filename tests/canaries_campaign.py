@@ -32,9 +32,9 @@ def run(seed: int, name: str, seeds: int, is_also: bool = False) -> Outcome:
     is_killed = clean.finding is None and len(caught) == len(found)
     outcome = Outcome(
         figures={
-            "canaries": not is_also,
-            "canaries caught": is_killed and not is_also,
-            "hunts for canaries": len(found),
+            "canaries": float(not is_also),
+            "survived": float(not is_killed),
+            "hunts": float(len(found)),
         },
         rows=[
             {

@@ -30,9 +30,9 @@ from programs import warm_daemon_in
 from test_strace import POINTS, survive
 
 BACKENDS: Final = ("simulated", "linux")
-SINGLES_ON_LINUX: Final = 500
-"""At scale 1; there are some 4,000."""
-PAIRS: Final = {"simulated": 10_000, "linux": 0}
+SINGLES_ON_LINUX: Final = 4_000
+"""At scale 1: all there are."""
+PAIRS: Final = {"simulated": 50_400, "linux": 0}
 """At scale 1."""
 SHARE: Final = {"simulated": 2_500, "linux": 250}
 """Most plans of one task."""

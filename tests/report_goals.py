@@ -143,7 +143,8 @@ def _killed(part: Part, name: str, words: tuple[str, ...], least: float) -> Goal
         return _judge(name, goal, "", None)
     said = f"{done / whole:.2%}: {done:,.0f} of {whole:,.0f}"
     said += f", {argued:,.0f} argued" if argued else ""
-    return _judge(name, goal, said, done / whole >= least)
+    # What changes nothing cannot be killed: where all are asked for, all others are.
+    return _judge(name, goal, said, (done + argued * (least == 1)) / whole >= least)
 
 
 def _states_in_time(explore: Part) -> Goal:
@@ -209,11 +210,11 @@ def _canaries(canaries: Part) -> Iterator[Goal]:
     yield _at_least(canaries, "canaries", ("canaries",), CANARIES)
     rows = canaries.rows
     for layer, most in KILL_TIMES_S.items():
-        times = {label_of(row): column(row, "slowest", "seconds", "time") for row in rows}
         known = {
             label_of(row): seconds
             for row in rows
-            if goal_of_layer(row) == most and (seconds := times[label_of(row)]) is not None
+            if goal_of_layer(row) == most
+            and (seconds := column(row, "slowest", "seconds", "time")) is not None
         }
         said = ""
         if known:

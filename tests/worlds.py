@@ -423,7 +423,7 @@ def loop_images() -> Iterator[Path]:
         try:
             yield Path(path.read_text().rstrip("\n").removesuffix(" (deleted)"))
         except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENXIO):
+            if error.errno not in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
                 raise
 
 

@@ -30,6 +30,7 @@ from statemachine.events import Event
 from statemachine.provider import Limits
 
 _write_json: Final = json.JSONEncoder(separators=(",", ":")).encode
+_read_json: Final = json.JSONDecoder().decode
 
 SCHEMA: Final = 1
 """Version of the lines; a reader refuses any other."""
@@ -137,7 +138,7 @@ def _parsed(number: int, text: bytes) -> Any:
     if len(text) > LINE_BYTES_MAX:
         raise TraceError(number, f"over {LINE_BYTES_MAX} bytes")
     try:
-        return json.loads(text.decode())
+        return _read_json(text.decode())
     except (ValueError, RecursionError):
         raise TraceError(number, "not a line of JSON") from None
 
@@ -147,9 +148,10 @@ def _entry_of(number: int, plain: Any) -> tuple[int, Entry]:
         if type(plain) is not dict or plain.pop("schema", None) != SCHEMA:
             raise _Unreadable(f"not of schema {SCHEMA}")
         sequence = _INTEGER.decode(plain.pop("seq", None))
-        for kind, mark in _MARKS.items():
-            if mark in plain and len(plain) == 1:
-                return sequence, _ENTRIES[kind].decode(plain[mark])
+        if len(plain) == 1:
+            for kind, mark in _MARKS.items():
+                if mark in plain:
+                    return sequence, _ENTRIES[kind].decode(plain[mark])
         return sequence, _ENTRIES[Turn].decode(plain)
     except _Unreadable as fault:
         raise TraceError(number, str(fault)) from None
@@ -249,9 +251,12 @@ def _fields_of(kind: Any) -> _Codec:
         return {name: write(getattr(value, name)) for name, write in writers}
 
     def decode(plain: Any) -> Any:
-        if type(plain) is not dict or plain.keys() != codecs.keys():
-            raise _Unreadable(f"{plain!r:.80} is no {kind.__name__}")
-        return kind(*[read(plain[name]) for name, read in readers])
+        if type(plain) is dict and len(plain) == len(readers):
+            try:
+                return kind(*[read(plain[name]) for name, read in readers])
+            except KeyError:
+                pass  # One has another name, and another is missing.
+        raise _Unreadable(f"{plain!r:.80} is no {kind.__name__}")
 
     return _Codec(encode, decode)
 
