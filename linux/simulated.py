@@ -11,6 +11,9 @@ everything in its namespace is reaped, a zombie does not populate a cgroup, free
 what is killed is not gone at once, and what cannot be killed stays. What the kernel's part in this
 is, the `simulated_*` modules say; random programs run on them, and on this, and on Linux.
 
+One thing it cannot see: a descriptor that somebody else keeps. On Linux one of a mount namespace
+keeps the image mounted in it beyond the hold time; here the image goes.
+
 `SimulatedNode` is the machine, `SimulatedBackend` a provider's program on it. The program can be
 dropped without a word and another one started on the same node: that is a crash.
 """

@@ -6,9 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from forging import ALL, new_token, pids_with_token
@@ -23,6 +24,7 @@ from linux.journal import JournalBusy, JournalCorrupt, read_journal
 from linux.survey import PROCESSES_SHOWN_MAX, states_of
 from statemachine.errors import CreationFailed, FdPassing
 from statemachine.messages import NamespaceRequest
+from transport.calls import guarded_by
 from transport.contract import Sighting, Standing
 
 pytestmark = pytest.mark.needs_root
@@ -86,6 +88,23 @@ def test_basic_plan_names_its_steps_in_order(
 def test_a_plan_depends_on_the_request_alone() -> None:
     request = NamespaceRequest("x", ALL, "a.sqfs")
     assert plan(request) == plan(request)
+
+
+def test_the_intent_is_journaled_before_anything_is_made(
+    world: LinuxWorld, allocation_id: str
+) -> None:
+    """A provider killed in between leaves nothing that no journal speaks of."""
+    passed: list[str] = []
+
+    def note(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        passed.append(f"{getattr(function, '__name__', '')} {args}")
+        return function(*args, **kwargs)
+
+    with guarded_by(note):
+        world.program_now.create_namespaces(request_for(allocation_id))
+    intent = next(i for i, call in enumerate(passed) if "INSERT INTO allocation" in call)
+    made = next(i for i, call in enumerate(passed) if f"{allocation_id}.scope" in call)
+    assert intent < made
 
 
 # --- What a failing step says ------------------------------------------------------------------
@@ -386,6 +405,7 @@ def test_instances_are_told_apart_by_their_state_directory(tmp_path: Path) -> No
 SELF_SERVICE = """
 import os, sys
 from pathlib import Path
+from typing import Any
 from linux.backend import LinuxBackend, NodeSettings
 from statemachine.errors import CreationFailed
 from statemachine.messages import NamespaceRequest, NamespaceType
