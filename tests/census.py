@@ -265,8 +265,24 @@ def _kill(pid: int, started: str) -> str:
     return "killed" if died else "killed, and still dying"
 
 
-def _remove_scope(scope: Path) -> str:
-    if SCOPE_PREFIX not in scope.name:
+def remove_scopes_of(pid: int) -> list[str]:
+    """
+    Remove the scopes that bear the name of a session which is over; for whoever started it.
+
+    Returns:
+        Those that are still there.
+    """
+    prefix, left = f"nsh-test-{pid}-", []
+    for slice_ in SLICES if (root := find_cgroup2()) else ():
+        for scope in sorted((root / slice_).glob(f"{prefix}*")):
+            said = _remove_scope(scope, prefix)
+            if scope.exists():
+                left.append(f"{scope}: {said}")
+    return left
+
+
+def _remove_scope(scope: Path, prefix: str = SCOPE_PREFIX) -> str:
+    if prefix not in scope.name:
         return "left alone, not provably ours"
     try:
         (scope / "cgroup.kill").write_text("1")

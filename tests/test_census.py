@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from census import MACHINE_WIDE, Census
+from census import MACHINE_WIDE, Census, remove_scopes_of
 from conftest import session_census as session
 
 SLEEP = shutil.which("sleep") or "sleep"
@@ -215,3 +215,17 @@ def _start_orphan() -> int:
 def _remove_empty(slice_: Path) -> None:
     with contextlib.suppress(OSError):
         slice_.rmdir()
+
+
+@pytest.mark.needs_root
+def test_scopes_of_a_session_that_is_over_can_be_removed(cgroup2: Path) -> None:
+    """Its number is that of a child that is not reaped: no other session can have it."""
+    with subprocess.Popen(["true"]) as over, subprocess.Popen(["sleep", "infinity"]) as left:
+        scope = cgroup2 / "workload.slice" / f"nsh-test-{over.pid}-1.scope"
+        (scope / "below").mkdir(parents=True)
+        (scope / "below" / "cgroup.procs").write_text(str(left.pid))
+        assert remove_scopes_of(over.pid) == []
+        assert left.wait() == -signal.SIGKILL
+    assert not scope.exists()
+    with contextlib.suppress(OSError):
+        scope.parent.rmdir()
