@@ -10,7 +10,10 @@
     journal      what must be known after the provider's death
     backend      `LinuxBackend`: all of that as `transport.contract.Backend`
     simulated    `SimulatedBackend`: the same without a privileged machine
+    survey       which allocations there are, and why one is still alive
     cli          the command `nshandoff`
 
-The `forge_*` modules belong to `forge`, the `cli_*` and `demo_*` modules to `cli` and `demo`.
+The `forge_*` modules belong to `forge`, the `cli_*` and `demo_*` modules to `cli` and `demo`. The
+`simulated_*` modules are pieces of a simulated Linux kernel, each held to the real one by random
+programs: sockets, cgroups, namespaces, mounts.
 """

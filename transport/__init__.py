@@ -8,6 +8,7 @@
     contract     what the provider's driver asks of a backend
     serve        the provider's driver
     request      the consumer's driver, blocking and for an event loop
+    calls        the one door to the Linux kernel, where a test can have a call fail
     trace        what a provider's kernel was fed and decided, as lines of JSON
 
 Public names are imported from their module, as everywhere in this project: a name tells where it
