@@ -90,11 +90,11 @@ def _index(_: str) -> str:
 
 def _places(places: list[clauses.Place]) -> str:
     """Link each place once, under the name of what stands there."""
-    links: dict[str, str] = {}
+    links: dict[tuple[str, str], str] = {}
     for place in places:
         name = f"{place.path.stem}.{place.name}".rstrip(".")
         target = os.path.relpath(place.path, ROOT / "specs")
-        links.setdefault(name, f"[{name}]({target})")
+        links.setdefault((name, target), f"[{name}]({target})")
     return ", ".join(links.values())
 
 

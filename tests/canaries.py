@@ -854,7 +854,7 @@ CANARIES: Final = (
         _forge("test_lo_is_up_and_alone"),
         (
             Change(
-                "linux/forge_child.py",
+                "linux/forge/child.py",
                 "request[:] = _IFREQ.pack(name, flags | _IFF_UP)",
                 "request[:] = _IFREQ.pack(name, flags)",
             ),

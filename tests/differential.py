@@ -25,7 +25,7 @@ from fidelity_namespaces import SimulatedWorker, linux_worker
 from fidelity_sockets import WINDOW, SimulatedSockets, linux_sockets
 from worlds import IMAGE, OTHER_IMAGE
 
-from linux.simulated_mount import Propagation
+from linux.simulated.mounts import Propagation
 from statemachine.messages import NamespaceType
 
 POLL_S: Final = 0.001

@@ -1,7 +1,7 @@
 """A forge in whose door somebody stands: `python -m faults_forge PLAN LOG FD`.
 
 The plan is a file that is read anew for every request, so that one forge can have many lives; what
-passed and what was done to it is appended to the log. Else it is the forge (`linux.forge_child`).
+passed and what was done to it is appended to the log. Else it is the forge (`linux.forge.child`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from faults import Call, Doorkeeper, Fault
 
-from linux import forge_child
+from linux.forge import child as forge_child
 from transport.calls import guarded_by
 
 

@@ -35,7 +35,7 @@ from worlds import HOLD_TIME_S, IMAGE, LIGHT, LinuxWorld, SimulatedWorld, World
 
 from linux.anchor import token_of
 from linux.backend import LinuxBackend
-from linux.forge import FORGE_COMMAND, Forge
+from linux.forge.client import FORGE_COMMAND, Forge
 from linux.simulated import SimulatedBackend, SimulatedNode
 from statemachine.errors import NamespaceError
 from statemachine.lifecycle import AllocationState

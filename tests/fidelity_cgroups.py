@@ -17,7 +17,7 @@ from census import SCOPE_PREFIX
 from fidelity import OPEN_TO_READ, SLEEP, SimulatedMachine
 
 from linux.cgroups import find_cgroup2
-from linux.simulated_cgroup import SimulatedCgroup, SimulatedMember
+from linux.simulated.cgroups import SimulatedCgroup, SimulatedMember
 
 PROCESSES: Final = 3
 """How many processes there are to be moved about."""

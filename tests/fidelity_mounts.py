@@ -20,7 +20,7 @@ from worlds import loop_images
 from linux import syscalls
 from linux.features import Features
 from linux.mounts import ImageStore
-from linux.simulated_mount import (
+from linux.simulated.mounts import (
     Propagation,
     SimulatedFileInMount,
     SimulatedImage,

@@ -23,7 +23,7 @@ from linux import syscalls
 from linux.anchor import Anchor
 from linux.features import Features
 from linux.namespaces import CLONE_FLAGS, KINDS, PROC_NAMES, KernelInspector, open_namespace
-from linux.simulated_namespace import (
+from linux.simulated.namespaces import (
     SimulatedNamespace,
     SimulatedNamespaces,
     SimulatedTask,

@@ -18,7 +18,9 @@ import pytest
 from linux import cgroups, syscalls
 from linux.anchor import Anchor
 from linux.features import OLDEST, Features
-from linux.forge import AnchorPlan, Forge, spawn_within
+from linux.forge.client import Forge
+from linux.forge.plan import AnchorPlan
+from linux.forge.spawn import spawn_within
 from linux.namespaces import open_bundle
 from statemachine.messages import NamespaceType
 from transport.descriptors import Descriptor, DescriptorBundle

@@ -13,12 +13,12 @@ from typing import Final
 from outcome import Outcome, Task
 
 from bench.trace import lives_of
-from linux.cli_replay import Replay
 from statemachine import ProviderKernel
 from statemachine import events as on
 from statemachine.lifecycle import PROVIDER
 from statemachine.provider import Limits
 from transport.trace import Start, Turn, encode_line
+from transport.trace.check import Replay
 
 LIVES: Final = 10_000
 """In each run, at scale 1."""

@@ -24,7 +24,8 @@ if __name__ == "__main__":
 
 from liar import DEADLINE_S, wait_until
 
-from linux import cli, cli_serve
+from linux.cli import command as cli
+from linux.cli import serve as cli_serve
 from statemachine import events as on
 from statemachine.effects import Timer
 from statemachine.messages import NamespaceRequest, NamespaceResponse

@@ -23,7 +23,7 @@ from worlds import IMAGE, SimulatedWorld
 from linux.backend import LinuxBackend, NodeSettings
 from linux.cgroups import Scope
 from linux.features import Features
-from linux.forge import spawn_within
+from linux.forge.spawn import spawn_within
 from linux.namespaces import KernelInspector
 from linux.simulated import SimulatedBackend, SimulatedInspector, SimulatedNode
 from linux.survey import survey_node

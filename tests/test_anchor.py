@@ -39,7 +39,8 @@ from linux.anchor import (
     token_of,
 )
 from linux.features import OLDEST, Features
-from linux.forge import Forge, spawn_within
+from linux.forge.client import Forge
+from linux.forge.spawn import spawn_within
 from linux.syscalls import SyscallError, pidfd_open
 from statemachine.messages import NamespaceType
 

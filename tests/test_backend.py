@@ -19,7 +19,8 @@ from worlds import LIGHT, LinuxWorld, eventually, loop_images, real
 from linux.backend import SELF_SERVICE_SLICE, LinuxBackend, NodeSettings, instance_of, plan
 from linux.cgroups import WORKLOAD_SLICE, Scope, ScopeError, remove_slices
 from linux.features import OLDEST, Features
-from linux.forge import AnchorPlan, Forge
+from linux.forge.client import Forge
+from linux.forge.plan import AnchorPlan
 from linux.journal import JournalBusy, JournalCorrupt, read_journal
 from linux.survey import PROCESSES_SHOWN_MAX, states_of
 from statemachine.errors import CreationFailed, FdPassing

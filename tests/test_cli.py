@@ -25,8 +25,9 @@ from programs import (
     warm_daemon_in,
 )
 
-from linux import backend, cli
-from linux.cli_exit import ExitCode
+from linux import backend
+from linux.cli import command as cli
+from linux.cli.exits import ExitCode
 from statemachine.messages import HANDOFF_SOCKET_PATH
 from transport import endpoint, serve
 
@@ -59,7 +60,7 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_help_loads_none_of_the_packages_it_helps_with() -> None:
     program = (
-        "import sys; from linux.cli import build_parser; build_parser().format_help();"
+        "import sys; from linux.cli.command import build_parser; build_parser().format_help();"
         "print(*sys.modules)"
     )
     run = subprocess.run(
@@ -71,7 +72,11 @@ def test_help_loads_none_of_the_packages_it_helps_with() -> None:
     )
     loaded = set(run.stdout.split())
     assert loaded.isdisjoint({"statemachine", "transport", "asyncio", "socket", "subprocess"})
-    assert {name for name in loaded if name.startswith("linux.")} == {"linux.cli", "linux.cli_exit"}
+    assert {name for name in loaded if name.startswith("linux.")} == {
+        "linux.cli",
+        "linux.cli.command",
+        "linux.cli.exits",
+    }
 
 
 def test_version_is_the_projects() -> None:
@@ -172,9 +177,9 @@ def test_words_of_the_command_are_left_alone(words: str, command: str) -> None:
 
 
 def test_demo_gets_the_words_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    demo = ModuleType("linux.demo")
+    demo = ModuleType("linux.demo.command")
     demo.main = len  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "linux.demo", demo)
+    monkeypatch.setitem(sys.modules, "linux.demo.command", demo)
     assert cli.main(["demo", "--help", "-x", "--", "y"]) == 4
 
 

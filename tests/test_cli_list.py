@@ -22,8 +22,8 @@ from programs import (
     wait_until,
 )
 
-from linux.cli_exit import ExitCode
-from linux.forge import spawn_within
+from linux.cli.exits import ExitCode
+from linux.forge.spawn import spawn_within
 from linux.journal import JOURNAL_NAME, Entry, Journal
 from statemachine import NamespaceRequest
 

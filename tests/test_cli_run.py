@@ -24,8 +24,8 @@ from programs import (
     warm_daemon_in,
 )
 
-from linux.cli_exit import ExitCode
-from linux.forge import spawn_within
+from linux.cli.exits import ExitCode
+from linux.forge.spawn import spawn_within
 from statemachine import AllocationEnded, NamespaceRequest
 from transport import endpoint
 from transport.channel import Delivery, Received

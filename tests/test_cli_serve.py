@@ -29,8 +29,8 @@ from programs import (
     wait_until,
 )
 
-from linux.cli_exit import ExitCode
-from linux.cli_serve import JsonLines
+from linux.cli.exits import ExitCode
+from linux.cli.serve import JsonLines
 from linux.journal import JOURNAL_NAME
 from statemachine import NamespaceRequest
 from transport.codec import decode_message, encode_message

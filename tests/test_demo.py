@@ -17,9 +17,9 @@ from typing import Any, Final
 
 import pytest
 
-from linux import demo
-from linux.demo_report import COLUMNS_MAX, Interrupted, Report
-from linux.demo_stage import PREFIX
+from linux.demo import command as demo
+from linux.demo.report import COLUMNS_MAX, Interrupted, Report
+from linux.demo.stage import PREFIX
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 PACKAGES: Final = ("statemachine", "transport", "linux")

@@ -26,9 +26,9 @@ from differential_campaign import PROGRAMS, run, tasks
 
 from linux import simulated_socket
 from linux.simulated import SimulatedBackend
-from linux.simulated_cgroup import SimulatedCgroup
-from linux.simulated_mount import SimulatedMount
-from linux.simulated_namespace import SimulatedNamespace
+from linux.simulated.cgroups import SimulatedCgroup
+from linux.simulated.mounts import SimulatedMount
+from linux.simulated.namespaces import SimulatedNamespace
 
 pytestmark = pytest.mark.needs_root
 

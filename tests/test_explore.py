@@ -26,8 +26,6 @@ from explore import (
 from explore_spaces import LARGE, SPACES, TWO_BY_TWO, A, B
 from outcome import Outcome
 
-from linux.cli_replay import Impossible, Replay
-from linux.cli_sequence import sequence_diagram
 from specs.invariants import InvariantBroken
 from statemachine import effects as do
 from statemachine import events as on
@@ -38,6 +36,8 @@ from statemachine.lifecycle import CONSUMER, NOTICE, PROVIDER, TABLES, Allocatio
 from statemachine.provider import Limits, ProviderKernel, Snapshot
 from statemachine.table import Row, Table, compile_table
 from transport.trace import read_lines
+from transport.trace.check import Impossible, Replay
+from transport.trace.diagram import sequence_diagram
 
 SITUATIONS: Final = {
     *(f"{error} reaches a consumer" for error in ("CreationFailed", "AllocationNotFound")),

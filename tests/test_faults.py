@@ -74,7 +74,7 @@ OURS: Final = re.compile(r"(self\._listener|.*channel)\.\w+|self\.\w+")
 
 OUTSIDE: Final = {
     "transport/calls.py": "it is the door",
-    "linux/forge_exec.py": "runs in a process without these packages",
+    "linux/forge/exec.py": "runs in a process without these packages",
     "linux/cli": "programs above the door; strace refuses them things",
     "linux/demo": "programs above the door",
     "linux/simulated": "a node that is none",
@@ -83,7 +83,7 @@ OUTSIDE: Final = {
 
 BESIDE: Final = {
     ("linux/cgroups.py", "os.open"): "called by `open`, which passed the door",
-    ("linux/forge_child.py", "socket.socket"): "takes over a descriptor that is there",
+    ("linux/forge/child.py", "socket.socket"): "takes over a descriptor that is there",
 }
 
 

@@ -26,8 +26,8 @@ from fidelity_mounts import Mounts, SimulatedMounts, linux_mounts
 from fidelity_namespaces import Namespaces, SimulatedWorker, linux_worker
 from fidelity_sockets import FILES, SimulatedSockets, Sockets, linux_sockets
 
-from linux.simulated_mount import Propagation
-from linux.simulated_namespace import SimulatedNamespaces
+from linux.simulated.mounts import Propagation
+from linux.simulated.namespaces import SimulatedNamespaces
 from linux.simulated_socket import SimulatedFile, SimulatedTable
 from statemachine.messages import NamespaceType
 from transport.channel import SENDMSG_DESCRIPTORS_MAX

@@ -39,12 +39,14 @@ from forging import (
     wait_until,
 )
 
-from linux import forge as forge_module
 from linux import syscalls
 from linux.anchor import Anchor, find_anchors
 from linux.cgroups import Scope, remove_slices
 from linux.features import Features
-from linux.forge import AnchorPlan, Forge, ForgeError, spawn_within
+from linux.forge import client as forge_module
+from linux.forge.client import Forge
+from linux.forge.plan import AnchorPlan, ForgeError
+from linux.forge.spawn import spawn_within
 from linux.mounts import ImageStore
 from linux.namespaces import PROC_NAMES, open_bundle
 from statemachine.messages import NamespaceType
@@ -60,7 +62,8 @@ OWNER_PROGRAM = """
 import sys
 from pathlib import Path
 from linux.features import OLDEST, Features
-from linux.forge import AnchorPlan, Forge
+from linux.forge.client import Forge
+from linux.forge.plan import AnchorPlan
 from statemachine.messages import NamespaceType
 
 tied, scope, features, *tokens = sys.argv[1:]
@@ -80,7 +83,8 @@ UNDER_PROGRAM = """
 import select, sys
 from pathlib import Path
 from linux.features import OLDEST, Features
-from linux.forge import AnchorPlan, Forge, ForgeError
+from linux.forge.client import Forge
+from linux.forge.plan import AnchorPlan, ForgeError
 from statemachine.messages import NamespaceType
 
 def environments():

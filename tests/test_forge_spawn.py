@@ -27,10 +27,11 @@ from forging import (
     wait_until,
 )
 
-from linux import forge_spawn
 from linux.cgroups import Scope, remove_slices
 from linux.features import Features
-from linux.forge import Forge, InitDead, restore_foreground, spawn_within
+from linux.forge import spawn as forge_spawn
+from linux.forge.client import Forge
+from linux.forge.spawn import InitDead, restore_foreground, spawn_within
 from linux.syscalls import SyscallError
 from transport.descriptors import Descriptor, DescriptorBundle
 
@@ -275,7 +276,7 @@ def test_command_comes_to_the_foreground_of_its_terminal_and_goes_back() -> None
     """Under a terminal of its own, as the leader of its session, like a shell."""
     program = """
 import fcntl, os, sys, termios
-from linux.forge import restore_foreground, spawn_within
+from linux.forge.spawn import restore_foreground, spawn_within
 from transport.descriptors import DescriptorBundle
 
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)

@@ -33,7 +33,7 @@ from worlds import (
 )
 
 from linux.cgroups import Scope
-from linux.forge import spawn_within
+from linux.forge.spawn import spawn_within
 from linux.journal import Entry
 from linux.namespaces import CLONE_FLAGS
 from linux.simulated import Step

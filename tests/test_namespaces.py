@@ -24,7 +24,7 @@ from forging import (
 
 from linux import syscalls
 from linux.features import OLDEST, Features
-from linux.forge import Forge
+from linux.forge.client import Forge
 from linux.namespaces import (
     CLONE_FLAGS,
     KINDS,

@@ -19,7 +19,6 @@ from report_sequence import Arrow, NotDrawable, Note, read, sequence
 from report_summary import LEGAL, Cell, Summary, number_in, plain, summary_of
 from verify_record import Done, Head
 
-from linux.cli_sequence import sequence_diagram
 from specs.graph import state_graph
 from specs.svg import level_of, short
 from statemachine import NamespaceRequest, NamespaceResponse, NamespaceType, ProviderKernel
@@ -29,6 +28,7 @@ from statemachine.lifecycle import TABLES
 from statemachine.provider import Limits
 from statemachine.table import Table
 from transport.trace import Start, Turn
+from transport.trace.diagram import sequence_diagram
 
 HEAD: Final = Head("fingerprint", 42, "2026-11-22 20:00 UTC", {"kernel": "Linux <6>"})
 MISSED: Final[Cell] = ("consumer", "held", "EndWanted")

@@ -27,7 +27,7 @@ from programs import (
     warm_daemon_in,
 )
 
-from linux.cli_exit import ExitCode
+from linux.cli.exits import ExitCode
 from linux.features import Features
 from linux.namespaces import KernelInspector
 from statemachine import NamespaceRequest

@@ -13,11 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import NET, PID, daemon_in, nshandoff, wait_until
 
-from linux import cli
-from linux.cli_exit import ExitCode, Failure
-from linux.cli_replay import Impossible, Replay
-from linux.cli_sequence import sequence_diagram
-from linux.cli_trace import TraceFile
+from linux.cli import command as cli
+from linux.cli.exits import ExitCode, Failure
+from linux.cli.trace import TraceFile
 from statemachine import effects as do
 from statemachine import events as on
 from statemachine.errors import NAMESPACE_ERRORS, CreationFailed, FdPassing, NamespaceError
@@ -25,8 +23,10 @@ from statemachine.events import Event
 from statemachine.lifecycle import _leaves
 from statemachine.messages import NamespaceRequest, NamespaceResponse
 from statemachine.provider import Limits, ProviderKernel
-from transport import trace
 from transport.trace import Recovery, Start, TraceError, Turn, decode_line, encode_line, read_lines
+from transport.trace import records as trace
+from transport.trace.check import Impossible, Replay
+from transport.trace.diagram import sequence_diagram
 
 EVENTS: Final = sorted(_leaves(on, Event), key=lambda kind: kind.__name__)
 EFFECTS: Final = sorted(_leaves(do, do.Effect), key=lambda kind: kind.__name__)

@@ -38,11 +38,11 @@ from statemachine.messages import NamespaceRequest, NamespaceType, objection
 from statemachine.provider import Limits, ProviderKernel
 from statemachine.table import Table
 from transport import channel as channel_module
-from transport import trace
 from transport.channel import Channel, Delivery, Reception, Rejected
 from transport.codec import decode_message, encode_message
 from transport.descriptors import Descriptor
 from transport.framing import FrameReader, encode_frame
+from transport.trace import records as trace
 
 VECTORS = make_vectors.VECTORS
 NAMES = [family.name for family in make_vectors.FAMILIES]

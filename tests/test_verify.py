@@ -22,7 +22,8 @@ from programs import DEADLINE_S, ROOT, environment, nshandoff, wait_until
 from verify_pool import Job
 from verify_record import Busy, Head, Record
 
-from linux import cli, cli_verify
+from linux.cli import command as cli
+from linux.cli import verify as cli_verify
 
 MINE: Final = ("verify*.py", "report*.py", "report.css", "outcome.py")
 
@@ -98,9 +99,10 @@ class Tree:
         self.root = root
         self.output = root / "output"
         shutil.copytree(ROOT / "statemachine", root / "statemachine")
-        (root / "linux").mkdir()
-        shutil.copy(ROOT / "linux" / "cli_exit.py", root / "linux")
-        (root / "linux" / "__init__.py").write_text("")
+        (root / "linux" / "cli").mkdir(parents=True)
+        shutil.copy(ROOT / "linux" / "cli" / "exits.py", root / "linux" / "cli")
+        for package in ("linux", "linux/cli"):
+            (root / package / "__init__.py").write_text("")
         (root / "tests").mkdir()
         for path in (p for pattern in MINE for p in (ROOT / "tests").glob(pattern)):
             shutil.copy(path, root / "tests")

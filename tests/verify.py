@@ -42,7 +42,7 @@ from verify_record import (  # noqa: E402
     seed_of,
 )
 
-from linux.cli_exit import SIGNAL_BASE, ExitCode, Interrupted, tell  # noqa: E402
+from linux.cli.exits import SIGNAL_BASE, ExitCode, Interrupted, tell  # noqa: E402
 
 TASK_TIMEOUT_S: Final = 900.0
 """How long a task may take at scale 1, unless its part says `timeout_s`."""

@@ -26,7 +26,7 @@ from linux.anchor import find_anchors
 from linux.backend import LinuxBackend, NodeSettings, instance_of
 from linux.cgroups import ANCHOR_SLICE, WORKLOAD_SLICE, Scope
 from linux.features import OLDEST, Features
-from linux.forge import spawn_within
+from linux.forge.spawn import spawn_within
 from linux.namespaces import KernelInspector
 from linux.simulated import (
     SimulatedBackend,

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, NoReturn
 
-from .cli_exit import ExitCode, Failure
+from .exits import ExitCode, Failure
 
 CAMPAIGN: Final = Path("tests/verify.py")
 """The program, in a source tree."""
@@ -46,7 +46,7 @@ def verify(options: argparse.Namespace) -> NoReturn:
 
 def _tree_of(options: argparse.Namespace) -> Path:
     """Find the source tree: the one named; or here; or where an editable install points to."""
-    installed_from = Path(__file__).parents[1]
+    installed_from = Path(__file__).parents[2]
     candidates = [Path(options.tree)] if options.tree else [Path.cwd(), installed_from]
     for tree in candidates:
         if (tree / CAMPAIGN).is_file():

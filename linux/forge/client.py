@@ -5,13 +5,7 @@ else. It costs the same whatever its owner has become (a daemon's fork copies pa
 descriptor tables, its mounts are copied into every allocation it makes in process), and only a
 process with one thread moves between namespaces without surprises.
 
-    forge         this file: the owner's side
-    forge_plan    what both sides say to each other
-    forge_child   the forge itself, and the steps in which an anchor is made
-    forge_spawn   a command inside an allocation (`spawn_within`)
-    forge_exec    what that command is for its first milliseconds
-
-Processes are created in these files and nowhere else.
+Processes are created in the files of this folder and nowhere else.
 """
 
 from __future__ import annotations
@@ -35,11 +29,12 @@ from transport.calls import syscall
 from transport.channel import Reception, receive_once, send_once
 from transport.descriptors import Descriptor
 
-from . import syscalls
-from .anchor import ANCHOR_COMMAND, ANCHOR_VARIABLE, Anchor, token_of
-from .features import Features
-from .forge_child import UNDO_LAST
-from .forge_plan import (
+from .. import syscalls
+from ..anchor import ANCHOR_COMMAND, ANCHOR_VARIABLE, Anchor, token_of
+from ..features import Features
+from ..syscalls import SyscallError, calling
+from .child import UNDO_LAST
+from .plan import (
     COME_HOME,
     RECORD_BYTES_MAX,
     AnchorPlan,
@@ -49,19 +44,6 @@ from .forge_plan import (
     encode_plan,
     encode_settings,
 )
-from .forge_spawn import Child, InitDead, restore_foreground, spawn_within
-from .syscalls import SyscallError, calling
-
-__all__ = [
-    "FORGE_TIMEOUT_S",
-    "AnchorPlan",
-    "Child",
-    "Forge",
-    "ForgeError",
-    "InitDead",
-    "restore_foreground",
-    "spawn_within",
-]
 
 FORGE_TIMEOUT_S: Final = 10.0
 """How long the forge may take to start, to make an anchor, or to end. It needs a millisecond."""
@@ -69,7 +51,7 @@ FORGE_TIMEOUT_S: Final = 10.0
 LAST_WORDS_BYTES_MAX: Final = 4096
 """How much of what a dying forge printed is looked at; its last line says what went wrong."""
 
-FORGE_COMMAND: Final = (sys.executable, "-P", "-m", "linux.forge_child")
+FORGE_COMMAND: Final = (sys.executable, "-P", "-m", "linux.forge.child")
 """How a forge is started; the number of its socket comes last."""
 
 UNANNOUNCED_LOOKS_MAX: Final = 5
@@ -78,7 +60,7 @@ UNANNOUNCED_LOOKS_MAX: Final = 5
 UNANNOUNCED_PAUSE_MS: Final = 2
 """Pause between two looks: what has begun to be executed is executed by then."""
 
-_PACKAGES: Final = str(Path(__file__).resolve().parent.parent)
+_PACKAGES: Final = str(Path(__file__).resolve().parents[2])
 
 
 class Forge:

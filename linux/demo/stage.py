@@ -19,13 +19,13 @@ from typing import Final, NoReturn
 
 from transport.descriptors import Descriptor, DescriptorBundle
 
-from . import syscalls
-from .cgroups import CgroupUnavailable, find_cgroup2
-from .demo_inside import IMAGE_FILE
-from .features import Features
-from .forge_spawn import spawn_within
-from .mounts import ImageError, ImageStore
-from .syscalls import SyscallError
+from .. import syscalls
+from ..cgroups import CgroupUnavailable, find_cgroup2
+from ..features import Features
+from ..forge.spawn import spawn_within
+from ..mounts import ImageError, ImageStore
+from ..syscalls import SyscallError
+from .inside import IMAGE_FILE
 
 PREFIX: Final = "nshandoff-demo-"
 """How the private folder's name begins; each allocation's begins with the whole of that."""
@@ -49,7 +49,7 @@ because the forge comes home after every anchor, and one can only come home to w
 
 _CAP_SYS_ADMIN: Final = 21
 _INITIAL_UID_MAP: Final = ["0", "0", "4294967295"]
-_PACKAGES: Final = str(Path(__file__).resolve().parent.parent)
+_PACKAGES: Final = str(Path(__file__).resolve().parents[2])
 
 _NO_IMAGE_WITHOUT_ROOT: Final = "squashfs is mounted only for the machine's root"
 _NO_SCOPE_WITHOUT_ROOT: Final = (

@@ -23,8 +23,13 @@ from statemachine.errors import NamespaceError
 from statemachine.messages import NamespaceRequest, NamespaceType
 from transport.request import Consumer, Handoff
 
-from .cgroups import WORKLOAD_SLICE, CgroupUnavailable, Scope, find_cgroup2
-from .cli_consumer import (
+from ..cgroups import WORKLOAD_SLICE, CgroupUnavailable, Scope, find_cgroup2
+from ..features import Features
+from ..forge.spawn import restore_foreground, spawn_within
+from ..namespaces import KernelInspector, has_dead_init
+from ..survey import states_of
+from ..syscalls import SyscallError
+from .consumer import (
     END_TIMEOUT_S,
     OwnNamespaces,
     consumer_of,
@@ -32,12 +37,7 @@ from .cli_consumer import (
     request_of,
     signals_taken,
 )
-from .cli_exit import SIGNAL_BASE, ExitCode, Failure, Interrupted, tell
-from .features import Features
-from .forge_spawn import restore_foreground, spawn_within
-from .namespaces import KernelInspector, has_dead_init
-from .survey import states_of
-from .syscalls import SyscallError
+from .exits import SIGNAL_BASE, ExitCode, Failure, Interrupted, tell
 
 PASSED_ON: Final = (
     signal.SIGHUP,

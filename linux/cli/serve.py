@@ -35,15 +35,15 @@ from transport.contract import Backend
 from transport.endpoint import listen
 from transport.serve import Observer, Provider, Spans
 
-from .backend import LinuxBackend, NodeSettings
-from .cgroups import CgroupUnavailable, find_cgroup2
-from .cli_consumer import make_directory
-from .cli_exit import ExitCode
-from .cli_trace import TraceFile
-from .forge_plan import ForgeError
-from .journal import JournalError
-from .simulated import SimulatedBackend, SimulatedNode
-from .survey import READY_NAME
+from ..backend import LinuxBackend, NodeSettings
+from ..cgroups import CgroupUnavailable, find_cgroup2
+from ..forge.plan import ForgeError
+from ..journal import JournalError
+from ..simulated import SimulatedBackend, SimulatedNode
+from ..survey import READY_NAME
+from .consumer import make_directory
+from .exits import ExitCode
+from .trace import TraceFile
 
 NOTIFY_VARIABLE: Final = "NOTIFY_SOCKET"
 """Where systemd waits for word, if it does."""

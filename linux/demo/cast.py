@@ -1,7 +1,7 @@
 """Who plays in the demonstration besides itself: a provider, and a resident in each allocation.
 
 A provider is a process of its own, `nshandoff serve`, or a thread for a node that is simulated.
-Both tell which states the allocations reach. A resident is `demo_inside`, started in an
+Both tell which states the allocations reach. A resident is `inside`, started in an
 allocation's namespaces and scope.
 """
 
@@ -30,14 +30,15 @@ from transport.endpoint import listen
 from transport.request import Handoff
 from transport.serve import Provider
 
-from . import demo_inside, syscalls
-from .cgroups import WORKLOAD_SLICE, Scope
-from .demo_stage import Stage, StageError
-from .features import Features
-from .forge_spawn import spawn_within
-from .namespaces import KernelInspector
-from .simulated import SimulatedBackend, SimulatedInspector, SimulatedNode
-from .syscalls import SyscallError
+from .. import syscalls
+from ..cgroups import WORKLOAD_SLICE, Scope
+from ..features import Features
+from ..forge.spawn import spawn_within
+from ..namespaces import KernelInspector
+from ..simulated import SimulatedBackend, SimulatedInspector, SimulatedNode
+from ..syscalls import SyscallError
+from . import inside
+from .stage import Stage, StageError
 
 READY_TIMEOUT_S: Final = 15.0
 """How long a provider may take until it serves."""
@@ -183,7 +184,7 @@ def _serve_command(stage: Stage) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    packages = str(Path(__file__).resolve().parent.parent)
+    packages = str(Path(__file__).resolve().parents[2])
     paths = [packages, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
@@ -261,7 +262,7 @@ def _requested_id(event: Event) -> str | None:
 
 class Resident:
     """
-    `demo_inside`, inside an allocation, until it is told to leave.
+    `inside`, inside an allocation, until it is told to leave.
 
     Args:
         bundle: The allocation's namespaces; lent.
@@ -423,7 +424,7 @@ def leave_orphan(bundle: DescriptorBundle, scope: Descriptor | None) -> tuple[in
 
 
 def _inside_command(image: str | None) -> list[str]:
-    program = [sys.executable, "-I", "-S", str(Path(demo_inside.__file__).resolve())]
+    program = [sys.executable, "-I", "-S", str(Path(inside.__file__).resolve())]
     return program if image is None else [*program, image]
 
 

@@ -12,7 +12,9 @@ from statemachine.errors import NamespaceError
 from transport.endpoint import begin_connect
 from transport.request import Handoff
 
-from .cli_consumer import (
+from ..features import Features
+from ..namespaces import KernelInspector
+from .consumer import (
     END_TIMEOUT_S,
     INTERRUPTIONS,
     OwnNamespaces,
@@ -25,9 +27,7 @@ from .cli_consumer import (
     request_of,
     signals_taken,
 )
-from .cli_exit import ExitCode, Interrupted, tell
-from .features import Features
-from .namespaces import KernelInspector
+from .exits import ExitCode, Interrupted, tell
 
 SCHEMA: Final = 1
 """Version of what `--json` prints; keys are added without a new one, never changed."""

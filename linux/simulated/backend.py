@@ -9,7 +9,7 @@ It is never kinder than the Linux kernel: inode numbers are reused though namesp
 descriptor of a PID namespace outlives its init and is useless then, an init does not end before
 everything in its namespace is reaped, a zombie does not populate a cgroup, freezing is not ending,
 what is killed is not gone at once, and what cannot be killed stays. What the kernel's part in this
-is, the `simulated_*` modules say; random programs run on them, and on this, and on Linux.
+is, the modules beside this one say; random programs run on them, and on this, and on Linux.
 
 One thing it cannot see: a descriptor that somebody else keeps. On Linux one of a mount namespace
 keeps the image mounted in it beyond the hold time; here the image goes.
@@ -44,8 +44,8 @@ from transport.descriptors import (
     close_all,
 )
 
-from .simulated_cgroup import SimulatedCgroup, SimulatedMember
-from .simulated_namespace import (
+from .cgroups import SimulatedCgroup, SimulatedMember
+from .namespaces import (
     SimulatedNamespace,
     SimulatedNamespaces,
     SimulatedTask,

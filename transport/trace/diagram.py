@@ -11,7 +11,8 @@ from statemachine import events as on
 from statemachine.effects import Effect
 from statemachine.events import ConnectionId, Event
 from statemachine.messages import NamespaceRequest, NamespaceResponse
-from transport.trace import Entry, Start, Turn
+
+from . import Entry, Start, Turn
 
 TEXT_CHARACTERS_MAX: Final = 100
 """Most characters of a text in the diagram."""

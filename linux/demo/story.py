@@ -1,6 +1,6 @@
 """Two allocations that share an image, from request to release: the plot of the demonstration.
 
-Who plays is in `demo_cast`, what is claimed on the way in `demo_claims`. Every step is followed by
+Who plays is in `cast`, what is claimed on the way in `claims`. Every step is followed by
 its claims, so that what is said is what has just been so.
 """
 
@@ -16,14 +16,14 @@ from statemachine.messages import NamespaceRequest, NamespaceType
 from transport.descriptors import NamespaceIdentity
 from transport.request import Consumer, Patience
 
-from . import demo_claims as claims
-from . import syscalls
-from .backend import LinuxBackend, NodeSettings, instance_of
-from .cgroups import ANCHOR_SLICE, remove_anchor_cgroup, remove_slices
-from .demo_cast import CastError, Company, LinuxCompany, Part, SimulatedCompany
-from .demo_census import Traces
-from .demo_report import Report
-from .demo_stage import IMAGE, Stage
+from .. import syscalls
+from ..backend import LinuxBackend, NodeSettings, instance_of
+from ..cgroups import ANCHOR_SLICE, remove_anchor_cgroup, remove_slices
+from . import claims
+from .cast import CastError, Company, LinuxCompany, Part, SimulatedCompany
+from .census import Traces
+from .report import Report
+from .stage import IMAGE, Stage
 
 ANSWER_TIMEOUT_S: Final = 5.0
 """How long the provider may take for an answer, or until a state is reached."""

@@ -1,13 +1,13 @@
 """`nshandoff demo`: two allocations from request to release, and what the Linux kernel says to it.
 
-    demo          this file: the command; prepares, plays, compares
-    demo_story    what happens, one step after the other
-    demo_claims   what is claimed of it, and whom it asks
-    demo_stage    what can be shown on this machine, and how without root
-    demo_cast     the provider, and the residents inside the allocations
-    demo_inside   what a resident runs
-    demo_report   what is said and checked
-    demo_census   what is there before and after
+    command       this file: the command; prepares, plays, compares
+    story         what happens, one step after the other
+    claims        what is claimed of it, and whom it asks
+    stage         what can be shown on this machine, and how without root
+    cast          the provider, and the residents inside the allocations
+    inside        what a resident runs
+    report        what is said and checked
+    census        what is there before and after
 
 Nothing here is a print of hope. A provider runs in a process of its own, a consumer asks it for
 namespaces as any consumer would (`transport.request`), and every line that begins with `ok` is an
@@ -40,11 +40,11 @@ from typing import Final, TextIO
 
 from statemachine.errors import NamespaceError
 
-from .demo_cast import CastError
-from .demo_census import Census, Traces
-from .demo_claims import settled
-from .demo_report import Interrupted, Report
-from .demo_stage import (
+from .cast import CastError
+from .census import Census, Traces
+from .claims import settled
+from .report import Interrupted, Report
+from .stage import (
     OUTSIDE_VARIABLE,
     PREFIX,
     Stage,
@@ -55,7 +55,7 @@ from .demo_stage import (
     simulated_stage,
     why_no_user_namespace,
 )
-from .demo_story import Story
+from .story import Story
 
 _EXIT_FAILED: Final = 1
 _EXIT_CANNOT: Final = 3

@@ -1,12 +1,12 @@
 """The command `nshandoff`: which verbs there are, what they take, what they exit with.
 
-    serve     be this node's provider                     cli_serve
-    run       run a command inside an allocation          cli_run
-    request   obtain namespaces, show them, hold them     cli_request
-    end       end an allocation                           cli_request
-    list      show allocations, their state and remains   cli_list
-    trace     check or draw what `serve --trace` wrote    cli_trace
-    verify    run the campaign that verifies this tree    cli_verify
+    serve     be this node's provider                     cli.serve
+    run       run a command inside an allocation          cli.run
+    request   obtain namespaces, show them, hold them     cli.request
+    end       end an allocation                           cli.request
+    list      show allocations, their state and remains   cli.list
+    trace     check or draw what `serve --trace` wrote    cli.trace
+    verify    run the campaign that verifies this tree    cli.verify
     demo      two allocations' lives, checked             demo
 
 A verb's module is imported when the verb is used: it takes ten times as long as this one, and who
@@ -34,7 +34,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Final
 
-from .cli_exit import PROGRAM, SIGNAL_BASE, ExitCode, Failure, Interrupted, tell
+from .exits import PROGRAM, SIGNAL_BASE, ExitCode, Failure, Interrupted, tell
 
 DISTRIBUTION: Final = "namespace-handoff"
 """What the package is called where it is installed from."""
@@ -111,50 +111,50 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from .cli_serve import serve
+    from .serve import serve
 
     return serve(options)
 
 
 def _run(options: argparse.Namespace) -> int:
-    from .cli_run import run
+    from .run import run
 
     return run(options)
 
 
 def _request(options: argparse.Namespace) -> int:
-    from .cli_request import request
+    from .request import request
 
     return request(options)
 
 
 def _end(options: argparse.Namespace) -> int:
-    from .cli_request import end
+    from .request import end
 
     return end(options)
 
 
 def _list(options: argparse.Namespace) -> int:
-    from .cli_list import list_allocations
+    from .list import list_allocations
 
     return list_allocations(options)
 
 
 def _trace(options: argparse.Namespace) -> int:
-    from . import cli_trace
+    from . import trace
 
-    return cli_trace.check(options) if options.what == "check" else cli_trace.show(options)
+    return trace.check(options) if options.what == "check" else trace.show(options)
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from .cli_verify import verify
+    from .verify import verify
 
     return verify(options)
 
 
 def _demo(words: list[str]) -> int:
     # It has a command line of its own, which only it knows.
-    from .demo import main as demo
+    from ..demo.command import main as demo
 
     return demo(words)
 

@@ -1,7 +1,7 @@
 """How does a command come to be in its scope before its first instruction?
 
-This file is executed by `forge_spawn`, in the allocation's namespaces and in the place of the
-command, which it then becomes: `python -I -S forge_exec.py STATUS ENVIRONMENT SCOPE TTY COMMAND..`.
+This file is executed by `spawn`, in the allocation's namespaces and in the place of the
+command, which it then becomes: `python -I -S exec.py STATUS ENVIRONMENT SCOPE TTY COMMAND..`.
 It imports nothing of ours, because it should start fast and find all it needs in any mount
 namespace that has a Python.
 

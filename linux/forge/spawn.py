@@ -7,7 +7,7 @@ anything, and without any descriptor of ours. Three rules of the Linux kernel de
     so the entering is done by a thread made for this one command, which ends with it. It enters
     the mount namespace last, with the descriptors of the others open long before.
 *   A PID namespace is entered by the next child, not by the thread: what is started *is* inside.
-*   A process enters a cgroup itself (`forge_exec`), since nothing else can be quick enough.
+*   A process enters a cgroup itself (`exec`), since nothing else can be quick enough.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from statemachine.messages import NamespaceType
 from transport.calls import syscall
 from transport.descriptors import Descriptor, DescriptorBundle
 
-from . import syscalls
-from .namespaces import CLONE_FLAGS
-from .syscalls import SyscallError, calling
+from .. import syscalls
+from ..namespaces import CLONE_FLAGS
+from ..syscalls import SyscallError, calling
 
 START_TIMEOUT_S: Final = 30.0
 """How long a command may take to begin; somebody who freezes its scope could hold it for ever."""
@@ -44,12 +44,12 @@ Stream: TypeAlias = int | IO[bytes] | None
 Child: TypeAlias = subprocess.Popen[bytes]
 """A running command; the name lets others speak of one without starting any."""
 
-_PROGRAM: Final = Path(__file__).with_name("forge_exec.py")
+_PROGRAM: Final = Path(__file__).with_name("exec.py")
 
 # The mount namespace last: the others must be entered while this thread still sees the node.
 _ENTRY_ORDER: Final = (NamespaceType.PID, NamespaceType.NET, NamespaceType.MOUNT)
 
-# What each stage of `forge_exec` calls, except the exec itself.
+# What each stage of `exec` calls, except the exec itself.
 _STAGE_CALLS: Final[Mapping[str, str]] = {
     "prepare": "pread(2)",
     "scope": "write(2)",
@@ -214,7 +214,7 @@ def _failure(report: bytes) -> OSError:
 
 
 def _environment_file(variables: Mapping[str, str]) -> Descriptor:
-    """Write an environment down for `forge_exec`, in a file that only descriptors lead to."""
+    """Write an environment down for `exec`, in a file that only descriptors lead to."""
     content = bytearray()
     for name, value in variables.items():
         if not name or "=" in name or "\0" in name + value:

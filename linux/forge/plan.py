@@ -16,8 +16,8 @@ from typing import Final
 
 from statemachine.messages import NamespaceType
 
-from .features import Features
-from .syscalls import SyscallError
+from ..features import Features
+from ..syscalls import SyscallError
 
 RECORD_BYTES_MAX: Final = 65_536
 """Longest record. Two paths of PATH_MAX fit, each byte of them escaped."""

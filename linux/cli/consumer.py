@@ -1,7 +1,7 @@
 """What do the verbs that act as a consumer have in common?
 
 The request they make of their options, the consumer that carries it, and the namespaces that they
-make themselves when the provider cannot be had. Used by `cli_run` and `cli_request`.
+make themselves when the provider cannot be had. Used by `run` and `request`.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from transport.contract import SelfService
 from transport.descriptors import DescriptorBundle, Inspector
 from transport.request import Consumer, Handoff
 
-from .backend import LinuxBackend, NodeSettings
-from .cgroups import CgroupUnavailable, find_cgroup2
-from .cli_exit import PROGRAM, ExitCode, Failure, Interrupted, tell
-from .features import Features
-from .namespaces import KernelInspector
-from .simulated import SimulatedInspector
+from ..backend import LinuxBackend, NodeSettings
+from ..cgroups import CgroupUnavailable, find_cgroup2
+from ..features import Features
+from ..namespaces import KernelInspector
+from ..simulated import SimulatedInspector
+from .exits import PROGRAM, ExitCode, Failure, Interrupted, tell
 
 INTERRUPTIONS: Final = frozenset({signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM})
 """What tells a command to stop, as long as it has nobody to pass it on to."""

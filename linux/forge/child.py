@@ -1,4 +1,4 @@
-"""How is an anchor made? The program of the forge, `python -m linux.forge_child FD`.
+"""How is an anchor made? The program of the forge, `python -m linux.forge.child FD`.
 
 One anchor after the other, each by the same list of steps: enter new namespaces, prepare them from
 the inside, leave a child behind in them, come home. That is why the forge is a process of its own,
@@ -34,11 +34,13 @@ from transport.calls import syscall
 from transport.channel import receive_once, send_once
 from transport.descriptors import Descriptor
 
-from . import syscalls
-from .anchor import ANCHOR_COMMAND, ANCHOR_VARIABLE, Anchor
-from .cgroups import Scope, remove_slices
-from .features import Features
-from .forge_plan import (
+from .. import syscalls
+from ..anchor import ANCHOR_COMMAND, ANCHOR_VARIABLE, Anchor
+from ..cgroups import Scope, remove_slices
+from ..features import Features
+from ..namespaces import CLONE_FLAGS, PROC_NAMES, open_namespace
+from ..syscalls import Ioctl, SyscallError, calling
+from .plan import (
     COME_HOME,
     RECORD_BYTES_MAX,
     AnchorPlan,
@@ -49,8 +51,6 @@ from .forge_plan import (
     encode_failure,
     encode_success,
 )
-from .namespaces import CLONE_FLAGS, PROC_NAMES, open_namespace
-from .syscalls import Ioctl, SyscallError, calling
 
 UNSHARE_ATTEMPTS_MAX: Final = 6
 """How often namespaces are asked for when their number is at its limit."""

@@ -21,7 +21,6 @@ from statemachine.events import Event
 from statemachine.provider import Limits
 from transport.descriptors import Descriptor
 from transport.trace import (
-    LINE_BYTES_MAX,
     Entry,
     Recovery,
     Start,
@@ -30,10 +29,11 @@ from transport.trace import (
     encode_line,
     read_lines,
 )
+from transport.trace.check import Impossible, Replay
+from transport.trace.diagram import sequence_diagram
+from transport.trace.records import LINE_BYTES_MAX
 
-from .cli_exit import ExitCode, Failure
-from .cli_replay import Impossible, Replay
-from .cli_sequence import sequence_diagram
+from .exits import ExitCode, Failure
 
 _log: Final = logging.getLogger(__name__)
 

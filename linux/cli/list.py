@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from .cli_exit import ExitCode, Failure
-from .features import Features
-from .journal import JournalError
-from .survey import AllocationSeen, NodeSeen, survey_node
-from .syscalls import SyscallError
+from ..features import Features
+from ..journal import JournalError
+from ..survey import AllocationSeen, NodeSeen, survey_node
+from ..syscalls import SyscallError
+from .exits import ExitCode, Failure
 
 SCHEMA: Final = 1
 """Version of what `--json` prints; keys are added without a new one, never changed."""

@@ -17,8 +17,8 @@ from typing import Final
 from statemachine.errors import FdPassing
 from transport.descriptors import Descriptor, NamespaceIdentity
 
-from .features import Features
-from .namespaces import PROC_NAMES, KernelInspector
+from ..features import Features
+from ..namespaces import PROC_NAMES, KernelInspector
 
 _SYS_BLOCK: Final = Path("/sys/block")
 

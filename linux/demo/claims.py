@@ -15,13 +15,13 @@ from typing import Any, Final, TypeVar
 
 from transport.descriptors import Descriptor, Inspector, NamespaceIdentity
 
-from .cgroups import Scope
-from .demo_cast import CastError, Part
-from .demo_census import loop_devices_below, mounts_of
-from .demo_report import Report
-from .demo_stage import IMAGE, IMAGE_TEXT, Stage
-from .forge_spawn import InitDead, spawn_within
-from .namespaces import PROC_NAMES
+from ..cgroups import Scope
+from ..forge.spawn import InitDead, spawn_within
+from ..namespaces import PROC_NAMES
+from .cast import CastError, Part
+from .census import loop_devices_below, mounts_of
+from .report import Report
+from .stage import IMAGE, IMAGE_TEXT, Stage
 
 LOOKS_MAX: Final = 300
 """How often one looks whether the Linux kernel has freed what it frees in the background."""

@@ -1,6 +1,6 @@
 """What does a process see that was started inside an allocation?
 
-The program that `linux.demo` starts in there: `python -I -S demo_inside.py [IMAGE_FOLDER]`. It
+The program that `linux.demo` starts in there: `python -I -S inside.py [IMAGE_FOLDER]`. It
 imports nothing of ours, and knows of its namespaces only what the Linux kernel tells it. Each line
 on its standard input is a question, answered with one line of JSON; at the end of the input it
 exits, which is how the demonstration lets it end.

@@ -20,7 +20,8 @@ from statemachine.events import ConnectionId, Event
 from statemachine.lifecycle import PROVIDER, AllocationState
 from statemachine.messages import NamespaceRequest, NamespaceResponse
 from statemachine.provider import REMEMBERED_MAX, Limits, Phase, ProviderKernel
-from transport.trace import Entry, Recovery, Start, TraceError, Turn, encode_effect, read_lines
+
+from . import Entry, Recovery, Start, TraceError, Turn, encode_effect, read_lines
 
 
 class Impossible(TraceError):
@@ -102,7 +103,7 @@ class Replay:
 
     def _check_place(self, number: int, event: Event) -> None:
         """Have nothing but adoptions after a gap, and none but of what can have been left."""
-        is_adoption = isinstance(event, ADOPTIONS)
+        is_adoption = isinstance(event, _ADOPTIONS)
         if is_adoption and self._kernel.phase is not Phase.STARTING:
             reason = f"{_name(event)}, but the provider is {self._kernel.phase.value}"
             raise Impossible(number, reason, self._allowed_for(event))
@@ -111,7 +112,7 @@ class Replay:
         if self._is_after_gap and not is_adoption:
             if not isinstance(event, on.ProviderReady):
                 reason = f"lines are missing before this {_name(event)}; then there was a crash"
-                raise Impossible(number, reason, _allowed([*ADOPTIONS, on.ProviderReady]))
+                raise Impossible(number, reason, _allowed([*_ADOPTIONS, on.ProviderReady]))
             self._is_after_gap = False
 
     def _turn(self, number: int, turn: Turn) -> None:
@@ -165,7 +166,7 @@ class Replay:
         states = {state, _UNKNOWN} if state is AllocationState.RELEASED else {state}
         kinds = [_FED_AS.get(row.event, row.event) for row in PROVIDER.rows if row.source in states]
         if self._kernel.phase is not Phase.STARTING:
-            kinds = [kind for kind in kinds if kind not in ADOPTIONS]
+            kinds = [kind for kind in kinds if kind not in _ADOPTIONS]
         return _allowed(kind for kind in kinds if self._owed.has(kind, name))
 
 
@@ -214,7 +215,7 @@ class _Left:
         Raises:
             Impossible: it finds what cannot be, or is ready and has not found what must be.
         """
-        if isinstance(event, ADOPTIONS):
+        if isinstance(event, _ADOPTIONS):
             self._must_be_found.discard(event.allocation_id)
             reason = self._objection(event)
             if reason:
@@ -222,7 +223,7 @@ class _Left:
         elif isinstance(event, on.ProviderReady) and self._must_be_found:
             name = min(self._must_be_found)
             reason = f"ready, but {name}, which was {self._states[name].value}, was not found"
-            raise Impossible(number, reason, _allowed(ADOPTIONS))
+            raise Impossible(number, reason, _allowed(_ADOPTIONS))
 
     def _objection(self, event: on.CreatedAdopted | on.HandedOffAdopted | on.RemainsFound) -> str:
         life = self._lives.pop(event.allocation_id, None)
@@ -291,7 +292,7 @@ class _Owed:
         return asked is None or (asked, name) in self._open
 
 
-ADOPTIONS: Final = (on.CreatedAdopted, on.HandedOffAdopted, on.RemainsFound)
+_ADOPTIONS: Final = (on.CreatedAdopted, on.HandedOffAdopted, on.RemainsFound)
 
 _Asked: TypeAlias = type[Effect] | Timer
 
@@ -323,7 +324,7 @@ _AFTER: Final[dict[str, list[type[Event]]]] = {
     "not open": [on.ConnectionOpened],
     "open": [on.RequestReceived, on.EndReceived, on.FrameRejected, on.ConnectionLost],
     "closing": [on.ConnectionLost],
-    Phase.STARTING.value: [*ADOPTIONS, on.ProviderReady, on.ProviderStopping],
+    Phase.STARTING.value: [*_ADOPTIONS, on.ProviderReady, on.ProviderStopping],
     Phase.READY.value: [on.ProviderStopping],
     Phase.STOPPING.value: [],
 }
