@@ -4,7 +4,7 @@
 `hex`      bytes with a remark behind each line; the last line, `= ...`, is what they mean.
 `console`  lines after `$` (and `>`) are typed into one shell per chapter, in a folder of its own;
            what stands below them must come out. `…` is anything, alone on a line any lines.
-`mermaid`  is drawn from the code, so it must stand in a generated part (`specs/refresh.py`).
+`mermaid`  is drawn from the code, so it must stand in a generated part (`specs/_build/refresh.py`).
 `text`     is a form or a picture to look at; nobody runs it, so it must say nothing else.
 """
 

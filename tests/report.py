@@ -27,8 +27,8 @@ from report_summary import Cell, Found, Part, Summary, number_in, plain
 from verify_progress import clock
 from verify_record import Head
 
-from specs.graph import state_graph
-from specs.svg import arrow_heads
+from specs._build.graph import state_graph
+from specs._build.svg import arrow_heads
 from statemachine.lifecycle import TABLES
 from statemachine.table import Table
 

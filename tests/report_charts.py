@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from specs.svg import element, group, level_of, line, picture, rect, short, text, width_of
+from specs._build.svg import element, group, level_of, line, picture, rect, short, text, width_of
 from statemachine.table import Table
 
 WIDTH_MAX: Final = 1112.0

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from specs.svg import element, group, line, picture, rect, text, width_of
+from specs._build.svg import element, group, line, picture, rect, text, width_of
 
 LANE_WIDTH_MIN: Final = 130.0
 STEP: Final = 30.0

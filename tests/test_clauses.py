@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from specs import clauses as book
-from specs.clauses import CHAPTERS, LEVELS, Clause
+from specs._build import clauses as book
+from specs._build.clauses import CHAPTERS, LEVELS, Clause
 
 CLAUSES = book.clauses()
 CLAIMS = book.claims()

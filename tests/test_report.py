@@ -19,8 +19,8 @@ from report_sequence import Arrow, NotDrawable, Note, read, sequence
 from report_summary import LEGAL, Cell, Summary, number_in, plain, summary_of
 from verify_record import Done, Head
 
-from specs.graph import state_graph
-from specs.svg import level_of, short
+from specs._build.graph import state_graph
+from specs._build.svg import level_of, short
 from statemachine import NamespaceRequest, NamespaceResponse, NamespaceType, ProviderKernel
 from statemachine import effects as do
 from statemachine import events as on

@@ -20,7 +20,7 @@ from scenarios_stages import PATIENCE_S, OnDaemon, OnKernels, Stage
 from worlds import MOUNT, NET
 
 from linux.simulated import SimulatedBackend, SimulatedNode
-from specs.clauses import clauses
+from specs._build.clauses import clauses
 from statemachine.messages import NamespaceRequest
 
 README = (FOLDER / "README.md").read_text(encoding="utf-8")

@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from specs import clauses, pictures
+from specs._build import clauses, pictures
 from statemachine.drawing import mermaid
 from statemachine.lifecycle import TABLES
 from statemachine.table import Table
@@ -149,7 +149,7 @@ def test_words_and_clauses_can_be_searched_for_without_a_server(site: Path) -> N
 def test_a_picture_is_fresh(table: Table) -> None:
     kept = pictures.path_of(table).read_text(encoding="utf-8")
 
-    assert kept == f"{pictures.draw(table)}\n", "run: python specs/refresh.py"
+    assert kept == f"{pictures.draw(table)}\n", "run: python -m specs._build.refresh"
 
 
 def test_every_kept_picture_is_that_of_a_table() -> None:

@@ -7,13 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from specs._build import api, refresh
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "specs"))
-
-import refresh  # noqa: E402
-
-from specs import api  # noqa: E402
-
 DOCUMENTS = [*refresh.DOCUMENTS, ROOT / "CONTRIBUTING.md"]
 NAMES = [str(document.relative_to(ROOT)) for document in DOCUMENTS]
 
@@ -22,7 +18,7 @@ NAMES = [str(document.relative_to(ROOT)) for document in DOCUMENTS]
 def test_generated_parts_are_fresh(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
 
-    assert refresh.refreshed(text) == text, "run: python specs/refresh.py"
+    assert refresh.refreshed(text) == text, "run: python -m specs._build.refresh"
 
 
 def test_a_stale_part_is_noticed() -> None:

@@ -18,8 +18,9 @@ import pytest
 from test_codec import VECTORS as PEER_VECTORS
 from test_codec import message_of
 
-from specs import clauses, make_vectors, model
-from specs.golden.lives import plain_effect
+from specs import model
+from specs._build import clauses, make_vectors
+from specs._build.golden.lives import plain_effect
 from statemachine import consumer as consumer_module
 from statemachine import lifecycle
 from statemachine import provider as provider_module
@@ -71,7 +72,7 @@ def failing(name: str, check: Callable[[Case], bool]) -> list[str]:
 def test_basic_files_are_what_the_generator_writes() -> None:
     stale = [str(path.relative_to(VECTORS)) for path in make_vectors.stale()]
 
-    assert stale == [], "run: python specs/make_vectors.py"
+    assert stale == [], "run: python -m specs._build.make_vectors"
 
 
 def test_a_stale_file_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

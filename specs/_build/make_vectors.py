@@ -1,5 +1,5 @@
 """
-Writes the golden vectors for other languages: `python specs/make_vectors.py`, or `--check`.
+Writes the golden vectors for other languages: `python -m specs._build.make_vectors`, or `--check`.
 
 The cases come from `golden`; here they become files: a folder for each family, in it its manifest
 and its cases, one a line. Equal code writes equal bytes.
@@ -17,15 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-ROOT: Final = Path(__file__).resolve().parent.parent
+from specs._build import clauses
+from specs._build.golden import frames, invalid, lives, reads, rules
+from specs._build.golden.wire import Case
+
+ROOT: Final = Path(__file__).resolve().parents[2]
 """The project's folder."""
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
-
-from specs import clauses  # noqa: E402
-from specs.golden import frames, invalid, lives, reads, rules  # noqa: E402
-from specs.golden.wire import Case  # noqa: E402
 
 SCHEMA: Final = 1
 """Version of the files; it changes when a reader of them would have to."""

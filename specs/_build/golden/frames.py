@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-from specs.golden.wire import (
+from specs._build.golden.wire import (
     ELEMENTS_MAX,
     ENDED,
     ERRORS,

@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, Final
 
-from specs.golden.frames import CONTAINERS, SCALARS, TEXTS
-from specs.golden.wire import (
+from specs._build.golden.frames import CONTAINERS, SCALARS, TEXTS
+from specs._build.golden.wire import (
     ELEMENTS_MAX,
     ENDED,
     ERRORS,

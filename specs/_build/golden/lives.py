@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final, TypeAlias
 
-from specs.golden.wire import Case
+from specs._build.golden.wire import Case
 from statemachine import effects as do
 from statemachine import events as on
 from statemachine.consumer import ConsumerKernel

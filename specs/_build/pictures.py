@@ -1,6 +1,6 @@
 """The tables as pictures: what the Mermaid diagrams say, drawn with nothing but this project.
 
-`specs/pictures/` holds one SVG a table, made by `python specs/refresh.py`; the site shows the same.
+`specs/pictures/` holds one SVG a table, made by `python -m specs._build.refresh`; the site shows the same.
 It stands alone, has words for those who do not see it, and follows light and dark.
 """
 
@@ -10,13 +10,13 @@ from html import escape
 from pathlib import Path
 from typing import Final
 
-from specs.graph import drawing
-from specs.svg import TRIANGLE, arrow_head, element, picture
+from specs._build.graph import drawing
+from specs._build.svg import TRIANGLE, arrow_head, element, picture
 from statemachine.drawing import mermaid
 from statemachine.lifecycle import TABLES
 from statemachine.table import Table
 
-FOLDER: Final = Path(__file__).resolve().with_name("pictures")
+FOLDER: Final = Path(__file__).resolve().parents[1] / "pictures"
 """Where they are kept."""
 
 # The names `--color-...` are those of the site's theme; a picture that stands alone has none of

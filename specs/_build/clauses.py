@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
-ROOT: Final = Path(__file__).resolve().parent.parent
+ROOT: Final = Path(__file__).resolve().parents[2]
 """The project's folder."""
 
 CHAPTERS: Final = tuple(sorted((ROOT / "specs").glob("[0-9][0-9]-*.md")))

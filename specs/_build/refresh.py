@@ -1,4 +1,4 @@
-"""Writes the generated parts of the documents anew: `python specs/refresh.py`.
+"""Writes the generated parts of the documents anew: `python -m specs._build.refresh`.
 
 A generated part stands between `<!-- generated: <how> <of what> -->` and `<!-- end -->`:
 
@@ -20,13 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-ROOT: Final = Path(__file__).resolve().parent.parent
+from specs._build import api, clauses, make_vectors, pictures
+from statemachine import drawing, lifecycle
+
+ROOT: Final = Path(__file__).resolve().parents[2]
 """The project's folder."""
-
-sys.path.insert(0, str(ROOT))
-
-from specs import api, clauses, make_vectors, pictures  # noqa: E402
-from statemachine import drawing, lifecycle  # noqa: E402
 
 DOCUMENTS: Final = (ROOT / "README.md", *sorted((ROOT / "specs").rglob("*.md")))
 """The documents that may have generated parts."""

@@ -14,7 +14,7 @@ from enum import Enum
 from itertools import pairwise
 from typing import Final, NamedTuple
 
-from specs.svg import element, group, level_of, picture, rect, short, text, width_of
+from specs._build.svg import element, group, level_of, picture, rect, short, text, width_of
 from statemachine.table import Row, Table
 
 STATE_HEIGHT: Final = 44.0

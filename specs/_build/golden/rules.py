@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, Final
 
-from specs.golden.wire import (
+from specs._build.golden.wire import (
     ENDED,
     ERRORS,
     REQUEST,

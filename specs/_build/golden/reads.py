@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
-from specs.golden.wire import (
+from specs._build.golden.wire import (
     ENDED,
     ERRORS,
     FRAME_BYTES_MAX,

@@ -23,17 +23,17 @@ from sphinx import addnodes
 from sphinx.transforms import SphinxTransform
 from sphinx.util.osutil import relative_uri
 
-HERE: Final = Path(__file__).resolve().parent
+HERE: Final = Path(__file__).resolve().parents[1]
 ROOT: Final = HERE.parent
 sys.path.insert(0, str(ROOT))
 
-from specs import pictures  # noqa: E402
+from specs._build import pictures  # noqa: E402
 
 project = "Namespace handoff"
 author = "the namespace-handoff authors"
 extensions = ["myst_parser"]
 root_doc = "README"
-exclude_patterns = ["__pycache__", "_static", "_templates"]
+exclude_patterns = ["__pycache__", "_build"]
 html_theme = "furo"
 html_title = "Namespace handoff"
 html_static_path = ["_static"]
