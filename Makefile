@@ -1,5 +1,5 @@
 # A fresh clone needs Python 3.11 and make; every target fetches what else it needs, once.
-# More words for the program behind a target: make test ARGS='tests/test_codec.py -x'
+# More words for the program behind a target: make test ARGS='tests/transport/test_codec.py -x'
 
 .PHONY: help demo test lint site refresh clean
 

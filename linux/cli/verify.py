@@ -16,7 +16,7 @@ from typing import Final, NoReturn
 
 from .exits import ExitCode, Failure
 
-CAMPAIGN: Final = Path("tests/verify.py")
+CAMPAIGN: Final = Path("tests/campaign/verify.py")
 """The program, in a source tree."""
 
 EXTRA: Final = ("hypothesis", "pytest")

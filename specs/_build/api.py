@@ -23,8 +23,9 @@ PROGRAMS: Final = (
     "linux.demo",
     "linux.forge.child",
     "linux.forge.exec",
+    *(f"{package}.testing" for package in PACKAGES),
 )
-"""Modules and folders of modules that are run, and not imported by anybody else."""
+"""Modules and folders of modules that are run, and not imported by anybody else; and tools for tests."""
 
 _PROGRAMS: Final = tuple(f"{name}." for name in PROGRAMS)
 

@@ -154,7 +154,7 @@ def compact(document: Document) -> bytes:
 
 def peer_messages() -> Iterator[tuple[str, Document]]:
     """Read the messages that were written by rmp-serde, without the bytes that it wrote."""
-    path = Path(__file__).parents[3] / "tests" / "vectors" / "rmp-serde.jsonl"
+    path = Path(__file__).parents[3] / "tests" / "transport" / "vectors" / "rmp-serde.jsonl"
     for line in path.read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
         yield entry["name"].replace("_", "-"), entry["json"]
