@@ -1,7 +1,7 @@
 """Any system call can be refused, cut short, or be the last: the outcome is typed, nothing is left.
 
-The lives are in `faults_lives.py`, what can happen to their calls in `faults.py`, deaths in
-`faults_crashes.py`. Here everything is swept on the simulated node, and a seeded sample on this
+The lives are in `lives.py`, what can happen to their calls in `faults.py`, deaths in
+`crashes.py`. Here everything is swept on the simulated node, and a seeded sample on this
 machine; `faults_campaign.py` sweeps all of it on both.
 """
 
