@@ -24,6 +24,7 @@ from specs import invariants as always
 from statemachine.errors import AllocationNotFound, CreationFailed, FdPassing
 from statemachine.messages import (
     AllocationEnded,
+    Message,
     NamespaceRequest,
     NamespaceResponse,
     NamespaceType,
@@ -379,7 +380,8 @@ def test_answers_come_in_the_order_of_what_they_answer(wire: Wire) -> None:
     first, second = wire.request(PID, NET, MOUNT), wire.request(PID)
     refused = NamespaceRequest(wire.name(), (PID, PID))
     never = AllocationEnded(f"{wire.prefix}-never")
-    line.say(b"".join(map(frame_of, (first, refused, never, second, refused, never))))
+    wishes: tuple[Message, ...] = (first, refused, never, second, refused, never)
+    line.say(b"".join(map(frame_of, wishes)))
 
     wire.granted(first, line)
     assert isinstance(line.hear(), CreationFailed)

@@ -13,6 +13,7 @@ from ...lifecycle import AllocationState, ConsumerState
 from ...provider import Phase
 from .client import DONE
 from .ground import Setting
+from .kernels import ConsumerView
 from .world import Client, Finding, Ground
 
 WAITS: Final = ("a request is unanswered", "an end is unannounced", "a consumer is in debt")
@@ -30,7 +31,7 @@ def waits_on(setting: Setting, ground: Ground) -> int:
 
 def waits_of(setting: Setting, client: Client) -> int:
     """Say what a client waits for, as bits of `WAITS`."""
-    view = setting.kernels.consumer_views[client.kernel]
+    view: ConsumerView | None = setting.kernels.consumer_views[client.kernel]
     if view is None:
         return 0
     return (view.hold is ConsumerState.ASKING) | view.is_in_debt << 2
