@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from linux.cli import command as cli
 from linux.cli.exits import ExitCode, Failure
 from linux.cli.trace import TraceFile
-from linux.testing.programs import NET, PID, daemon_in, nshandoff, wait_until
 from statemachine import effects as do
 from statemachine import events as on
 from statemachine.errors import NAMESPACE_ERRORS, CreationFailed, FdPassing, NamespaceError
@@ -23,6 +22,7 @@ from statemachine.events import Event
 from statemachine.lifecycle import _leaves
 from statemachine.messages import NamespaceRequest, NamespaceResponse
 from statemachine.provider import Limits, ProviderKernel
+from tests.support.programs import NET, PID, daemon_in, nshandoff, wait_until
 from transport.trace import Recovery, Start, TraceError, Turn, decode_line, encode_line, read_lines
 from transport.trace import records as trace
 from transport.trace.check import Impossible, Replay

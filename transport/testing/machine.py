@@ -46,6 +46,7 @@ from pathlib import Path
 from typing import ClassVar, Final, Protocol
 
 import pytest
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -74,6 +75,13 @@ from .peer import Line, frame_of, wait_until
 
 WAIT_S: Final = 10.0
 STEPS: Final = 25
+"""How many things happen in one run of the machine."""
+
+SETTINGS: Final = settings(
+    deadline=None, stateful_step_count=STEPS, suppress_health_check=[HealthCheck.too_slow]
+)
+"""Of `Handoffs.TestCase`: how fast a machine is today is no property of a provider."""
+
 LINES_MAX: Final = 3
 
 PID: Final = NamespaceType.PID
