@@ -58,7 +58,14 @@ LIMITS: Final = Limits(
     connections_per_uid=2,
     remembered=1,
 )
-MODEL_LIMITS: Final = model.Limits(**{f.name: getattr(LIMITS, f.name) for f in fields(LIMITS)})
+
+
+def model_limits(limits: Limits) -> model.Limits:
+    """Say limits as the model has them."""
+    return model.Limits(**{f.name: getattr(limits, f.name) for f in fields(limits)})
+
+
+MODEL_LIMITS: Final = model_limits(LIMITS)
 CONNECTIONS: Final = (1, 2, 3)
 PROVIDER_WALK: Final = 200
 """Steps from one new start to the next."""
