@@ -273,7 +273,9 @@ class Provider(NamedTuple):
     @property
     def phase(self) -> str:
         """What the lifecycle calls the provider's own state."""
-        return "stopping" if self.is_stopping else "ready" if self.is_ready else "starting"
+        if self.is_stopping:
+            return "stopping" if self.is_ready else "aborted"
+        return "ready" if self.is_ready else "starting"
 
     def state_of(self, name: str) -> str:
         """Say what the lifecycle calls an allocation's state."""

@@ -144,7 +144,7 @@ class _Exchange:
     @property
     def is_done(self) -> bool:
         """Whether it is over, and nothing is left to be said to the provider or to be undone."""
-        return self.is_over and not self.kernel.is_in_debt and not self.slow
+        return self.is_over and not self.kernel.owes_end and not self.slow
 
     # Feeding.
 
@@ -453,9 +453,9 @@ class _Held:
         return self._exchange.is_over
 
     @property
-    def is_in_debt(self) -> bool:
+    def owes_end(self) -> bool:
         """Whether the provider still has to hear of an end."""
-        return self._exchange.kernel.is_in_debt
+        return self._exchange.kernel.owes_end
 
 
 @dataclass(frozen=True, slots=True)
@@ -646,8 +646,8 @@ class Handoff(_Held):
             Whether nothing is owed any more.
         """
         deadline = time.monotonic() + timeout_s
-        _run(self._exchange, lambda: not self._exchange.kernel.is_in_debt, deadline)
-        return not self._exchange.kernel.is_in_debt
+        _run(self._exchange, lambda: not self._exchange.kernel.owes_end, deadline)
+        return not self._exchange.kernel.owes_end
 
     def close(self) -> None:
         """
@@ -855,7 +855,7 @@ class AsyncHandoff(_Held):
             await self.close()
 
     async def _settle(self) -> None:
-        await self._loop.until(lambda: not self._exchange.kernel.is_in_debt)
+        await self._loop.until(lambda: not self._exchange.kernel.owes_end)
 
 
 class _LoopDriver:

@@ -29,7 +29,7 @@ from statemachine import events as on
 from statemachine.effects import Effect
 from statemachine.errors import SocketUnavailable
 from statemachine.events import Event
-from statemachine.lifecycle import PROVIDER, AllocationState
+from statemachine.lifecycle import ALLOCATION, AllocationState
 from statemachine.provider import Limits, ProviderKernel
 from transport.contract import Backend
 from transport.endpoint import listen
@@ -254,7 +254,7 @@ class EventLog:
         after = self.kernel.state_of(name)
         if after not in (_UNKNOWN, AllocationState.RELEASED):
             self._states[name] = after
-        if before is after and PROVIDER.row(type(event), before) is None:
+        if before is after and ALLOCATION.row(type(event), before) is None:
             return {}
         return {"from": before.value, "to": after.value}
 

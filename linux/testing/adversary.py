@@ -368,7 +368,7 @@ class Dealings(RuleBasedStateMachine):
         own = [(me, name)] if self.is_in(*OWN) else []
         always.require(
             always.at_most_one_live_set(
-                own, [me] if kernel.is_in_debt else [], [(me, name)] if self.may_be_made else []
+                own, [me] if kernel.owes_end else [], [(me, name)] if self.may_be_made else []
             ),
             always.self_service_is_loud_and_for_a_reason(
                 has_turned=exchange.fallback is not None,

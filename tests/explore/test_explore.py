@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import pytest
 
@@ -19,8 +19,17 @@ from statemachine import events as on
 from statemachine.consumer import ConsumerKernel
 from statemachine.effects import Effect, Timer
 from statemachine.events import Event
-from statemachine.lifecycle import CONSUMER, NOTICE, PROVIDER, TABLES, AllocationState, NoticeState
+from statemachine.lifecycle import (
+    ALLOCATION,
+    CONSUMER,
+    NOTICE,
+    TABLES,
+    AllocationState,
+    NoticeState,
+)
 from statemachine.provider import Limits, ProviderKernel, Snapshot
+from statemachine.provider.models import Service
+from statemachine.provider.state import State
 from statemachine.table import Row, Table, compile_table
 from statemachine.testing.explore import (
     Bounds,
@@ -207,23 +216,27 @@ class TellsTwice(ProviderKernel):
         return tuple(found)
 
 
+def dispatch_all_but_one(state: State, service: Service, cause: object) -> None:
+    del service.held[-1:]
+    ProviderKernel.orders[do.DispatchHeld](state, service, cause)
+
+
 class ForgetsWaiters(ProviderKernel):
-    def _take_waiting(self) -> Any:
-        return super()._take_waiting()[:-1]
+    orders: ClassVar[Any] = {**ProviderKernel.orders, do.DispatchHeld: dispatch_all_but_one}
 
 
 class AnswersTheLastFirst(ProviderKernel):
-    def _flush(self, number: int) -> None:
-        slots = self._connections[number].slots
-        slots.reverse()
-        super()._flush(number)
-        slots.reverse()
+    def receive(self, event: Event) -> tuple[Effect, ...]:
+        kinds = (do.Refuse, do.HandOver, do.AnnounceEnd)
+        effects = super().receive(event)
+        answers = [effect for effect in effects if isinstance(effect, kinds)]
+        return tuple(answers.pop() if isinstance(e, kinds) else e for e in effects)
 
 
 class ForgetsNames(ProviderKernel):
     @classmethod
     def restore(cls, snapshot: Snapshot, limits: Limits | None = None) -> ProviderKernel:
-        return super().restore((*snapshot[:4], (), *snapshot[5:]), limits)
+        return super().restore((*snapshot[:4], ()), limits)
 
 
 class ChangesOnError(ConsumerKernel):
@@ -240,7 +253,7 @@ class TellsAStranger(ProviderKernel):
 
     def receive(self, event: Event) -> tuple[Effect, ...]:
         effects = super().receive(event)
-        last = max(self._connections, default=0)
+        last = max(self._state.connections, default=0)
         ends = {e.allocation_id for e in effects if isinstance(e, do.AnnounceEnd)}
         told = {e.connection for e in effects if isinstance(e, do.AnnounceEnd)}
         is_open = last > 1 and last not in told
@@ -248,15 +261,15 @@ class TellsAStranger(ProviderKernel):
 
 
 def provider_table(*args: Any, **kwargs: Any) -> dict[str, Any]:
-    return {"tables": (changed(PROVIDER, *args, **kwargs), CONSUMER, NOTICE)}
+    return {"tables": (changed(ALLOCATION, *args, **kwargs), CONSUMER, NOTICE)}
 
 
 def consumer_table(*args: Any, **kwargs: Any) -> dict[str, Any]:
-    return {"tables": (PROVIDER, changed(CONSUMER, *args, **kwargs), NOTICE)}
+    return {"tables": (ALLOCATION, changed(CONSUMER, *args, **kwargs), NOTICE)}
 
 
 def notice_table(*args: Any, **kwargs: Any) -> dict[str, Any]:
-    return {"tables": (PROVIDER, CONSUMER, changed(NOTICE, *args, **kwargs))}
+    return {"tables": (ALLOCATION, CONSUMER, changed(NOTICE, *args, **kwargs))}
 
 
 S: Final = AllocationState
@@ -265,7 +278,7 @@ PAIR: Final = Bounds(consumers=2, without=only("want", "end", "crash"))
 MUTANTS: Final[dict[str, tuple[Bounds, dict[str, Any], str, int]]] = {
     "a repeated request is not answered": (
         PAIR,
-        provider_table(on.RequestRepeated, S.CREATED, S.HANDED_OFF, without=do.HandOver),
+        provider_table(on.RequestRepeated, S.CREATED, S.HANDED_OFF, without=do.GrantAskers),
         "never answered|consumer is asking",
         12,
     ),
@@ -390,7 +403,7 @@ SILENT: Final = "a kernel cannot be restored"
 BY_THE_PROVIDER: Final = [
     name
     for name, (_, m, _, _) in MUTANTS.items()
-    if name != SILENT and ("provider" in m or m.get("tables", TABLES)[0] is not PROVIDER)
+    if name != SILENT and ("provider" in m or m.get("tables", TABLES)[0] is not ALLOCATION)
 ]
 
 

@@ -32,7 +32,9 @@ def test_the_provider_table_is_drawn_in_both_ways() -> None:
     drawn = [
         match
         for document in refresh.DOCUMENTS
-        for match in re.findall(r"generated: (\w+) PROVIDER", document.read_text(encoding="utf-8"))
+        for match in re.findall(
+            r"generated: (\w+) ALLOCATION", document.read_text(encoding="utf-8")
+        )
     ]
 
     assert sorted(drawn) == ["markdown", "mermaid", "mermaid"]

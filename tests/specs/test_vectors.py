@@ -35,7 +35,7 @@ from statemachine.events import (
 )
 from statemachine.messages import NamespaceRequest, NamespaceType, objection
 from statemachine.provider import Limits, ProviderKernel
-from statemachine.table import Table
+from statemachine.testing.tables import watched
 from tests.transport.test_codec import VECTORS as PEER_VECTORS
 from tests.transport.test_codec import message_of
 from transport import channel as channel_module
@@ -466,35 +466,11 @@ def test_lives_agree(name: str, check: Callable[[Case], bool]) -> None:
     assert failing(name, check) == []
 
 
-class NotingTable:
-    """A table that notes which of its rows are taken."""
-
-    def __init__(self, table: Table, taken: set[tuple[str, str, str]]) -> None:
-        self._table = table
-        self._taken = taken
-
-    def row(self, event: type[Event], state: Any) -> Any:
-        return self._table.row(event, state)
-
-    def fire(self, moved: Any, event: type[Event], subject: str) -> Any:
-        state = moved.state
-        orders = self._table.fire(moved, event, subject)
-        self._taken.add((self._table.name, event.__name__, state.value))
-        return orders
-
-
-def test_every_row_of_every_table_has_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_row_of_every_table_has_a_case() -> None:
     taken: set[tuple[str, str, str]] = set()
-    places = {
-        "PROVIDER": (provider_module, lifecycle.PROVIDER),
-        "CONSUMER": (consumer_module, lifecycle.CONSUMER),
-        "NOTICE": (consumer_module, lifecycle.NOTICE),
-    }
-    for name, (module, table) in places.items():
-        monkeypatch.setattr(module, name, NotingTable(table, taken))
-
-    assert failing("provider", kernel_lives_so) == []
-    assert failing("consumer", consumer_lives_so) == []
+    with watched(lambda table, event, state: taken.add((table, event.__name__, state.value))):
+        assert failing("provider", kernel_lives_so) == []
+        assert failing("consumer", consumer_lives_so) == []
 
     rows = {(t.name, r.event.__name__, r.source.value) for t in lifecycle.TABLES for r in t.rows}
     assert rows - taken == set()

@@ -67,7 +67,7 @@ class AwaitedHandoff:
 
     def settle(self, timeout_s: float = 2.0) -> bool:
         async def debt_paid() -> None:
-            while self._handoff.is_in_debt:
+            while self._handoff.owes_end:
                 await asyncio.sleep(POLL_S)
 
         return self._within(timeout_s, debt_paid())

@@ -778,7 +778,7 @@ def in_debt(
         liar = stack.enter_context(Liar(path, die))
         handoff = consumer.obtain(request)
         stack.callback(handoff.close)
-        assert handoff.is_in_debt
+        assert handoff.owes_end
         yield handoff, lambda: stack.enter_context(Liar(path))
 
 
@@ -801,7 +801,7 @@ def test_a_debt_is_paid_by_leaving_the_context(
         liar = revive()
         with handoff:
             pass
-        assert not handoff.is_in_debt
+        assert not handoff.owes_end
         assert liar.told(0) == [AllocationEnded(wanted.allocation_id)]
 
 
@@ -827,9 +827,9 @@ def test_a_debt_is_paid_in_the_background_of_an_event_loop(
     async def main() -> None:
         consumer = AsyncConsumer(path, SimulatedInspector(), service=service, patience=HASTY)
         async with await consumer.obtain(wanted) as handoff:
-            assert handoff.is_in_debt
+            assert handoff.owes_end
             with Liar(path) as revived:
-                while handoff.is_in_debt:
+                while handoff.owes_end:
                     await asyncio.sleep(0.002)
                 assert revived.told(0) == [AllocationEnded(wanted.allocation_id)]
             await handoff.end()

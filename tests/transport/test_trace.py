@@ -261,7 +261,7 @@ INVENTED: Final = [
     (on.ConnectionLost, on.ReadinessOverdue(), "provider is ready", "ProviderStopping"),
     (on.ConnectionLost, on.ProviderReady(), "provider is ready", "ProviderStopping"),
     (on.ConnectionLost, on.EndWanted(), "provider is ready", "ProviderStopping"),
-    (on.ConnectionLost, on.Unclaimed("a"), "provider is ready", "RequestReceived"),
+    (on.ConnectionLost, on.Unclaimed(), "provider is ready", "ProviderStopping"),
 ]
 
 

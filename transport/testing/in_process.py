@@ -109,7 +109,7 @@ class ConsumerModel(ConsumerKernel):
         return NoticeState(self._now.notice)
 
     @property
-    def is_in_debt(self) -> bool:
+    def owes_end(self) -> bool:
         return self.notice not in (NoticeState.SILENT, NoticeState.HEARD)
 
 

@@ -30,8 +30,9 @@ from statemachine.errors import (
     SocketUnavailable,
 )
 from statemachine.events import Event
+from statemachine.lifecycle import ServiceState
 from statemachine.messages import NamespaceRequest, NamespaceResponse, NamespaceType
-from statemachine.provider import Limits, Phase, ProviderKernel
+from statemachine.provider import Limits, ProviderKernel
 from transport.trace import encode_effect, encode_event
 
 PID, NET, MOUNT = NamespaceType
@@ -186,14 +187,14 @@ def possible(cast: Cast, world: World, kernel: ProviderKernel) -> Iterator[Event
             yield from (on.RequestReceived(c, request) for request in cast.requests)
             yield from (on.EndReceived(c, name) for name in cast.names)
             yield on.FrameRejected("not a message", c)
-    if kernel.phase is Phase.STARTING:
+    if kernel.service is ServiceState.STARTING:
         yield on.ProviderReady()
         for adoption in cast.adoptions:
             if isinstance(adoption, on.AllocationEvent):
                 state = kernel.state_of(adoption.allocation_id).value
                 if state in ("unknown", "released"):
                     yield adoption
-    if kernel.phase is not Phase.STOPPING:
+    if not kernel.service.is_stopping:
         yield on.ProviderStopping()
     yield from _of_the_driver(world)
     for name, state in kernel.states.items():
@@ -269,10 +270,10 @@ def shortest_lives() -> Iterator[tuple[str, Life]]:
             steps += 1
             after, effects = take(world, event, limits)
             life = (*lives[world], event)
-            kind = (type(event), kernel.phase, before, tuple(map(_kind_of, effects)))
+            kind = (type(event), kernel.service, before, tuple(map(_kind_of, effects)))
             if kind not in seen:
                 seen.add(kind)
-                yield f"step-{kernel.phase.value}-{before}-{type(event).__name__}", life
+                yield f"step-{kernel.service.value}-{before}-{type(event).__name__}", life
             if after not in lives:
                 lives[after] = life
                 queue.append(after)
@@ -550,6 +551,27 @@ def _lives_at_limits(
     yield "stopping", plain, (), life
     life = (on.ConnectionOpened(1, 0), *waiting, on.ProviderStopping(), on.EndReceived(1, "a"))
     yield "stopping-before-it-was-ready", plain, (), life
+    yield "a-granted-response-is-overtaken", plain, (), (
+        *ready, on.RequestReceived(1, b), on.RequestReceived(1, a), made,
+        on.ScopeEmptied("a"), on.NamespacesReleased("a"),
+        on.NamespacesCreated("b", response_to(b)),
+    )  # fmt: skip
+    few = replace(plain, open_per_connection=1)
+    begins: dict[str, Life] = {
+        "starting": (),
+        "ready": (on.ProviderReady(),),
+        "stopping": (on.ProviderReady(), on.RequestReceived(1, a), on.ProviderStopping()),
+        "aborted": (on.ProviderStopping(),),
+    }
+    for state, begin in begins.items():
+        life = (on.ConnectionOpened(1, 0), *begin, on.ConnectionOpened(2, 1000))
+        asked = [on.RequestReceived(1, request_for(name)) for name in "abc"]
+        yield (
+            f"limits-while-{state}",
+            few,
+            (),
+            (*life, *asked[: {"stopping": 2, "aborted": 1}.get(state, 3)]),
+        )
 
 
 def provider() -> Iterator[Case]:

@@ -73,7 +73,7 @@ def client_moves(setting: Setting, ground: Ground, index: int, client: Client) -
     found: list[Move] = []
     bounds = setting.bounds
     view: ConsumerView | None = setting.kernels.consumer_views[client.kernel]
-    is_free = view is None or (view.hold in DONE and not view.is_in_debt)
+    is_free = view is None or (view.hold in DONE and not view.owes_end)
     if is_free and (bounds.wishes is None or client.wishes < bounds.wishes):
         for number in range(len(bounds.requests)):
             found.append(("want", index, number))
@@ -169,7 +169,7 @@ class ClientDraft:
         if not client.kernel or self.link:
             return False
         is_idle = not (client.timers or client.is_calling or client.is_serving or client.has_own)
-        return is_idle and self.view.hold in DONE and not self.view.is_in_debt
+        return is_idle and self.view.hold in DONE and not self.view.owes_end
 
     # --- The caller ----------------------------------------------------------------------------
 
@@ -339,7 +339,7 @@ class ClientDraft:
 def may_have_two_sets(setting: Setting, client: Client) -> bool:
     """Whether a client has a set of its own, and owes nothing: then it has none elsewhere."""
     view = setting.kernels.consumer_views[client.kernel]
-    return bool(client.has_own or client.is_serving) and not view.is_in_debt
+    return bool(client.has_own or client.is_serving) and not view.owes_end
 
 
 def is_provided(setting: Setting, ground: Ground, index: int) -> bool:

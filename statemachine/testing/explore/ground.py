@@ -16,14 +16,13 @@ from ... import events as on
 from ...effects import Effect, Timer
 from ...errors import CreationFailed, FdPassing
 from ...events import Event
-from ...lifecycle import AllocationState
+from ...lifecycle import AllocationState, ServiceState
 from ...messages import (
     AllocationEnded,
     Message,
     NamespaceRequest,
     NamespaceResponse,
 )
-from ...provider import Phase
 from ...provider import event_of as provider_event_of
 from .kernels import Kernels, ProviderView
 from .world import (
@@ -206,10 +205,10 @@ def _moves_of_provider(setting: Setting, ground: Ground, found: list[Move]) -> N
     if not ground.provider:
         found.extend(("recover", *order) for order in _orders_of_recovery(ground))
         return
-    phase = setting.kernels.provider_views[ground.provider].phase
-    if phase is Phase.STARTING:
+    service = setting.kernels.provider_views[ground.provider].service
+    if service is ServiceState.STARTING:
         found.append(("ready",))
-    if phase is Phase.STOPPING:
+    if service.is_stopping:
         found.append(("exit",))
     else:
         found.append(("stop",))

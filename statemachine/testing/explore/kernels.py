@@ -25,15 +25,14 @@ from ...errors import (
     RemoteProtocolError,
 )
 from ...events import Event
-from ...lifecycle import AllocationState, ConsumerState, NoticeState
+from ...lifecycle import AllocationState, ConsumerState, NoticeState, ServiceState
 from ...messages import (
     AllocationEnded,
     Message,
     NamespaceRequest,
     NamespaceResponse,
 )
-from ...provider import Limits, Phase, ProviderKernel, Snapshot
-from ...table import Table
+from ...provider import Limits, ProviderKernel, Snapshot
 from .world import Bounds, Finding, Numbers
 
 Row = tuple[str, str, str]
@@ -47,7 +46,7 @@ Swap = tuple[int, ...]
 class ProviderView:
     """What is looked at of a provider's kernel."""
 
-    phase: Phase
+    service: ServiceState
     states: tuple[AllocationState, ...]
     numbers: tuple[int, ...]
     """Every connection that the snapshot mentions."""
@@ -62,7 +61,7 @@ class ConsumerView:
     hold: ConsumerState
     notice: NoticeState
     is_connected: bool
-    is_in_debt: bool
+    owes_end: bool
 
 
 @dataclass(slots=True)
@@ -73,23 +72,6 @@ class Step:
     effects: tuple[Effect, ...]
     rows: tuple[Row, ...]
     uses: int = 0
-
-
-class RecordingTable:
-    """A table that notes which of its rows are taken."""
-
-    def __init__(self, table: Table, rows: list[Row]) -> None:
-        self._table = table
-        self._rows = rows
-
-    def row(self, event: type[Event], state: Any) -> Any:
-        return self._table.row(event, state)
-
-    def fire(self, moved: Any, event: type[Event], subject: str) -> Any:
-        state = moved.state
-        orders = self._table.fire(moved, event, subject)
-        self._rows.append((self._table.name, event.__name__, str(state.value)))
-        return orders
 
 
 class Kernels:
@@ -204,8 +186,8 @@ class Kernels:
         except model.Impossible as impossible:
             raise Finding(f"the model knows no way to {event}: {impossible}") from impossible
         found = model.agree(effects, said)
-        if kernel.phase.value != after.phase:
-            found.append(f"the kernel is {kernel.phase.value}, the model {after.phase}")
+        if kernel.service.value != after.phase:
+            found.append(f"the kernel is {kernel.service.value}, the model {after.phase}")
         for name in self.names:
             ours, theirs = kernel.state_of(name).value, after.state_of(name)
             if ours != theirs:
@@ -224,7 +206,7 @@ class Kernels:
             numbers = {c for c, _ in snapshot[1]}
             for frozen in snapshot[2]:
                 numbers.update(*frozen[5:8], frozen[8])
-            view = ProviderView(kernel.phase, states, tuple(sorted(numbers)))
+            view = ProviderView(kernel.service, states, tuple(sorted(numbers)))
             self.provider_views.append(view)
         return number
 
@@ -284,7 +266,7 @@ class Kernels:
                     kernel.state,
                     kernel.notice,
                     kernel.is_connected,
-                    kernel.is_in_debt,
+                    kernel.owes_end,
                 )
             )
         return number
@@ -423,24 +405,23 @@ class _Namer:
         When the provider is ready, what is unread waits for a release: only what is about the same
         allocation has an order.
         """
-        is_ready = known.phase != Phase.STARTING.value
+        is_ready = known.phase != ServiceState.STARTING.value
         unread = sorted(known.unread, key=_name_in) if is_ready else known.unread
         return known._replace(unread=tuple(unread), remembered=self.in_memory(known.remembered))
 
     def of_provider(self, snapshot: Snapshot) -> Snapshot:
         """Rename what a provider's snapshot says."""
-        phase, connections, allocations, waiting, remembered, has_been_ready = snapshot
+        service, connections, allocations, held, remembered = snapshot
         number = self._number
         return (
-            phase,
+            service,
             tuple(
-                (number(c), (uid, is_closing, self.of(slots)))
-                for c, (uid, is_closing, slots) in connections
+                (number(c), (uid, is_closing, self.of(messages)))
+                for c, (uid, is_closing, messages) in connections
             ),
             tuple(sorted((self._allocation(frozen) for frozen in allocations), key=_first)),
-            tuple((number(c), index) for c, index in waiting),
+            tuple((number(c), index) for c, index in held),
             self.in_memory(tuple(map(self._name, remembered))),
-            has_been_ready,
         )
 
     def _allocation(self, frozen: Snapshot) -> Snapshot:
