@@ -10,7 +10,6 @@ mypy takes them for frozen dataclasses.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from functools import cache, lru_cache
 from typing import Any, ClassVar, Final, TypeVar, dataclass_transform
 
@@ -83,7 +82,7 @@ def record(cls: type[T]) -> type[T]:
     default value must be immutable; `__post_init__` is called if there is one. To change a field
     raises `dataclasses.FrozenInstanceError`.
     """
-    own = inspect.get_annotations(cls)
+    own: dict[str, Any] = vars(cls).get("__annotations__", {})
     namespace = {
         name: value
         for name, value in vars(cls).items()
