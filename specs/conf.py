@@ -27,7 +27,7 @@ HERE: Final = Path(__file__).resolve().parent
 ROOT: Final = HERE.parent
 sys.path.insert(0, str(ROOT))
 
-from specs import pictures  # noqa: E402
+from specs import pictures, refresh  # noqa: E402
 
 project = "Namespace handoff"
 author = "the namespace-handoff authors"
@@ -210,9 +210,10 @@ def files(app: Any) -> Iterator[tuple[str, dict[str, Any], str]]:
     yield "index", {}, "first.html"
 
 
-def list_chapters(_: Any, docname: str, source: list[str]) -> None:
-    """Give a first page the list of its chapters by their numbers, and then of its folders."""
+def complete(_: Any, docname: str, source: list[str]) -> None:
+    """Make the parts that only the site has; list the chapters and folders on a first page."""
     page = HERE / docname
+    source[0] = refresh.for_site(source[0])
     if page.name == "README":
         numbered = sorted(path.stem for path in page.parent.glob("[0-9]*.md"))
         folders = sorted(f"{path.parent.name}/README" for path in page.parent.glob("*/README.md"))
@@ -228,5 +229,5 @@ def setup(app: Any) -> None:
     app.add_transform(Clauses)
     app.add_transform(Names)
     app.add_transform(Files)
-    app.connect("source-read", list_chapters)
+    app.connect("source-read", complete)
     app.connect("html-collect-pages", files)

@@ -3,6 +3,10 @@
 A generated part stands between `<!-- generated: <how> <of what> -->` and `<!-- end -->`:
 
     mermaid, markdown   a table of `statemachine.lifecycle`, as a diagram or row by row
+
+What is long, and shown elsewhere in the repository, is made for the site only, in the place of
+`<!-- on the site: <how> <of what> -->`:
+
     module              a module of this folder as a chapter: its headings, its words, its code
     clauses             every clause, where the code cites it and which tests claim it
     api                 every public name of a package
@@ -32,12 +36,18 @@ DOCUMENTS: Final = (ROOT / "README.md", *sorted((ROOT / "specs").rglob("*.md")))
 """The documents that may have generated parts."""
 
 _PART: Final = re.compile(r"<!-- generated: (\w+) (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+_SITE_PART: Final = re.compile(r"^<!-- on the site: (\w+) (\w+) -->$", re.MULTILINE)
 _HEADING: Final = re.compile(r"^# --- (.*?) -+$", re.MULTILINE)
 
 
 def refreshed(text: str) -> str:
     """Return a document's text with every generated part made anew."""
     return _PART.sub(_part, text)
+
+
+def for_site(text: str) -> str:
+    """Return a document's text with the parts that only the site has."""
+    return _SITE_PART.sub(lambda match: _MAKERS[match[1]](match[2]).strip(), text)
 
 
 def _part(match: re.Match[str]) -> str:
