@@ -10,6 +10,7 @@ import pytest
 from specs import clauses as book
 from specs.clauses import CHAPTERS, LEVELS, UNUSED, Clause
 
+SPECS = book.ROOT / "specs"
 CLAUSES = book.clauses()
 CLAIMS = book.claims()
 CITATIONS = book.citations()
@@ -33,6 +34,14 @@ def test_a_claim_has_its_clause() -> None:
 
 def test_a_citation_has_its_clause() -> None:
     assert {name: places for name, places in CITATIONS.items() if name not in CLAUSES} == {}
+
+
+@pytest.mark.parametrize("name", ["model.py", "invariants.py"])
+def test_the_model_and_the_invariants_cite_clauses(name: str) -> None:
+    cited = set(book.ID.findall((SPECS / name).read_text(encoding="utf-8")))
+
+    assert len(cited) > 10
+    assert cited - set(CLAUSES) == set()
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.name)

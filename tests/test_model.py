@@ -155,7 +155,7 @@ def step_provider(
         effects = kernel.receive(event)
     except ProtocolError as error:
         raise Difference(f"the kernel does not take {event}: {error}") from None
-    found = model.agree(effects, said)
+    found = model.differences(effects, said)
     if kernel.phase.value != after.phase:
         found.append(f"the kernel is {kernel.phase}, the model {after.phase}")
     for name in "abc":
@@ -197,7 +197,7 @@ def step_consumer(
         effects = kernel.receive(event)
     except ProtocolError as error:
         raise Difference(f"the kernel does not take {event}: {error}") from None
-    found = model.agree(effects, said)
+    found = model.differences(effects, said)
     if (kernel.state.value, kernel.notice.value) != (after.state, after.notice):
         found.append(f"{kernel.state}, {kernel.notice}: {after.state}, {after.notice}")
     if found:
