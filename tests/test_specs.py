@@ -1,5 +1,6 @@
 """The documents say what the code says: generated parts are fresh, examples run, links lead."""
 
+import inspect
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ sys.path.insert(0, str(ROOT / "specs"))
 import refresh  # noqa: E402
 
 from specs import api  # noqa: E402
+from statemachine import errors, messages, roles  # noqa: E402
 
 DOCUMENTS = [*refresh.DOCUMENTS, ROOT / "CONTRIBUTING.md"]
 NAMES = [str(document.relative_to(ROOT)) for document in DOCUMENTS]
@@ -124,3 +126,28 @@ def test_what_owes_nothing_is_let_pass(tmp_path: Path) -> None:
     module.write_text(code, encoding="utf-8")
 
     assert [api.owes(name) for name in api.names(module)] == [[]]
+
+
+# --- The seed's contract -----------------------------------------------------------------------
+
+
+def test_the_contract_lists_the_names_that_the_code_has() -> None:
+    text = (ROOT / "specs" / "00-contract.md").read_text(encoding="utf-8")
+    structs = (messages.NamespaceRequest, messages.NamespaceResponse, messages.AllocationEnded)
+    parts = {
+        "NamespaceType": [kind.value for kind in messages.NamespaceType],
+        **{struct.__name__: list(inspect.signature(struct).parameters) for struct in structs},
+        **{x.__name__: methods_of(x) for x in (roles.NamespaceProvider, roles.NamespaceConsumer)},
+        "NamespaceError": [error.kind for error in errors.NAMESPACE_ERRORS],
+    }
+
+    names = [name for whole in parts for name in (whole, *(f"{whole}.{x}" for x in parts[whole]))]
+    assert re.findall(r"^\| \S+ \| `([\w.]+)`", text, re.MULTILINE) == [
+        "HANDOFF_SOCKET_PATH",
+        *names,
+    ]
+    assert messages.HANDOFF_SOCKET_PATH in text
+
+
+def methods_of(trait: type) -> list[str]:
+    return [name for name in vars(trait) if name.endswith("_namespaces")]
