@@ -22,12 +22,12 @@ from report_goals import (
     is_good,
     label_of,
 )
-from report_sequence import NotDrawable, sequence
 from report_summary import Cell, Found, Part, Summary, number_in, plain
 from verify_progress import clock
 from verify_record import Head
 
 from specs.graph import state_graph
+from specs.sequence import NotDrawable, sequence
 from specs.svg import arrow_heads
 from statemachine.lifecycle import TABLES
 from statemachine.table import Table

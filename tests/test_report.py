@@ -15,12 +15,12 @@ from outcome import Discovery, Outcome
 from report import report
 from report_charts import Bar, Dots, bars, dots, heat_map, stacks
 from report_goals import ADAPTERS, Goal, Verdict, goals_of, is_good
-from report_sequence import Arrow, NotDrawable, Note, read, sequence
 from report_summary import LEGAL, Cell, Summary, number_in, plain, summary_of
 from verify_record import Done, Head
 
 from linux.cli_sequence import sequence_diagram
 from specs.graph import state_graph
+from specs.sequence import Arrow, NotDrawable, Note, read, sequence
 from specs.svg import level_of, short
 from statemachine import NamespaceRequest, NamespaceResponse, NamespaceType, ProviderKernel
 from statemachine import effects as do
