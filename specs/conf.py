@@ -1,8 +1,9 @@
 """The book as a site: `make site` builds these chapters into static HTML with Sphinx.
 
-What it makes needs no network, neither to be built nor to be read. A Mermaid diagram is shown as
-the picture that `pictures.py` draws of the same table, a file that a chapter links to as a page of
-its own, and a clause's id is a link to itself. The build is always a whole one (`-E`).
+What it makes needs no network, neither to be built nor to be read. A Mermaid diagram is shown as a
+picture (of a table: that of `pictures.py`; of a sequence: that of `sequence.py`), a file that a
+chapter links to as a page of its own, and a clause's id is a link to itself. The build is always a
+whole one (`-E`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ ROOT: Final = HERE.parent
 sys.path.insert(0, str(ROOT))
 
 from specs import pictures, refresh  # noqa: E402
+from specs.sequence import sequence  # noqa: E402
+from specs.svg import arrow_heads  # noqa: E402
 
 project = "Namespace handoff"
 author = "the namespace-handoff authors"
@@ -60,14 +63,18 @@ shown: Final[set[Path]] = set()
 
 
 class Mermaid(Directive):
-    """Shows the picture of the table that the diagram draws."""
+    """Shows a sequence diagram, or the picture of the table that the diagram draws."""
 
     has_content = True
 
     def run(self) -> list[nodes.Node]:
         """Find the picture; a diagram without one stops the build."""
-        picture = pictures.of_diagram("\n".join(self.content) + "\n")
-        return [nodes.raw("", f'<div class="picture">{picture}</div>', format="html")]
+        diagram = "\n".join(self.content) + "\n"
+        if diagram.startswith("sequenceDiagram"):
+            kind, picture = "picture sequence", arrow_heads() + sequence(diagram)
+        else:
+            kind, picture = "picture", pictures.of_diagram(diagram)
+        return [nodes.raw("", f'<div class="{kind}">{picture}</div>', format="html")]
 
 
 class Hex(RegexLexer):

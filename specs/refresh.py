@@ -3,6 +3,7 @@
 A generated part stands between `<!-- generated: <how> <of what> -->` and `<!-- end -->`:
 
     mermaid, markdown   a table of `statemachine.lifecycle`, as a diagram or row by row
+    sequence            a scenario as a sequence diagram: what befalls whom, messages, states
 
 What is long, and shown elsewhere in the repository, is made for the site only, in the place of
 `<!-- on the site: <how> <of what> -->`:
@@ -35,7 +36,7 @@ from statemachine import drawing, lifecycle  # noqa: E402
 DOCUMENTS: Final = (ROOT / "README.md", *sorted((ROOT / "specs").rglob("*.md")))
 """The documents that may have generated parts."""
 
-_PART: Final = re.compile(r"<!-- generated: (\w+) (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+_PART: Final = re.compile(r"<!-- generated: (\w+) ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 _SITE_PART: Final = re.compile(r"^<!-- on the site: (\w+) (\w+) -->$", re.MULTILINE)
 _HEADING: Final = re.compile(r"^# --- (.*?) -+$", re.MULTILINE)
 
@@ -61,6 +62,20 @@ def _mermaid(table: str) -> str:
 
 def _markdown(table: str) -> str:
     return drawing.markdown(getattr(lifecycle, table))
+
+
+def _sequence(scenario: str) -> str:
+    text = (ROOT / "specs" / "scenarios" / f"{scenario}.md").read_text(encoding="utf-8")
+    lines = [f"    participant {each}" for each in ("first as consumer", "provider", "node")]
+    for line in text.partition("```scenario\n")[2].partition("```")[0].splitlines():
+        if line.startswith("> "):
+            who = next((each for each in ("first", "provider") if each in line), "node")
+            lines.append(f"    Note over {who}: {line[2:].replace('first', 'the consumer')}")
+        elif arrow := re.fullmatch(r"(\w+) → (\w+) +(.*)", line):
+            lines.append(f"    {arrow[1]}->>{arrow[2]}: {arrow[3]}")
+        elif states := re.fullmatch(r"(job-\d+) +(.* → .*)", line):
+            lines.append(f"    Note over provider: {states[1]}: {states[2]}")
+    return "\n".join(["```mermaid", "sequenceDiagram", *lines, "```"])
 
 
 def _module(name: str) -> str:
@@ -111,6 +126,7 @@ def _places(places: list[clauses.Place]) -> str:
 _MAKERS: Final[dict[str, Callable[[str], str]]] = {
     "mermaid": _mermaid,
     "markdown": _markdown,
+    "sequence": _sequence,
     "module": _module,
     "clauses": _index,
     "api": api.reference,
