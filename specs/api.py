@@ -1,9 +1,8 @@
-"""The reference of a package, made from its docstrings; and what a docstring still owes.
+"""Python reference of a package, made from its docstrings; and what a docstring lacks.
 
-Public is what has no underscore, in a module that is no program. Every such name says what it
-means. Beyond that: a function that takes something says of each argument what its name and type do
-not; one that raises says what, and how things stand then; whoever takes or gives descriptors says
-who closes them.
+Public is what has no underscore, in a module that is no program. The docstring of every such name
+says what it means. A function that raises says what, and the state afterwards; one that takes or
+returns descriptors says who closes them.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Final, NamedTuple
 ROOT: Final = Path(__file__).resolve().parent.parent
 PACKAGES: Final = ("statemachine", "transport", "linux")
 PROGRAMS: Final = ("__main__", "cli", "demo", "forge_child", "forge_exec")
-"""Beginnings of the names of modules that are run, and not imported by anybody else."""
+"""Beginnings of the names of modules that are run, and not imported by users."""
 
 OWNERSHIP: Final = re.compile(r"\b(own(s|ed|er|ership)?|lent|closes?d?|adopts?)\b", re.IGNORECASE)
 _OWNED: Final = re.compile(r"\b(Descriptor|DescriptorBundle|Channel|socket)\b")
@@ -88,7 +87,7 @@ class Name(NamedTuple):
 
 
 def modules(package: str) -> list[Path]:
-    """List the modules of a package that somebody imports, in the order of their names."""
+    """List the modules of a package that users import, in the order of their names."""
     found = sorted((ROOT / package).glob("*.py"))
     return [path for path in found if not path.stem.startswith((*PROGRAMS, "__init__"))]
 

@@ -92,7 +92,7 @@ class Hex(RegexLexer):
 
 
 class Scenario(RegexLexer):
-    """Rules behind `>`; below each what everybody did, `who what` or `who → whom what`."""
+    """Commands behind `>`; below each what followed, `who what` or `who → whom what`."""
 
     name = "scenario"
     aliases = ["scenario"]  # noqa: RUF012

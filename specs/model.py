@@ -65,7 +65,7 @@ class Consumer(NamedTuple):
     """
     Whether the consumer has to tell the provider that the allocation is over.
 
-    It owes that when the provider may keep a set of namespaces that nobody uses. (SELF-7, SELF-8)
+    It owes that when the provider may keep a set of namespaces without a user. (SELF-7, SELF-8)
     """
 
     @property
