@@ -1,13 +1,14 @@
 # A fresh clone needs Python 3.11 and make; every target fetches what else it needs, once.
-# More words for the program behind a target: make test ARGS='tests/test_codec.py -x'
+# More words for the program behind a target: make test ARGS='tests/transport/test_codec.py -x'
 
-.PHONY: help demo test lint site clean
+.PHONY: help demo test lint site refresh clean
 
 help:
 	@echo 'make demo    two allocations from request to release, on this machine, checked'
 	@echo 'make test    the whole suite; as root also what needs real namespaces'
 	@echo 'make lint    ruff, ruff format and mypy --strict'
 	@echo 'make site    the book of specs/ as a web site, build/site/index.html'
+	@echo 'make refresh the generated parts of specs/ anew, after a change of the code'
 	@echo 'make clean   remove the environment and everything generated'
 	@echo "ARGS='...' is handed on; PYTHON=... chooses the interpreter for .venv"
 
@@ -28,7 +29,11 @@ lint:
 site:
 	@.ci/setup site
 	rm -rf build/site
-	.venv/bin/python -m sphinx -qEW --keep-going -d build/doctrees $(ARGS) specs build/site
+	.venv/bin/python -m sphinx -qEW --keep-going -d build/doctrees -c specs/_build $(ARGS) specs build/site
+
+refresh:
+	@.ci/setup demo
+	.venv/bin/python -m specs._build.refresh $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .hypothesis .verify .*_cache

@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from linux.cli_replay import Replay
 from statemachine import NamespaceRequest, NamespaceResponse, NamespaceType, ProviderKernel
 from statemachine import events as on
 from statemachine.events import Event
 from statemachine.provider import Limits
 from transport.trace import Start, Turn, encode_line
+from transport.trace.check import Replay
 
 KINDS: Final = (NamespaceType.PID, NamespaceType.NET, NamespaceType.MOUNT)
 LIVES_PER_CONSUMER: Final = 10

@@ -13,7 +13,7 @@
     survey       which allocations there are, and why one is still alive
     cli          the command `nshandoff`
 
-The `forge_*` modules belong to `forge`, the `cli_*` and `demo_*` modules to `cli` and `demo`. The
-`simulated_*` modules are pieces of a simulated Linux kernel, each held to the real one by random
-programs: sockets, cgroups, namespaces, mounts.
+`forge`, `simulated`, `cli` and `demo` are folders. Beside `SimulatedBackend`, `simulated` has the
+pieces of a simulated Linux kernel, each held to the real one by random programs: cgroups,
+namespaces, mounts.
 """

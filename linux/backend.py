@@ -47,8 +47,8 @@ from .cgroups import (
     remove_slices,
 )
 from .features import Features
-from .forge import Forge
-from .forge_plan import AnchorPlan, ForgeError
+from .forge.client import Forge
+from .forge.plan import AnchorPlan, ForgeError
 from .journal import Entry, Journal, JournalError, State
 from .mounts import ImageError, ImageStore
 from .namespaces import open_bundle

@@ -17,11 +17,15 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from census import MACHINE_WIDE, SCOPE_PREFIX, Census, Session
-from foreign import add_options, is_named
 from hypothesis import HealthCheck, settings
 from hypothesis import core as hypothesis_core
 from hypothesis.database import DirectoryBasedExampleDatabase
+
+from linux.testing.foreign import add_options, is_named
+from linux.testing.worlds import SCOPE_PREFIX
+from tests.support.census import MACHINE_WIDE, Census, Session
+
+pytest.register_assert_rewrite("linux.testing.conformance")
 
 IN_CI: Final = os.environ.get("CI", "").lower() not in ("", "0", "false", "no")
 PERMITTED_SKIP: Final = "kernel lacks"

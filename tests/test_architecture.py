@@ -9,7 +9,6 @@ import ast
 import re
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,9 +23,9 @@ PACKAGES: Final = ("statemachine", "transport", "linux")
 
 FUNCTION_LINES_MAX: Final = 60
 
-CLOCK_READERS: Final = r"transport/(serve|request)\.py|linux/(cli\w*|demo)\.py"
+CLOCK_READERS: Final = r"transport/(serve|request)\.py|linux/(cli/\w+|demo/command)\.py"
 
-FORGES: Final = r"linux/forge(_child|_spawn|_exec)?\.py"
+FORGES: Final = r"linux/forge/(client|child|spawn|exec)\.py"
 """Where processes may come from."""
 
 IMPORT_OWNERS: Final = {
@@ -56,12 +55,16 @@ NAME_OWNERS: Final = {
 }
 """Who alone may even mention a name."""
 
-PURE: Final = r"statemachine/.*|transport/(codec|framing|trace)\.py"
+PURE: Final = r"statemachine/.*|transport/(codec|framing|trace/\w+)\.py"
 PURE_IMPORTS: Final = re.compile(
     "__future__|abc|collections|dataclasses|enum|functools|itertools|json|operator|re|string|struct"
     "|types|typing|unicodedata"
 )
 """What the standard library has that neither touches nor asks anything outside the program."""
+
+TESTING: Final = r"\w+/testing/.*"
+"""Tools for tests: they touch what they like, and only tests and each other may import them."""
+FOR_TESTING: Final = ("hypothesis", "pytest", "specs")
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,10 @@ class Module:
     @property
     def package(self) -> str:
         return self.path.partition("/")[0]
+
+    @property
+    def is_testing(self) -> bool:
+        return re.fullmatch(TESTING, self.path) is not None
 
     @cached_property
     def nodes(self) -> list[ast.AST]:
@@ -126,18 +133,23 @@ def rule(check: Rule) -> Rule:
 @rule
 def imports_point_inward(module: Module) -> Iterator[tuple[int, str]]:
     inner = PACKAGES[: PACKAGES.index(module.package)]
+    extra = FOR_TESTING if module.is_testing else ()
     for line, origin, _ in module.imports:
         top = origin.partition(".")[0]
-        if origin.startswith(".."):
+        if origin.startswith("." * (module.path.count("/") + 1)):
             yield line, f"{origin} leaves the package by a relative import"
         elif top == module.package:
             yield line, f"{origin} is of the same package: import it relatively"
-        elif top and top not in (*sys.stdlib_module_names, *inner, *IMPORT_OWNERS):
+        elif top and top not in (*sys.stdlib_module_names, *inner, *IMPORT_OWNERS, *extra):
             yield line, f"{origin} is not for {module.package}"
+        elif "testing" in origin.split(".") and not module.is_testing:
+            yield line, f"{origin} is for tests"
 
 
 @rule
 def dangerous_modules_have_one_owner(module: Module) -> Iterator[tuple[int, str]]:
+    if module.is_testing:
+        return
     for line, origin, _ in module.imports:
         owner = IMPORT_OWNERS.get(origin.partition(".")[0])
         if owner and not re.fullmatch(owner, module.path):
@@ -146,6 +158,8 @@ def dangerous_modules_have_one_owner(module: Module) -> Iterator[tuple[int, str]
 
 @rule
 def dangerous_calls_have_one_owner(module: Module) -> Iterator[tuple[int, str]]:
+    if module.is_testing:
+        return
     for line, name in module.names:
         for pattern, owner in NAME_OWNERS.items():
             if re.fullmatch(pattern, name) and not re.fullmatch(owner, module.path):
@@ -154,7 +168,7 @@ def dangerous_calls_have_one_owner(module: Module) -> Iterator[tuple[int, str]]:
 
 @rule
 def deciding_modules_are_pure(module: Module) -> Iterator[tuple[int, str]]:
-    if not re.fullmatch(PURE, module.path):
+    if not re.fullmatch(PURE, module.path) or module.is_testing:
         return
     for line, origin, _ in module.imports:
         top = origin.partition(".")[0]
@@ -212,26 +226,33 @@ VIOLATIONS: Final = [
     (imports_point_inward, "transport/a.py", "def f():\n    from linux import forge"),
     (imports_point_inward, "transport/a.py", "from transport.codec import decode_message"),
     (imports_point_inward, "transport/a.py", "from ..statemachine import messages"),
+    (imports_point_inward, "linux/cli/a.py", "from ...transport import serve"),
     (imports_point_inward, "linux/a.py", "from tests import census"),
     (imports_point_inward, "linux/a.py", "import psutil"),
+    (imports_point_inward, "linux/a.py", "from specs import model"),
+    (imports_point_inward, "linux/a.py", "import hypothesis"),
+    (imports_point_inward, "linux/a.py", "from .testing import worlds"),
+    (imports_point_inward, "linux/a.py", "from transport.testing.peer import Line"),
+    (imports_point_inward, "transport/testing/a.py", "from linux.testing import worlds"),
+    (imports_point_inward, "transport/testing/a.py", "from tests.support import census"),
     (dangerous_modules_have_one_owner, "transport/framing.py", "import msgpack.exceptions"),
     (dangerous_modules_have_one_owner, "statemachine/provider.py", "from transitions import core"),
-    (dangerous_modules_have_one_owner, "linux/forge.py", "import ctypes as c"),
+    (dangerous_modules_have_one_owner, "linux/forge/client.py", "import ctypes as c"),
     (dangerous_modules_have_one_owner, "linux/backend.py", "import sqlite3"),
     (dangerous_modules_have_one_owner, "linux/cgroups.py", "from subprocess import run"),
     (dangerous_modules_have_one_owner, "transport/channel.py", "import time"),
     (dangerous_modules_have_one_owner, "linux/mounts.py", "from datetime import datetime"),
-    (dangerous_calls_have_one_owner, "linux/forge.py", "def f(s): s.sock.recvmsg(1)"),
-    (dangerous_calls_have_one_owner, "linux/forge.py", "f().sendmsg([b''])"),
-    (dangerous_calls_have_one_owner, "linux/forge.py", "from socket import recv_fds as r"),
-    (dangerous_calls_have_one_owner, "linux/forge.py", "import os\nos.close(3)"),
-    (dangerous_calls_have_one_owner, "linux/forge.py", "import os as o\no.dup2(3, 4)"),
-    (dangerous_calls_have_one_owner, "linux/forge.py", "from os import close as shut"),
+    (dangerous_calls_have_one_owner, "linux/forge/client.py", "def f(s): s.sock.recvmsg(1)"),
+    (dangerous_calls_have_one_owner, "linux/forge/client.py", "f().sendmsg([b''])"),
+    (dangerous_calls_have_one_owner, "linux/forge/client.py", "from socket import recv_fds as r"),
+    (dangerous_calls_have_one_owner, "linux/forge/client.py", "import os\nos.close(3)"),
+    (dangerous_calls_have_one_owner, "linux/forge/client.py", "import os as o\no.dup2(3, 4)"),
+    (dangerous_calls_have_one_owner, "linux/forge/client.py", "from os import close as shut"),
     (dangerous_calls_have_one_owner, "linux/anchor.py", "import fcntl\nfcntl.F_DUPFD_CLOEXEC"),
     (dangerous_calls_have_one_owner, "linux/anchor.py", "import os\nspawn = os.posix_spawn"),
-    (dangerous_calls_have_one_owner, "linux/cli.py", "import os\nos.fork()"),
-    (dangerous_calls_have_one_owner, "linux/cli.py", "__import__('ctypes')"),
-    (dangerous_calls_have_one_owner, "linux/cli.py", "from importlib import import_module"),
+    (dangerous_calls_have_one_owner, "linux/cli/command.py", "import os\nos.fork()"),
+    (dangerous_calls_have_one_owner, "linux/cli/command.py", "__import__('ctypes')"),
+    (dangerous_calls_have_one_owner, "linux/cli/command.py", "from importlib import import_module"),
     (deciding_modules_are_pure, "statemachine/provider.py", "import os.path"),
     (deciding_modules_are_pure, "statemachine/consumer.py", "import random"),
     (deciding_modules_are_pure, "statemachine/table.py", "import logging"),
@@ -256,7 +277,10 @@ def test_the_rule_sees_a_violation(check: Rule, path: str, text: str) -> None:
         ("transport/channel.py", "import os\ndef f(s): s.recvmsg(1); os.read(1, 1)"),
         ("transport/descriptors.py", "import os, fcntl\nos.close(fcntl.fcntl(1, fcntl.F_DUPFD))"),
         ("statemachine/table.py", "import transitions\nfrom .messages import Message"),
-        ("linux/cli_serve.py", "import time\nprint(time.monotonic())\nprint('x'.close)"),
+        ("linux/cli/serve.py", "from ..backend import LinuxBackend"),
+        ("linux/cli/serve.py", "import time\nprint(time.monotonic())\nprint('x'.close)"),
+        ("linux/testing/a.py", "import time, pytest\nfrom specs import model"),
+        ("linux/testing/a.py", "from transport.testing import peer\nfrom . import worlds"),
         ("linux/a.py", 'def f():\n    """Say.' + "\n" * 60 + '    """\n' + "    pass\n" * 55),
     ],
 )
@@ -271,15 +295,10 @@ def test_every_owner_is_a_module_that_exists() -> None:
     assert unfilled == []
 
 
-def test_a_file_name_says_which_package_it_is_in() -> None:
-    names = Counter(Path(module.path).name for module in modules(*PACKAGES))
-    names -= Counter({"__init__.py": len(PACKAGES), "__main__.py": len(PACKAGES)})
-    assert [name for name, times in names.items() if times > 1] == []
-
-
 def test_no_folder_of_tests_can_shadow_a_package() -> None:
-    nested = [m.path for m in modules("tests") if m.path.count("/") > 1]
-    assert nested == []
+    """Each is a package, and so is `tests`: pytest puts none of them in front of `sys.path`."""
+    folders = {(ROOT / m.path).parent for m in modules("tests")}
+    assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
 
 
 LOADED_BY_IMPORT: Final = """

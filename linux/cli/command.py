@@ -1,0 +1,447 @@
+"""The command `nshandoff`: which verbs there are, what they take, what they exit with.
+
+    serve     be this node's provider                     cli.serve
+    run       run a command inside an allocation          cli.run
+    request   obtain namespaces, show them, hold them     cli.request
+    end       end an allocation                           cli.request
+    list      show allocations, their state and remains   cli.list
+    trace     check or draw what `serve --trace` wrote    cli.trace
+    verify    run the campaign that verifies this tree    cli.verify
+    demo      two allocations' lives, checked             demo
+
+A verb's module is imported when the verb is used: it takes ten times as long as this one, and who
+asks for help wants it at once. For the same reason the defaults are written down here a second
+time; a test compares them with the constants they repeat.
+
+EXIT CODES
+    0     done
+    1     asked and answered: no (the allocation cannot be created, or is not known)
+    2     the command line makes no sense; nothing was done
+    3     this node, or this user on it, cannot
+    4     the provider cannot be had, and self-service was not allowed
+    125   run: nshandoff itself failed, for any reason, wrong usage among them
+    126   run: the command cannot be executed
+    127   run: there is no such command
+    128+N ended by signal N, or run: the command was; 130 is Ctrl-C
+    else  run: the command's own
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any, Final
+
+from .exits import PROGRAM, SIGNAL_BASE, ExitCode, Failure, Interrupted, tell
+
+DISTRIBUTION: Final = "namespace-handoff"
+"""What the package is called where it is installed from."""
+
+DEFAULT_PATHS: Final = {
+    "socket": "/run/pact/handoff.sock",
+    "state_dir": "/run/pact/state",
+    "image_root": "/var/lib/uenv",
+    "uenv_base": "/run/pact/uenv",
+}
+DEFAULT_SPANS_S: Final = {
+    "hold_time": 60.0,
+    "claim_timeout": 300.0,
+    "release_deadline": 2.0,
+    "empty_grace": 0.0,
+}
+DEFAULT_MODE: Final = 0o600
+
+_ABOUT: Final = "Hand namespaces from an HPC node's provider to its consumers."
+_EPILOG: Final = "exit codes:" + (__doc__ or "").partition("EXIT CODES")[2].rstrip()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """
+    Be the command.
+
+    Args:
+        arguments: Without the program's name; None for this process's own.
+
+    Returns:
+        What to exit with; the table is in this module's head.
+
+    Raises:
+        SystemExit: help was asked for (0), or the command line makes no sense (2, and 125 for
+            `run`). It has been said already.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if words[:1] == ["demo"]:
+            return _demo(words[1:])
+        options = _parse(words)
+        return int(_VERBS[options.verb](options))
+    except Failure as failure:
+        tell(str(failure))
+        return failure.code
+    except Interrupted as interruption:
+        return SIGNAL_BASE + interruption.number
+    except KeyboardInterrupt:
+        return SIGNAL_BASE + 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Make the parser of the whole command line, up to a `--`."""
+    parser = _Parser(
+        prog=PROGRAM,
+        description=_ABOUT,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    _add_serve(verbs)
+    _add_run(verbs)
+    _add_request(verbs)
+    _add_end(verbs)
+    _add_list(verbs)
+    _add_trace(verbs)
+    _add_verify(verbs)
+    verbs.add_parser("demo", help="two allocations from request to release, checked")
+    return parser
+
+
+# --- The verbs ---------------------------------------------------------------------------------
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from .serve import serve
+
+    return serve(options)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from .run import run
+
+    return run(options)
+
+
+def _request(options: argparse.Namespace) -> int:
+    from .request import request
+
+    return request(options)
+
+
+def _end(options: argparse.Namespace) -> int:
+    from .request import end
+
+    return end(options)
+
+
+def _list(options: argparse.Namespace) -> int:
+    from .list import list_allocations
+
+    return list_allocations(options)
+
+
+def _trace(options: argparse.Namespace) -> int:
+    from . import trace
+
+    return trace.check(options) if options.what == "check" else trace.show(options)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from .verify import verify
+
+    return verify(options)
+
+
+def _demo(words: list[str]) -> int:
+    # It has a command line of its own, which only it knows.
+    from ..demo.command import main as demo
+
+    return demo(words)
+
+
+_VERBS: Final = {
+    "serve": _serve,
+    "run": _run,
+    "request": _request,
+    "end": _end,
+    "list": _list,
+    "trace": _trace,
+    "verify": _verify,
+}
+
+
+# --- What they take ----------------------------------------------------------------------------
+
+
+def _add_serve(verbs: Any) -> None:
+    about = (
+        "Be this node's provider, in the foreground: JSON lines on standard error, the file "
+        "STATE_DIR/ready and READY=1 to $NOTIFY_SOCKET when requests are served. SIGTERM and "
+        "SIGINT stop it; allocations stay alive for the next one to adopt."
+    )
+    serve = verbs.add_parser("serve", help="be this node's provider", description=about)
+    _add_socket(serve)
+    _add_places(serve)
+    _add_state_dir(serve)
+    _add_span(serve, "hold_time", "how long an unused image stays mounted")
+    _add_span(serve, "claim_timeout", "life of what nobody uses or waits for")
+    _add_span(serve, "release_deadline", "an end is announced by then")
+    _add_span(serve, "empty_grace", "how long a used cgroup must stay empty")
+    serve.add_argument(
+        "--allow-uid",
+        metavar="UID",
+        action="append",
+        type=_number,
+        default=[],
+        help="serve this user as well; repeatable (the provider's own always is)",
+    )
+    serve.add_argument(
+        "--mode",
+        metavar="OCTAL",
+        type=_mode,
+        default=DEFAULT_MODE,
+        help=f"permissions of the socket (default {DEFAULT_MODE:04o})",
+    )
+    serve.add_argument(
+        "--group", metavar="NAME", type=_group, help="group of the socket, by name or number"
+    )
+    serve.add_argument(
+        "--no-scopes",
+        action="store_true",
+        help="make no cgroups: for a user namespace that has none; nothing ends by emptying",
+    )
+    about = "append every event and what was decided to this file, for `trace`"
+    serve.add_argument("--trace", metavar="FILE", help=about)
+    _add_backend(serve)
+
+
+def _add_run(verbs: Any) -> None:
+    about = (
+        "Run a command in the namespaces and the cgroup of an allocation, and end the allocation "
+        "when it exits. Signals are passed on to it, its exit status is passed back."
+    )
+    usage = f"{PROGRAM} run [--id ID] --namespaces TYPES [--uenv IMAGE] [options] -- COMMAND ..."
+    run = verbs.add_parser(
+        "run", help="run a command inside an allocation", description=about, usage=usage
+    )
+    run.failure_code = ExitCode.RUN_FAILED
+    run.add_argument("--id", metavar="ID", help="the allocation's id (default: a new one)")
+    _add_wishes(run)
+    _add_places(run)
+    run.add_argument("command", metavar="COMMAND", nargs=argparse.REMAINDER)
+
+
+def _add_request(verbs: Any) -> None:
+    about = (
+        "Obtain namespaces, show what was received and verified, and hold the descriptors until "
+        "SIGINT, SIGTERM or the allocation's end."
+    )
+    request = verbs.add_parser(
+        "request", help="obtain namespaces, show and hold them", description=about
+    )
+    request.add_argument("--id", metavar="ID", required=True, help="the allocation's id")
+    _add_wishes(request)
+    _add_places(request)
+    request.add_argument("--json", action="store_true", help="show one JSON object")
+    request.add_argument(
+        "--end", action="store_true", help="end the allocation afterwards, instead of leaving it"
+    )
+    _add_backend(request)
+
+
+def _add_end(verbs: Any) -> None:
+    end = verbs.add_parser(
+        "end", help="end an allocation", description="End an allocation, whoever asked for it."
+    )
+    end.add_argument("id", metavar="ID", help="the allocation's id")
+    _add_socket(end)
+
+
+def _add_list(verbs: Any) -> None:
+    about = (
+        "Show the allocations of a provider, whether it runs or not, from its journal and the "
+        "Linux kernel. Changes nothing."
+    )
+    listing = verbs.add_parser("list", help="show allocations and images", description=about)
+    _add_state_dir(listing)
+    listing.add_argument("--json", action="store_true", help="show one JSON object")
+
+
+def _add_trace(verbs: Any) -> None:
+    about = "Look at what a provider wrote down that was started with --trace. Needs nothing else."
+    trace = verbs.add_parser("trace", help="check or draw a provider's trace", description=about)
+    whats = trace.add_subparsers(dest="what", metavar="WHAT", required=True)
+    about = (
+        "Let the provider's rules go through the trace once more. Exit code 1 names the first line "
+        "that cannot have happened, and what could have."
+    )
+    check = whats.add_parser("check", help="could this have happened?", description=about)
+    check.add_argument("file", metavar="FILE", help="the trace")
+    about = "Print the trace as a Mermaid sequence diagram."
+    show = whats.add_parser("show", help="a sequence diagram", description=about)
+    show.add_argument("file", metavar="FILE", help="the trace")
+    about = "only what concerns this one, and the connections that do"
+    show.add_argument("--allocation", metavar="ID", help=about)
+
+
+def _add_verify(verbs: Any) -> None:
+    about = (
+        "Run the verification campaign of a source tree, which takes minutes, and write a page of "
+        "what it has to show. Interrupted, it goes on where it was as long as the sources are the "
+        "same. Exit code 1: something was found."
+    )
+    verify = verbs.add_parser("verify", help="verify a source tree", description=about)
+    about = "the tree (default: the current directory, or where this is installed from)"
+    verify.add_argument("--tree", metavar="DIR", help=about)
+    about = "go on for so long, with new seeds and ever larger tasks (default: once)"
+    verify.add_argument("--hours", metavar="H", help=about)
+    about = "how many tasks at a time (default: one for each core)"
+    verify.add_argument("--jobs", metavar="N", help=about)
+    about = "derive every task's seed from this one (default: a new one, which is printed)"
+    verify.add_argument("--seed", metavar="N", help=about)
+    about = "only this part of it; repeatable"
+    verify.add_argument("--part", metavar="NAME", action="append", default=[], help=about)
+    about = "where outcomes, logs and the page go (default .verify)"
+    verify.add_argument("--output", metavar="DIR", help=about)
+    verify.add_argument("--fresh", action="store_true", help="forget what was done before")
+
+
+def _add_socket(parser: argparse.ArgumentParser) -> None:
+    path = DEFAULT_PATHS["socket"]
+    parser.add_argument(
+        "--socket", metavar="PATH", default=path, help=f"the provider's socket (default {path})"
+    )
+
+
+def _add_state_dir(parser: argparse.ArgumentParser) -> None:
+    path = DEFAULT_PATHS["state_dir"]
+    about = f"where the provider keeps its journal (default {path})"
+    parser.add_argument("--state-dir", metavar="DIR", default=path, help=about)
+
+
+def _add_places(parser: argparse.ArgumentParser) -> None:
+    root, base = DEFAULT_PATHS["image_root"], DEFAULT_PATHS["uenv_base"]
+    parser.add_argument(
+        "--image-root", metavar="DIR", default=root, help=f"where images are (default {root})"
+    )
+    about = f"where they appear inside an allocation (default {base})"
+    parser.add_argument("--uenv-base", metavar="DIR", default=base, help=about)
+
+
+def _add_wishes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--namespaces",
+        metavar="TYPES",
+        required=True,
+        help="pid, net and mount, in any order and separated by commas; may be empty",
+    )
+    about = "a squashfs image below the image root; needs mount"
+    parser.add_argument("--uenv", metavar="IMAGE", help=about)
+    _add_socket(parser)
+    parser.add_argument(
+        "--fallback",
+        choices=["unavailable", "never"],
+        default="unavailable",
+        help="when to make the namespaces here: if the provider cannot be had (default), or never",
+    )
+
+
+def _add_span(parser: argparse.ArgumentParser, name: str, about: str) -> None:
+    span_s = DEFAULT_SPANS_S[name]
+    parser.add_argument(
+        f"--{name.replace('_', '-')}",
+        metavar="S",
+        type=_seconds,
+        default=span_s,
+        help=f"{about} (default {span_s:g} s)",
+    )
+
+
+def _add_backend(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--backend",
+        choices=["linux", "simulated"],
+        default="linux",
+        help="real namespaces (default), or a simulated node for trying out, on both sides",
+    )
+
+
+# --- Reading the command line ------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Takes only whole option names, and knows what its verb fails with."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, allow_abbrev=False)
+        self.failure_code = ExitCode.USAGE
+
+    def error(self, message: str) -> Any:
+        self.print_usage(sys.stderr)
+        self.exit(self.failure_code, f"{self.prog}: {message}\n")
+
+
+class _Version(argparse.Action):
+    """Looks the version up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            number = version(DISTRIBUTION)
+        except PackageNotFoundError:
+            number = "(not installed)"
+        print(PROGRAM, number)
+        parser.exit()
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    """Read the command line; what follows the first `--` is a command's, and left alone."""
+    is_run = words[:1] == ["run"]
+    cut = words.index("--") if is_run and "--" in words else len(words)
+    options = build_parser().parse_args(words[:cut])
+    if is_run:
+        # With words of the command before it, that `--` was the command's own.
+        options.command += words[cut if options.command else cut + 1 :]
+    return options
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not math.isfinite(seconds) or seconds < 0:
+        raise ValueError
+    return seconds
+
+
+_seconds.__name__ = "number of seconds"  # argparse names what a text is not
+
+
+def _number(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise ValueError
+    return number
+
+
+_number.__name__ = "user id"
+
+
+def _mode(text: str) -> int:
+    mode = int(text, 8)
+    if not 0 <= mode <= 0o777:
+        raise ValueError
+    return mode
+
+
+_mode.__name__ = "octal mode"
+
+
+def _group(text: str) -> int:
+    if text.isdecimal():
+        return int(text)
+    import grp
+
+    try:
+        return grp.getgrnam(text).gr_gid
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"there is no group {text!r}") from None

@@ -1,0 +1,144 @@
+"""`nshandoff request` and `nshandoff end`: one step of the protocol at a time, by hand."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from contextlib import ExitStack, closing, suppress
+from typing import Any, Final
+
+from statemachine.errors import NamespaceError
+from transport.endpoint import begin_connect
+from transport.request import Handoff
+
+from ..features import Features
+from ..namespaces import KernelInspector
+from .consumer import (
+    END_TIMEOUT_S,
+    INTERRUPTIONS,
+    OwnNamespaces,
+    consumer_of,
+    failure_of,
+    id_of,
+    inspector_of,
+    interruptible,
+    obtain,
+    request_of,
+    signals_taken,
+)
+from .exits import ExitCode, Interrupted, tell
+
+SCHEMA: Final = 1
+"""Version of what `--json` prints; keys are added without a new one, never changed."""
+
+LOOK_S: Final = 1.0
+"""How long one wait for the end lasts; a signal that comes between two is noticed after it."""
+
+
+def request(options: argparse.Namespace) -> ExitCode:
+    """
+    Obtain namespaces, show them, and hold the descriptors until told otherwise.
+
+    Raises:
+        Failure: the command line makes no sense, or there are no namespaces.
+        Interrupted: a signal came before there were any.
+    """
+    wanted = request_of(options)
+    features = Features.probe()
+    with signals_taken(INTERRUPTIONS) as taken, ExitStack() as stack:
+        own = None
+        if options.fallback != "never" and options.backend == "linux":
+            own = stack.enter_context(closing(OwnNamespaces(options, features)))
+        consumer = consumer_of(options, inspector_of(options, features), own)
+        handoff = stack.enter_context(obtain(consumer, wanted, own, taken))
+        show = _show_json if options.json else _show
+        show(describe(handoff))
+        with suppress(Interrupted), interruptible(taken):
+            while not handoff.wait_ended(LOOK_S):
+                pass
+        _let_go(handoff, ends=options.end)
+    return ExitCode.OK
+
+
+def end(options: argparse.Namespace) -> ExitCode:
+    """
+    End an allocation, and wait for the provider to confirm.
+
+    Raises:
+        Failure: NO, the provider does not know it; UNAVAILABLE, it did not confirm.
+    """
+    name = id_of(options)
+    try:
+        _expect_provider(options.socket)
+        consumer_of(options, KernelInspector(Features())).end(name, END_TIMEOUT_S)
+    except NamespaceError as error:
+        raise failure_of(error) from error
+    tell(f"{name} has ended")
+    return ExitCode.OK
+
+
+def describe(handoff: Handoff) -> dict[str, Any]:
+    """Say what was received, and what the Linux kernel says it is, as plain values."""
+    fallback = handoff.fallback
+    return {
+        "schema": SCHEMA,
+        "allocation_id": handoff.response.allocation_id,
+        "fd_types": [kind.value for kind in handoff.response.fd_types],
+        "uenv_mount_path": handoff.response.uenv_mount_path,
+        "descriptors": [
+            {
+                "type": identity.kind.value,
+                # Older Linux kernels have no id: then it is the device and the inode below.
+                "namespace_id": identity.key[0] if len(identity.key) == 1 else None,
+                "device": (status := os.fstat(descriptor.fileno())).st_dev,
+                "inode": status.st_ino,
+                "fd": descriptor.fileno(),
+            }
+            for identity, (_, descriptor) in zip(handoff.identities, handoff.bundle, strict=True)
+        ],
+        "is_degraded": handoff.is_degraded,
+        "fallback": None if fallback is None else str(fallback),
+        "pid": os.getpid(),
+    }
+
+
+def _show_json(received: dict[str, Any]) -> None:
+    print(json.dumps(received), flush=True)
+
+
+def _show(received: dict[str, Any]) -> None:
+    print("allocation", received["allocation_id"])
+    for one in received["descriptors"]:
+        place = f"/proc/{received['pid']}/fd/{one['fd']}"
+        print(f"  {one['type']:<6} id {one['namespace_id']}  inode {one['inode']}  {place}")
+    if received["uenv_mount_path"] is not None:
+        print("  image at", received["uenv_mount_path"])
+    if received["is_degraded"]:
+        print("  degraded:", received["fallback"])
+    print(end="", flush=True)
+
+
+def _let_go(handoff: Handoff, *, ends: bool) -> None:
+    """End what is to be ended, and say what becomes of the allocation."""
+    name = handoff.request.allocation_id
+    if handoff.is_ended:
+        tell(f"{name} has ended")
+    elif ends:
+        is_confirmed = handoff.end(END_TIMEOUT_S)
+        tell(f"{name} has ended" if is_confirmed else f"the end of {name} was not confirmed")
+    elif handoff.is_degraded:
+        tell(f"{name} was made here and ends here")
+    else:
+        tell(f"told to let go of {name}; it lives on")
+
+
+def _expect_provider(path: str) -> None:
+    """
+    Find out at once whether somebody listens.
+
+    `Consumer.end` goes on calling until its time is over: right for a consumer that owes an end,
+    tedious for somebody who has mistyped a path.
+    """
+    with suppress(BlockingIOError):  # it listens, and has much to do
+        begin_connect(path).close()

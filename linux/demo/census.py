@@ -1,0 +1,115 @@
+"""What has the demonstration taken from this machine, and has it given everything back?
+
+Counted before the first step and after the last one. Others work on the same machine: what is
+machine-wide is counted only if it is the demonstration's own, by a path in its private folder, by
+its allocations' names, or by the Linux kernel's ids of its namespaces.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from statemachine.errors import FdPassing
+from transport.descriptors import Descriptor, NamespaceIdentity
+
+from ..features import Features
+from ..namespaces import PROC_NAMES, KernelInspector
+
+_SYS_BLOCK: Final = Path("/sys/block")
+
+
+@dataclass(frozen=True, slots=True)
+class Traces:
+    """What on this machine would be the demonstration's."""
+
+    folder: Path
+    """Its private folder: images, sockets and mount points are in there."""
+    cgroups: tuple[Path, ...] = ()
+    """The cgroups that it may have made."""
+    namespaces: frozenset[NamespaceIdentity] = frozenset()
+    """The namespaces that were handed over to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Census:
+    """What there is at one moment; each a set of names, for people and for comparing."""
+
+    descriptors: frozenset[str]
+    children: frozenset[str]
+    namespace_members: frozenset[str]
+    mounts: frozenset[str]
+    loop_devices: frozenset[str]
+    cgroups: frozenset[str]
+
+    @classmethod
+    def take(cls, traces: Traces) -> Census:
+        """Count now."""
+        return cls(
+            descriptors=frozenset(_descriptors()),
+            children=frozenset(_children()),
+            namespace_members=frozenset(_members(traces.namespaces)),
+            mounts=frozenset(mounts_of(str(traces.folder))),
+            loop_devices=frozenset(loop_devices_below(traces.folder)),
+            cgroups=frozenset(str(path) for path in traces.cgroups if path.exists()),
+        )
+
+
+def mounts_of(*names: str) -> list[str]:
+    """List the mount points in this process's mount table whose line contains one of the names."""
+    lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
+    return [line.split()[4] for line in lines if any(name in line for name in names)]
+
+
+def loop_devices_below(path: Path) -> list[str]:
+    """List the loop devices whose file is this one, or in this folder."""
+    return sorted(device for device, file in _backing_files() if Path(file).is_relative_to(path))
+
+
+def _backing_files() -> Iterator[tuple[str, str]]:
+    for file in _SYS_BLOCK.glob("loop*/loop/backing_file"):
+        with suppress(OSError):  # freed between the two looks
+            yield file.parts[-3], file.read_text(encoding="utf-8").rstrip("\n")
+
+
+def _descriptors() -> Iterator[str]:
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # the listing's own
+            yield f"{number} {os.readlink(f'/proc/self/fd/{number}')}"
+
+
+def _children() -> Iterator[str]:
+    for task in os.listdir("/proc/self/task"):
+        with suppress(OSError):  # a thread that ended
+            children = Path(f"/proc/self/task/{task}/children").read_text(encoding="ascii")
+            yield from children.split()
+
+
+def _members(namespaces: Collection[NamespaceIdentity]) -> Iterator[str]:
+    """List the living processes in any of the namespaces."""
+    if namespaces:
+        inspector = KernelInspector(Features.probe())
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            is_in_there = any(each in namespaces for each in _identities(pid, inspector))
+            if is_in_there and not _is_zombie(pid):
+                yield pid
+
+
+def _is_zombie(pid: str) -> bool:
+    """Tell whether a process is dead, and only its parent has not taken note yet."""
+    with suppress(OSError):
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        return stat.rpartition(")")[2].split()[0] == "Z"
+    return True
+
+
+def _identities(pid: str, inspector: KernelInspector) -> Iterable[NamespaceIdentity]:
+    for name in PROC_NAMES.values():
+        with suppress(OSError, FdPassing):  # it is gone, or another user's
+            path = f"/proc/{pid}/ns/{name}"
+            with Descriptor(os.open(path, os.O_RDONLY | os.O_CLOEXEC)) as namespace:
+                yield inspector.inspect(namespace.fileno())

@@ -1,0 +1,514 @@
+"""How is an anchor made? The program of the forge, `python -m linux.forge.child FD`.
+
+One anchor after the other, each by the same list of steps: enter new namespaces, prepare them from
+the inside, leave a child behind in them, come home. That is why the forge is a process of its own,
+with one thread and few descriptors: a thread cannot move alone between mount namespaces without
+consequences for the others, and starting a child from a small process costs the same however large
+the provider has grown.
+
+    STEPS is the whole of it. A step that fails names itself; the forge comes home, kills what it
+    had started, and answers with the step and the call, errno and path that the step failed with.
+
+The forge ignores the signals that end a service or come from a terminal, and lives exactly as long
+as the other end of its socketpair is open. Its anchors outlive it, unless it is *tied*: then it
+ends them, and their scopes, before it goes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NamedTuple, NoReturn
+
+from statemachine.messages import NamespaceType
+from transport.calls import syscall
+from transport.channel import receive_once, send_once
+from transport.descriptors import Descriptor
+
+from .. import syscalls
+from ..anchor import ANCHOR_COMMAND, ANCHOR_VARIABLE, Anchor
+from ..cgroups import Scope, remove_slices
+from ..features import Features
+from ..namespaces import CLONE_FLAGS, PROC_NAMES, open_namespace
+from ..syscalls import Ioctl, SyscallError, calling
+from .plan import (
+    COME_HOME,
+    RECORD_BYTES_MAX,
+    AnchorPlan,
+    ForgeError,
+    ForgeSettings,
+    decode_plan,
+    decode_settings,
+    encode_failure,
+    encode_success,
+)
+
+UNSHARE_ATTEMPTS_MAX: Final = 6
+"""How often namespaces are asked for when their number is at its limit."""
+
+UNSHARE_PAUSE_MS: Final = 20
+"""Pause between two attempts: ended namespaces leave the count up to 70 ms after their end."""
+
+TIED_ATTEMPTS_MAX: Final = 100
+"""How often a tied forge tries to remove a scope before it gives up on it."""
+
+TIED_PAUSE_MS: Final = 20
+"""Pause between two attempts."""
+
+UENV_BASE_OPTIONS: Final = "mode=0755,size=64k"
+"""The filesystem that holds the images' mount points: folders, and nothing else."""
+
+_IMMUNE: Final = (signal.SIGCHLD, signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+"""
+Ignored by the forge, and so by its anchors, whom the exec leaves what is ignored. For a PID
+namespace's init this only repeats the Linux kernel's rule; an anchor without one has no other
+protection. SIGCHLD ignored makes the Linux kernel reap: the forge's anchors, the anchors' orphans.
+"""
+
+_IGNORED_BY_PYTHON: Final = (signal.SIGPIPE, signal.SIGXFSZ)
+"""Ignored by every Python interpreter; an anchor gets them back."""
+
+# struct ifreq: the name, the flags, and room for the largest member of its union.
+_IFREQ: Final = struct.Struct("16sh22x")
+_IFF_UP: Final = 0x1
+
+_HARDENED: Final = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
+_PROC_ATTRIBUTES: Final = (
+    syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV | syscalls.MOUNT_ATTR_NOEXEC
+)
+
+UMASK: Final = 0o022
+"""Folders for mount points can be entered by everybody, whatever the owner's umask."""
+
+UNDO_LAST: Final = b"undo"
+"""The one request that is no plan: the last anchor did not arrive, end it."""
+
+
+class Work:
+    """
+    One anchor in the making: its plan, and what there is of it so far.
+
+    Args:
+        plan: What shall be made.
+        image: A detached mount for `plan.mount_path`; lent. None exactly if that is None.
+        settings: Those of the forge.
+    """
+
+    def __init__(self, plan: AnchorPlan, image: Descriptor | None, settings: ForgeSettings) -> None:
+        self.plan: Final = plan
+        self.image: Final = image
+        self.settings: Final = settings
+        self.anchor: Anchor | None = None
+        self.is_away = False
+        """Whether the forge has left its own namespaces for this anchor's."""
+
+    @property
+    def features(self) -> Features:
+        """What the steps may use."""
+        return self.settings.features
+
+    @property
+    def started(self) -> Anchor:
+        """The anchor, in the steps that come after its start."""
+        assert self.anchor is not None, "the anchor is started before this step"
+        return self.anchor
+
+    def has(self, *kinds: NamespaceType) -> bool:
+        """Say whether the plan has namespaces of all these types."""
+        return all(kind in self.plan.kinds for kind in kinds)
+
+    def abandon(self) -> None:
+        """Kill the anchor, if there is one already."""
+        if self.anchor is not None:
+            with self.anchor:
+                self.anchor.kill()
+
+
+# --- the steps --------------------------------------------------------------------------------
+
+
+def _unshare(work: Work) -> None:
+    # Keeps NODE-6, LIFE-9.
+    flags = 0
+    for kind in work.plan.kinds:
+        flags |= CLONE_FLAGS[kind]
+    for attempts_left in reversed(range(UNSHARE_ATTEMPTS_MAX)):
+        try:
+            syscalls.unshare(flags)
+        except SyscallError as error:
+            if error.errno != errno.ENOSPC or not attempts_left:
+                raise
+            _pause(UNSHARE_PAUSE_MS)
+        else:
+            work.is_away = True
+            return
+
+
+def _separate_mounts(work: Work) -> None:
+    # Slave, not private: a mount that the node takes away must not live on in every allocation.
+    # Not shared either: what an allocation mounts must not appear on the node.
+    # Keeps NODE-9.
+    syscalls.mount(None, "/", None, syscalls.MS_REC | syscalls.MS_SLAVE)
+
+
+def _bring_up_lo(work: Work) -> None:
+    # Keeps NODE-8.
+    with calling("socket(2)"):
+        any_socket = syscall(socket.socket, socket.AF_INET, socket.SOCK_DGRAM)
+    with any_socket:
+        request = bytearray(_IFREQ.pack(b"lo", 0))
+        syscalls.ioctl(any_socket, Ioctl.SIOCGIFFLAGS, request)
+        name, flags = _IFREQ.unpack(request)
+        request[:] = _IFREQ.pack(name, flags | _IFF_UP)
+        syscalls.ioctl(any_socket, Ioctl.SIOCSIFFLAGS, request)
+
+
+def _mount_image(work: Work) -> None:
+    # Keeps NODE-12.
+    base, path = work.plan.uenv_base, work.plan.mount_path
+    assert base is not None
+    assert path is not None
+    if work.image is None:
+        # It was sent, or the owner would not have asked: this process had no number for it.
+        raise SyscallError("recvmsg(2)", errno.EMFILE, path)
+    # On the node this is an empty folder, and stays one: the filesystem on top of it, the mount
+    # point and the image exist in this mount namespace alone.
+    _make_folders(base)
+    syscalls.mount("uenv", base, "tmpfs", _HARDENED, UENV_BASE_OPTIONS)
+    _make_folders(path)
+    syscalls.attach_mount(work.image, path)
+    syscalls.mount(
+        None, base, None, syscalls.MS_REMOUNT | syscalls.MS_BIND | syscalls.MS_RDONLY | _HARDENED
+    )
+
+
+def _start_anchor(work: Work) -> None:
+    # Forks, execs, and reports a failed exec as its own errno. The child of a failed exec was the
+    # first of its PID namespace, which is dead now: the next anchor begins with a new unshare.
+    # Keeps NODE-7.
+    program = work.settings.program
+    with calling("posix_spawn(3)", program):
+        pid = syscall(
+            os.posix_spawn,
+            program,
+            ANCHOR_COMMAND,
+            {ANCHOR_VARIABLE: work.plan.token},
+            file_actions=[(os.POSIX_SPAWN_CLOSE, fd) for fd in (0, 1, 2)],
+            setsid=True,
+            setsigmask=(),
+            setsigdef=_IGNORED_BY_PYTHON,
+        )
+    work.anchor = Anchor(pid, _hold(pid), work.plan.token)
+
+
+def _hold(pid: int) -> Descriptor:
+    """Open our child by its number. If that fails it is killed, provided that it is our child."""
+    with ExitStack() as undo:
+        undo.callback(_kill_child, pid)
+        pidfd = undo.enter_context(syscalls.pidfd_open(pid))
+        # The Linux kernel reaps our children at once, so one that died at its start could have
+        # left its number to a stranger before the pidfd was open. A stranger is nobody we could
+        # wait for: ECHILD. (Its environment does not tell: posix_spawn returns before the exec has
+        # set that up.)
+        with calling("waitid(2)", f"anchor {pid}"):
+            syscall(os.waitid, os.P_PIDFD, pidfd.fileno(), os.WEXITED | os.WNOHANG)
+        undo.pop_all()
+    return pidfd
+
+
+def _kill_child(pid: int) -> None:
+    with suppress(OSError):
+        syscall(os.waitid, os.P_PID, pid, os.WEXITED | os.WNOHANG)
+        syscall(os.kill, pid, signal.SIGKILL)
+
+
+def _mount_proc(work: Work) -> None:
+    # Keeps NODE-10.
+    if work.features.proc_by_pidns:
+        _mount_proc_from_outside(work)
+    else:
+        _mount_proc_from_inside()
+
+
+def _mount_proc_from_outside(work: Work) -> None:
+    with ExitStack() as stack:
+        namespace = open_namespace(work.started, NamespaceType.PID, work.features)
+        stack.enter_context(namespace)
+        context = stack.enter_context(syscalls.fsopen("proc"))
+        syscalls.fsconfig_string(context, "source", "proc")
+        syscalls.fsconfig_fd(context, "pidns", namespace)
+        syscalls.fsconfig_create(context)
+        mounted = stack.enter_context(syscalls.fsmount(context, _PROC_ATTRIBUTES))
+        syscalls.attach_mount(mounted, "/proc")
+
+
+def _mount_proc_from_inside() -> None:
+    # A /proc shows the PID namespace of whoever mounts it, and the forge is in none but the node's.
+    # Its next child, however, is in the anchor's.
+    with calling("pipe(2)"):
+        answer, question = map(Descriptor, syscall(os.pipe))
+    with answer, question:
+        with calling("fork(2)"):
+            pid = syscall(os.fork)
+        if pid == 0:
+            _mount_proc_and_exit(question)
+        question.close()
+        reported = syscall(os.read, answer.fileno(), struct.calcsize("i"))
+    if not reported:
+        raise SyscallError("mount(2)", errno.ECHILD, "/proc")
+    (number,) = struct.unpack("i", reported)
+    if number:
+        raise SyscallError("mount(2)", number, "/proc")
+
+
+def _mount_proc_and_exit(question: Descriptor) -> NoReturn:
+    number = errno.EIO
+    try:
+        syscalls.mount("proc", "/proc", "proc", _HARDENED)
+        number = 0
+    except SyscallError as error:
+        number = error.errno or errno.EIO
+    finally:
+        syscall(os.write, question.fileno(), struct.pack("i", number))
+        os._exit(0)
+
+
+_PROC_KINDS: Final = (NamespaceType.PID, NamespaceType.MOUNT)
+
+
+class Step(NamedTuple):
+    """One thing to do for an anchor."""
+
+    name: str
+    """What an error says was being done."""
+    applies: Callable[[Work], bool]
+    """Whether this anchor needs it."""
+    act: Callable[[Work], None]
+    """Does it; raises `SyscallError`."""
+
+
+STEPS: Final = (
+    Step("create the namespaces", lambda work: bool(work.plan.kinds), _unshare),
+    Step("separate the mounts", lambda work: work.has(NamespaceType.MOUNT), _separate_mounts),
+    Step("bring up lo", lambda work: work.has(NamespaceType.NET), _bring_up_lo),
+    Step("mount the image", lambda work: work.plan.mount_path is not None, _mount_image),
+    Step("start the anchor", lambda work: True, _start_anchor),
+    Step("mount /proc", lambda work: work.has(*_PROC_KINDS), _mount_proc),
+)
+"""
+All that is done for one anchor, in order.
+
+A PID namespace without a mount namespace leaves /proc as it is, because it would change for the
+node: it shows the node's processes, under the node's numbers.
+"""
+
+
+# --- the forge --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Tie:
+    """An anchor that ends with the forge's owner."""
+
+    anchor: Anchor
+    scope: Scope | None
+
+    def is_over(self) -> bool:
+        """Say whether there is nothing left to end."""
+        return not self.anchor.is_alive() and (self.scope is None or self.scope.is_gone())
+
+    def end(self) -> bool:
+        """Kill whatever is left; True once the scope is gone."""
+        self.anchor.kill()
+        if self.scope is None:
+            return True
+        self.scope.kill()
+        return self.scope.remove()
+
+
+class ForgeProgram:
+    """
+    The forge's side of the socketpair.
+
+    Args:
+        owner: The socketpair's other end is the owner's.
+        settings: What the owner asked of this forge.
+    """
+
+    def __init__(self, owner: socket.socket, settings: ForgeSettings) -> None:
+        self._owner: Final = owner
+        self._settings: Final = settings
+        self._home: Final = {
+            kind: syscalls.openat2(syscalls.AT_FDCWD, f"/proc/self/ns/{name}", os.O_RDONLY)
+            for kind, name in PROC_NAMES.items()
+        }
+        self._ties: list[Tie] = []
+        # Kept until the next request: the owner may be unable to receive the descriptor.
+        self._last: Anchor | None = None
+
+    def serve(self) -> None:
+        """Make anchors until the owner is gone."""
+        while True:
+            try:
+                record, descriptors, _ = receive_once(self._owner, RECORD_BYTES_MAX, 1)
+            except ConnectionResetError:
+                return
+            with ExitStack() as stack:
+                for descriptor in descriptors:
+                    stack.enter_context(descriptor)
+                if not record:
+                    return
+                if record == UNDO_LAST:
+                    self._undo_last()
+                else:
+                    self._answer(decode_plan(record), descriptors[0] if descriptors else None)
+
+    def end_ties(self) -> None:
+        """End every tied anchor with its scope, as far as that can be done in a bounded time."""
+        remaining = self._ties
+        for _ in range(TIED_ATTEMPTS_MAX):
+            remaining = [tie for tie in remaining if not _quietly(tie.end)]
+            if not remaining:
+                break
+            _pause(TIED_PAUSE_MS)
+        for root in {tie.scope.path.parent.parent for tie in self._ties if tie.scope is not None}:
+            remove_slices(root)
+
+    def _answer(self, plan: AnchorPlan, image: Descriptor | None) -> None:
+        self._drop_last()
+        work = Work(plan, image, self._settings)
+        try:
+            self._last = self._make(work)
+        except ForgeError as error:
+            send_once(self._owner, encode_failure(error.step, error.cause))
+            if error.step == COME_HOME:
+                raise SystemExit(1) from error
+            return
+        try:
+            send_once(self._owner, encode_success(self._last.pid), [self._last.pidfd.fileno()])
+        except OSError:
+            # The owner went away meanwhile, and never heard of this anchor.
+            self._last.kill()
+            raise
+
+    def _make(self, work: Work) -> Anchor:
+        try:
+            try:
+                for step in STEPS:
+                    if step.applies(work):
+                        _perform(step.name, step.act, work)
+            finally:
+                if work.is_away:
+                    _perform(COME_HOME, self._go_home, work)
+            if self._settings.tied:
+                self._tie(work)
+        except BaseException:
+            work.abandon()
+            raise
+        return work.started
+
+    def _go_home(self, work: Work) -> None:
+        for kind in work.plan.kinds:
+            syscalls.setns(self._home[kind], CLONE_FLAGS[kind])
+        work.is_away = False
+
+    def _tie(self, work: Work) -> None:
+        self._ties = [tie for tie in self._ties if not self._untied(tie)]
+        scope = None
+        if work.plan.scope is not None:
+            path = Path(work.plan.scope)
+            # Whoever owns the scope now is who this forge works for. A scope of the same name that
+            # another owner makes later carries another stamp, and is left alone.
+            scope = Scope(path, Scope(path, "").owner() or "")
+        anchor = work.started
+        try:
+            pidfd = anchor.pidfd.duplicate()
+        except OSError as error:
+            raise ForgeError("tie the anchor", SyscallError.of("fcntl(2)", error)) from error
+        self._ties.append(Tie(Anchor(anchor.pid, pidfd, anchor.token), scope))
+
+    def _untied(self, tie: Tie) -> bool:
+        if tie.is_over():
+            tie.anchor.close()
+            return True
+        return False
+
+    def _undo_last(self) -> None:
+        if self._last is not None:
+            self._last.kill()
+        self._drop_last()
+        send_once(self._owner, encode_success(0))
+
+    def _drop_last(self) -> None:
+        if self._last is not None:
+            self._last.close()
+            self._last = None
+
+
+def _perform(name: str, act: Callable[[Work], None], work: Work) -> None:
+    try:
+        act(work)
+    except SyscallError as error:
+        raise ForgeError(name, error) from error
+
+
+def _make_folders(path: str) -> None:
+    with calling("mkdir(2)", path):
+        syscall(Path(path).mkdir, mode=0o755, parents=True, exist_ok=True)
+
+
+def _quietly(act: Callable[[], bool]) -> bool:
+    """Do it; what fails now is tried again, as if it were not yet possible."""
+    try:
+        return act()
+    except OSError:
+        return False
+
+
+def _pause(milliseconds: int) -> None:
+    select.poll().poll(milliseconds)
+
+
+def _enter_cgroup(path: str) -> None:
+    procs = Path(path) / "cgroup.procs"
+    with calling("write(2)", procs):
+        syscall(procs.write_text, "0", encoding="ascii")
+
+
+def main() -> None:
+    """Be a forge: take the settings, say yes, make anchors until the owner is gone."""
+    for number in _IMMUNE:
+        signal.signal(number, signal.SIG_IGN)
+    os.umask(UMASK)
+    with socket.socket(fileno=int(sys.argv[1])) as owner:
+        owner.set_inheritable(False)
+        settings = decode_settings(receive_once(owner, RECORD_BYTES_MAX, 0).data)
+        try:
+            if settings.cgroup is not None:
+                _enter_cgroup(settings.cgroup)
+            program = ForgeProgram(owner, settings)
+        except SyscallError as error:
+            send_once(owner, encode_failure("start the forge", error))
+            return
+        send_once(owner, encode_success(os.getpid()))
+        try:
+            program.serve()
+        except Exception:
+            # Said before the socket closes: the owner quotes it as soon as it notices.
+            sys.excepthook(*sys.exc_info())
+            raise SystemExit(1) from None
+        finally:
+            program.end_ties()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,349 @@
+"""How does an allocation get its anchor?
+
+By asking the forge: a small process with one thread, made once, which makes anchors and nothing
+else. It costs the same whatever its owner has become (a daemon's fork copies page tables and
+descriptor tables, its mounts are copied into every allocation it makes in process), and only a
+process with one thread moves between namespaces without surprises.
+
+Processes are created in the files of this folder and nowhere else.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+from transport.calls import syscall
+from transport.channel import Reception, receive_once, send_once
+from transport.descriptors import Descriptor
+
+from .. import syscalls
+from ..anchor import ANCHOR_COMMAND, ANCHOR_VARIABLE, Anchor, token_of
+from ..features import Features
+from ..syscalls import SyscallError, calling
+from .child import UNDO_LAST
+from .plan import (
+    COME_HOME,
+    RECORD_BYTES_MAX,
+    AnchorPlan,
+    ForgeError,
+    ForgeSettings,
+    decode_answer,
+    encode_plan,
+    encode_settings,
+)
+
+FORGE_TIMEOUT_S: Final = 10.0
+"""How long the forge may take to start, to make an anchor, or to end. It needs a millisecond."""
+
+LAST_WORDS_BYTES_MAX: Final = 4096
+"""How much of what a dying forge printed is looked at; its last line says what went wrong."""
+
+FORGE_COMMAND: Final = (sys.executable, "-P", "-m", "linux.forge.child")
+"""How a forge is started; the number of its socket comes last."""
+
+UNANNOUNCED_LOOKS_MAX: Final = 5
+"""How often the anchor of a forge that died is looked for."""
+
+UNANNOUNCED_PAUSE_MS: Final = 2
+"""Pause between two looks: what has begun to be executed is executed by then."""
+
+_PACKAGES: Final = str(Path(__file__).resolve().parents[2])
+
+
+class Forge:
+    """
+    The owner's side of a forge. Any thread may use it; anchors are made one at a time.
+
+    Ready when constructed: the forge starts with the first anchor, or with `start`. One that died
+    is replaced, without a word, when the next anchor is asked for; the anchors it made live on.
+
+    Args:
+        cgroup: Directory of the cgroup in which the anchors (and the forge) shall live, so that
+            `find_anchors` finds them whatever happens to their owner; None for the owner's own.
+            It must exist before the forge starts.
+        tied: Whether the anchors, and their scopes, end when the owner closes this or dies. For
+            self-service, where nobody else would end them. (A forge that was killed can end
+            nothing.) Otherwise they outlive the owner.
+        features: What the forge may use.
+        command: Starts a program that is a forge.
+    """
+
+    # Keeps CRASH-1, SELF-12.
+
+    def __init__(
+        self,
+        *,
+        cgroup: Path | None,
+        tied: bool = False,
+        features: Features,
+        command: Sequence[str] = FORGE_COMMAND,
+    ) -> None:
+        self._command: Final = tuple(command)
+        self._cgroup: Final = cgroup
+        self._tied: Final = tied
+        self._features: Final = features
+        self._guard: Final = threading.Lock()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
+        self._stderr: Descriptor | None = None
+        self._closed = False
+
+    @classmethod
+    def start(cls, *, cgroup: Path | None, tied: bool = False, features: Features) -> Forge:
+        """
+        Construct a forge and start it at once, so that whatever prevents it is known early.
+
+        Raises:
+            ForgeError: it cannot be started; nothing is left.
+        """
+        forge = cls(cgroup=cgroup, tied=tied, features=features)
+        with forge._guard:
+            forge._ensure_started()
+        return forge
+
+    @property
+    def pid(self) -> int | None:
+        """The forge's process, while there is one."""
+        child = self._child
+        return None if child is None else child.pid
+
+    def make(self, plan: AnchorPlan, image: Descriptor | None = None) -> Anchor:
+        """
+        Make an anchor, with its namespaces ready for use.
+
+        Args:
+            plan: What it shall be.
+            image: A detached mount for `plan.mount_path`; given exactly if that is. Taken over,
+                and closed in every case: what holds on to it holds on to the image for ever.
+
+        Returns:
+            The anchor, living; the caller owns it.
+
+        Raises:
+            ForgeError: a step failed, or the forge took longer than `FORGE_TIMEOUT_S` (it is dead
+                then), or two of them died. Nothing is left of the attempt.
+            ValueError: plan and image do not fit, or the forge is closed.
+        """
+        with ExitStack() as stack:
+            if image is not None:
+                stack.enter_context(image)
+            if (image is None) is not (plan.mount_path is None):
+                raise ValueError("an image and a mount path belong together")
+            record = encode_plan(plan)
+            with self._guard:
+                self._ensure_started()
+                return self._exchange(plan, record, image)
+
+    def close(self) -> None:
+        """
+        End the forge; a tied one ends its anchors and their scopes first. May be called again.
+
+        Waits for it, at most `FORGE_TIMEOUT_S`; then it is killed.
+        """
+        with self._guard:
+            self._closed = True
+            self._end(patiently=True)
+
+    def __enter__(self) -> Forge:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _ensure_started(self) -> None:
+        if self._closed:
+            raise ValueError("the forge is closed")
+        if self._child is not None and self._child.poll() is not None:
+            self._end(patiently=False)
+        if self._child is None:
+            self._start()
+
+    def _start(self) -> None:
+        try:
+            self._launch()
+            answer = self._ask(encode_settings(self._settings()), None)
+            decode_answer(answer.data)
+        except OSError as error:
+            cause = SyscallError.of("execve(2)", error, self._last_words() or sys.executable)
+            self._end(patiently=False)
+            raise ForgeError("start the forge", cause) from error
+        except BaseException:
+            self._end(patiently=False)
+            raise
+
+    def _launch(self) -> None:
+        with calling("socketpair(2)"):
+            ours, theirs = syscall(socket.socketpair, socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket = ours
+        ours.settimeout(FORGE_TIMEOUT_S)
+        with theirs:
+            with calling("memfd_create(2)"):
+                self._stderr = Descriptor(syscall(os.memfd_create, "forge", os.MFD_CLOEXEC))
+            # A session of its own: Ctrl-C at the owner's terminal is not for the forge. No stream
+            # of the owner's: whoever waits for the end of one would wait for the forge too.
+            self._child = syscall(
+                subprocess.Popen,
+                [*self._command, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self._stderr.fileno(),
+                cwd="/",
+                env=_environment(),
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+
+    def _settings(self) -> ForgeSettings:
+        return ForgeSettings(
+            features=self._features,
+            program=_find_program(),
+            cgroup=None if self._cgroup is None else str(self._cgroup),
+            tied=self._tied,
+        )
+
+    def _exchange(self, plan: AnchorPlan, record: bytes, image: Descriptor | None) -> Anchor:
+        answer = self._ask_for(plan, record, image)
+        try:
+            pid = decode_answer(answer.data)
+        except ForgeError as error:
+            if error.step == COME_HOME:
+                self._end(patiently=True)
+            raise
+        if not answer.descriptors:
+            # The pidfd was sent; there was no number left for it here. The forge still has it.
+            with self._ending_what_is_unanswered(plan):
+                self._ask(UNDO_LAST, None)
+            raise ForgeError("receive the anchor", SyscallError("recvmsg(2)", errno.EMFILE))
+        return Anchor(pid, answer.descriptors[0], plan.token)
+
+    def _ask_for(self, plan: AnchorPlan, record: bytes, image: Descriptor | None) -> Reception:
+        """Ask for an anchor; ask a second forge if the first one turns out dead, or dies of it."""
+        with self._ending_what_is_unanswered(plan):
+            with suppress(ConnectionError):
+                return self._ask(record, image)
+            self._end(patiently=False)
+            self._kill_unannounced(plan.token)
+            self._start()
+            return self._ask(record, image)
+
+    @contextmanager
+    def _ending_what_is_unanswered(self, plan: AnchorPlan) -> Iterator[None]:
+        """Should the body fail, end the forge, and the anchor that it may have started."""
+        try:
+            yield
+        except BaseException as error:
+            # Also when only the asking was interrupted: the answer would be taken for the next's.
+            words = self._last_words()
+            self._end(patiently=False)
+            self._kill_unannounced(plan.token)
+            if isinstance(error, OSError):
+                cause = SyscallError.of("recvmsg(2)", error, words or "the forge")
+                raise ForgeError("ask the forge", cause) from error
+            raise
+
+    def _ask(self, record: bytes, descriptor: Descriptor | None) -> Reception:
+        """
+        Ask, and take the answer.
+
+        Raises:
+            ConnectionError: the forge is dead, before it did anything about it or afterwards.
+            TimeoutError: it did not answer.
+        """
+        assert self._socket is not None
+        send_once(self._socket, record, [] if descriptor is None else [descriptor.fileno()])
+        answer = receive_once(self._socket, RECORD_BYTES_MAX, 1)
+        if not answer.data:
+            raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+        return answer
+
+    def _last_words(self) -> str:
+        """Say what the forge printed last: nothing, unless it died of a mistake."""
+        if self._stderr is None:
+            return ""
+        size = syscall(os.fstat, self._stderr.fileno()).st_size
+        begin = max(0, size - LAST_WORDS_BYTES_MAX)
+        printed = syscall(os.pread, self._stderr.fileno(), LAST_WORDS_BYTES_MAX, begin)
+        return printed.decode("utf-8", "replace").strip().rpartition("\n")[2]
+
+    def _end(self, *, patiently: bool) -> None:
+        if self._stderr is not None:
+            self._stderr.close()
+            self._stderr = None
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+        child, self._child = self._child, None
+        if child is None:
+            return
+        if not patiently:
+            child.kill()
+        try:
+            child.wait(FORGE_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            # Killed and still there: it hangs in the Linux kernel. Whoever waits for us is served
+            # better by an error now; subprocess reaps it at a later chance.
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(FORGE_TIMEOUT_S)
+
+    def _kill_unannounced(self, token: str) -> None:
+        """Kill the anchor that a forge had started before it died, without having said so."""
+        for _ in range(UNANNOUNCED_LOOKS_MAX):
+            # It has its token once it is executed, which it may be about to be.
+            is_settled = True
+            for pid in _pids_in(self._cgroup):
+                with suppress(SyscallError), syscalls.pidfd_open(pid) as pidfd:
+                    # The pidfd came first, and tokens are never used twice: this is the anchor.
+                    found = token_of(pid)
+                    if found == token:
+                        syscalls.pidfd_send_signal(pidfd, signal.SIGKILL)
+                        return
+                    is_settled = is_settled and found is not None
+            if is_settled:
+                return
+            select.poll().poll(UNANNOUNCED_PAUSE_MS)
+
+
+def _find_program() -> str:
+    program = shutil.which(ANCHOR_COMMAND[0])
+    if program is None:
+        raise ForgeError(
+            "find the anchor's program in PATH",
+            SyscallError("execve(2)", errno.ENOENT, ANCHOR_COMMAND[0]),
+        )
+    return str(Path(program).resolve())
+
+
+def _environment() -> dict[str, str]:
+    """Give the forge our environment, and the way to these packages wherever they lie."""
+    environment = {name: value for name, value in os.environ.items() if name != ANCHOR_VARIABLE}
+    paths = [_PACKAGES, *(str(Path(entry).absolute()) for entry in sys.path if entry)]
+    return {**environment, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _pids_in(cgroup: Path | None) -> list[int]:
+    """List where an unannounced anchor can be: in the anchors' cgroup, else anywhere."""
+    if cgroup is None:
+        return [int(entry.name) for entry in syscall(Path("/proc").iterdir) if entry.name.isdigit()]
+    try:
+        return [int(pid) for pid in syscall((cgroup / "cgroup.procs").read_text).split()]
+    except OSError:
+        return []  # a cgroup that is gone has nobody in it

@@ -1,0 +1,296 @@
+"""A provider that is nothing but a socket: somebody else's, or ours as a program of its own.
+
+Options of pytest name the provider that `conformance` is to try; without them it is our
+own daemon, once on this node and once simulated. `Provider` is what the tests know of it. `Wire` is
+one test's dealings with it, which are over when the test is.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import struct
+import termios
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from statemachine.errors import AllocationNotFound, FdPassing
+from statemachine.messages import (
+    AllocationEnded,
+    Message,
+    NamespaceRequest,
+    NamespaceResponse,
+    NamespaceType,
+)
+from transport.descriptors import Inspector, NamespaceIdentity
+from transport.framing import encode_frame
+from transport.testing.peer import Line, frame_of, wait_until
+
+from ..features import Features
+from ..namespaces import KernelInspector
+from ..simulated import SimulatedInspector
+from .programs import warm_daemon_in
+
+KERNEL: Final = "kernel"
+SIMULATED: Final = "simulated"
+IMAGE: Final = "hello.sqfs"
+"""The image that our own daemons have."""
+
+_OURS: Final = {KERNEL: "linux", SIMULATED: "simulated"}
+"""What `nshandoff serve --backend` calls them."""
+
+Identities = tuple[NamespaceIdentity, ...]
+
+
+# --- Which provider ----------------------------------------------------------------------------
+
+
+def add_options(parser: pytest.Parser) -> None:
+    """Be the suite's `pytest_addoption`."""
+    group = parser.getgroup("provider", "a provider to certify (specs, chapter 11)")
+    group.addoption(
+        "--provider-socket",
+        metavar="PATH",
+        help="where it listens; without it, our own daemon is tried",
+    )
+    group.addoption(
+        "--provider-backend",
+        choices=(KERNEL, SIMULATED),
+        default=KERNEL,
+        help="whether its namespaces are the kernel's (default) or memfds that stand for them",
+    )
+    group.addoption("--provider-uenv", metavar="IMAGE", help="an image that it has")
+
+
+def is_named(config: pytest.Config) -> bool:
+    """Whether a provider was named that is not ours."""
+    return config.getoption("--provider-socket") is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """What is known of a provider: where it listens, and how to look at what it passes."""
+
+    socket: Path
+    inspector: Inspector
+    image: str | None
+
+
+@contextmanager
+def provider_of(
+    config: pytest.Config, backend: str, directory: Path, image_root: Path
+) -> Iterator[Provider]:
+    """Have the provider that was named; or else one of our own, in a directory, as a program."""
+    inspector = SimulatedInspector() if backend == SIMULATED else KernelInspector(Features.probe())
+    if is_named(config):
+        path = Path(config.getoption("--provider-socket"))
+        yield Provider(path, inspector, config.getoption("--provider-uenv"))
+        return
+    with warm_daemon_in(directory, image_root, "--backend", _OURS[backend]) as daemon:
+        yield Provider(daemon.socket, inspector, IMAGE)
+
+
+# --- Speaking to it ----------------------------------------------------------------------------
+
+
+class Ear(Line):
+    """A line that also holds the other end to the letter of what it writes, byte for byte."""
+
+    def __init__(self, sock: Any) -> None:
+        super().__init__(sock)
+        self._read_bytes = b""
+
+    def hear(self) -> Message | None:
+        self._read_bytes = b""
+        message = super().hear()
+        if message is not None:
+            assert self._read_bytes == frame_of(message), "not what rmp_serde::to_vec_named writes"
+        return message
+
+    def _read(self, size: int) -> bytes | None:
+        data = super()._read(size)
+        self._read_bytes += data or b""
+        return data
+
+    def wait_read(self) -> None:
+        """Wait until the other end has read all that was said, so that it saw a cut just here."""
+        wait_until(lambda: _bytes_unread(self) == 0, "reading what was sent")
+
+
+def _bytes_unread(line: Line) -> int:
+    """How much of what was sent the other end has not read, by unix(7)'s SIOCOUTQ."""
+    answer = fcntl.ioctl(line.sock, termios.TIOCOUTQ, bytes(4))
+    return int(struct.unpack("i", answer)[0])
+
+
+class Wire:
+    """
+    One test's dealings with a provider.
+
+    Args:
+        provider: whom it tries.
+        prefix: begins every allocation's id, and nobody else's.
+    """
+
+    def __init__(self, provider: Provider, prefix: str) -> None:
+        self.provider = provider
+        self.prefix = prefix
+        self._names: list[str] = []
+        self._lines = ExitStack()
+        self._bystander: tuple[Ear, NamespaceRequest, Identities] | None = None
+
+    def name(self, rest: str = "") -> str:
+        """An id that was never used; its allocation is ended with the test."""
+        self._names.append(f"{self.prefix}-{len(self._names)}{rest}")
+        return self._names[-1]
+
+    def request(self, *kinds: NamespaceType, image: str | None = None) -> NamespaceRequest:
+        """A request for an allocation that never was."""
+        return NamespaceRequest(self.name(), kinds, image)
+
+    def call(self) -> Ear:
+        """A connection; hung up with the test."""
+        line = Ear.to(self.provider.socket)
+        self._lines.callback(line.hang_up)
+        assert isinstance(line, Ear)
+        return line
+
+    def ask(self, request: NamespaceRequest, line: Ear | None = None) -> Identities:
+        """Ask for namespaces, on a line of its own if none is given, and look at them."""
+        line = line or self.call()
+        line.say(request)
+        return self.granted(request, line)
+
+    def granted(self, request: NamespaceRequest, line: Ear) -> Identities:
+        """Hear a request's answer, which has to be its namespaces, and look at them."""
+        answer = line.hear()
+        assert isinstance(answer, NamespaceResponse), answer
+        assert answer.allocation_id == request.allocation_id
+        assert answer.fd_types == request.namespaces
+        assert (answer.uenv_mount_path is None) == (request.uenv_image is None), answer
+        inspect = self.provider.inspector.inspect
+        with line.take() as bundle:  # which also counts them
+            identities = tuple(inspect(descriptor.fileno()) for _, descriptor in bundle)
+        assert [identity.kind for identity in identities] == list(request.namespaces)
+        return identities
+
+    def end(self, name: str, line: Ear | None = None) -> None:
+        """
+        End an allocation, and hear that it has ended.
+
+        A line that holds the allocation may hear so twice: the word of the end can cross the wish.
+        """
+        line = line or self.call()
+        ended, never = AllocationEnded(name), AllocationEnded(f"{self.prefix}-never")
+        line.say(ended)
+        assert line.hear() == ended
+        line.say(never)
+        answer = line.hear()
+        assert (line.hear() if answer == ended else answer) == AllocationNotFound(
+            never.allocation_id
+        )
+
+    def call_end(self, name: str) -> Message | None:
+        """Wish an allocation's end on a line of its own; what is said to that."""
+        line = self.call()
+        line.say(AllocationEnded(name))
+        return line.hear()
+
+    def barrier(self, line: Ear) -> None:
+        """Show that nothing more was said before: the next thing to be heard is this answer."""
+        never = AllocationEnded(f"{self.prefix}-never")
+        line.say(never)
+        assert line.hear() == AllocationNotFound(never.allocation_id)
+
+    def watch(self) -> None:
+        """Have a bystander hold an allocation, so that it can tell whether others are affected."""
+        line, request = self.call(), self.request(NamespaceType.PID)
+        self._bystander = (line, request, self.ask(request, line))
+
+    def check_bystander(self) -> None:
+        """Nothing has happened to the bystander, to what it holds, or to who calls anew."""
+        assert self._bystander is not None
+        line, request, identities = self._bystander
+        assert self.ask(request, line) == identities
+        self.barrier(self.call())
+
+    def check_rejected(self, line: Ear) -> None:
+        """Hear that a frame was rejected, which names something, and that the line is dead."""
+        answer = line.hear()
+        assert isinstance(answer, FdPassing), answer
+        assert answer.reason.strip()
+        assert line.hear() is None
+        self.check_bystander()
+
+    def check_frame_rejected(self, data: bytes) -> None:
+        """Send bytes on a line of their own, and have them rejected."""
+        if self._bystander is None:
+            self.watch()
+        line = self.call()
+        line.say(data)
+        self.check_rejected(line)
+
+    def close(self) -> None:
+        """Hang up, and end whatever is alive of the test's."""
+        self._lines.close()
+        with Ear.to(self.provider.socket) as line:
+            for name in self._names:
+                line.say(AllocationEnded(name))
+                answer = line.hear()
+                assert answer in (AllocationEnded(name), AllocationNotFound(name)), answer
+
+
+def framed(body: bytes) -> bytes:
+    """Put any body into a frame."""
+    return encode_frame(body)
+
+
+# --- Numbering the cases -----------------------------------------------------------------------
+
+Test = Callable[..., None]
+_known: Final[set[str]] = set()
+
+
+def case(number: str) -> Callable[[Test], Test]:
+    """Give a test the number under which it is known to whoever tries a provider."""
+    return cases({number: None})
+
+
+def cases(values: dict[str, Any]) -> Callable[[Test], Test]:
+    """Give a test several numbers, with what it is to take as `what` under each."""
+    assert not _known & values.keys(), f"not the only one: {_known & values.keys()}"
+    _known.update(values)
+
+    def mark(test: Test) -> Test:
+        test.cases = values  # type: ignore[attr-defined]
+        return test
+
+    return mark
+
+
+def number_cases(metafunc: pytest.Metafunc) -> None:
+    """Be a module's `pytest_generate_tests`: every number, for every provider to be tried."""
+    if "provider" not in metafunc.fixturenames:
+        return
+    values: dict[str, Any] = metafunc.function.cases  # type: ignore[attr-defined]
+    prefix = ""
+    if "what" in metafunc.fixturenames:
+        metafunc.parametrize("what", list(values.values()), ids=list(values))
+    else:
+        (number,) = values
+        prefix = f"{number}-"
+    metafunc.parametrize(
+        "provider", list(_providers(metafunc.config, prefix)), indirect=True, scope="module"
+    )
+
+
+def _providers(config: pytest.Config, prefix: str) -> Iterator[Any]:
+    if is_named(config):
+        yield pytest.param(config.getoption("--provider-backend"), id=f"{prefix}foreign")
+        return
+    yield pytest.param(KERNEL, id=f"{prefix}{KERNEL}", marks=pytest.mark.needs_root)
+    yield pytest.param(SIMULATED, id=f"{prefix}{SIMULATED}")

@@ -1,0 +1,191 @@
+"""What the tests of the command share: running it, and a real daemon with a place of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final
+
+from statemachine import AllocationNotFound, NamespaceRequest, NamespaceType
+from transport.request import Consumer, Handoff
+
+from ..features import Features
+from ..journal import read_journal
+from ..namespaces import KernelInspector
+
+ROOT: Final = Path(__file__).parents[2]
+COMMAND: Final = (sys.executable, "-m", "linux")
+DEADLINE_S: Final = 20.0
+POLL_S: Final = 0.01
+
+PID: Final = NamespaceType.PID
+NET: Final = NamespaceType.NET
+MOUNT: Final = NamespaceType.MOUNT
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(POLL_S)
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100", **more}
+
+
+def nshandoff(*words: str | Path, **how: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end."""
+    settings: dict[str, Any] = {"stdin": subprocess.DEVNULL, "env": environment(), **how}
+    return subprocess.run(
+        [*COMMAND, *map(str, words)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        **settings,
+    )
+
+
+@contextmanager
+def running(*words: str | Path, **how: Any) -> Iterator[subprocess.Popen[str]]:
+    """Have the command running; it is killed and waited for in the end, if it still is."""
+    settings: dict[str, Any] = {
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "env": environment(),
+        **how,
+    }
+    with subprocess.Popen([*COMMAND, *map(str, words)], text=True, **settings) as program:
+        try:
+            yield program
+        finally:
+            if program.poll() is None:
+                program.kill()
+
+
+class Daemon:
+    """
+    A provider in a directory of its own: as a program, or between two of its lives.
+
+    Args:
+        directory: Where its socket, state and log are.
+        image_root: Where its images are.
+        options: More words for its command line.
+    """
+
+    def __init__(self, directory: Path, image_root: Path, *options: str) -> None:
+        self.socket = directory / "handoff.sock"
+        self.state_dir = directory / "state"
+        self.uenv_base = directory / "uenv"
+        self.log = directory / "log"
+        self.ready = self.state_dir / "ready"
+        self.program: subprocess.Popen[bytes] | None = None
+        self.places = ("--image-root", str(image_root), "--uenv-base", str(self.uenv_base))
+        self._options = options
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        here = ("--socket", str(self.socket), "--state-dir", str(self.state_dir))
+        return ("serve", *here, *self.places, "--hold-time", "0", *self._options)
+
+    @property
+    def pid(self) -> int:
+        assert self.program is not None
+        return self.program.pid
+
+    def start(self, **more: str) -> None:
+        """Start it and wait until it is ready."""
+        with self.log.open("ab") as log:
+            self.program = subprocess.Popen(
+                [*COMMAND, *self.words],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment(**more),
+            )
+        wait_until(self._is_ready)
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Send it a signal and wait for its end."""
+        program, self.program = self.program, None
+        assert program is not None
+        program.send_signal(number)
+        return program.wait(DEADLINE_S)
+
+    def events(self, allocation_id: str | None = None) -> list[dict[str, Any]]:
+        """What it has said so far, of one allocation or of all."""
+        lines = [json.loads(line) for line in self.log.read_text().splitlines()]
+        return [x for x in lines if allocation_id in (None, x.get("allocation_id"))]
+
+    def moves(self, allocation_id: str) -> list[tuple[str, str]]:
+        """From which state to which an allocation went, as far as it has been said."""
+        rows = [(line["from"], line["to"]) for line in self.events(allocation_id) if "from" in line]
+        return [(before, after) for before, after in rows if before != after]
+
+    def consumer(self) -> Consumer:
+        return Consumer(self.socket, KernelInspector(Features.probe()))
+
+    def obtain(
+        self, allocation_id: str, *kinds: NamespaceType, image: str | None = None
+    ) -> Handoff:
+        return self.consumer().obtain(NamespaceRequest(allocation_id, kinds, image))
+
+    def states(self) -> dict[str, str]:
+        """The allocations that its journal has, and the state of each."""
+        return {x.allocation_id: x.state for x in read_journal(self.state_dir).entries}
+
+    def alive(self) -> list[str]:
+        """The allocations that its journal has."""
+        return list(self.states())
+
+    def clear(self) -> None:
+        """End whatever is alive, with a program to do it."""
+        if self.program is None or self.program.poll() is not None:
+            self.start()
+        for name in self.alive():
+            with suppress(AllocationNotFound):
+                self.consumer().end(name, DEADLINE_S)
+        wait_until(lambda: not self.alive())
+
+    def _is_ready(self) -> bool:
+        assert self.program is not None
+        assert self.program.poll() is None, self.log.read_text()
+        with suppress(FileNotFoundError, ValueError):
+            return bool(json.loads(self.ready.read_text())["pid"] == self.program.pid)
+        return False
+
+
+@contextmanager
+def daemon_in(directory: Path, image_root: Path, *options: str) -> Iterator[Daemon]:
+    """Have a daemon, started; whatever it made and it itself are gone afterwards."""
+    daemon = Daemon(directory, image_root, *options)
+    daemon.start()
+    try:
+        yield daemon
+    finally:
+        daemon.clear()
+        daemon.stop()
+
+
+@contextmanager
+def warm_daemon_in(directory: Path, image_root: Path, *options: str) -> Iterator[Daemon]:
+    """Have a daemon for several tests, whose forge is not taken for something a test left."""
+    with daemon_in(directory, image_root, *options) as daemon:
+        with daemon.obtain(f"nsh-test-{os.getpid()}-warm") as handoff:
+            assert handoff.end(DEADLINE_S)
+        yield daemon
+
+
+def identities_of(received: Mapping[str, Any]) -> dict[str, int]:
+    """Inode by type, of what `request --json` or `list --json` shows."""
+    shown = received.get("descriptors", received.get("namespaces", []))
+    return {one["type"]: one["inode"] for one in shown}

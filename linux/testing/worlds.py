@@ -1,0 +1,494 @@
+"""Two machines on which one suite can make the same things happen: a real one, a simulated one.
+
+A `World` is a machine with one provider's program (a backend) on it. What happens *to* the program
+(a crash, a restart) and what others do on the machine (processes that come, die, freeze, are not
+reaped) is the world's; what the program then says and does is for the tests to judge.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final, Literal
+
+from statemachine.errors import AllocationNotFound
+from statemachine.messages import NamespaceRequest, NamespaceType
+from transport.contract import Backend, Recovery, Sighting
+from transport.descriptors import DescriptorBundle, Inspector, NamespaceIdentity
+
+from ..anchor import find_anchors
+from ..backend import LinuxBackend, NodeSettings, instance_of
+from ..cgroups import ANCHOR_SLICE, WORKLOAD_SLICE, Scope
+from ..features import OLDEST, Features
+from ..forge.spawn import spawn_within
+from ..namespaces import KernelInspector
+from ..simulated import (
+    SimulatedBackend,
+    SimulatedCrash,
+    SimulatedFailure,
+    SimulatedInspector,
+    SimulatedNode,
+)
+from ..simulated import Step as SimulatedStep
+
+PID: Final = NamespaceType.PID
+NET: Final = NamespaceType.NET
+MOUNT: Final = NamespaceType.MOUNT
+LIGHT: Final = (PID, MOUNT)
+"""What most tests ask for: a network namespace costs ten times as much."""
+
+SCOPE_PREFIX: Final = f"nsh-test-{os.getpid()}-"
+"""How the ids of all allocations begin that this process asks for."""
+
+DEADLINE_S: Final = 10.0
+HOLD_TIME_S: Final = 60.0
+
+
+IMAGE: Final = "hello.sqfs"
+OTHER_IMAGE: Final = "deep/other.sqfs"
+
+CrashPoint = Literal["intended", "made"]
+"""After the intent was journaled and nothing done, or after everything but the publishing."""
+
+
+class World(ABC):
+    """A machine with a backend on it. `close` leaves nothing of either."""
+
+    backend: Backend
+    inspector: Inspector
+    now_s = 0.0
+    """The backend's clock, for the hold time."""
+
+    @abstractmethod
+    def launch(self) -> None:
+        """Start the program on the machine as it is; whoever serves it lets it recover."""
+
+    def start(self) -> Recovery:
+        """Start the program, and let it recover."""
+        self.launch()
+        return self.backend.recover()
+
+    def restart(self) -> Recovery:
+        """Drop the program, which releases nothing, and start another."""
+        self.backend.close()
+        return self.start()
+
+    @abstractmethod
+    def crash_while_creating(self, request: NamespaceRequest, point: CrashPoint) -> Recovery:
+        """Let the program die while it creates, and start another."""
+
+    # What processes do.
+
+    @abstractmethod
+    def join(self, name: str) -> None:
+        """Let a process enter the allocation's cgroup and stay."""
+
+    @abstractmethod
+    def leave(self, name: str, *, is_reaped: bool = True) -> None:
+        """Let the process that joined last exit."""
+
+    @abstractmethod
+    def pass_through(self, name: str) -> None:
+        """Let a process enter the cgroup and exit before anybody looks."""
+
+    @abstractmethod
+    def bury(self, name: str) -> None:
+        """Reap the processes of an allocation that were killed with it."""
+
+    @abstractmethod
+    def freeze(self, name: str, *, is_frozen: bool = True) -> None: ...
+
+    @abstractmethod
+    def entangle(self, name: str) -> None:
+        """Let something be in the allocation that cannot be ended for now."""
+
+    @abstractmethod
+    def disentangle(self, name: str) -> None: ...
+
+    @abstractmethod
+    def kill_init(self, name: str) -> None: ...
+
+    # What others do on the machine.
+
+    @abstractmethod
+    def remove_scope(self, name: str) -> None: ...
+
+    @abstractmethod
+    def occupy_scope(self, name: str) -> None:
+        """Take the cgroup's name before the backend can."""
+
+    @abstractmethod
+    def vacate_scope(self, name: str) -> None: ...
+
+    # What is on the machine.
+
+    @abstractmethod
+    def mounted(self) -> list[str]:
+        """The images that are mounted, as often as they are."""
+
+    @abstractmethod
+    def leftovers(self) -> list[str]:
+        """Whatever there is of any allocation, except images that are only held."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+    # What tests say in one word.
+
+    def identities(self, name: str) -> list[NamespaceIdentity]:
+        """Which namespaces the backend gives out for an allocation, in its order."""
+        with self.backend.bundle_of(name) as bundle:
+            return self.inspect(bundle)
+
+    def inspect(self, bundle: DescriptorBundle) -> list[NamespaceIdentity]:
+        return [self.inspector.inspect(descriptor.fileno()) for _, descriptor in bundle]
+
+    def release(self, name: str) -> None:
+        """Release as a provider does: again and again, until nothing is left."""
+        eventually(lambda: self.is_released(name))
+
+    def is_released(self, name: str) -> bool:
+        try:
+            self.backend.release_namespaces(name)
+        except AllocationNotFound:
+            return True
+        return self.backend.why_alive(name) is None
+
+    def sees(self, name: str, sighting: Sighting) -> None:
+        """Wait as an event loop does until the backend reports a sighting."""
+        seen: list[Sighting] = []
+        poll = select.poll()
+        poll.register(self.backend.fileno(), select.POLLIN)
+        deadline = time.monotonic() + DEADLINE_S
+        while sighting not in seen:
+            assert time.monotonic() < deadline, f"{sighting} of {name} was not seen, only {seen}"
+            poll.poll(100)
+            seen += self.sightings(name)
+
+    def sightings(self, name: str) -> list[Sighting]:
+        """What the backend reports without waiting."""
+        return [seen.sighting for seen in self.backend.observe() if seen.allocation_id == name]
+
+
+def eventually(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not is_so():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.002)
+
+
+class SimulatedWorld(World):
+    """A machine in memory."""
+
+    inspector = SimulatedInspector()
+
+    def __init__(self) -> None:
+        self.node = SimulatedNode(frozenset({IMAGE, OTHER_IMAGE}), hook=self._hook)
+        self._occupied: set[str] = set()
+        self._crash_at: SimulatedStep | None = None
+
+    def _hook(self, step: SimulatedStep, name: str) -> None:
+        if step is self._crash_at:
+            raise SimulatedCrash
+        if step is SimulatedStep.SCOPE and name in self._occupied:
+            raise SimulatedFailure("make the scope: mkdir(2): EEXIST")
+
+    def launch(self) -> None:
+        self.backend = SimulatedBackend(
+            self.node, hold_time_s=HOLD_TIME_S, clock=lambda: self.now_s
+        )
+
+    def crash_while_creating(self, request: NamespaceRequest, point: CrashPoint) -> Recovery:
+        crash_at = SimulatedStep.ANCHOR if point == "intended" else SimulatedStep.PUBLISH
+        self._crash_at = crash_at
+        with suppress(SimulatedCrash):
+            self.backend.create_namespaces(request)
+        self._crash_at = None
+        return self.restart()
+
+    def join(self, name: str) -> None:
+        self.node.start_process(name, is_inside=False)
+
+    def leave(self, name: str, *, is_reaped: bool = True) -> None:
+        self.node.end_process(name, is_reaped=is_reaped)
+
+    def bury(self, name: str) -> None:
+        """A simulated parent has reaped them."""
+
+    def pass_through(self, name: str) -> None:
+        self.node.start_process(name, is_inside=False)
+        self.node.end_process(name)
+
+    def freeze(self, name: str, *, is_frozen: bool = True) -> None:
+        self.node.freeze(name, is_frozen=is_frozen)
+
+    def entangle(self, name: str) -> None:
+        self.node.leave_unreaped(name)
+
+    def disentangle(self, name: str) -> None:
+        self.node.reap(name)
+
+    def kill_init(self, name: str) -> None:
+        self.node.kill_init(name)
+
+    def remove_scope(self, name: str) -> None:
+        self.node.remove_scope(name)
+
+    def occupy_scope(self, name: str) -> None:
+        self._occupied.add(name)
+
+    def vacate_scope(self, name: str) -> None:
+        self._occupied.discard(name)
+
+    def mounted(self) -> list[str]:
+        return self.node.mounted
+
+    def leftovers(self) -> list[str]:
+        return sorted({*self.node.lives, *self.node.journal})
+
+    def close(self) -> None:
+        self.backend.close()
+        self.node.close()
+
+
+class LinuxWorld(World):
+    """
+    This machine.
+
+    Args:
+        directory: the world's own: state, images' mount point, and whatever a crash needs.
+        cgroup2: where cgroup v2 is mounted.
+        image_root: has `IMAGE` and `OTHER_IMAGE`.
+        features: what the backend may use.
+    """
+
+    def __init__(
+        self, directory: Path, cgroup2: Path, image_root: Path, features: Features | None = None
+    ) -> None:
+        self.features = features or Features.probe()
+        self.inspector = KernelInspector(self.features)
+        self.state_dir = directory / "state"
+        self.settings = NodeSettings(cgroup2, image_root, directory / "uenv", HOLD_TIME_S)
+        self._cgroup2 = cgroup2
+        self._image_root = image_root
+        self._members: dict[str, list[subprocess.Popen[bytes]]] = {}
+        self._entangled: dict[str, subprocess.Popen[bytes]] = {}
+
+    def launch(self) -> None:
+        self.backend = self.program()
+
+    def program(self) -> LinuxBackend:
+        return LinuxBackend.for_provider(
+            self.settings, self.state_dir, clock=lambda: self.now_s, features=self.features
+        )
+
+    @property
+    def program_now(self) -> LinuxBackend:
+        """The backend, for what only this one has."""
+        assert isinstance(self.backend, LinuxBackend)
+        return self.backend
+
+    def crash_while_creating(self, request: NamespaceRequest, point: CrashPoint) -> Recovery:
+        self.backend.close()
+        arguments = [
+            point,
+            self.state_dir,
+            self._cgroup2,
+            self._image_root,
+            self.settings.uenv_base,
+            request.allocation_id,
+            request.uenv_image or "",
+            *(kind.value for kind in request.namespaces),
+        ]
+        died = subprocess.run([sys.executable, "-c", _CRASH, *arguments], cwd=_PACKAGES)
+        assert died.returncode == -signal.SIGKILL
+        # Its forge goes, too, and only then can the anchors' cgroup go with this world.
+        eventually(self._has_no_forge)
+        return self.start()
+
+    def _has_no_forge(self) -> bool:
+        procs = self.anchors_cgroup / "cgroup.procs"
+        return len(procs.read_text().split()) == len(self.anchors())
+
+    def scope(self, name: str) -> Path:
+        return self._cgroup2 / WORKLOAD_SLICE / f"{name}.scope"
+
+    def join(self, name: str) -> None:
+        self.adopt_process(name, self.scope(name))
+
+    def adopt_process(self, name: str, cgroup: Path) -> subprocess.Popen[bytes]:
+        """Let a process enter some cgroup, and end it with this world at the latest."""
+        process = subprocess.Popen(["sleep", "infinity"])
+        self._members.setdefault(name, []).append(process)
+        (cgroup / "cgroup.procs").write_text(str(process.pid))
+        return process
+
+    def leave(self, name: str, *, is_reaped: bool = True) -> None:
+        process = self._members[name][-1]
+        process.kill()
+        if is_reaped:
+            self._members[name].pop().wait()
+        else:
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+
+    def bury(self, name: str) -> None:
+        for process in self._members.pop(name, []):
+            assert process.wait(DEADLINE_S) == -signal.SIGKILL
+
+    def pass_through(self, name: str) -> None:
+        procs = self.scope(name) / "cgroup.procs"
+        subprocess.run(["sh", "-c", 'echo 0 > "$0"', procs], check=True)
+
+    def freeze(self, name: str, *, is_frozen: bool = True) -> None:
+        scope = self.scope(name)
+        (scope / "cgroup.freeze").write_text(str(int(is_frozen)))
+        state = f"frozen {int(is_frozen)}"
+        eventually(lambda: state in (scope / "cgroup.events").read_text())
+
+    def entangle(self, name: str) -> None:
+        with self.backend.bundle_of(name) as bundle:
+            process = spawn_within(["sleep", "infinity"], bundle)
+        self._entangled[name] = process
+        # Dead, and not reaped by its parent, which is outside: its init waits for that.
+        process.send_signal(signal.SIGKILL)
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+
+    def disentangle(self, name: str) -> None:
+        self._entangled.pop(name).wait()
+
+    def kill_init(self, name: str) -> None:
+        os.kill(self.init_of(name), signal.SIGKILL)
+
+    def init_of(self, name: str) -> int:
+        anchor = self.program_now._life(name).anchor
+        assert anchor is not None
+        return anchor.pid
+
+    def remove_scope(self, name: str) -> None:
+        self.scope(name).rmdir()
+
+    def occupy_scope(self, name: str) -> None:
+        Scope.create(self._cgroup2, name, "somebody else")
+        self.adopt_process(name, self.scope(name))
+
+    def vacate_scope(self, name: str) -> None:
+        self.leave(name)
+        eventually(lambda: _is_removed(self.scope(name)))
+
+    def mounted(self) -> list[str]:
+        return sorted(
+            str(image.relative_to(self._image_root))
+            for image in loop_images()
+            if image.is_relative_to(self._image_root)
+        )
+
+    def leftovers(self) -> list[str]:
+        ours = self._cgroup2.glob(f"{WORKLOAD_SLICE}/{SCOPE_PREFIX}*.scope")
+        return [*self.anchors(), *(scope.name for scope in ours)]
+
+    def anchors(self) -> list[str]:
+        """The tokens of all living anchors of this world."""
+        anchors = find_anchors(self.anchors_cgroup)
+        for anchor in anchors.values():
+            anchor.close()
+        return sorted(anchors)
+
+    @property
+    def anchors_cgroup(self) -> Path:
+        return self._cgroup2 / ANCHOR_SLICE / f"{instance_of(self.state_dir)}.scope"
+
+    def close(self) -> None:
+        for process in (
+            *self._entangled.values(),
+            *(p for ps in self._members.values() for p in ps),
+        ):
+            process.kill()
+            process.wait()
+        self.backend.close()
+        for adoption in self.start().adoptions:
+            self.release(adoption.request.allocation_id)
+        self.backend.close()
+
+
+def loop_images() -> Iterator[Path]:
+    """The file behind every loop device of this machine."""
+    for path in Path("/sys/block").glob("loop*/loop/backing_file"):
+        try:
+            yield Path(path.read_text().rstrip("\n").removesuffix(" (deleted)"))
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
+                raise
+
+
+def _is_removed(cgroup: Path) -> bool:
+    try:
+        cgroup.rmdir()
+    except OSError as error:
+        return error.errno == errno.ENOENT
+    return True
+
+
+_PACKAGES: Final = Path(__file__).resolve().parents[2]
+
+_CRASH: Final = """
+import os, signal, sys
+from pathlib import Path
+from linux import backend
+from statemachine.messages import NamespaceRequest, NamespaceType
+
+point, state_dir, cgroup2, image_root, uenv_base, name, image, *kinds = sys.argv[1:]
+die = backend.Step("die", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+plan = backend.plan
+def deadly(request, *, has_scopes):
+    return (*(plan(request) if point == "made" else ()), die)
+backend.plan = deadly
+settings = backend.NodeSettings(Path(cgroup2), Path(image_root), Path(uenv_base))
+program = backend.LinuxBackend.for_provider(settings, Path(state_dir), clock=lambda: 0.0)
+request = NamespaceRequest(name, tuple(map(NamespaceType, kinds)), image or None)
+program.create_namespaces(request)
+"""
+
+
+@contextmanager
+def simulated() -> Iterator[SimulatedWorld]:
+    world = SimulatedWorld()
+    world.start()
+    try:
+        yield world
+    finally:
+        world.close()
+
+
+@contextmanager
+def real(
+    directory: Path, cgroup2: Path, image_root: Path, features: Features | None = None
+) -> Iterator[LinuxWorld]:
+    world = LinuxWorld(directory, cgroup2, image_root, features)
+    world.start()
+    try:
+        yield world
+    finally:
+        world.close()
+
+
+KINDS_OF_WORLD: Final = ("simulated", "linux", "oldest linux")
+
+
+@contextmanager
+def world_of(kind: str, directory: Path, cgroup2: Path, image_root: Path) -> Iterator[World]:
+    if kind == "simulated":
+        with simulated() as world:
+            yield world
+    else:
+        features = OLDEST if kind == "oldest linux" else None
+        with real(directory, cgroup2, image_root, features) as linux_world:
+            yield linux_world

@@ -1,0 +1,1 @@
+"""The cases of the vectors, family by family."""

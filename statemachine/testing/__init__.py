@@ -1,0 +1,1 @@
+"""Tools that hold an implementation of the kernels to the protocol."""

@@ -1,0 +1,360 @@
+"""Every world there can be, within bounds: the real kernels, breadth first, to the last state.
+
+A *world* is a provider, its consumers, the connections between them, and the node. A *move* is one
+thing that the environment may let happen to it: a message arrives, a timer expires, a job of the
+backend succeeds or fails, the provider dies between two effects. The kernels are not modelled: a
+move restores the real one from its snapshot, feeds it the event, takes the snapshot again, and
+performs the effects as the drivers do. Beside each kernel goes the reference model of `specs`, and
+every step of theirs must be the same, in state and in effects.
+
+    explorer = Explorer(Bounds(consumers=2))
+    result = explorer.explore()          # raises Broken with the shortest script
+    result.states, result.rows, result.seen
+
+*Safety* is checked in every move and in every world. *Liveness* is checked at the end, on the
+graph of what happens by itself (`Move`s that are no fault, no wish and no deadline): from every
+world one can come to rest, every world at rest has kept its promises, and there is no fair circle
+in which somebody waits for ever.
+
+How a link behaves: it delays (each end reads when it likes), it loses (`lose`: for good, with all
+that was on its way), and it delivers a request twice (`duplicate`). It does not split: kernels are
+fed whole messages, and how frames are cut is `transport.framing`'s business, tried exhaustively in
+`test_channel.py`.
+
+In this order: `world` (what a world is), `kernels` (steps, and the model beside
+them), `ground` and `client` (what may happen, and what it does), `search`
+(breadth first), `liveness` (what must come about), `story` (scripts and pictures).
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from specs import invariants as always
+
+from ... import consumer as consumer_module
+from ... import provider as provider_module
+from ...consumer import ConsumerKernel
+from ...lifecycle import CONSUMER, NOTICE, PROVIDER
+from ...messages import NamespaceRequest, NamespaceType
+from ...provider import Limits, ProviderKernel
+from ...table import Table
+from .client import CLIENT_MOVES, ClientDraft, client_moves, is_provided, may_have_two_sets
+from .ground import (
+    GROUND_MOVES,
+    Cut,
+    GroundDraft,
+    Setting,
+    check_ground,
+    ground_moves,
+)
+from .kernels import Kernels, RecordingTable, Row
+from .liveness import check_at_rest
+from .search import Lost, Search
+from .story import Story, as_python
+from .world import (
+    BY_ITSELF,
+    CUT,
+    FAILED_TO_PASS,
+    MISMATCHED,
+    NOT_FOUND,
+    SOUND,
+    SPENDS,
+    Bounds,
+    Client,
+    Finding,
+    Ground,
+    Move,
+    Node,
+    World,
+)
+
+__all__ = [
+    "BY_ITSELF",
+    "CUT",
+    "FAILED_TO_PASS",
+    "MISMATCHED",
+    "MOVES",
+    "NOT_FOUND",
+    "SOUND",
+    "SPENDS",
+    "Bounds",
+    "Broken",
+    "Explorer",
+    "Finding",
+    "Limits",
+    "Move",
+    "NamespaceRequest",
+    "NamespaceType",
+    "Result",
+    "World",
+    "all_rows",
+    "only",
+]
+
+MOVES = frozenset({*GROUND_MOVES, *CLIENT_MOVES})
+"""Every move there is, but for dying in the middle of one, which "crash" stands for, too."""
+
+
+class Broken(AssertionError):
+    """A promise can be broken; `script` is a shortest way to do it."""
+
+    def __init__(
+        self, bounds: Bounds, script: tuple[Move, ...], finding: str, story: Story
+    ) -> None:
+        self.bounds = bounds
+        self.script = script
+        self.finding = finding
+        self.chart = story.chart
+        """A Mermaid sequence diagram of the script."""
+        self.lives = story.lives
+        """What the provider took in and decided: for `transport.testing.explored.trace_of`."""
+        self.test = as_python(bounds, script, finding)
+        """A test that fails."""
+        self._given = (bounds, script, finding, story)
+        super().__init__(f"{finding}\n\n{self.test}\n{self.chart}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # It comes out of a process of a pool as what it was.
+        return (type(self), self._given)
+
+
+@dataclass
+class Result:
+    """What was found in a space."""
+
+    states: int = 0
+    moves: int = 0
+    at_rest: int = 0
+    grounds: int = 0
+    """How many different sights there were on the provider's side."""
+    kernel_steps: int = 0
+    """How many distinct steps of kernels, each judged once."""
+    hits: Counter[Row] = field(default_factory=Counter)
+    """How often every row was taken: table, event, state."""
+    seen: dict[str, int] = field(default_factory=dict)
+    """Every situation that came about, and the number of the world in which it first did."""
+    moments: set[Cut] = field(default_factory=set)
+    """Every moment between two effects; where there may be a crash, there was one at each."""
+    cuts: set[Cut] = field(default_factory=set)
+    """The moments at which the provider died."""
+    is_complete: bool = True
+    """False: `states_max` was reached first, and liveness was not checked."""
+
+    @property
+    def rows(self) -> set[Row]:
+        """Every row that was taken."""
+        return set(self.hits)
+
+
+def only(*moves: str) -> frozenset[str]:
+    """Say for `Bounds.without`: nothing but these, and what happens by itself."""
+    return MOVES - BY_ITSELF - set(moves)
+
+
+def all_rows(*tables: Table) -> set[Row]:
+    """List the rows of tables in the way in which `Result.rows` names them."""
+    return {
+        (table.name, row.event.__name__, str(row.source.value))
+        for table in tables
+        for row in table.rows
+    }
+
+
+class Explorer:
+    """
+    Visits every world within bounds, the nearest first.
+
+    Args:
+        bounds: how large a world may become.
+        provider: the provider's kernel, or a mutant of it.
+        consumer: the consumer's kernel, or a mutant of it.
+        tables: the tables that the kernels use, to be replaced by mutants.
+        lockstep: judge every distinct step of a kernel by the reference model.
+        has_symmetry: take worlds that differ only in names for one.
+    """
+
+    def __init__(
+        self,
+        bounds: Bounds,
+        *,
+        provider: type[ProviderKernel] = ProviderKernel,
+        consumer: type[ConsumerKernel] = ConsumerKernel,
+        tables: tuple[Table, Table, Table] = (PROVIDER, CONSUMER, NOTICE),
+        lockstep: bool = True,
+        has_symmetry: bool = True,
+    ) -> None:
+        self.bounds = bounds
+        self._tables = tables
+        self._has_symmetry = has_symmetry
+        kernels = Kernels(bounds, provider, consumer, has_model=lockstep)
+        self._setting = Setting(bounds, kernels)
+
+    def explore(
+        self,
+        *,
+        states_max: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Result:
+        """
+        Visit every world.
+
+        Args:
+            states_max: stop when there are so many.
+            progress: told every 10,000 worlds how many are found and how many wait.
+
+        Raises:
+            Broken: with a shortest script.
+        """
+        setting = self._setting
+        search = Search(setting, has_symmetry=self._has_symmetry)
+        with self._recording(setting.kernels.rows):
+            try:
+                is_complete = search.run(_first(setting), states_max, progress)
+            except Lost as lost:
+                script = self._in_plain_names(search, lost)
+                story = self._tell(script, lost.finding)
+                raise Broken(self.bounds, script, lost.finding, story) from lost
+        return Result(
+            states=len(search),
+            moves=search.moves_made,
+            at_rest=len(search.graph.at_rest),
+            grounds=search.grounds,
+            kernel_steps=setting.kernels.steps,
+            hits=setting.kernels.hits(),
+            seen=setting.seen,
+            moments=setting.moments,
+            cuts=setting.cuts,
+            is_complete=is_complete,
+        )
+
+    def replay(self, script: Iterable[Move]) -> World:
+        """
+        Make moves one after the other, from the beginning; here nothing changes its name.
+
+        Raises:
+            Finding, InvariantBroken: a promise is broken, by a move or by coming to rest.
+        """
+        with self._recording(self._setting.kernels.rows):
+            return _replay(self._setting, script)
+
+    def _tell(self, script: tuple[Move, ...], finding: str) -> Story:
+        """Replay a script that breaks a promise, and take down what happens."""
+        story = self._setting.story = Story(self.bounds)
+        with suppress(AssertionError):
+            _replay(self._setting, script)
+        self._setting.story = None
+        story.end(finding)
+        return story
+
+    def _in_plain_names(self, search: Search, lost: Lost) -> tuple[Move, ...]:
+        """Find the script in which connections, clients and allocations keep their names."""
+        world, script = _first(self._setting), []
+        for number, move in enumerate(lost.script, 1):
+            goal = lost.worlds[number] if number < len(lost.worlds) else None
+            for own, after in _alike(self._setting, world, move):
+                if after is None and number == len(lost.script):
+                    return (*script, own)
+                if after is not None and search.identity(after) == goal:
+                    world = after
+                    script.append(own)
+                    break
+            else:
+                return lost.script
+        return tuple(script)
+
+    @contextmanager
+    def _recording(self, rows: list[Row]) -> Iterator[None]:
+        homes = (provider_module, consumer_module, consumer_module)
+        places = list(zip(homes, ("PROVIDER", "CONSUMER", "NOTICE"), strict=True))
+        before = [vars(module)[name] for module, name in places]
+        # A collector of circles finds none here, and looks at millions of tuples for them.
+        is_collecting = gc.isenabled()
+        gc.disable()
+        try:
+            for (module, name), table in zip(places, self._tables, strict=True):
+                vars(module)[name] = RecordingTable(table, rows)
+            yield
+        finally:
+            for (module, name), table in zip(places, before, strict=True):
+                vars(module)[name] = table
+            if is_collecting:
+                gc.enable()
+
+
+# --- One world after the other -----------------------------------------------------------------
+
+
+def _first(setting: Setting) -> World:
+    """Make the world in which nothing has happened yet."""
+    nodes = (Node(),) * len(setting.bounds.names)
+    ground = Ground(setting.kernels.new_provider(), (), nodes)
+    return World(ground, (Client(),) * setting.bounds.consumers)
+
+
+def _replay(setting: Setting, script: Iterable[Move]) -> World:
+    world = _first(setting)
+    for move in script:
+        if setting.story is not None:
+            setting.story.move(move)
+        world = _make(setting, world, move)
+    if not any(move[0] in BY_ITSELF for move in _moves(setting, world)):
+        check_at_rest(setting, world.ground, world.clients)
+    return world
+
+
+def _moves(setting: Setting, world: World) -> list[Move]:
+    """List what may happen now."""
+    found = ground_moves(setting, world.ground)
+    for index, client in enumerate(world.clients):
+        found += client_moves(setting, world.ground, index, client)
+    return found
+
+
+def _make(setting: Setting, world: World, move: Move) -> World:
+    """
+    Make a move.
+
+    Raises:
+        Finding, InvariantBroken: a promise is broken.
+    """
+    clients = list(world.clients)
+    if move[0] in CLIENT_MOVES:
+        draft = ClientDraft(setting, world.ground, move[1], clients[move[1]])
+        draft.make(move)
+        clients[move[1]] = draft.client
+        ground = draft.ground.freeze()
+    else:
+        ground = _make_on_ground(setting, world.ground, move).freeze()
+    check_ground(setting, ground)
+    for index, client in enumerate(clients):
+        if client.kernel and may_have_two_sets(setting, client):
+            name = setting.kernels.consumer_views[client.kernel].request.allocation_id
+            held = [(index, name)] if is_provided(setting, ground, index) else []
+            always.require(always.at_most_one_live_set([(index, name)], [], held))
+    return World(ground, tuple(clients))
+
+
+def _make_on_ground(setting: Setting, ground: Ground, move: Move) -> GroundDraft:
+    is_cut = move[0] == "crash in"
+    draft = GroundDraft(setting, ground, crash_after=move[1] if is_cut else None)
+    draft.make(move[2:] if is_cut else move)
+    return draft
+
+
+def _alike(setting: Setting, world: World, move: Move) -> Iterator[tuple[Move, World | None]]:
+    """List the moves of the same kind, and where each leads to; None: it breaks a promise."""
+    is_cut = move[0] == "crash in"
+    kind = move[2] if is_cut else move[0]
+    for own in _moves(setting, world):
+        if own[0] == kind:
+            cut = (*move[:2], *own) if is_cut else own
+            try:
+                yield cut, _make(setting, world, cut)
+            except AssertionError:
+                yield cut, None

@@ -1,0 +1,485 @@
+"""The real kernels, one step at a time, and beside each the reference model in lock-step.
+
+A kernel is known by a number that stands for its snapshot *and* for the state that the model has
+come to by the same events: the model keeps some things in another way, so neither follows from the
+other. Each distinct step is taken once, and judged once: the same effects, and the same states.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from enum import Enum
+from typing import Any
+
+from specs import invariants as always
+from specs import model
+
+from ...consumer import ConsumerKernel
+from ...effects import Effect
+from ...errors import (
+    AllocationNotFound,
+    CreationFailed,
+    ProtocolError,
+    RemoteProtocolError,
+)
+from ...events import Event
+from ...lifecycle import AllocationState, ConsumerState, NoticeState
+from ...messages import (
+    AllocationEnded,
+    Message,
+    NamespaceRequest,
+    NamespaceResponse,
+)
+from ...provider import Limits, Phase, ProviderKernel, Snapshot
+from ...table import Table
+from .world import Bounds, Finding, Numbers
+
+Row = tuple[str, str, str]
+"""A row of a table: the table's name, the event, the state."""
+
+Swap = tuple[int, ...]
+"""For each allocation the index of the one whose name it gets; empty: as they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProviderView:
+    """What is looked at of a provider's kernel."""
+
+    phase: Phase
+    states: tuple[AllocationState, ...]
+    numbers: tuple[int, ...]
+    """Every connection that the snapshot mentions."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConsumerView:
+    """What is looked at of a consumer's kernel."""
+
+    request: NamespaceRequest
+    name: int
+    hold: ConsumerState
+    notice: NoticeState
+    is_connected: bool
+    is_in_debt: bool
+
+
+@dataclass(slots=True)
+class Step:
+    """What one kernel did with one event."""
+
+    after: int
+    effects: tuple[Effect, ...]
+    rows: tuple[Row, ...]
+    uses: int = 0
+
+
+class RecordingTable:
+    """A table that notes which of its rows are taken."""
+
+    def __init__(self, table: Table, rows: list[Row]) -> None:
+        self._table = table
+        self._rows = rows
+
+    def row(self, event: type[Event], state: Any) -> Any:
+        return self._table.row(event, state)
+
+    def fire(self, moved: Any, event: type[Event], subject: str) -> Any:
+        state = moved.state
+        orders = self._table.fire(moved, event, subject)
+        self._rows.append((self._table.name, event.__name__, str(state.value)))
+        return orders
+
+
+class Kernels:
+    """
+    Every kernel that has come about, by number.
+
+    Args:
+        bounds: which allocations and which limits there are.
+        provider: the provider's kernel, or a mutant of it.
+        consumer: the consumer's kernel, or a mutant of it.
+        has_model: judge every step by the reference model.
+    """
+
+    def __init__(
+        self,
+        bounds: Bounds,
+        provider: type[ProviderKernel],
+        consumer: type[ConsumerKernel],
+        *,
+        has_model: bool,
+    ) -> None:
+        self.names = bounds.names
+        self.messages: Numbers[Message] = Numbers()
+        self.provider_views: list[Any] = [None]
+        self.consumer_views: list[Any] = [None]
+        self.decided: tuple[Effect, ...] = ()
+        """What the provider's kernel has decided last, be it right or wrong."""
+        self.rows: list[Row] = []
+        """The rows that tables have noted in the step that is being taken."""
+        self._limits = bounds.limits or Limits()
+        self._provider = provider
+        self._consumer = consumer
+        self._has_model = has_model
+        self._index = {name: i for i, name in enumerate(self.names)}
+        self._providers: Numbers[tuple[Snapshot, Any]] = Numbers()
+        self._consumers: Numbers[tuple[Snapshot, Any]] = Numbers()
+        self._provider_steps: dict[tuple[int, Event], Step] = {}
+        self._consumer_steps: dict[tuple[int, Event], Step | None] = {}
+        self._renamed: dict[tuple[int, Swap, str | tuple[int, ...]], int] = {}
+
+    def index_of(self, name: str) -> int:
+        """Say which allocation has a name."""
+        return self._index[name]
+
+    @property
+    def steps(self) -> int:
+        """How many distinct steps were taken."""
+        return len(self._provider_steps) + len(self._consumer_steps)
+
+    @property
+    def providers(self) -> tuple[int, int]:
+        """How many different snapshots providers had, and how many pairs with the model's."""
+        return len({pair[0] for pair in self._providers.things[1:]}), len(self.provider_views) - 1
+
+    def hits(self) -> Counter[Row]:
+        """Count how often each row was taken, each time that a step was asked for."""
+        found: Counter[Row] = Counter()
+        for step in (*self._provider_steps.values(), *self._consumer_steps.values()):
+            for row in step.rows if step else ():
+                found[row] += step.uses if step else 0
+        return found
+
+    # --- The provider --------------------------------------------------------------------------
+
+    def new_provider(self, remembered: Iterable[str] = ()) -> int:
+        """Start a provider that remembers names of what was released."""
+        names = tuple(remembered)
+        kernel = self._provider(self._limits)
+        kernel.remember(names)
+        started = None
+        if self._has_model:
+            limits = {field.name: getattr(self._limits, field.name) for field in fields(Limits)}
+            started = model.Provider(limits=model.Limits(**limits), remembered=names)
+        return self._number_provider(kernel, started)
+
+    def step_provider(self, number: int, event: Event) -> Step:
+        """
+        Feed the provider's kernel.
+
+        Raises:
+            Finding, InvariantBroken: it refuses what its driver says, or does what it must not.
+        """
+        key = (number, event)
+        step = self._provider_steps.get(key)
+        if step is None:
+            step = self._provider_steps[key] = self._take_provider_step(number, event)
+        step.uses += 1
+        self.decided = step.effects
+        return step
+
+    def _take_provider_step(self, number: int, event: Event) -> Step:
+        before, known = self._providers.things[number]
+        kernel = self._provider.restore(before, self._limits)
+        self.rows.clear()
+        self.decided = ()
+        try:
+            effects = self.decided = kernel.receive(event)
+        except ProtocolError as error:
+            always.require(always.an_error_changes_nothing(before, kernel.snapshot()))
+            raise Finding(f"the provider's kernel refuses its driver: {error}") from error
+        rows = tuple(self.rows)
+        if known is not None:
+            known = self._follow_provider(known, event, effects, kernel)
+        return Step(self._number_provider(kernel, known), effects, rows)
+
+    def _follow_provider(
+        self, known: Any, event: Event, effects: tuple[Effect, ...], kernel: ProviderKernel
+    ) -> Any:
+        """Have the model take the same step, and compare."""
+        try:
+            after, said = model.provider_step(known, event)
+        except model.Impossible as impossible:
+            raise Finding(f"the model knows no way to {event}: {impossible}") from impossible
+        found = model.differences(effects, said)
+        if kernel.phase.value != after.phase:
+            found.append(f"the kernel is {kernel.phase.value}, the model {after.phase}")
+        for name in self.names:
+            ours, theirs = kernel.state_of(name).value, after.state_of(name)
+            if ours != theirs:
+                found.append(f"{name} is {ours} to the kernel, {theirs} to the model")
+        always.require(found)
+        return after
+
+    def _number_provider(self, kernel: ProviderKernel, known: Any) -> int:
+        snapshot = kernel.snapshot()
+        number = self._providers.of((snapshot, known))
+        if number == len(self.provider_views):
+            again = self._provider.restore(snapshot, self._limits)
+            if again.snapshot() != snapshot:
+                raise Finding("a snapshot of the provider's kernel does not restore it")
+            states = tuple(kernel.state_of(name) for name in self.names)
+            numbers = {c for c, _ in snapshot[1]}
+            for frozen in snapshot[2]:
+                numbers.update(*frozen[5:8], frozen[8])
+            view = ProviderView(kernel.phase, states, tuple(sorted(numbers)))
+            self.provider_views.append(view)
+        return number
+
+    # --- The consumers -------------------------------------------------------------------------
+
+    def new_consumer(self, request: NamespaceRequest) -> int:
+        """Start a consumer's kernel."""
+        started = model.Consumer(request) if self._has_model else None
+        return self._number_consumer(self._consumer(request), started)
+
+    def step_consumer(self, number: int, event: Event) -> Step | None:
+        """
+        Feed a consumer's kernel.
+
+        Returns:
+            None: the provider may not say that now.
+
+        Raises:
+            Finding, InvariantBroken: it refuses what its driver says, or does what it must not.
+        """
+        key = (number, event)
+        if key not in self._consumer_steps:
+            self._consumer_steps[key] = self._take_consumer_step(number, event)
+        step = self._consumer_steps[key]
+        if step is not None:
+            step.uses += 1
+        return step
+
+    def _take_consumer_step(self, number: int, event: Event) -> Step | None:
+        before, known = self._consumers.things[number]
+        kernel = self._consumer.restore(before)
+        self.rows.clear()
+        try:
+            effects = kernel.receive(event)
+        except RemoteProtocolError:
+            always.require(always.an_error_changes_nothing(before, kernel.snapshot()))
+            if known is not None and not _is_impossible(known, event):
+                raise Finding(f"the kernel takes no {event}, and the model does") from None
+            return None
+        except ProtocolError as error:
+            raise Finding(f"the consumer's kernel refuses its driver: {error}") from error
+        rows = tuple(self.rows)
+        if known is not None:
+            known = _follow_consumer(known, event, effects, kernel)
+        return Step(self._number_consumer(kernel, known), effects, rows)
+
+    def _number_consumer(self, kernel: ConsumerKernel, known: Any) -> int:
+        snapshot = kernel.snapshot()
+        number = self._consumers.of((snapshot, known))
+        if number == len(self.consumer_views):
+            if self._consumer.restore(snapshot).snapshot() != snapshot:
+                raise Finding("a snapshot of the consumer's kernel does not restore it")
+            self.consumer_views.append(
+                ConsumerView(
+                    kernel.request,
+                    self._index[kernel.request.allocation_id],
+                    kernel.state,
+                    kernel.notice,
+                    kernel.is_connected,
+                    kernel.is_in_debt,
+                )
+            )
+        return number
+
+    # --- Other names ---------------------------------------------------------------------------
+
+    def rename_message(self, number: int, swap: Swap) -> int:
+        """Find the message that says the same of other allocations."""
+        key = (number, swap, "message")
+        if number and key not in self._renamed:
+            message = self._namer((), swap).of(self.messages.things[number])
+            self._renamed[key] = self.messages.of(message)
+        return self._renamed[key] if number else 0
+
+    def rename_consumer(self, number: int, swap: Swap) -> int:
+        """Find the consumer that is the same with another allocation."""
+        key = (number, swap, "consumer")
+        if number and key not in self._renamed:
+            namer = self._namer((), swap)
+            snapshot, known = self._consumers.things[number]
+            kernel = self._consumer.restore(namer.of(snapshot))
+            self._renamed[key] = self._number_consumer(kernel, namer.of_model(known))
+        return self._renamed[key] if number else 0
+
+    def rename_provider(self, number: int, connections: tuple[int, ...], swap: Swap) -> int:
+        """
+        Find the provider that is the same under other names, in its normal form.
+
+        Args:
+            number: the provider.
+            connections: all there are, to be numbered 1, 2, 3, … in this order; none: as they are.
+            swap: which allocation gets which name.
+        """
+        key = (number, swap, connections)
+        if key not in self._renamed:
+            namer = self._namer(connections, swap)
+            snapshot, known = self._providers.things[number]
+            kernel = self._provider.restore(namer.of_provider(snapshot), self._limits)
+            if known is not None:
+                known = namer.in_order(namer.of_model(known))
+            self._renamed[key] = self._number_provider(kernel, known)
+        return self._renamed[key]
+
+    def _namer(self, connections: tuple[int, ...], swap: Swap) -> _Namer:
+        names = {name: self.names[swap[i]] for i, name in enumerate(self.names)} if swap else {}
+        is_any_forgotten = len(self.names) > self._limits.remembered
+        return _Namer({c: i for i, c in enumerate(connections, 1)}, names, is_any_forgotten)
+
+
+def _follow_consumer(
+    known: Any, event: Event, effects: tuple[Effect, ...], kernel: ConsumerKernel
+) -> Any:
+    """Have the model take the same step, and compare."""
+    try:
+        after, said = model.consumer_step(known, event)
+    except model.Impossible as impossible:
+        raise Finding(f"the model knows no way to {event}: {impossible}") from impossible
+    found = model.differences(effects, said)
+    ours, theirs = (kernel.state.value, kernel.notice.value), (after.state, after.notice)
+    if ours != theirs:
+        found.append(f"the kernel is {ours}, the model {theirs}")
+    always.require(found)
+    return after
+
+
+def _is_impossible(known: Any, event: Event) -> bool:
+    try:
+        model.consumer_step(known, event)
+    except model.Impossible as impossible:
+        return impossible.whose == "peer's"
+    return False
+
+
+class _Namer:
+    """Other numbers for connections and other names for allocations, throughout a state."""
+
+    def __init__(
+        self, numbers: dict[int, int], names: dict[str, str], is_any_forgotten: bool
+    ) -> None:
+        self._numbers = numbers
+        self._names = names
+        self._is_any_forgotten = is_any_forgotten
+
+    def of(self, thing: Any) -> Any:
+        """Rename what a message, an error or a tuple says."""
+        name = self._name
+        match thing:
+            case tuple():
+                return tuple(self.of(part) for part in thing)
+            case NamespaceRequest():
+                return NamespaceRequest(
+                    name(thing.allocation_id), thing.namespaces, thing.uenv_image
+                )
+            case NamespaceResponse():
+                mount = thing.uenv_mount_path
+                return NamespaceResponse(name(thing.allocation_id), thing.fd_types, mount)
+            case AllocationEnded():
+                return AllocationEnded(name(thing.allocation_id))
+            case AllocationNotFound():
+                return AllocationNotFound(name(thing.allocation_id))
+            case CreationFailed():
+                return CreationFailed(self._text(thing.reason))
+            case _:
+                return thing
+
+    def of_model(self, thing: Any) -> Any:
+        """
+        Rename what a state of the model says, which is made of plain values.
+
+        Every number in it but those of its limits is a connection's, from 1 on, or a user's, 0.
+        """
+        match thing:
+            case bool() | None | Enum() | model.Limits():
+                return thing
+            case int():
+                return self._number(thing)
+            case str():
+                return self._name(thing)
+            case dict():
+                items = sorted((self.of_model(k), self.of_model(v)) for k, v in thing.items())
+                return type(thing)(items)
+            case tuple() if hasattr(thing, "_fields"):
+                return type(thing)(*map(self.of_model, thing))
+            case tuple() | frozenset():
+                return type(thing)(map(self.of_model, thing))
+            case _ if is_dataclass(thing) and not isinstance(thing, type):
+                parts = {f.name: self.of_model(getattr(thing, f.name)) for f in fields(thing)}
+                return replace(thing, **parts)
+            case _:
+                return self.of(thing)
+
+    def in_order(self, known: Any) -> Any:
+        """
+        Bring what a provider's model keeps into an order of which all counts.
+
+        When the provider is ready, what waits does so for a release: only what is about the same
+        allocation has an order.
+        """
+        is_ready = known.phase != Phase.STARTING.value
+        waiting = sorted(known.waiting, key=_name_in) if is_ready else known.waiting
+        return known._replace(waiting=tuple(waiting), remembered=self.in_memory(known.remembered))
+
+    def of_provider(self, snapshot: Snapshot) -> Snapshot:
+        """Rename what a provider's snapshot says."""
+        phase, connections, allocations, waiting, remembered, has_been_ready = snapshot
+        number = self._number
+        return (
+            phase,
+            tuple(
+                (number(c), (uid, is_closing, self.of(slots)))
+                for c, (uid, is_closing, slots) in connections
+            ),
+            tuple(sorted((self._allocation(frozen) for frozen in allocations), key=_first)),
+            tuple((number(c), index) for c, index in waiting),
+            self.in_memory(tuple(map(self._name, remembered))),
+            has_been_ready,
+        )
+
+    def _allocation(self, frozen: Snapshot) -> Snapshot:
+        name, request, response, uid, state, *sets, early = frozen[:9]
+        return (
+            self._name(name),
+            self.of(request),
+            self.of(response),
+            uid,
+            state,
+            *(frozenset(map(self._number, numbers)) for numbers in sets),
+            tuple(map(self._number, early)),
+            *frozen[9:13],
+            self._text(frozen[13]),
+            frozen[14],
+        )
+
+    def in_memory(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """The order of what is remembered counts only where something may be forgotten."""
+        return names if self._is_any_forgotten else tuple(sorted(names))
+
+    def _number(self, number: int) -> int:
+        return self._numbers.get(number, number)
+
+    def _name(self, name: str) -> str:
+        return self._names.get(name, name)
+
+    def _text(self, text: str) -> str:
+        words = text.split(" ")
+        for i, word in enumerate(words[:-1]):
+            if word == "allocation":
+                words[i + 1] = self._name(words[i + 1])
+        return " ".join(words)
+
+
+def _name_in(waiting: tuple[int, Any]) -> str:
+    name: str = waiting[1].allocation_id
+    return name
+
+
+def _first(frozen: Snapshot) -> Any:
+    return frozen[0]

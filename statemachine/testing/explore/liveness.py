@@ -1,0 +1,204 @@
+"""What must come about: what is kept in every world at rest, and that every world comes to rest."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+from specs import invariants as always
+
+from ...lifecycle import AllocationState, ConsumerState
+from ...provider import Phase
+from .client import DONE
+from .ground import Setting
+from .world import Client, Finding, Ground
+
+WAITS: Final = ("a request is unanswered", "an end is unannounced", "a consumer is in debt")
+"""What somebody may wait for, but not for ever; each a bit."""
+
+
+def waits_on(setting: Setting, ground: Ground) -> int:
+    """Say what is waited for on a ground, as bits of `WAITS`."""
+    bits = 0
+    if ground.provider:
+        states = setting.kernels.provider_views[ground.provider].states
+        bits |= (AllocationState.ENDED in states) << 1
+    return bits | any(link.open or link.to_provider for link in ground.links)
+
+
+def waits_of(setting: Setting, client: Client) -> int:
+    """Say what a client waits for, as bits of `WAITS`."""
+    view = setting.kernels.consumer_views[client.kernel]
+    if view is None:
+        return 0
+    return (view.hold is ConsumerState.ASKING) | view.is_in_debt << 2
+
+
+# --- At rest -----------------------------------------------------------------------------------
+
+
+def check_at_rest(setting: Setting, ground: Ground, clients: Iterable[Client]) -> None:
+    """
+    Hold a world in which nothing happens by itself any more to what it must have come to.
+
+    Raises:
+        Finding, InvariantBroken: it has not.
+    """
+    view = setting.kernels.provider_views[ground.provider]
+    if view is None or view.phase is not Phase.READY:
+        raise Finding("at rest without a provider that is ready")
+    for link in ground.links:
+        numbers = range(len(ground.nodes))
+        bits = {i: (link.number, i) for i in numbers}
+        always.require(
+            always.every_holder_has_heard(
+                [bits[i] for i in numbers if link.handed >> i & 1],
+                [bits[i] for i in numbers if link.told >> i & 1],
+                [i for i in numbers if ground.nodes[i].is_over],
+                [link.number] if link.has_provider and link.has_consumer else [],
+            ),
+            always.every_message_is_answered([("read", setting.message(m)) for m in link.open]),
+        )
+    for node, state in zip(ground.nodes, view.states, strict=True):
+        if state in (AllocationState.REQUESTED, AllocationState.ENDED):
+            raise Finding(f"at rest, an allocation is {state.value}")
+        is_alive = state in (AllocationState.CREATED, AllocationState.HANDED_OFF)
+        if is_alive != bool(node.life):
+            raise Finding("at rest, the kernel and the node disagree on what is alive")
+        is_claimed = any(link.handed for link in ground.links) or node.scope or node.timers
+        if is_alive and not is_claimed:
+            raise Finding("at rest, an allocation is alive that nobody holds and nothing will end")
+    for client in clients:
+        _check_client_at_rest(setting, client)
+
+
+def _check_client_at_rest(setting: Setting, client: Client) -> None:
+    view = setting.kernels.consumer_views[client.kernel]
+    if view is None:
+        return
+    if view.hold not in (*DONE, ConsumerState.HELD, ConsumerState.SELF_HELD):
+        raise Finding(f"at rest, a consumer is {view.hold.value}")
+    if view.is_in_debt:
+        raise Finding("at rest, a consumer is in debt")
+    if client.timers:
+        raise Finding("at rest, a consumer's timer runs")
+
+
+# --- In the end --------------------------------------------------------------------------------
+
+
+@dataclass
+class Graph:
+    """What happens by itself: every world, and every move between two that nobody has to want."""
+
+    waits: array[int] = field(default_factory=lambda: array("B"))
+    """What somebody waits for in each world, as bits of `WAITS`."""
+    at_rest: list[int] = field(default_factory=list)
+    sources: array[int] = field(default_factory=lambda: array("I"))
+    targets: array[int] = field(default_factory=lambda: array("I"))
+    labels: array[int] = field(default_factory=lambda: array("I"))
+
+    def add(self, source: int, target: int, label: int) -> None:
+        """Note a move."""
+        self.sources.append(source)
+        self.targets.append(target)
+        self.labels.append(label)
+
+    def first_that_never_rests(self) -> int | None:
+        """Find the first world from which no world at rest can be reached."""
+        starts, back = self._backward()
+        can_rest = bytearray(len(self.waits))
+        todo = list(self.at_rest)
+        for index in todo:
+            can_rest[index] = 1
+        while todo:
+            index = todo.pop()
+            for source in back[starts[index] : starts[index + 1]]:
+                if not can_rest[source]:
+                    can_rest[source] = 1
+                    todo.append(source)
+        first = can_rest.find(0)
+        return None if first < 0 else first
+
+    def _backward(self) -> tuple[array[int], array[int]]:
+        """Sort the sources by their targets; those of world n stand from `starts[n]` on."""
+        starts = array("I", bytes(4 * (len(self.waits) + 2)))
+        for target in self.targets:
+            starts[target + 2] += 1
+        for index in range(2, len(starts)):
+            starts[index] += starts[index - 1]
+        back = array("I", bytes(4 * len(self.sources)))
+        for source, target in zip(self.sources, self.targets, strict=True):
+            back[starts[target + 1]] = source
+            starts[target + 1] += 1
+        return starts, back
+
+    def fair_circles(self, bit: int) -> Iterator[set[int]]:
+        """
+        Find the circles in which somebody waits for ever and nothing is put off for ever.
+
+        They are the strongly connected parts, with a move inside, of the worlds that wait; but not
+        those in all of whose worlds a move is offered that is never made.
+        """
+        circles = self._circles(bit)
+        home = {index: circle for circle, members in enumerate(circles) for index in members}
+        offered: dict[int, set[int]] = {index: set() for index in home}
+        taken: list[set[int]] = [set() for _ in circles]
+        for source, target, label in zip(self.sources, self.targets, self.labels, strict=True):
+            if source in home:
+                offered[source].add(label)
+                if home.get(target) == home[source]:
+                    taken[home[source]].add(label)
+        for circle, members in enumerate(circles):
+            if set.intersection(*(offered[index] for index in members)) <= taken[circle]:
+                yield members
+
+    def _circles(self, bit: int) -> list[set[int]]:
+        forward: dict[int, list[int]] = {}
+        loops = set()
+        for source, target in zip(self.sources, self.targets, strict=True):
+            if self.waits[source] & bit and self.waits[target] & bit:
+                forward.setdefault(source, []).append(target)
+                if source == target:
+                    loops.add(source)
+        return [c for c in components(forward) if len(c) > 1 or c <= loops]
+
+
+def components(forward: dict[int, list[int]]) -> Iterator[set[int]]:
+    """Find strongly connected components, without recursion (Tarjan)."""
+    order: dict[int, int] = {}
+    low: dict[int, int] = {}
+    stack: list[int] = []
+    is_on_stack: set[int] = set()
+    for root in sorted(forward):
+        if root in order:
+            continue
+        work = [(root, iter(forward.get(root, ())))]
+        order[root] = low[root] = len(order)
+        stack.append(root)
+        is_on_stack.add(root)
+        while work:
+            node, targets = work[-1]
+            for target in targets:
+                if target not in order:
+                    order[target] = low[target] = len(order)
+                    stack.append(target)
+                    is_on_stack.add(target)
+                    work.append((target, iter(forward.get(target, ()))))
+                    break
+                if target in is_on_stack:
+                    low[node] = min(low[node], order[target])
+            else:
+                work.pop()
+                if work:
+                    above = work[-1][0]
+                    low[above] = min(low[above], low[node])
+                if low[node] == order[node]:
+                    component = set()
+                    while node not in component:
+                        top = stack.pop()
+                        is_on_stack.discard(top)
+                        component.add(top)
+                    yield component

@@ -1,0 +1,1 @@
+"""The suites. Nothing is imported from here but by tests."""

@@ -1,0 +1,1 @@
+"""The verification campaign: `nshandoff verify`."""

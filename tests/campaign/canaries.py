@@ -1,0 +1,913 @@
+"""Bugs that somebody could have written, each with the layer of the suite that has to see it.
+
+A canary is a change of a few words in a source file. It is what a careful programmer might do who
+has not thought of one thing: what upstream really did, what the documentation of a call does not
+say, what a table makes easy to forget. In the working tree nothing is changed: a canary lives in a
+house of its own (`canaries_cage`), where its layer is let loose on it.
+
+A canary that is not caught is a hole in the suite. One whose words do not fit the source any more
+is an error as well: it protects nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+from tests.campaign.canaries_cage import Change, Verdict, run_changed
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of the suite, and how much of it is enough."""
+
+    name: str
+    function: str
+    """Of `canaries_layers`."""
+    arguments: tuple[Any, ...] = ()
+    is_seeded: bool = False
+    """Whether it draws at random: then the seed is its last argument."""
+    is_linux: bool = False
+    """Whether it makes real namespaces, cgroups or mounts."""
+
+    def unleash(self, changes: tuple[Change, ...] = (), seed: int = 0) -> Verdict:
+        """Let it loose on a house where the source reads otherwise."""
+        changed: dict[str, str] = {}
+        for change in changes:
+            changed[change.path] = change.applied(changed.get(change.path))
+        arguments = (*self.arguments, seed) if self.is_seeded else self.arguments
+        return run_changed(changed, f"tests.campaign.canaries_layers:{self.function}", *arguments)
+
+
+@dataclass(frozen=True)
+class Canary:
+    """A bug, and who sees it."""
+
+    name: str
+    """What is wrong, as somebody would say who has met it."""
+    origin: str
+    """Where it was met, or what makes it likely."""
+    layer: Layer
+    changes: tuple[Change, ...]
+    also: Layer | None = None
+    """A second layer that sees it, whatever it draws; tried in campaigns, with many seeds."""
+
+
+def _explorer(space: str) -> Layer:
+    return Layer("explorer", "explorer", (space,))
+
+
+def _model(table: str, names: str = "ab") -> Layer:
+    return Layer("reference model", "model", (table, names))
+
+
+def _in(name: str, file: str, *tests: str, is_linux: bool = False) -> Layer:
+    selected = tuple(f"{file}::{test}" for test in tests) or (file,)
+    return Layer(name, "tests", selected, is_linux=is_linux)
+
+
+_channel = partial(_in, "channel", "transport/test_channel.py")
+_codec = partial(_in, "codec", "transport/test_codec.py")
+_framing = partial(_in, "framing", "transport/test_framing.py")
+_provider = partial(_in, "provider", "statemachine/test_provider.py")
+_messages = partial(_in, "messages", "statemachine/test_messages.py")
+_table = partial(_in, "table", "statemachine/test_table.py")
+_descriptors = partial(_in, "descriptors", "transport/test_descriptors.py")
+_driver = partial(_in, "driver", "transport/test_serve.py")
+_liar = partial(_in, "lying provider", "suites/test_lying_provider.py")
+_journal = partial(_in, "journal", "linux/test_journal.py")
+_backend = partial(_in, "backend", "linux/test_backend.py", is_linux=True)
+_namespaces = partial(_in, "namespaces", "linux/test_namespaces.py", is_linux=True)
+_mounts = partial(_in, "mounts", "linux/test_mounts.py", is_linux=True)
+_forge = partial(_in, "forge", "linux/test_forge.py", is_linux=True)
+_linux = partial(_in, "contract, Linux", "linux/test_backend_contract.py", is_linux=True)
+
+STATEFUL: Final = Layer("stateful", "stateful", is_seeded=True)
+
+_PROVIDER: Final = "statemachine/provider.py"
+_CONSUMER: Final = "statemachine/consumer.py"
+_LIFECYCLE: Final = "statemachine/lifecycle.py"
+_TABLE: Final = "statemachine/table.py"
+_MESSAGES: Final = "statemachine/messages.py"
+_CODEC: Final = "transport/codec.py"
+_FRAMING: Final = "transport/framing.py"
+_CHANNEL: Final = "transport/channel.py"
+_DESCRIPTORS: Final = "transport/descriptors.py"
+_SERVE: Final = "transport/serve.py"
+_REQUEST: Final = "transport/request.py"
+_BACKEND: Final = "linux/backend.py"
+
+_INTEND: Final = 'self._journal.intend(Entry(life.name, life.token, "requested", life.request))'
+
+UPSTREAM: Final = "upstream"
+"""The origin of the six bugs that the seed's own upstream has."""
+
+CANARIES: Final = (
+    # --- What upstream did ---------------------------------------------------------------------
+    Canary(
+        "a request that is repeated replaces the allocation",
+        UPSTREAM,
+        _explorer("a pair"),
+        (
+            Change(
+                _PROVIDER,
+                "        if allocation is None:\n            allocation = self._admit",
+                "        if allocation is None or allocation.request == request:\n"
+                "            allocation = self._admit",
+            ),
+        ),
+    ),
+    Canary(
+        "the end of what never was is confirmed",
+        UPSTREAM,
+        _model("provider"),
+        (
+            Change(
+                _LIFECYCLE,
+                "*_stay(on.EndReceived, _UNKNOWN, then=(do.Refuse,)),",
+                "*_stay(on.EndReceived, _UNKNOWN, then=(do.AnnounceEnd,)),",
+            ),
+        ),
+    ),
+    Canary(
+        "what cannot be recorded is handed over all the same",
+        UPSTREAM,
+        _backend("test_an_intent_that_cannot_be_journaled_creates_nothing"),
+        (
+            Change(
+                _BACKEND,
+                f"            {_INTEND}\n            life.is_journaled = True\n",
+                f"            with suppress(JournalError):\n                {_INTEND}\n"
+                "                life.is_journaled = True\n",
+            ),
+            Change(
+                _BACKEND,
+                "        if self._journal is None:\n            return\n        assert life.anchor",
+                "        if not life.is_journaled:\n            return\n        assert life.anchor",
+            ),
+        ),
+    ),
+    Canary(
+        "a request is refused while the provider is not ready",
+        UPSTREAM,
+        _model("provider"),
+        (
+            Change(
+                _PROVIDER,
+                "if self._phase is Phase.STARTING and len(self._waiting) >= limits.waiting:",
+                "if self._phase is Phase.STARTING:",
+            ),
+        ),
+    ),
+    Canary(
+        "the image's ending is cut out wherever it stands",
+        UPSTREAM,
+        _messages(),
+        (
+            Change(
+                _MESSAGES,
+                "{base.rstrip('/')}/{image.removesuffix(UENV_SUFFIX)}",
+                "{base.rstrip('/')}/{image.replace(UENV_SUFFIX, '')}",
+            ),
+        ),
+    ),
+    Canary(
+        "an image may be anywhere on the node",
+        UPSTREAM,
+        _mounts("test_what_is_no_image_is_refused_with_its_reason"),
+        (
+            Change(
+                "linux/mounts.py",
+                "resolve = RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS",
+                "resolve = RESOLVE_NO_MAGICLINKS",
+            ),
+        ),
+    ),
+    Canary(
+        "a type that is asked for twice is granted",
+        UPSTREAM,
+        _messages(),
+        (Change(_MESSAGES, "types.count(kind) > 1]", "types.count(kind) > 2]"),),
+    ),
+    # --- The order of answers, and who gets which ----------------------------------------------
+    Canary(
+        "answers leave as soon as they are known",
+        "errors carry no id",
+        _explorer("one"),
+        (
+            Change(
+                _PROVIDER,
+                "            if not self._leave(number, connection.slots[0]):\n"
+                "                return\n"
+                "            connection.slots.popleft()",
+                "            if not self._leave(number, connection.slots[-1]):\n"
+                "                return\n"
+                "            connection.slots.pop()",
+            ),
+        ),
+        also=STATEFUL,
+    ),
+    Canary(
+        "whoever asked for the end hears of it twice",
+        "the push and the answer are the same message",
+        _explorer("one"),
+        (
+            Change(
+                _PROVIDER,
+                "            elif number in allocation.handed and not",
+                "            if number in allocation.handed and not",
+            ),
+        ),
+    ),
+    Canary(
+        "the end is pushed to nobody but those who asked for it",
+        "the push is the easiest message to forget",
+        _explorer("a pair"),
+        (
+            Change(
+                _PROVIDER,
+                "            elif number in allocation.handed and not",
+                "            elif number in allocation.asked and not allocation.handed and not",
+            ),
+        ),
+    ),
+    Canary(
+        "an asker who came while it was made is forgotten",
+        "only the first asker's connection is kept",
+        _explorer("a pair"),
+        (
+            Change(
+                _PROVIDER,
+                "        for number in sorted(allocation.asked):\n            for slot",
+                "        for number in sorted(allocation.asked)[:1]:\n            for slot",
+            ),
+        ),
+    ),
+    Canary(
+        "asked for twice while it is made, it is made twice",
+        "a retry of an impatient consumer",
+        _explorer("duplicates"),
+        (
+            Change(
+                _LIFECYCLE,
+                "*_stay(on.RequestRepeated, _REQUESTED),",
+                "*_stay(on.RequestRepeated, _REQUESTED, then=(do.CreateNamespaces,)),",
+            ),
+        ),
+    ),
+    Canary(
+        "another request gets what the first one asked for",
+        "the id alone is looked up",
+        _model("provider"),
+        (
+            Change(
+                _PROVIDER,
+                "on.RequestRepeated if request == allocation.request else on.RequestConflicting",
+                "on.RequestRepeated if request is not None else on.RequestConflicting",
+            ),
+        ),
+    ),
+    Canary(
+        "a refused frame does not close the connection",
+        "the stream cannot be read any further",
+        _model("provider"),
+        (
+            Change(
+                _PROVIDER,
+                "            if slot.question is None:\n                self._close(number)\n",
+                "",
+            ),
+        ),
+    ),
+    # --- Ends and releases ---------------------------------------------------------------------
+    Canary(
+        "the end is announced before it is decided what is left",
+        "announcing is quick and releasing is slow",
+        _explorer("one"),
+        (
+            Change(
+                _LIFECYCLE,
+                "_GO: Final = (do.ReleaseNamespaces, start(Timer.RELEASE))",
+                "_GO: Final = (do.AnnounceEnd, do.ReleaseNamespaces, start(Timer.RELEASE))",
+            ),
+        ),
+    ),
+    Canary(
+        "it is released when its descriptors have left",
+        "descriptors keep namespaces alive, so why keep the rest",
+        _explorer("one"),
+        (
+            Change(
+                _LIFECYCLE,
+                "_HANDED_OFF, (do.RecordHandoff,)",
+                "_HANDED_OFF, (do.RecordHandoff, do.ReleaseNamespaces)",
+            ),
+        ),
+        also=STATEFUL,
+    ),
+    Canary(
+        "a release that is delayed is not tried again",
+        "the first try nearly always does it",
+        _explorer("a failure"),
+        (
+            Change(
+                _LIFECYCLE,
+                "*_stay(on.ReleaseDelayed, _ENDED, then=(start(Timer.RETRY),)),",
+                "*_stay(on.ReleaseDelayed, _ENDED),",
+            ),
+        ),
+    ),
+    Canary(
+        "an end during the creation leaves its asker without an answer",
+        "nobody waits for what has ended",
+        _explorer("one"),
+        (
+            Change(
+                _LIFECYCLE,
+                "_TELL: Final = (do.AnnounceEnd, do.Refuse)",
+                "_TELL: Final = (do.AnnounceEnd,)",
+            ),
+        ),
+    ),
+    Canary(
+        "an end does not take back the request that waits for the release",
+        "two lives of one name are easily mixed up",
+        _explorer("a pair"),
+        (Change(_PROVIDER, "        self._withdraw_early(number, name)\n", ""),),
+    ),
+    Canary(
+        "a provider that was overdue announces the end again when it is done",
+        "the deadline is an answer as well",
+        _model("provider"),
+        (
+            Change(
+                _PROVIDER,
+                "                allocation.is_announced = True\n",
+                "                pass\n",
+            ),
+        ),
+    ),
+    Canary(
+        "what is released is handed over when its turn comes",
+        "announcing the end before refusing whoever asked; found by a life that mutants are put to",
+        _in(
+            "provider",
+            "statemachine/test_provider.py",
+            "test_what_is_released_before_its_turn_is_not_handed_over",
+        ),
+        (
+            Change(
+                _PROVIDER,
+                "_OVER: Final = (AllocationState.ENDED, AllocationState.RELEASED)",
+                "_OVER: Final = (AllocationState.ENDED,)",
+            ),
+        ),
+    ),
+    # --- Claims, adoption, limits --------------------------------------------------------------
+    Canary(
+        "the claim timer runs on when somebody asks again",
+        "the row that starts a timer and the row that stops it are far apart",
+        _explorer("a crash and another wish"),
+        (
+            Change(
+                _LIFECYCLE,
+                "then=(stop(Timer.CLAIM), do.HandOver)),",
+                "then=(do.HandOver,)),",
+            ),
+        ),
+    ),
+    Canary(
+        "nobody looks whether somebody is left to claim it when a connection is lost",
+        "an allocation is not a connection; but somebody has to be there",
+        _explorer("a death"),
+        (
+            Change(
+                _PROVIDER,
+                "                allocation.asked.discard(number)\n"
+                "                self._look_for_claim(allocation)\n",
+                "                allocation.asked.discard(number)\n",
+            ),
+        ),
+    ),
+    Canary(
+        "what was handed over counts as created after a restart",
+        "the journal says two things that look alike",
+        _model("provider"),
+        (
+            Change(
+                _LIFECYCLE,
+                "Row(on.HandedOffAdopted, _UNKNOWN, _HANDED_OFF,",
+                "Row(on.HandedOffAdopted, _UNKNOWN, _CREATED,",
+            ),
+        ),
+    ),
+    Canary(
+        "what is found half made after a crash is left there",
+        "nobody asks for it",
+        _explorer("a crash"),
+        (
+            Change(
+                _LIFECYCLE,
+                "Row(on.RemainsFound, _UNKNOWN, _ENDED, _GO),",
+                "Row(on.RemainsFound, _UNKNOWN, _ENDED),",
+            ),
+        ),
+        also=STATEFUL,
+    ),
+    Canary(
+        "names that are remembered are lost in a snapshot",
+        "a field is added in one place of three",
+        _explorer("one"),
+        (Change(_PROVIDER, "        kernel.remember(remembered)\n", ""),),
+    ),
+    Canary(
+        "two equal messages of one connection are taken for one",
+        "equal is not the same",
+        _explorer("duplicates"),
+        (
+            Change(
+                _PROVIDER,
+                "for index, other in enumerate(slots) if other is slot)",
+                "for index, other in enumerate(slots) if other == slot)",
+            ),
+        ),
+    ),
+    Canary(
+        "one message more than allowed may be open",
+        "off by one",
+        _model("provider"),
+        (
+            Change(
+                _PROVIDER,
+                "if is_request and len(connection.slots) >= limits.open_per_connection:",
+                "if is_request and len(connection.slots) > limits.open_per_connection:",
+            ),
+        ),
+    ),
+    Canary(
+        "one allocation more than allowed may be alive",
+        "off by one",
+        _in(
+            "provider",
+            "statemachine/test_provider.py",
+            "test_allocations_too_many_of_one_user_are_refused_until_one_is_released",
+        ),
+        (
+            Change(
+                _PROVIDER,
+                "if allocation is None and user.allocations >= most:",
+                "if allocation is None and user.allocations > most:",
+            ),
+        ),
+    ),
+    Canary(
+        "the newest name is forgotten instead of the oldest",
+        "a dictionary keeps its order, and one has to know which end is which",
+        _model("provider"),
+        (
+            Change(
+                _PROVIDER,
+                "del self._remembered[next(iter(self._remembered))]",
+                "self._remembered.popitem()",
+            ),
+        ),
+    ),
+    # --- The consumer --------------------------------------------------------------------------
+    Canary(
+        "nothing is owed to a provider that was not waited for",
+        "it has not answered, so it has made nothing",
+        _explorer("a slow answer"),
+        (
+            Change(
+                _LIFECYCLE, "_SELF_OWING: Final = (do.OweEnd, *_SELF)", "_SELF_OWING: Final = _SELF"
+            ),
+        ),
+        also=STATEFUL,
+    ),
+    Canary(
+        "the descriptors of an answer that comes too late are kept",
+        "a late answer is still an answer",
+        _explorer("a slow answer"),
+        (
+            Change(
+                _LIFECYCLE,
+                "*_stay(on.ResponseReceived, *_TURNED_AWAY, then=(do.DiscardDescriptors,)),",
+                "*_stay(on.ResponseReceived, *_TURNED_AWAY),",
+            ),
+        ),
+    ),
+    Canary(
+        "a refusal is papered over with self-service",
+        "self-service is there for when something fails",
+        _model("consumer"),
+        (
+            Change(
+                _LIFECYCLE,
+                "Row(on.CreationRefused, _ASKING, _REFUSED, (*_HANG_UP, do.ReportRefusal)),",
+                "Row(on.CreationRefused, _ASKING, _SERVING_SELF, (*_HANG_UP, *_SELF)),",
+            ),
+        ),
+    ),
+    Canary(
+        "whoever could not tell of the end does not try again",
+        "the call was refused, and that is that",
+        _explorer("a crash"),
+        (
+            Change(
+                _LIFECYCLE,
+                "Row(on.ProviderUnreachable, _DIALLING, _OWED, _LATER),",
+                "Row(on.ProviderUnreachable, _DIALLING, _OWED),",
+            ),
+        ),
+    ),
+    Canary(
+        "the types of an answer are compared as a set",
+        "the order of the descriptors is what they are known by",
+        _liar("test_a_lie_is_caught_and_the_consumer_serves_itself"),
+        (
+            Change(
+                _CONSUMER,
+                "if response.fd_types != request.namespaces:",
+                "if set(response.fd_types) != set(request.namespaces):",
+            ),
+        ),
+    ),
+    # --- The traps of `transitions` ------------------------------------------------------------
+    Canary(
+        "there is a way from every state to every other",
+        "transitions: auto_transitions is on by default",
+        _table(),
+        (Change(_TABLE, "auto_transitions=False", "auto_transitions=True"),),
+    ),
+    Canary(
+        "an event without a row is taken for one that changes nothing",
+        "transitions: ignore_invalid_triggers, and guards that say False",
+        _model("consumer"),
+        (
+            Change(
+                _CONSUMER,
+                "        if is_own or is_deaf or not (hears_hold or hears_notice):\n"
+                "            raise refusal(kind, self._hold.state, self._subject)\n",
+                "        if is_own or is_deaf:\n"
+                "            raise refusal(kind, self._hold.state, self._subject)\n",
+            ),
+        ),
+    ),
+    Canary(
+        "every allocation there ever was is known to the machine",
+        "transitions: add_model keeps the model, and looks through all of them",
+        _table(),
+        (
+            Change(
+                _TABLE,
+                "        self._triggers[event].trigger(model)\n",
+                "        self._triggers[event].machine.models.append(model)\n"
+                "        self._triggers[event].trigger(model)\n",
+            ),
+        ),
+    ),
+    # --- Frames --------------------------------------------------------------------------------
+    Canary(
+        "the length of a frame is little-endian",
+        "that of the machine is",
+        _framing(),
+        (
+            Change(
+                _FRAMING,
+                'return len(body).to_bytes(HEADER_BYTES, "big")',
+                'return len(body).to_bytes(HEADER_BYTES, "little")',
+            ),
+            Change(
+                _FRAMING,
+                'self._buffer[:HEADER_BYTES], "big")',
+                'self._buffer[:HEADER_BYTES], "little")',
+            ),
+        ),
+    ),
+    Canary(
+        "a frame may be empty",
+        "an empty frame is no message",
+        _framing(),
+        (
+            Change(
+                _FRAMING,
+                "if not 1 <= body_bytes <= FRAME_BYTES_MAX:",
+                "if body_bytes > FRAME_BYTES_MAX:",
+            ),
+        ),
+    ),
+    Canary(
+        "the longest frame is refused",
+        "off by one",
+        _framing(),
+        (
+            Change(
+                _FRAMING,
+                "if not 1 <= body_bytes <= FRAME_BYTES_MAX:",
+                "if not 1 <= body_bytes < FRAME_BYTES_MAX:",
+            ),
+        ),
+    ),
+    Canary(
+        "of a key that stands there twice the last counts",
+        "that is what msgpack does, and what serde refuses",
+        _codec(),
+        (
+            Change(
+                _CODEC,
+                "        if key in document:\n"
+                '            raise FdPassing(f"the key {_shown(key)} stands there twice")\n',
+                "",
+            ),
+        ),
+    ),
+    Canary(
+        "bytes after the message are overlooked",
+        "a reader reads what it needs",
+        _codec(),
+        (
+            Change(
+                _CODEC,
+                "    except (ValueError, msgpack.exceptions.UnpackException) as error:",
+                "    except msgpack.exceptions.ExtraData as error:\n"
+                "        return error.unpacked\n"
+                "    except (ValueError, msgpack.exceptions.UnpackException) as error:",
+            ),
+        ),
+    ),
+    Canary(
+        "a type is read in any case",
+        "be liberal in what you accept",
+        _codec(),
+        (
+            Change(
+                _CODEC,
+                "kind = _NAMESPACE_TYPES.get(_text(place, value))",
+                "kind = _NAMESPACE_TYPES.get(_text(place, value).capitalize())",
+            ),
+        ),
+    ),
+    Canary(
+        "the types of a request are written in the seed's order",
+        "a set has no order, and a list of them looks tidier sorted",
+        _codec(),
+        (
+            Change(
+                _CODEC,
+                '"namespaces": [kind.value for kind in message.namespaces],',
+                '"namespaces": sorted(kind.value for kind in message.namespaces),',
+            ),
+        ),
+    ),
+    Canary(
+        "a field that is None is not written",
+        "rmp-serde writes nil",
+        _codec(),
+        (
+            Change(
+                _CODEC,
+                '                    "uenv_mount_path": message.uenv_mount_path,\n',
+                '                    **({"uenv_mount_path": message.uenv_mount_path}'
+                " if message.uenv_mount_path else {}),\n",
+            ),
+        ),
+    ),
+    # --- Descriptors on their way --------------------------------------------------------------
+    Canary(
+        "descriptors belong to the frame that their read began in",
+        "Linux glues plain bytes in front of the next descriptors",
+        _channel("test_every_cut_into_three_delivers_the_same[plain, then three]"),
+        (
+            Change(
+                _CHANNEL,
+                "if arrival.last_byte < frame.end]",
+                "if arrival.first_byte < frame.end]",
+            ),
+        ),
+    ),
+    Canary(
+        "descriptors are inherited by whatever is executed",
+        "socket.recv_fds ignores its flags",
+        _channel("test_basic_handoff"),
+        (Change(_CHANNEL, "socket.MSG_CMSG_CLOEXEC", "0"),),
+    ),
+    Canary(
+        "nobody looks whether descriptors were cut off",
+        "recvmsg says so in a flag, and in no error",
+        _channel(
+            "test_a_receiver_without_descriptors_left_rejects_and_keeps_none",
+            "test_a_provider_never_opens_what_a_consumer_sends",
+        ),
+        (
+            Change(
+                _CHANNEL,
+                "is_truncated = bool(flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC))",
+                "is_truncated = bool(flags & socket.MSG_TRUNC)",
+            ),
+        ),
+    ),
+    Canary(
+        "descriptors are sent again with the rest of their frame",
+        "a short write is a write",
+        _channel("test_descriptors_leave_once_however_often_the_rest_is_sent"),
+        (
+            Change(
+                _CHANNEL,
+                "bundle, frame.bundle = frame.bundle, DescriptorBundle()",
+                "bundle = frame.bundle if sent == len(frame.rest) else DescriptorBundle()",
+            ),
+        ),
+    ),
+    Canary(
+        "there is room for one descriptor more than is allowed",
+        "CMSG_SPACE pads where CMSG_LEN does not",
+        _channel("test_never_more_descriptors_than_there_is_room_for"),
+        (Change(_CHANNEL, "socket.CMSG_LEN(", "socket.CMSG_SPACE("),),
+    ),
+    Canary(
+        "descriptors that no message announces stay open",
+        "nobody asked for them, so nobody has them",
+        _channel("test_a_wrong_number_of_descriptors_is_rejected"),
+        (
+            Change(
+                _CHANNEL,
+                "if len(descriptors) != len(types):",
+                "if len(descriptors) < len(types):",
+            ),
+        ),
+    ),
+    Canary(
+        "descriptors of a frame that never became whole stay open",
+        "an error path",
+        _channel("test_a_frame_cut_short_is_lost_and_its_descriptors_closed"),
+        (
+            Change(
+                _CHANNEL,
+                "close_all(descriptor for arrival in dropped for descriptor in",
+                "list(descriptor for arrival in dropped for descriptor in",
+            ),
+        ),
+    ),
+    Canary(
+        "closing a descriptor twice closes somebody else's",
+        "numbers are given out again at once",
+        _descriptors(),
+        (
+            Change(
+                _DESCRIPTORS,
+                "        fd, self._fd = self._fd, -1\n        if fd < 0:",
+                "        fd = self._fd\n        if fd < 0:",
+            ),
+        ),
+    ),
+    # --- Drivers -------------------------------------------------------------------------------
+    Canary(
+        "what an effect brings about is fed before the next effect is performed",
+        "transitions and event loops make it easy to be called from within",
+        _driver("test_all_of_an_events_effects_come_before_what_they_bring_about"),
+        (Change(_SERVE, "        if self._is_pumping:\n            return\n", ""),),
+    ),
+    Canary(
+        "work for one allocation is done side by side",
+        "a pool is there to be used",
+        _driver("test_a_release_waits_for_the_creation_before_it"),
+        (
+            Change(
+                _SERVE,
+                "        if before is not None:\n            await asyncio.wait({before})\n",
+                "",
+            ),
+        ),
+    ),
+    Canary(
+        "every byte of a frame gives the next one as much time again",
+        "a timer is most easily started anew",
+        _driver("test_bytes_that_trickle_in_buy_no_more_time"),
+        (
+            Change(
+                _SERVE,
+                "        elif peer.deadline is None:\n",
+                "        else:\n            self._stop_deadline(peer)\n",
+            ),
+        ),
+    ),
+    Canary(
+        "what an earlier provider has ended is not remembered",
+        "nobody is there to ask for it",
+        _driver("test_what_an_earlier_provider_ended_is_confirmed_again"),
+        (Change(_SERVE, "        self._kernel.remember(recovery.remembered)\n", ""),),
+    ),
+    Canary(
+        "descriptors are taken for what the provider says they are",
+        "fd_types says it, and who would lie",
+        _liar("test_a_lie_is_caught_and_the_consumer_serves_itself"),
+        (
+            Change(
+                _REQUEST,
+                "                self.arrived_identities = verify_bundle(bundle, self.inspector)\n",
+                "                self.arrived_identities = tuple(\n"
+                "                    self.inspector.inspect(each.fileno()) for _, each in bundle\n"
+                "                )\n",
+            ),
+        ),
+    ),
+    # --- This node -----------------------------------------------------------------------------
+    Canary(
+        "a cgroup that nobody has used yet is over",
+        "populated 0 is what it begins with",
+        _linux("test_an_unused_scope_is_not_over[linux]"),
+        (
+            Change(
+                "linux/cgroups.py",
+                "if self.is_populated() or not (self._was_seen_populated or self.was_used()):",
+                "if self.is_populated():",
+            ),
+        ),
+    ),
+    Canary(
+        "only what was seen running counts as use",
+        "a process can come and go between two looks",
+        _in(
+            "cgroups",
+            "linux/test_cgroups.py",
+            "test_use_that_nobody_watched_is_still_proved",
+            is_linux=True,
+        ),
+        (
+            Change(
+                "linux/cgroups.py",
+                "not (self._was_seen_populated or self.was_used()):",
+                "not self._was_seen_populated:",
+            ),
+        ),
+    ),
+    Canary(
+        "where the init is dead, memory is said to be short",
+        "setns succeeds, and only then every fork fails with ENOMEM",
+        _namespaces("test_dead_init_is_known_where_the_kernel_tells"),
+        (Change("linux/namespaces.py", "return error.errno == errno.ESRCH\n", "return False\n"),),
+    ),
+    Canary(
+        "the loopback of a new network is down",
+        "that is how Linux makes it",
+        _forge("test_lo_is_up_and_alone"),
+        (
+            Change(
+                "linux/forge/child.py",
+                "request[:] = _IFREQ.pack(name, flags | _IFF_UP)",
+                "request[:] = _IFREQ.pack(name, flags)",
+            ),
+        ),
+    ),
+    Canary(
+        "an image is dropped when its first user leaves",
+        "use is counted, or it is not",
+        _mounts("test_the_hold_time_begins_with_the_last_user"),
+        (
+            Change(
+                "linux/mounts.py",
+                "        if not entry.users and not entry.borrowers and entry.free_since is None:",
+                "        if not entry.borrowers and entry.free_since is None:",
+            ),
+        ),
+    ),
+    Canary(
+        "set-uid programs of an image run with their owner's rights",
+        "read-only sounds safe enough",
+        _mounts("test_the_mount_is_read_only_nosuid_and_nodev"),
+        (
+            Change(
+                "linux/mounts.py",
+                "MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV\n",
+                "MOUNT_ATTR_RDONLY | MOUNT_ATTR_NODEV\n",
+            ),
+        ),
+    ),
+    Canary(
+        "a state in the journal can go back",
+        "the hand-over is recorded after the end, when both are slow",
+        _journal("test_a_state_never_goes_back"),
+        (
+            Change(
+                "linux/journal.py",
+                "if STATES.index(state) < STATES.index(entry.state):",
+                "if state not in STATES:",
+            ),
+        ),
+    ),
+    Canary(
+        "a release forgets the name",
+        "what is gone is gone",
+        _journal("test_basic"),
+        (
+            Change(
+                "linux/journal.py",
+                "            if struck.rowcount:\n",
+                "            if not struck.rowcount:\n",
+            ),
+        ),
+    ),
+)
+
+BY_NAME: Final = {canary.name: canary for canary in CANARIES}

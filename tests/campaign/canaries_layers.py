@@ -1,0 +1,151 @@
+"""The layers of the suite, each with a budget so small that a canary can be shown to all of it.
+
+Each function imports what its layer needs, and returns what is to be run. It raises if the layer
+finds anything.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+if TYPE_CHECKING:
+    from hypothesis.stateful import RuleBasedStateMachine
+
+    from statemachine.testing.explore import Bounds
+
+Layer = Callable[[], None]
+
+WALK_STEPS: Final = 4_000
+STATEFUL_EXAMPLES: Final = 1_000
+"""Most runs of the machine over the kernels; a canary is found in the first few."""
+
+
+# --- Exhaustive --------------------------------------------------------------------------------
+
+
+def explorer(space: str) -> Layer:
+    """Look at every world of a small space."""
+    from statemachine.testing.explore import Explorer
+
+    bounds = _spaces()[space]
+    return lambda: Explorer(bounds).explore()
+
+
+def _spaces() -> Mapping[str, Bounds]:
+    from statemachine.testing.explore import Bounds, only
+
+    return {
+        "one": Bounds(without=only("want", "end")),
+        "a pair": Bounds(consumers=2, without=only("want", "end")),
+        "a slow answer": Bounds(without=only("want", "end", "overdue")),
+        "a failure": Bounds(faults=1, without=only("want", "end", "fail")),
+        "a death": Bounds(faults=1, without=only("want", "die")),
+        "a crash": Bounds(crashes=1, without=only("want", "end", "crash")),
+        "a crash and another wish": Bounds(consumers=2, crashes=1, without=only("want", "crash")),
+        "duplicates": Bounds(faults=2, without=only("want", "init dies", "duplicate")),
+    }
+
+
+def model(table: str, names: str) -> Layer:
+    """Lead a kernel and the reference model side by side."""
+    from tests.specs import test_model
+
+    if table == "consumer":
+        return lambda: _note(test_model.explore_consumer())
+    return lambda: test_model.walk_provider(1, names, WALK_STEPS)
+
+
+def _note(_: object) -> None:
+    """Take what is of no interest."""
+
+
+# --- At random ---------------------------------------------------------------------------------
+
+
+def stateful(seed: int) -> Layer:
+    """Let Hypothesis do to two kernels and a link whatever anybody may do."""
+    from tests.suites.test_pair import Pair
+
+    return _machine(Pair, STATEFUL_EXAMPLES, 40, seed)
+
+
+def _machine(kind: type[RuleBasedStateMachine], examples: int, steps: int, seed: int) -> Layer:
+    import hypothesis
+    from hypothesis.stateful import run_state_machine_as_test
+
+    settings = hypothesis.settings(
+        max_examples=examples,
+        stateful_step_count=steps,
+        database=None,
+        derandomize=False,
+        deadline=None,
+        # What is asked is whether it is found, and how soon; not what the shortest way to it is.
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    seeded: Any = hypothesis.seed(seed)(kind)
+    return lambda: run_state_machine_as_test(seeded, settings=settings)
+
+
+# --- Tests by name -----------------------------------------------------------------------------
+
+
+def tests(*selected: str) -> Layer:
+    """Run some tests, until the first that fails."""
+    arguments = [f"tests/{name}" for name in selected]
+    os.environ["CI"] = "true"
+    return lambda: _run_pytest(arguments)
+
+
+def _run_pytest(arguments: list[str]) -> None:
+    first, folder = _FirstFailure(), Path.cwd() / "basetemp"
+    options = ["-x", "-q", "-p", "no:randomly", "-p", "no:cacheprovider", f"--basetemp={folder}"]
+    # Hypothesis is imported already, here and in every house; pytest would make a warning of it.
+    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    status = pytest.main([*options, *arguments], plugins=[first])
+    _remove_anchor_cgroups(folder)
+    if status != pytest.ExitCode.OK:
+        raise AssertionError(first.account or f"pytest ended with {status!r}")
+
+
+def _remove_anchor_cgroups(folder: Path) -> None:
+    """A test that fails half-way can leave one; it has its name from the provider's directory."""
+    from linux.backend import instance_of
+    from linux.cgroups import CgroupUnavailable, find_cgroup2, remove_anchor_cgroup
+
+    with suppress(CgroupUnavailable):
+        root = find_cgroup2()
+        for directory in (path for path in folder.rglob("*") if path.is_dir()):
+            remove_anchor_cgroup(root, instance_of(directory))
+
+
+class _FirstFailure:
+    """A plugin that remembers what failed first."""
+
+    def __init__(self) -> None:
+        self.account = ""
+
+    def pytest_collection_finish(self) -> None:
+        # What others do to this machine meanwhile is no finding about a canary.
+        from tests import conftest
+        from tests.support import census
+
+        conftest.session_census.overlooked |= frozenset(census.MACHINE_WIDE)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._note(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        self._note(report)
+
+    def _note(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        if report.failed and not self.account:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            why = crash.message if crash else str(report.longrepr)
+            self.account = f"{report.nodeid.rpartition('/')[2]}: {why.splitlines()[0]}"

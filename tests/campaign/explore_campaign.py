@@ -1,0 +1,71 @@
+"""The spaces of the explorer, one task each: how many worlds there are, and what is never true.
+
+The same whatever the seed. At a larger scale the larger spaces come in.
+"""
+
+from __future__ import annotations
+
+import time
+
+from statemachine.testing.explore import Broken, Explorer, Result
+from tests.campaign.outcome import Discovery, Outcome, Task
+from tests.explore.spaces import LARGE, SPACES, Space
+from transport.testing.explored import trace_of
+
+ADAPTER = "explorer"
+ALL = {**SPACES, **LARGE}
+
+
+def tasks(scale: float) -> list[Task]:
+    """The longest first, so that no core is idle in the end."""
+    found = [name for name, space in ALL.items() if space.scale <= scale]
+    return [Task(name, {"name": name}) for name in sorted(found, key=lambda n: -ALL[n].seconds)]
+
+
+def run(seed: int, name: str) -> Outcome:
+    """Explore a space to its end."""
+    started = time.monotonic()
+    try:
+        result = Explorer(ALL[name].bounds).explore(states_max=ALL[name].states_max)
+    except Broken as broken:
+        told = f"{broken.test}\n# The provider's trace:\n{_commented(trace_of(broken))}"
+        return Outcome(
+            discoveries=[Discovery(f"{name}: {broken.finding}", told, _bare(broken.chart))]
+        )
+    return _outcome(name, ALL[name], result, time.monotonic() - started)
+
+
+def _outcome(name: str, space: Space, result: Result, seconds: float) -> Outcome:
+    hits = {
+        f"{table} {state} {event}": count for (table, event, state), count in result.hits.items()
+    }
+    return Outcome(
+        figures={
+            "states": result.states,
+            "moves": result.moves,
+            "kernel steps": result.kernel_steps,
+            "spaces": 1,
+            "spaces finished": result.is_complete,
+        },
+        cells={ADAPTER: hits},
+        rows=[
+            {
+                "space": name,
+                "states": f"{result.states:,}",
+                "moves": f"{result.moves:,}",
+                "seconds": f"{seconds:.1f}",
+                "states a second": f"{result.states / seconds:,.0f}",
+                "complete": "yes" if result.is_complete else f"no, up to {space.states_max:,}",
+                "kernel steps": f"{result.kernel_steps:,}",
+            }
+        ],
+    )
+
+
+def _commented(trace: bytes) -> str:
+    return "".join(f"# {line}\n" for line in trace.decode().splitlines())
+
+
+def _bare(chart: str) -> str:
+    """Take a diagram out of its Markdown."""
+    return "\n".join(chart.splitlines()[1:-1])

@@ -1,0 +1,541 @@
+"""Tables in which one thing is different, and whoever notices.
+
+A mutant of a table is one edit of one cell: a row less, a row that leads elsewhere, a row where
+there is none, an effect less, more, twice, or in another place. All of them are made, so that what
+is said of them is said of all. A mutant is *killed* if any of these says no:
+
+- the checks that every table passes when it is imported (`UnsoundTable`);
+- the reference model, which is led through the same events beside the kernel that runs the mutant:
+  the consumer's through every state there is, the provider's through moments of long random lives
+  in which the cell was looked up, and what came after them.
+
+What neither notices is a hole in the suite, or no change at all. Which of them is none, and why,
+stands in `ARGUMENTS`: one for every kind.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import combinations
+from typing import Any, Final, NamedTuple, TypeAlias
+
+import pytest
+
+from specs import model
+from statemachine import consumer, provider
+from statemachine import effects as do
+from statemachine import events as on
+from statemachine.effects import Order, order_name
+from statemachine.errors import FdPassing
+from statemachine.events import Event
+from statemachine.lifecycle import (
+    NOTICE,
+    PROVIDER,
+    TABLES,
+    AllocationState,
+    ConsumerState,
+    NoticeState,
+)
+from statemachine.provider import ProviderKernel, Snapshot
+from statemachine.table import Row, Table, UnsoundTable, check_vocabulary, compile_table
+from tests.specs.test_model import (
+    LIMITS,
+    MODEL_LIMITS,
+    REQUESTS,
+    explore_consumer,
+    provider_events,
+    response_to,
+    step_provider,
+)
+
+Cell: TypeAlias = tuple[type[Event], Any]
+
+PLACES: Final = {"provider": provider, "consumer": consumer, "notice": consumer}
+"""Where the kernels have each table from."""
+
+MOMENTS_MAX: Final = 150
+"""How many moments are kept in which a cell was looked up."""
+AFTERMATH: Final = 25
+"""How many events are replayed after such a moment."""
+LIVES_STEPS: Final = 60_000
+"""How long the provider's random lives are, all together."""
+LIFE_STEPS: Final = 150
+"""From one new start to the next."""
+IMPOSSIBLE_SHARES: Final = (0.1, 0.1, 0.5)
+"""How often an event is fed that cannot be, when it comes up; lives differ in that."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A table with one edit."""
+
+    table: str
+    edit: str
+    """What kind of edit it is."""
+    name: str
+    """Which cell, and what is done to it."""
+    before: Row | None
+    """The row as it was, if there is one."""
+    after: Row | None
+    """The row as it is, if there is one."""
+    rows: tuple[Row, ...] = field(repr=False)
+
+    @property
+    def cell(self) -> Cell:
+        """The event and the state."""
+        row = self.before or self.after
+        assert row is not None
+        return row.event, row.source
+
+    @property
+    def surplus(self) -> Order | None:
+        """The effect that is asked for in addition, or once more."""
+        if self.before is None or self.after is None:
+            return None
+        more = list(self.after.effects)
+        for order in self.before.effects:
+            if order in more:
+                more.remove(order)
+        return more[0] if len(self.after.effects) > len(self.before.effects) else None
+
+
+# --- All of them -------------------------------------------------------------------------------
+
+
+def mutants(table: Table) -> Iterator[Mutant]:
+    """Make every edit of every cell."""
+    for at, row in enumerate(table.rows):
+        for edit, name, changed in _edits(table, row):
+            rows = (*table.rows[:at], *([changed] if changed else []), *table.rows[at + 1 :])
+            full_name = f"{row.event.__name__} in {row.source.value} {name}"
+            yield Mutant(table.name, edit, full_name, row, changed, rows)
+    for event in table.events:
+        for state in table.states:
+            if table.row(event, state) is None:
+                for target in table.states:
+                    name = f"{event.__name__} in {state.value} to {target.value}"
+                    row = Row(event, state, target)
+                    yield Mutant(table.name, "add a row", name, None, row, (*table.rows, row))
+
+
+def _edits(table: Table, row: Row) -> Iterator[tuple[str, str, Row | None]]:
+    yield "delete a row", "is missing", None
+    for target in table.states:
+        if target is not row.target:
+            yield "redirect a row", f"to {target.value}", replace(row, target=target)
+    orders = row.effects
+    for at, order in enumerate(orders):
+        name = order_name(order)
+        less = (*orders[:at], *orders[at + 1 :])
+        twice = (*orders[: at + 1], *orders[at:])
+        yield "drop an effect", f"without {name}", replace(row, effects=less)
+        yield "repeat an effect", f"with {name} twice", replace(row, effects=twice)
+    for one, other in combinations(range(len(orders)), 2):
+        swapped = list(orders)
+        swapped[one], swapped[other] = swapped[other], swapped[one]
+        name = f"with {order_name(orders[one])} and {order_name(orders[other])} swapped"
+        yield "swap effects", name, replace(row, effects=tuple(swapped))
+    for order in vocabulary(table):
+        if order not in orders:
+            name = f"with {order_name(order)} as well"
+            yield "add an effect", name, replace(row, effects=(*orders, order))
+
+
+def vocabulary(table: Table) -> tuple[Order, ...]:
+    """List every effect that a table asks for anywhere."""
+    return tuple(dict.fromkeys(order for row in table.rows for order in row.effects))
+
+
+# --- Who notices -------------------------------------------------------------------------------
+
+
+def killer_of(mutant: Mutant) -> str | None:
+    """Say what notices a mutant: a few words of its finding; None if nothing does."""
+    original = next(table for table in TABLES if table.name == mutant.table)
+    moments()  # what is wrong with the table as it is counts for no mutant
+    try:
+        table = compile_table(
+            original.name, mutant.rows, initial=original.initial, finals=original.finals
+        )
+        _check_vocabulary(original, table)
+    except UnsoundTable as error:
+        return f"unsound: {error}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PLACES[mutant.table], mutant.table.upper(), table)
+        try:
+            _challenge(mutant)
+        except Exception as error:
+            # A mutant may also make the kernel stumble over itself.
+            return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return None
+
+
+def _check_vocabulary(original: Table, table: Table) -> None:
+    """Check what `lifecycle` checks when it is imported: that nothing is defined in vain."""
+    tables = [table if each is original else each for each in TABLES]
+    events = {row.event for each in TABLES for row in each.rows}
+    orders = {order for each in TABLES for row in each.rows for order in row.effects}
+    check_vocabulary(tables, events=events, orders=orders - _TIMINGS)
+
+
+_TIMINGS: Final = {
+    order
+    for table in TABLES
+    for row in table.rows
+    for order in row.effects
+    if isinstance(order, do.Timing)
+}
+"""Every order for a timer; the check on import asks for effects only."""
+
+
+def _challenge(mutant: Mutant) -> None:
+    if mutant.table != "provider":
+        explore_consumer()
+        return
+    for moment in moments().get(mutant.cell, ()):
+        _relive(moment, moment.events)
+        _relive(moment, moment.events[:1], settles=True)
+
+
+def _relive(moment: Moment, events: Sequence[Event], *, settles: bool = False) -> None:
+    kernel, known = ProviderKernel.restore(moment.snapshot, LIMITS), moment.known
+    for event in events:
+        kernel, known = step_provider(kernel, known, event)
+    for event in _COMPLETIONS if settles else ():
+        if _can_be(known, event):
+            kernel, known = step_provider(kernel, known, event)
+
+
+def _completions() -> Iterator[Event]:
+    """Whatever a backend can still report, so that whoever waits gets an answer."""
+    requests = [request for of_one in REQUESTS.values() for request in of_one]
+    yield from (on.NamespacesCreated(r.allocation_id, response_to(r)) for r in requests)
+    for name in REQUESTS:
+        yield from (on.ReleaseOverdue(name), on.NamespacesReleased(name))
+        yield from (on.ScopeEmptied(name), on.NamespacesReleased(name))
+
+
+_COMPLETIONS: Final = tuple(_completions())
+
+
+# --- Moments of a provider's life --------------------------------------------------------------
+
+
+class Moment(NamedTuple):
+    """A provider and what the model knows of it, before an event; and what happened then."""
+
+    snapshot: Snapshot
+    known: model.Provider
+    events: Sequence[Event]
+
+
+@cache
+def moments() -> dict[Cell, list[Moment]]:
+    """Lead a provider through random lives; for each cell keep moments when it was looked up."""
+    found: defaultdict[Cell, dict[Any, Moment]] = defaultdict(dict)
+    for seed in range(LIVES_STEPS // LIFE_STEPS):
+        life = _Life(seed)
+        for at, cells in enumerate(life.cells):
+            shape = _shape(life.befores[at][0])
+            for cell in cells:
+                if len(found[cell]) < MOMENTS_MAX:
+                    found[cell].setdefault(shape, life.moment(at))
+    return {cell: list(kept.values()) for cell, kept in found.items()}
+
+
+def _shape(snapshot: Snapshot) -> Any:
+    """Say how the answers stand in line: moments that differ in nothing else tell the same."""
+    _, connections, allocations, *_ = snapshot
+    lines = tuple(
+        tuple((question, answer is None, stage) for question, answer, stage in slots)
+        for _, (_, _, slots) in connections
+    )
+    return lines, tuple((frozen[0], frozen[4]) for frozen in allocations)
+
+
+class _Life:
+    """One random life of a provider, from an empty node on."""
+
+    def __init__(self, seed: int) -> None:
+        chance = random.Random(seed)
+        alphabet = provider_events(("a", "ab", "ab", "abc")[seed % 4])
+        share = IMPOSSIBLE_SHARES[seed % 3]
+        self.befores: list[tuple[Snapshot, model.Provider]] = []
+        self.events: list[Event] = []
+        self.cells: list[set[Cell]] = []
+        beginning = list(_BEGINNINGS[seed % len(_BEGINNINGS)])
+        kernel, known = ProviderKernel(LIMITS), model.Provider(MODEL_LIMITS)
+        with _noted_lookups() as lookups:
+            while len(self.events) < LIFE_STEPS:
+                event = beginning.pop(0) if beginning else chance.choice(alphabet)
+                if not _is_wanted(known, event, share, chance):
+                    continue
+                self.befores.append((kernel.snapshot(), known))
+                self.events.append(event)
+                kernel, known = step_provider(kernel, known, event)
+                self.cells.append(set(lookups))
+                lookups.clear()
+
+    def moment(self, at: int) -> Moment:
+        return Moment(*self.befores[at], self.events[at : at + AFTERMATH])
+
+
+_A: Final = REQUESTS["a"][0]
+_QUEUE: Final[tuple[Event, ...]] = (
+    *(on.ConnectionOpened(c, c % 2) for c in (1, 2, 3)),
+    on.ProviderReady(),
+    on.RequestReceived(1, REQUESTS["b"][0]),
+    *(on.RequestReceived(c, _A) for c in (1, 2, 3)),
+    on.NamespacesCreated("a", response_to(_A)),
+    on.ResponseSent("a", 2),
+)
+"""A granted answer that waits behind another one, and one that is on its way."""
+
+_OVERTAKEN: Final[tuple[Event, ...]] = (
+    on.ConnectionOpened(1, 0),
+    on.ConnectionOpened(2, 1),
+    on.ProviderReady(),
+    on.RequestReceived(1, _A),
+    on.EndReceived(2, "a"),
+    on.ReleaseDelayed("a", "x"),
+)
+"""A request whose allocation has ended before it was made."""
+
+_UNREADABLE: Final[tuple[Event, ...]] = (
+    *(on.ConnectionOpened(c, c % 2) for c in (1, 2)),
+    on.ProviderReady(),
+    on.RequestReceived(1, _A),
+    on.NamespacesCreated("a", response_to(_A)),
+    on.ResponseSent("a", 1),
+    on.ReleaseRequested("a"),
+    on.RequestReceived(1, _A),
+    on.FrameRejected("x", 1),
+)
+"""A holder whose unreadable frame waits for the answer before it."""
+
+_BEHIND: Final[tuple[Event, ...]] = (
+    on.ConnectionOpened(1, 1),
+    on.ProviderReady(),
+    on.RequestReceived(1, _A),
+    on.NamespacesCreated("a", response_to(_A)),
+    on.ResponseSent("a", 1),
+    on.RequestReceived(1, REQUESTS["b"][0]),
+    on.RequestReceived(1, _A),
+    on.FrameRejected("x", 1),
+    on.ScopeEmptied("a"),
+    on.NamespacesCreated("b", response_to(REQUESTS["b"][0])),
+    on.NamespacesReleased("a"),
+)
+"""The same, with an answer that was granted and comes too late."""
+
+_AGAIN: Final[tuple[Event, ...]] = (
+    on.CreatedAdopted("a", _A, response_to(_A)),
+    on.HandedOffAdopted("a", _A, response_to(_A)),
+    on.RemainsFound("a", _A),
+)
+_BEGINNINGS: Final[tuple[tuple[Event, ...], ...]] = (
+    (),
+    _QUEUE,
+    (*_QUEUE[:-1], on.ScopeEmptied("a")),
+    (*_QUEUE, on.ResponseNotSent("a", 3, FdPassing("x"))),
+    (*_QUEUE, on.ScopeEmptied("a"), on.ResponseSent("a", 3)),
+    (*_QUEUE, on.ScopeEmptied("a"), on.ResponseNotSent("a", 3, FdPassing("x"))),
+    _OVERTAKEN,
+    (*_QUEUE[:-1], on.ResponseNotSent("a", 3, FdPassing("x"))),
+    _BEHIND,
+    _UNREADABLE,
+    (*_UNREADABLE, on.ReleaseOverdue("a")),
+    *((first, *_AGAIN) for first in _AGAIN),
+)
+"""What comes about too rarely by chance; the last ones are adopted, and then again."""
+
+
+def _is_wanted(known: model.Provider, event: Event, share: float, chance: random.Random) -> bool:
+    return _can_be(known, event) or chance.random() < share
+
+
+def _can_be(known: model.Provider, event: Event) -> bool:
+    try:
+        model.provider_step(known, event)
+    except model.Impossible:
+        return False
+    return True
+
+
+class _Noting:
+    """The provider's table, which notes the cells that are looked up in it."""
+
+    def __init__(self, lookups: set[Cell]) -> None:
+        self._lookups = lookups
+
+    def row(self, event: type[Event], state: Any) -> Row | None:
+        self._lookups.add((event, state))
+        return PROVIDER.row(event, state)
+
+    def fire(self, moved: Any, event: type[Event], subject: str) -> tuple[Order, ...]:
+        self._lookups.add((event, moved.state))
+        return PROVIDER.fire(moved, event, subject)
+
+
+@contextmanager
+def _noted_lookups() -> Iterator[set[Cell]]:
+    lookups: set[Cell] = set()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(provider, "PROVIDER", _Noting(lookups))
+        yield lookups
+
+
+# --- What is no change -------------------------------------------------------------------------
+
+
+class Argument(NamedTuple):
+    """Why a kind of mutants behaves like the table as it is."""
+
+    text: str
+    holds_for: Callable[[Mutant], bool]
+
+
+def argument_for(mutant: Mutant) -> str | None:
+    """Find why a mutant is none; None if nothing says so."""
+    return next((each.text for each in ARGUMENTS if each.holds_for(mutant)), None)
+
+
+_NAMED_BY_THE_KERNEL: Final = (
+    on.RequestReceived,
+    on.RequestRepeated,
+    on.RequestConflicting,
+    on.RequestEarly,
+    on.RequestDuringDrain,
+    on.EndReceived,
+    on.EndRepeated,
+    on.Unclaimed,
+    on.EndOwed,
+    on.EndOwedApart,
+)
+"""Events that no driver reports of an allocation: a kernel names them by the state it is in."""
+
+_EXPIRIES: Final = (on.ClaimExpired, on.RetryDue, on.ReleaseOverdue)
+_ADOPTIONS: Final = (on.CreatedAdopted, on.HandedOffAdopted, on.RemainsFound)
+_RESOLVING: Final = (do.HandOver, do.Refuse, do.AnnounceEnd, do.CloseChannel)
+_WITHOUT_A_LINE: Final = (
+    ConsumerState.IDLE,
+    ConsumerState.CONNECTING,
+    ConsumerState.REFUSED,
+    NoticeState.OWED,
+    NoticeState.DIALLING,
+    NoticeState.HEARD,
+)
+_NOT_HELD: Final = (
+    AllocationState.UNKNOWN,
+    AllocationState.REQUESTED,
+    AllocationState.CREATED,
+)
+_NO_ALLOCATION: Final = (AllocationState.UNKNOWN, AllocationState.RELEASED)
+
+
+def _swaps(mutant: Mutant, *orders: Order) -> bool:
+    assert mutant.before is not None
+    assert mutant.after is not None
+    pairs = zip(mutant.before.effects, mutant.after.effects, strict=True)
+    return {was for was, becomes in pairs if was != becomes} == set(orders)
+
+
+def _adds_row(mutant: Mutant, *events: type[Event]) -> bool:
+    return mutant.edit == "add a row" and mutant.cell[0] in events
+
+
+ARGUMENTS: Final = (
+    Argument(
+        "nobody can bring the event about in this state: the kernel itself names it, by the state",
+        lambda m: _adds_row(m, *_NAMED_BY_THE_KERNEL),
+    ),
+    Argument(
+        "the expiry is refused before its row is looked at: its timer does not run in this state",
+        lambda m: _adds_row(m, *_EXPIRIES),
+    ),
+    Argument(
+        "the report is refused, because what it reports is not under way in this state",
+        lambda m: (
+            (
+                _adds_row(m, on.NamespacesCreated, on.NamespacesNotCreated)
+                and m.cell[1] is not AllocationState.REQUESTED
+            )
+            or _adds_row(m, on.ReleaseDelayed, on.NamespacesReleased)
+        ),
+    ),
+    Argument(
+        "adoptions are reported before the provider is ready, once for each name: nothing is "
+        "requested then, and what is remembered as released counts as unknown",
+        lambda m: (
+            _adds_row(m, *_ADOPTIONS)
+            and m.cell[1] in (AllocationState.REQUESTED, AllocationState.RELEASED)
+        ),
+    ),
+    Argument(
+        "without a connection the consumer's kernel hears no peer, whatever the rows say",
+        lambda m: (
+            m.edit == "add a row"
+            and issubclass(m.cell[0], on.PeerEvent)
+            and m.cell[1] in _WITHOUT_A_LINE
+        ),
+    ),
+    Argument(
+        "the notice's table takes the event whenever it can come, and this row does nothing more",
+        lambda m: (
+            m.edit == "add a row"
+            and m.table == "consumer"
+            and m.after is not None
+            and m.after.source is m.after.target
+            and m.cell[0] in NOTICE.events
+        ),
+    ),
+    Argument(
+        "of what is unknown or released nothing is kept that could be elsewhere afterwards",
+        lambda m: m.edit == "redirect a row" and m.cell[1] in _NO_ALLOCATION,
+    ),
+    Argument(
+        "to stop a timer that does not run is left out, and in this state it does not run, or not "
+        "any more",
+        lambda m: isinstance(m.surplus, do.Timing) and not m.surplus.starts,
+    ),
+    Argument(
+        "it grants, refuses, tells or closes whatever is open for it: the second finds nothing",
+        lambda m: m.edit == "repeat an effect" and m.surplus in _RESOLVING,
+    ),
+    Argument(
+        "whoever has asked is granted it already, or it has ended and nothing is handed over",
+        lambda m: m.surplus is do.HandOver,
+    ),
+    Argument(
+        "nobody asks for what has just begun to be adopted, claimed by nobody or announced already",
+        lambda m: (
+            m.surplus is do.Refuse
+            and m.cell[0] in (on.Unclaimed, on.ClaimExpired, on.EndRepeated, *_ADOPTIONS)
+        ),
+    ),
+    Argument(
+        "nobody holds it yet, or is there any more, or has not been told; and nobody waits for it",
+        lambda m: (
+            m.surplus is do.AnnounceEnd
+            and (
+                m.cell[1] in _NOT_HELD
+                or m.cell[0] in (on.Unclaimed, on.ClaimExpired, on.RequestDuringDrain)
+            )
+        ),
+    ),
+    Argument(
+        "there is no connection left to be closed",
+        lambda m: m.surplus is do.CloseChannel,
+    ),
+    Argument(
+        "the two touch different things, and what is said on one connection stands in line there: "
+        "done in the other order they do the same",
+        lambda m: m.edit == "swap effects" and not _swaps(m, do.AnnounceEnd, do.Refuse),
+    ),
+)
+"""For whatever is not killed; that none of them is killed either is part of the campaign."""

@@ -1,0 +1,68 @@
+"""Whoever seeds a bug here is found out, by the layer that is there for it."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+
+import pytest
+
+from specs import model
+from tests.campaign.canaries import CANARIES, UPSTREAM, Canary, Layer
+from tests.campaign.canaries_cage import Change, Misfit, run_changed
+
+LAYERS = tuple(dict.fromkeys(canary.layer for canary in CANARIES))
+
+
+def name_of(layer: Layer) -> str:
+    return f"{layer.name} {' '.join(map(str, layer.arguments))}".strip()
+
+
+def expect_able(layer: Layer) -> None:
+    if layer.is_linux and os.geteuid() != 0:
+        pytest.skip("needs root")
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=name_of)
+def test_a_layer_finds_nothing_where_nothing_is_wrong(layer: Layer) -> None:
+    expect_able(layer)
+    verdict = layer.unleash()
+    assert verdict.finding is None, verdict.account
+
+
+@pytest.mark.parametrize("canary", CANARIES, ids=lambda canary: canary.name)
+def test_a_canary_is_caught(canary: Canary) -> None:
+    expect_able(canary.layer)
+    verdict = canary.layer.unleash(canary.changes)
+    assert verdict.finding is not None, f"{canary.layer.name} does not see that {canary.name}"
+
+
+def test_there_are_canaries_of_every_kind() -> None:
+    assert len(CANARIES) >= 30
+    assert len({canary.name for canary in CANARIES}) == len(CANARIES)
+    assert sum(canary.origin == UPSTREAM for canary in CANARIES) >= 6
+    packages = Counter(change.path.partition("/")[0] for c in CANARIES for change in c.changes)
+    assert min(packages[name] for name in ("statemachine", "transport", "linux")) >= 5
+
+
+@pytest.mark.parametrize("old", ["these words stand nowhere", "import"])
+def test_a_canary_that_does_not_fit_the_source_is_an_error(old: str) -> None:
+    with pytest.raises(Misfit, match="times, not once"):
+        Change("transport/framing.py", old, "").applied()
+
+
+def test_what_does_not_come_to_an_end_is_ended_and_has_found_something() -> None:
+    endless = {"specs/model.py": "while True:\n    pass\n"}
+    verdict = run_changed(endless, "specs.model:nothing", deadline_s=0.5)
+    assert verdict.finding == "no end within 0.5 s"
+
+
+def test_whoever_dies_has_found_something() -> None:
+    verdict = run_changed({"specs/model.py": "import os\nos._exit(3)\n"}, "specs.model:nothing")
+    assert verdict.finding == "its process died"
+
+
+def test_a_change_is_seen_in_the_house_alone() -> None:
+    changed = {"specs/model.py": "def nothing():\n    raise ValueError('here')\n"}
+    assert run_changed(changed, "specs.model:nothing").finding == "ValueError: here"
+    assert not hasattr(model, "nothing")

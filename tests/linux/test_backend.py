@@ -1,0 +1,545 @@
+"""`LinuxBackend` on this machine: what only Linux can do to it, and what it says then."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from linux.backend import SELF_SERVICE_SLICE, LinuxBackend, NodeSettings, instance_of, plan
+from linux.cgroups import WORKLOAD_SLICE, Scope, ScopeError, remove_slices
+from linux.features import OLDEST, Features
+from linux.forge.client import Forge
+from linux.forge.plan import AnchorPlan
+from linux.journal import JournalBusy, JournalCorrupt, read_journal
+from linux.survey import PROCESSES_SHOWN_MAX, states_of
+from linux.testing.worlds import LIGHT, LinuxWorld, eventually, loop_images, real
+from statemachine.errors import CreationFailed, FdPassing
+from statemachine.messages import NamespaceRequest
+from tests.support.forging import ALL, new_token, pids_with_token
+from tests.support.scarcity import descriptors_left
+from transport.calls import guarded_by
+from transport.contract import Sighting, Standing
+
+pytestmark = pytest.mark.needs_root
+
+IMAGE = "hello.sqfs"
+PACKAGES = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(params=[None, OLDEST], ids=["this kernel", "oldest kernel"])
+def world(
+    request: pytest.FixtureRequest, tmp_path: Path, cgroup2: Path, image_root: Path
+) -> Iterator[LinuxWorld]:
+    with real(tmp_path, cgroup2, image_root, request.param) as world:
+        yield world
+
+
+@pytest.fixture
+def other_world(
+    tmp_path_factory: pytest.TempPathFactory, cgroup2: Path, image_root: Path
+) -> Iterator[LinuxWorld]:
+    with real(tmp_path_factory.mktemp("other"), cgroup2, image_root) as world:
+        yield world
+
+
+def request_for(name: str, image: str | None = None) -> NamespaceRequest:
+    return NamespaceRequest(name, LIGHT, image)
+
+
+def create(world: LinuxWorld, name: str, image: str | None = None) -> None:
+    world.backend.create_namespaces(request_for(name, image))
+
+
+def refusal_of(backend: LinuxBackend, request: NamespaceRequest) -> str:
+    with pytest.raises(CreationFailed) as caught:
+        backend.create_namespaces(request)
+    return caught.value.reason
+
+
+# --- The plan ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("request_", "has_scopes", "steps"),
+    [
+        (NamespaceRequest("x", ()), True, ["make the scope", "make the namespaces"]),
+        (NamespaceRequest("x", ALL), False, ["make the namespaces"]),
+        (
+            NamespaceRequest("x", ALL, "a.sqfs"),
+            True,
+            ["make the scope", "mount the image", "make the namespaces"],
+        ),
+    ],
+    ids=["no types", "no cgroups", "with an image"],
+)
+def test_basic_plan_names_its_steps_in_order(
+    request_: NamespaceRequest, has_scopes: bool, steps: list[str]
+) -> None:
+    assert [step.name for step in plan(request_, has_scopes=has_scopes)] == steps
+
+
+def test_a_plan_depends_on_the_request_alone() -> None:
+    request = NamespaceRequest("x", ALL, "a.sqfs")
+    assert plan(request) == plan(request)
+
+
+def test_the_intent_is_journaled_before_anything_is_made(
+    world: LinuxWorld, allocation_id: str
+) -> None:
+    """A provider killed in between leaves nothing that no journal speaks of."""
+    passed: list[str] = []
+
+    def note(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        passed.append(f"{getattr(function, '__name__', '')} {args}")
+        return function(*args, **kwargs)
+
+    with guarded_by(note):
+        world.program_now.create_namespaces(request_for(allocation_id))
+    intent = next(i for i, call in enumerate(passed) if "INSERT INTO allocation" in call)
+    made = next(i for i, call in enumerate(passed) if f"{allocation_id}.scope" in call)
+    assert intent < made
+
+
+# --- What a failing step says ------------------------------------------------------------------
+
+
+@pytest.mark.clause("NODE-15")
+def test_a_missing_image_is_named(world: LinuxWorld, allocation_id: str, image_root: Path) -> None:
+    reason = refusal_of(world.program_now, request_for(allocation_id, "no/such.sqfs"))
+    assert reason.startswith("mount the image: resolve image: openat2(2): ENOENT")
+    assert f"'no/such.sqfs' below {image_root}" in reason
+
+
+def test_a_taken_scope_is_named_with_its_owner(
+    world: LinuxWorld, other_world: LinuxWorld, allocation_id: str
+) -> None:
+    create(other_world, allocation_id)
+    owner = Scope(world.scope(allocation_id), "").owner()
+    reason = refusal_of(world.program_now, request_for(allocation_id))
+    assert reason.startswith("make the scope: mkdir(2): EEXIST")
+    assert str(world.scope(allocation_id)) in reason
+    assert f"owner {owner}" in reason
+
+
+def test_a_missing_cgroup_root_is_named(tmp_path: Path, image_root: Path) -> None:
+    nowhere = tmp_path / "nowhere"
+    with pytest.raises(ScopeError, match=r"mkdir\(2\): ENOENT .*nowhere/pact.slice"):
+        LinuxBackend.for_provider(
+            NodeSettings(nowhere, image_root, tmp_path), tmp_path / "state", clock=lambda: 0.0
+        )
+
+
+def test_a_state_directory_in_use_names_its_holder(world: LinuxWorld) -> None:
+    with pytest.raises(JournalBusy, match=f"process {os.getpid()}"):
+        world.program()
+
+
+def test_a_corrupt_journal_is_named_and_left_alone(world: LinuxWorld) -> None:
+    journal = world.state_dir / "journal.sqlite3"
+    world.backend.close()
+    before = journal.read_bytes()
+    journal.write_bytes(b"not a database" * 100)
+    with pytest.raises(JournalCorrupt, match=str(journal)):
+        world.program()
+    assert journal.read_bytes() == b"not a database" * 100
+    journal.write_bytes(before)
+
+
+def test_a_limit_on_namespaces_is_reported_as_enospc(tmp_path: Path, image_root: Path) -> None:
+    """The limit is that of a user namespace of our own: nobody else meets it."""
+    program = """
+Path("/proc/sys/user/max_net_namespaces").write_text("0")
+try:
+    backend.create_namespaces(NamespaceRequest("x", tuple(NamespaceType)))
+except CreationFailed as error:
+    print(error.reason)
+print(backend.why_alive("x"))
+"""
+    own_user_namespace = ("unshare", "-Urmnpf", "--mount-proc")
+    with running(program, tmp_path, image_root, None, *own_user_namespace) as child:
+        output, _ = child.communicate()
+    step = "make the namespaces: create the namespaces"
+    assert output.splitlines() == [f"{step}: unshare(2): ENOSPC (No space left on device)", "None"]
+
+
+def test_a_dead_forge_is_replaced(world: LinuxWorld, allocation_id: str) -> None:
+    create(world, f"{allocation_id}-before")
+    forge = world.program_now._forge.pid
+    assert forge is not None
+    os.kill(forge, signal.SIGKILL)
+    create(world, f"{allocation_id}-after")
+    assert world.identities(f"{allocation_id}-before")
+    assert world.program_now._forge.pid != forge
+
+
+# --- Without a scope ---------------------------------------------------------------------------
+
+
+def test_without_cgroups_allocations_have_no_scope(
+    tmp_path: Path, image_root: Path, allocation_id: str
+) -> None:
+    backend = LinuxBackend.for_self_service(
+        NodeSettings(None, image_root, tmp_path), clock=lambda: 0.0
+    )
+    backend.create_namespaces(request_for(allocation_id))
+    assert backend.scope_of(allocation_id) is None
+    backend.watch(allocation_id)
+    assert not backend.is_over(allocation_id)
+    backend.close()
+
+
+# --- Running out -------------------------------------------------------------------------------
+
+
+@pytest.mark.clause("LIFE-8")
+def test_running_out_of_descriptors_anywhere_leaves_nothing(
+    world: LinuxWorld, allocation_id: str
+) -> None:
+    create(world, f"{allocation_id}-first")  # with it the forge starts
+    # An anchor that has only just been started cannot be told from others yet.
+    eventually(lambda: len(world.leftovers()) == 2)
+    before = world.leftovers()
+    reasons: list[str] = []
+    for count in range(40):
+        with descriptors_left(count):
+            try:
+                create(world, allocation_id, IMAGE)
+                break
+            except CreationFailed as error:
+                reasons.append(error.reason)
+        world.release(allocation_id)
+        assert world.leftovers() == before
+    else:
+        pytest.fail("40 descriptors are not enough to create an allocation")
+    assert reasons
+    assert all("EMFILE" in reason for reason in reasons)
+    world.release(allocation_id)
+
+
+def test_descriptors_that_cannot_be_opened_are_refused_whole(
+    world: LinuxWorld, allocation_id: str
+) -> None:
+    create(world, allocation_id)
+    with descriptors_left(1), pytest.raises(FdPassing, match="EMFILE"):
+        world.backend.bundle_of(allocation_id)
+    assert len(world.identities(allocation_id)) == len(LIGHT)
+
+
+def test_a_watch_that_finds_no_descriptor_begins_later(
+    world: LinuxWorld, allocation_id: str
+) -> None:
+    create(world, allocation_id)
+    with descriptors_left(0):
+        world.backend.watch(allocation_id)
+        assert world.sightings(allocation_id) == [Sighting.CHANGED]
+        assert not world.backend.is_over(allocation_id)
+    world.join(allocation_id)
+    world.sees(allocation_id, Sighting.POPULATED)
+    world.leave(allocation_id)
+    world.sees(allocation_id, Sighting.EMPTIED)
+
+
+def test_an_end_that_cannot_be_read_is_seen_later(world: LinuxWorld, allocation_id: str) -> None:
+    create(world, allocation_id)
+    world.backend.watch(allocation_id)
+    world.join(allocation_id)
+    world.sees(allocation_id, Sighting.POPULATED)
+    world.leave(allocation_id)
+    eventually(lambda: "populated 0" in (world.scope(allocation_id) / "cgroup.events").read_text())
+    with descriptors_left(0):
+        assert set(world.sightings(allocation_id)) <= {Sighting.CHANGED}
+        assert not world.backend.is_over(allocation_id)  # as the driver asks after CHANGED
+    world.sees(allocation_id, Sighting.EMPTIED)
+
+
+@contextmanager
+def full(directory: Path) -> Iterator[None]:
+    """Fill a small filesystem for a while."""
+    filler = directory / "filler"
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    try:
+        yield
+    finally:
+        filler.unlink()
+
+
+@pytest.fixture
+def small_world(tmp_path: Path, cgroup2: Path, image_root: Path) -> Iterator[LinuxWorld]:
+    """Its journal is on a filesystem of its own, with room for little else."""
+    state_dir = tmp_path / "state"
+    state_dir.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", state_dir], check=True)
+    try:
+        with real(tmp_path, cgroup2, image_root) as world:
+            yield world
+    finally:
+        subprocess.run(["umount", state_dir], check=True)
+
+
+def test_an_intent_that_cannot_be_journaled_creates_nothing(
+    small_world: LinuxWorld, allocation_id: str
+) -> None:
+    with full(small_world.state_dir):
+        reason = refusal_of(small_world.program_now, request_for(allocation_id))
+        assert small_world.backend.why_alive(allocation_id) is None
+    assert reason.startswith("journal the intent: ")
+    assert "journal.sqlite3" in reason
+    assert small_world.leftovers() == []
+    create(small_world, allocation_id)
+
+
+def test_a_full_journal_keeps_nothing_alive(small_world: LinuxWorld, allocation_id: str) -> None:
+    create(small_world, allocation_id)
+    small_world.join(allocation_id)
+    with full(small_world.state_dir):
+        small_world.backend.record_handed_off(allocation_id)
+        small_world.backend.release_namespaces(allocation_id)
+        eventually(lambda: tells_of_the_journal(small_world, allocation_id))
+        assert small_world.leftovers() == []
+    small_world.release(allocation_id)
+    assert small_world.restart().remembered == (allocation_id,)
+
+
+def tells_of_the_journal(world: LinuxWorld, name: str) -> bool:
+    """Whether the journal is all that is left to be done."""
+    world.backend.release_namespaces(name)
+    return (world.backend.why_alive(name) or "").startswith("strike it out of the journal: ")
+
+
+# --- Two providers on a node -------------------------------------------------------------------
+
+
+def test_two_providers_work_side_by_side(
+    world: LinuxWorld, other_world: LinuxWorld, allocation_id: str
+) -> None:
+    create(world, f"{allocation_id}-one", IMAGE)
+    create(other_world, f"{allocation_id}-other", IMAGE)
+    before = other_world.identities(f"{allocation_id}-other")
+    world.release(f"{allocation_id}-one")
+    assert world.restart().adoptions == ()
+    assert other_world.identities(f"{allocation_id}-other") == before
+
+
+@pytest.mark.clause("CRASH-7")
+def test_strays_of_the_own_cgroup_are_ended(world: LinuxWorld, other_world: LinuxWorld) -> None:
+    ours, theirs = new_token(), new_token()
+    for token, cgroup in ((ours, world.anchors_cgroup), (theirs, other_world.anchors_cgroup)):
+        with Forge(cgroup=cgroup, features=Features.probe()) as forge:
+            forge.make(AnchorPlan(token, LIGHT)).close()
+    world.restart()
+    eventually(lambda: not pids_with_token(ours))
+    assert pids_with_token(theirs)
+    other_world.restart()
+    eventually(lambda: not pids_with_token(theirs))
+
+
+@pytest.mark.clause("NODE-4")
+def test_a_scope_that_others_have_put_in_its_place_is_left_alone(
+    world: LinuxWorld, other_world: LinuxWorld, allocation_id: str
+) -> None:
+    create(world, allocation_id)
+    world.remove_scope(allocation_id)
+    create(other_world, allocation_id)
+    other_world.join(allocation_id)
+    world.release(allocation_id)
+    assert other_world.identities(allocation_id)
+    assert "populated 1" in (other_world.scope(allocation_id) / "cgroup.events").read_text()
+
+
+# --- Recovering --------------------------------------------------------------------------------
+
+
+@pytest.mark.clause("CRASH-3")
+def test_what_was_half_made_has_left_only_what_the_journal_says(
+    world: LinuxWorld, allocation_id: str
+) -> None:
+    (adoption,) = world.crash_while_creating(request_for(allocation_id, IMAGE), "made").adoptions
+    assert adoption.standing is Standing.REMAINS
+    (entry,) = world.program_now._journal.entries()  # type: ignore[union-attr]
+    assert (entry.state, entry.anchor) == ("requested", None)
+    assert world.anchors() == [entry.incarnation]
+    world.release(allocation_id)
+
+
+def test_why_an_ended_allocation_is_alive_is_journaled(
+    world: LinuxWorld, allocation_id: str
+) -> None:
+    create(world, allocation_id)
+    world.entangle(allocation_id)
+    zombie = world._entangled[allocation_id].pid
+
+    def names_the_zombie() -> bool:
+        world.backend.release_namespaces(allocation_id)
+        return f"{zombie} (child of {os.getpid()})" in (
+            world.backend.why_alive(allocation_id) or ""
+        )
+
+    eventually(names_the_zombie)
+    why = world.backend.why_alive(allocation_id)
+    world.backend.close()
+    (entry,) = read_journal(world.state_dir).entries
+    assert (entry.state, entry.why) == ("ended", why)
+    world.start()
+    world.disentangle(allocation_id)
+    world.release(allocation_id)
+
+
+def test_instances_are_told_apart_by_their_state_directory(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert instance_of(tmp_path / "a") != instance_of(tmp_path / "b")
+    assert instance_of(tmp_path / "a") == instance_of(tmp_path / "link")
+
+
+# --- Self-service ------------------------------------------------------------------------------
+
+
+SELF_SERVICE = """
+import os, sys
+from pathlib import Path
+from typing import Any
+from linux.backend import LinuxBackend, NodeSettings
+from statemachine.errors import CreationFailed
+from statemachine.messages import NamespaceRequest, NamespaceType
+
+cgroup2, image_root, uenv_base, program = sys.argv[1:]
+settings = NodeSettings(Path(cgroup2) if cgroup2 else None, Path(image_root), Path(uenv_base))
+backend = LinuxBackend.for_self_service(settings, clock=lambda: 0.0)
+exec(program)
+backend.close()
+"""
+
+
+@contextmanager
+def running(
+    program: str, tmp_path: Path, image_root: Path, cgroup2: Path | None, *wrapper: str
+) -> Iterator[subprocess.Popen[str]]:
+    """Another process that serves itself; killed with the test."""
+    arguments = ["" if cgroup2 is None else cgroup2, image_root, tmp_path / "uenv", program]
+    with subprocess.Popen(
+        [*wrapper, sys.executable, "-P", "-c", SELF_SERVICE, *arguments],
+        env={**os.environ, "PYTHONPATH": str(PACKAGES)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as child:
+        try:
+            yield child
+        finally:
+            child.kill()
+
+
+@contextmanager
+def self_service(
+    tmp_path: Path, cgroup2: Path, image_root: Path, features: Features | None = None
+) -> Iterator[LinuxBackend]:
+    settings = NodeSettings(cgroup2, image_root, tmp_path / "uenv")
+    backend = LinuxBackend.for_self_service(settings, clock=lambda: 0.0, features=features)
+    try:
+        yield backend
+    finally:
+        backend.close()
+
+
+@pytest.mark.clause("SELF-2")
+@pytest.mark.parametrize("features", [None, OLDEST], ids=["this kernel", "oldest kernel"])
+def test_self_service_makes_the_same_allocation(
+    tmp_path: Path,
+    cgroup2: Path,
+    image_root: Path,
+    allocation_id: str,
+    features: Features | None,
+) -> None:
+    with self_service(tmp_path, cgroup2, image_root, features) as backend:
+        backend.create_namespaces(request_for(allocation_id, IMAGE))
+        with backend.bundle_of(allocation_id) as bundle:
+            assert bundle.types == LIGHT
+        scope = cgroup2 / WORKLOAD_SLICE / f"{allocation_id}.scope"
+        assert backend.scope_of(allocation_id) == scope
+    assert not scope.exists()
+
+
+def test_self_service_opens_nothing_before_it_is_needed(
+    tmp_path: Path, cgroup2: Path, image_root: Path
+) -> None:
+    with self_service(tmp_path, cgroup2, image_root) as backend:
+        assert backend._forge.pid is None
+        assert not (tmp_path / "uenv").exists()
+
+
+def test_self_service_does_not_share_the_providers_scope(
+    world: LinuxWorld, tmp_path: Path, cgroup2: Path, image_root: Path, allocation_id: str
+) -> None:
+    create(world, allocation_id)
+    with self_service(tmp_path, cgroup2, image_root) as backend:
+        backend.create_namespaces(request_for(allocation_id))
+        own = cgroup2 / SELF_SERVICE_SLICE / WORKLOAD_SLICE / f"{allocation_id}.scope"
+        assert backend.scope_of(allocation_id) == own
+        world.release(allocation_id)
+        assert own.exists()
+    assert not own.exists()
+    assert not (cgroup2 / SELF_SERVICE_SLICE).exists()
+
+
+@pytest.mark.clause("SELF-12")
+def test_self_service_ends_with_a_consumer_that_is_killed(
+    tmp_path: Path, cgroup2: Path, image_root: Path, allocation_id: str
+) -> None:
+    scope = cgroup2 / WORKLOAD_SLICE / f"{allocation_id}.scope"
+    program = f"""
+request = NamespaceRequest({allocation_id!r}, (NamespaceType.PID, NamespaceType.MOUNT), {IMAGE!r})
+backend.create_namespaces(request)
+print("made", flush=True)
+sys.stdin.read()
+"""
+    with running(program, tmp_path, image_root, cgroup2) as child, ExitStack() as stack:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "made\n"
+        member = stack.enter_context(subprocess.Popen(["sleep", "infinity"]))
+        (scope / "cgroup.procs").write_text(str(member.pid))
+        child.kill()
+        assert member.wait(10) == -signal.SIGKILL
+    eventually(lambda: not scope.exists())
+    eventually(lambda: not any(image.is_relative_to(image_root) for image in loop_images()))
+    remove_slices(cgroup2)
+
+
+# --- What an operator reads --------------------------------------------------------------------
+
+
+def test_states_are_told_in_words() -> None:
+    with subprocess.Popen(["sleep", "infinity"]) as process:
+        eventually(lambda: "sleeping" in states_of([process.pid]))
+        os.kill(process.pid, signal.SIGSTOP)
+        eventually(lambda: states_of([process.pid]) == f"{process.pid} (stopped)")
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert states_of([process.pid]) == f"{process.pid} (a zombie)"
+
+
+def test_a_process_that_is_gone_is_not_told() -> None:
+    process = subprocess.run(["true"], check=True)
+    assert process.returncode == 0
+    assert states_of([]) == "none that can be seen"
+
+
+def test_only_so_many_processes_are_told() -> None:
+    told = states_of([os.getpid()] * (PROCESSES_SHOWN_MAX + 3))
+    assert told.endswith("and 3 more")
+
+
+def test_a_process_with_brackets_in_its_name_is_told(tmp_path: Path) -> None:
+    program = tmp_path / "a) Z (b"
+    program.write_text("#!/bin/sh\nread x\n")
+    program.chmod(0o755)
+    with subprocess.Popen([program], stdin=subprocess.PIPE) as process:
+        eventually(lambda: states_of([process.pid]) == f"{process.pid} (sleeping)")

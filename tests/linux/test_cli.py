@@ -1,0 +1,305 @@
+"""The command says what it can do, refuses what makes no sense, and takes one step at a time."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from linux import backend
+from linux.cli import command as cli
+from linux.cli.exits import ExitCode
+from linux.testing.programs import (
+    MOUNT,
+    PID,
+    ROOT,
+    Daemon,
+    environment,
+    identities_of,
+    nshandoff,
+    running,
+    wait_until,
+    warm_daemon_in,
+)
+from statemachine.messages import HANDOFF_SOCKET_PATH
+from transport import endpoint, serve
+
+VERBS = ("serve", "run", "request", "end", "list", "trace", "verify")
+ABSENT = ("--socket", "/nowhere/handoff.sock")
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory, image_root: Path) -> Iterator[Daemon]:
+    with warm_daemon_in(tmp_path_factory.mktemp("daemon"), image_root) as daemon:
+        yield daemon
+
+
+def test_basic_help_names_the_verbs_and_the_exit_codes() -> None:
+    told = nshandoff("--help")
+    assert (told.returncode, told.stderr) == (0, "")
+    for verb in (*VERBS, "demo"):
+        assert f"\n    {verb} " in told.stdout
+    for code in ExitCode:
+        assert f"\n    {code.value} " in told.stdout
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([verb, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: nshandoff {verb}" in capsys.readouterr().out
+
+
+def test_help_loads_none_of_the_packages_it_helps_with() -> None:
+    program = (
+        "import sys; from linux.cli.command import build_parser; build_parser().format_help();"
+        "print(*sys.modules)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loaded = set(run.stdout.split())
+    assert loaded.isdisjoint({"statemachine", "transport", "asyncio", "socket", "subprocess"})
+    assert {name for name in loaded if name.startswith("linux.")} == {
+        "linux.cli",
+        "linux.cli.command",
+        "linux.cli.exits",
+    }
+
+
+def test_version_is_the_projects() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert nshandoff("--version").stdout == f"nshandoff {project['version']}\n"
+
+
+def test_defaults_are_those_of_the_modules_they_are_for() -> None:
+    assert {
+        "socket": HANDOFF_SOCKET_PATH,
+        "state_dir": str(backend.STATE_DIR),
+        "image_root": str(backend.IMAGE_ROOT),
+        "uenv_base": str(backend.UENV_BASE),
+    } == cli.DEFAULT_PATHS
+    spans = serve.Spans()
+    assert {
+        "hold_time": backend.HOLD_TIME_S,
+        "claim_timeout": spans.claim_s,
+        "release_deadline": spans.release_s,
+        "empty_grace": spans.empty_grace_s,
+    } == cli.DEFAULT_SPANS_S
+    assert cli.DEFAULT_MODE == endpoint.SOCKET_MODE
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "VERB"),
+        (["nonsense"], "invalid choice"),
+        (["request", "--namespaces", "pid"], "--id"),
+        (["request", "--id", "x"], "--namespaces"),
+        (["request", "--id", "x", "--namespaces", "pid,user"], "user"),
+        (["request", "--id", "x", "--namespaces", "pid,net,pid"], "repeats Pid"),
+        (["request", "--id", "a/b", "--namespaces", "pid"], "slash"),
+        (["request", "--id", "x" * 129, "--namespaces", "pid"], "129 bytes"),
+        (["request", "--id", "", "--namespaces", "pid"], "0 bytes"),
+        (["request", "--id", "x", "--namespaces", "pid", "--uenv", "a"], "needs a Mount"),
+        (["request", "--id", "x", "--namespaces", "mount", "--uenv", "../a"], "plain path"),
+        (["request", "--id", "x", "--name", "pid"], "--namespaces"),
+        (["end"], "ID"),
+        (["end", ".."], "reserves"),
+        (["serve", "--mode", "9"], "octal"),
+        (["serve", "--mode", "1777"], "octal"),
+        (["serve", "--hold-time", "-1"], "seconds"),
+        (["serve", "--hold-time", "nan"], "seconds"),
+        (["serve", "--allow-uid", "root"], "user id"),
+        (["serve", "--group", "no such group"], "no group"),
+        (["list", "surplus"], "surplus"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_anything_is_done(
+    words: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if words and words[0] in ("request", "end"):
+        words = [*words, *ABSENT]
+    assert code_of(words) == ExitCode.USAGE
+    told = capsys.readouterr()
+    assert says in told.err
+    assert "handoff socket" not in told.err
+    assert told.out == ""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run", "--namespaces", "pid,pid", "--", "true"],
+        ["run", "--namespaces", "pid"],
+        ["run", "--namespaces", "pid", "--"],
+        ["run", "--", "true"],
+        ["run", "--wrong"],
+    ],
+)
+def test_run_keeps_even_usage_apart_from_what_a_command_exits_with(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert code_of(words) == ExitCode.RUN_FAILED
+    assert capsys.readouterr().err != ""
+
+
+def code_of(words: list[str]) -> int:
+    try:
+        return cli.main(words)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        ("run --namespaces pid -- a --id b -- c", "a --id b -- c"),
+        ("run --namespaces pid a --id b -- c", "a --id b -- c"),
+        ("run --namespaces pid -- -- c", "-- c"),
+    ],
+)
+def test_words_of_the_command_are_left_alone(words: str, command: str) -> None:
+    options = cli._parse(words.split())
+    assert (options.command, options.id) == (command.split(), None)
+
+
+def test_demo_gets_the_words_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    demo = ModuleType("linux.demo.command")
+    demo.main = len  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "linux.demo.command", demo)
+    assert cli.main(["demo", "--help", "-x", "--", "y"]) == 4
+
+
+# --- request and end ---------------------------------------------------------------------------
+
+needs_root = pytest.mark.needs_root
+
+
+@needs_root
+def test_request_shows_what_the_linux_kernel_says(daemon: Daemon, allocation_id: str) -> None:
+    words = ("--namespaces", "mount,pid", "--uenv", "hello.sqfs", "--socket", daemon.socket)
+    with running("request", "--id", allocation_id, *words, "--json", "--end") as program:
+        assert program.stdout is not None
+        shown = json.loads(program.stdout.readline())
+        assert shown["schema"] == 1
+        assert shown["allocation_id"] == allocation_id
+        assert shown["fd_types"] == ["Mount", "Pid"]
+        assert shown["uenv_mount_path"] == f"{daemon.uenv_base}/hello"
+        assert (shown["is_degraded"], shown["fallback"]) == (False, None)
+        assert [one["type"] for one in shown["descriptors"]] == ["Mount", "Pid"]
+        for one in shown["descriptors"]:
+            status = Path(f"/proc/{program.pid}/fd/{one['fd']}").stat()
+            assert (one["device"], one["inode"]) == (status.st_dev, status.st_ino)
+        with daemon.obtain(allocation_id, MOUNT, PID, image="hello.sqfs") as handoff:
+            ids = [identity.key[0] for identity in handoff.identities]
+        assert [one["namespace_id"] for one in shown["descriptors"]] == ids
+        program.send_signal(signal.SIGTERM)
+        _, told = program.communicate()
+    assert (program.returncode, told) == (0, f"nshandoff: {allocation_id} has ended\n")
+    assert daemon.alive() == []
+
+
+@needs_root
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_request_lets_go_and_leaves_the_allocation(
+    daemon: Daemon, allocation_id: str, number: signal.Signals
+) -> None:
+    words = ("--id", allocation_id, "--namespaces", "pid", "--socket", daemon.socket)
+    with running("request", *words) as program:
+        assert program.stdout is not None
+        assert allocation_id in program.stdout.readline()
+        program.send_signal(number)
+        _, told = program.communicate()
+    assert program.returncode == 0
+    assert "it lives on" in told
+    assert daemon.alive() == [allocation_id]
+    ended = nshandoff("end", allocation_id, "--socket", daemon.socket)
+    assert (ended.returncode, ended.stderr) == (0, f"nshandoff: {allocation_id} has ended\n")
+    assert daemon.alive() == []
+
+
+@needs_root
+def test_request_hears_of_the_end(daemon: Daemon, allocation_id: str) -> None:
+    words = ("--id", allocation_id, "--namespaces", "net", "--socket", daemon.socket)
+    with running("request", *words) as program:
+        assert program.stdout is not None
+        assert program.stdout.readline()
+        daemon.consumer().end(allocation_id)
+        _, told = program.communicate()
+    assert (program.returncode, told) == (0, f"nshandoff: {allocation_id} has ended\n")
+
+
+@needs_root
+def test_request_that_is_refused_exits_with_no(daemon: Daemon, allocation_id: str) -> None:
+    words = ("--namespaces", "mount", "--uenv", "absent.sqfs", "--socket", daemon.socket)
+    told = nshandoff("request", "--id", allocation_id, *words)
+    assert (told.returncode, told.stdout) == (ExitCode.NO, "")
+    assert "CreationFailed: " in told.stderr
+    assert "no such image" in told.stderr
+
+
+@needs_root
+def test_request_without_a_provider_serves_itself_and_says_so(
+    tmp_path: Path, image_root: Path, allocation_id: str
+) -> None:
+    socket = ("--socket", tmp_path / "absent.sock")
+    words = ("--id", allocation_id, "--namespaces", "pid,mount", "--json", *socket)
+    with running("request", *words) as program:
+        assert program.stdout is not None
+        shown = json.loads(program.stdout.readline())
+        assert shown["is_degraded"] is True
+        assert "does not exist" in shown["fallback"]
+        assert set(identities_of(shown)) == {"Pid", "Mount"}
+        program.send_signal(signal.SIGTERM)
+        _, told = program.communicate()
+    assert "namespace.handoff_failed" in told
+    assert "ends here" in told
+
+
+def test_refused_fallback_exits_with_unavailable(tmp_path: Path, allocation_id: str) -> None:
+    socket = ("--socket", tmp_path / "absent.sock", "--fallback", "never")
+    told = nshandoff("request", "--id", allocation_id, "--namespaces", "pid", *socket)
+    assert (told.returncode, told.stdout) == (ExitCode.UNAVAILABLE, "")
+    assert "SocketUnavailable: " in told.stderr
+
+
+def test_end_without_a_provider_is_unavailable_at_once(tmp_path: Path) -> None:
+    told = nshandoff("end", "anything", "--socket", tmp_path / "absent.sock")
+    assert (told.returncode, told.stdout) == (ExitCode.UNAVAILABLE, "")
+    assert "does not exist" in told.stderr
+
+
+@needs_root
+def test_end_of_what_is_not_known_is_no(daemon: Daemon, allocation_id: str) -> None:
+    told = nshandoff("end", allocation_id, "--socket", daemon.socket)
+    assert told.returncode == ExitCode.NO
+    assert told.stderr == (
+        f"nshandoff: AllocationNotFound: allocation not found: {allocation_id}\n"
+    )
+
+
+@needs_root
+def test_interrupted_request_is_over_at_once(tmp_path: Path, allocation_id: str) -> None:
+    socket = tmp_path / "silent.sock"
+    with endpoint.listen(socket) as listener:
+        words = ("--id", allocation_id, "--namespaces", "pid", "--socket", socket)
+        with running("request", *words) as program:
+            connections = []
+            wait_until(lambda: connections.append(listener.accept()) or connections[-1])
+            program.send_signal(signal.SIGINT)
+            assert program.wait() == 130
+        assert connections[-1] is not None
+        connections[-1].close()

@@ -1,0 +1,313 @@
+"""The provider as a program: ready when it says so, and what is alive survives its end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from linux.cli.exits import ExitCode
+from linux.cli.serve import JsonLines
+from linux.journal import JOURNAL_NAME
+from linux.testing.programs import (
+    COMMAND,
+    MOUNT,
+    NET,
+    PID,
+    Daemon,
+    daemon_in,
+    environment,
+    identities_of,
+    nshandoff,
+    running,
+    wait_until,
+)
+from statemachine import NamespaceRequest
+from transport.codec import decode_message, encode_message
+from transport.framing import FrameReader, encode_frame
+
+pytestmark = pytest.mark.needs_root
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def daemon(tmp_path: Path, image_root: Path) -> Iterator[Daemon]:
+    with daemon_in(tmp_path, image_root) as daemon:
+        yield daemon
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_basic_it_says_when_it_is_ready_and_stops_clean(
+    tmp_path: Path, image_root: Path, number: signal.Signals
+) -> None:
+    daemon = Daemon(tmp_path, image_root)
+    daemon.state_dir.mkdir()
+    daemon.ready.write_text('{"pid": 1, "socket": "of a provider that was killed"}')
+    daemon.start()
+    assert json.loads(daemon.ready.read_text()) == {
+        "pid": daemon.pid,
+        "socket": str(daemon.socket),
+    }
+    assert stat.S_IMODE(daemon.socket.stat().st_mode) == 0o600
+    assert daemon.stop(number) == ExitCode.OK
+    assert not daemon.ready.exists()
+    assert not daemon.socket.exists()
+    events = [line["event"] for line in daemon.events()]
+    assert (events[0], events[-1]) == ("starting", "stopped")
+    assert {"ready", "stopping"} < set(events)
+
+
+@pytest.mark.parametrize("is_abstract", [False, True], ids=["path", "abstract"])
+def test_systemd_is_told(tmp_path: Path, image_root: Path, is_abstract: bool) -> None:
+    name = f"@nshandoff-test-{os.getpid()}" if is_abstract else str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.settimeout(20)
+        systemd.bind(f"\0{name[1:]}" if is_abstract else name)
+        daemon = Daemon(tmp_path, image_root)
+        daemon.start(NOTIFY_SOCKET=name)
+        assert systemd.recv(100) == b"READY=1"
+        assert daemon.stop() == ExitCode.OK
+        assert systemd.recv(100) == b"STOPPING=1"
+
+
+def test_systemd_that_cannot_be_told_is_no_reason_to_end(tmp_path: Path, image_root: Path) -> None:
+    daemon = Daemon(tmp_path, image_root)
+    daemon.start(NOTIFY_SOCKET=str(tmp_path / "absent"))
+    assert daemon.stop() == ExitCode.OK
+    assert "notify_failed" in {line["event"] for line in daemon.events()}
+
+
+@pytest.mark.clause("CRASH-2")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_next_one_hands_over_the_same_namespaces(
+    daemon: Daemon, allocation_id: str, number: signal.Signals
+) -> None:
+    kinds = (NET, PID, MOUNT)
+    with daemon.obtain(allocation_id, *kinds, image="hello.sqfs") as handoff:
+        before = handoff.identities
+    # It is handed off a moment before that is written down.
+    wait_until(lambda: daemon.states() == {allocation_id: "handed_off"})
+    daemon.stop(number)
+    daemon.start()
+    words = ("--id", allocation_id, "--namespaces", "net,pid,mount", "--uenv", "hello.sqfs")
+    with running("request", *words, "--socket", daemon.socket, "--json", "--end") as program:
+        assert program.stdout is not None
+        shown = json.loads(program.stdout.readline())
+        after = tuple(one["namespace_id"] for one in shown["descriptors"])
+        assert after == tuple(identity.key[0] for identity in before)
+        program.send_signal(signal.SIGTERM)
+        assert program.wait() == 0
+    (adopted,) = (x for x in daemon.events(allocation_id) if x["event"] == "handed_off_adopted")
+    assert (adopted["from"], adopted["to"]) == ("unknown", "handed_off")
+
+
+def test_every_row_that_is_taken_is_written_down(daemon: Daemon, allocation_id: str) -> None:
+    command = ("run", "--socket", daemon.socket, "--id", allocation_id, "--namespaces", "pid")
+    assert nshandoff(*command, "--", "true").returncode == 0
+    wait_until(lambda: not daemon.alive())
+    assert daemon.moves(allocation_id) == [
+        ("unknown", "requested"),
+        ("requested", "created"),
+        ("created", "handed_off"),
+        ("handed_off", "ended"),
+        ("ended", "released"),
+    ]
+    first = daemon.events(allocation_id)[0]
+    assert (first["event"], first["level"]) == ("request_received", "info")
+    assert (first["namespaces"], first["uenv_image"]) == (["Pid"], None)
+    assert first["effects"] == ["create_namespaces"]
+    assert all({"time", "level", "event"} <= line.keys() for line in daemon.events())
+
+
+def test_an_exception_is_one_line_as_well() -> None:
+    try:
+        raise ValueError("two\nlines")
+    except ValueError:
+        record = logging.LogRecord("x", 40, __file__, 1, "it failed: %s", ("y",), sys.exc_info())
+    (line,) = JsonLines().format(record).splitlines()
+    told = json.loads(line)
+    assert (told["level"], told["event"], told["message"]) == ("error", "x", "it failed: y")
+    assert told["exception"].endswith("ValueError: two\nlines")
+
+
+def test_unclaimed_allocation_ends(tmp_path: Path, image_root: Path, allocation_id: str) -> None:
+    with daemon_in(tmp_path, image_root, "--claim-timeout", "0.05") as daemon:
+        with daemon.obtain(allocation_id, PID):
+            pass
+        wait_until(lambda: not daemon.alive())
+        assert "claim_expired" in {line["event"] for line in daemon.events(allocation_id)}
+
+
+def test_permissions_are_as_asked(tmp_path: Path, image_root: Path) -> None:
+    umask = os.umask(0o077)
+    try:
+        daemon = Daemon(tmp_path / "a" / "b", image_root, "--mode", "0660", "--group", str(NOBODY))
+        daemon.log = tmp_path / "log"
+        daemon.start()
+    finally:
+        os.umask(umask)
+    status = daemon.socket.stat()
+    assert (stat.S_IMODE(status.st_mode), status.st_gid) == (0o660, NOBODY)
+    for made in (tmp_path / "a", tmp_path / "a" / "b", daemon.uenv_base):
+        assert stat.S_IMODE(made.stat().st_mode) == 0o755
+    assert stat.S_IMODE(daemon.state_dir.stat().st_mode) == 0o700
+    assert daemon.stop() == ExitCode.OK
+
+
+@pytest.mark.parametrize("is_allowed", [False, True])
+def test_other_users_are_served_if_allowed(image_root: Path, is_allowed: bool) -> None:
+    """A request that breaks a rule shows by its refusal that it was looked at."""
+    allowed = ("--allow-uid", str(NOBODY)) if is_allowed else ()
+    request = encode_frame(encode_message(NamespaceRequest("..", ())))
+    program = (
+        "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1])\n"
+        "try: s.sendall(bytes.fromhex(sys.argv[2]))\n"
+        "except BrokenPipeError: pass  # turned away already\n"
+        "print(s.recv(4096).hex())"
+    )
+    # Not below pytest's own directory, which only its user may enter.
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        with daemon_in(Path(name), image_root, "--mode", "0666", *allowed) as daemon:
+            asked = subprocess.run(
+                ["/usr/bin/python3", "-I", "-S", "-c", program, daemon.socket, request.hex()],
+                user=NOBODY,
+                group=NOBODY,
+                extra_groups=[],
+                stdout=subprocess.PIPE,
+                check=True,
+            )
+    reader = FrameReader()
+    reader.feed(bytes.fromhex(asked.stdout.decode()))
+    taken = reader.take()
+    assert taken is not None
+    kind = "CreationFailed" if is_allowed else "SocketUnavailable"
+    assert type(decode_message(taken[0])).__name__ == kind
+
+
+# --- What keeps it from starting ---------------------------------------------------------------
+
+
+def failure(*words: str) -> tuple[str, str]:
+    """Start one that cannot start; the kind of error and the text it says."""
+    told = nshandoff(*words)
+    assert told.returncode == ExitCode.ENVIRONMENT
+    last = json.loads(told.stderr.splitlines()[-1])
+    assert (last["event"], last["level"]) == ("start_failed", "error")
+    return last["error"], last["message"]
+
+
+@pytest.mark.clause("CRASH-10")
+def test_second_one_on_a_socket_changes_nothing(
+    daemon: Daemon, tmp_path: Path, image_root: Path
+) -> None:
+    second = Daemon(tmp_path / "second", image_root)
+    second.socket = daemon.socket
+    error, text = failure(*second.words)
+    assert error == "SocketUnavailable"
+    assert f"somebody else listens on {daemon.socket}" in text
+    assert daemon.consumer() is not None
+    assert daemon.ready.exists()
+
+
+def test_second_one_on_a_state_directory_changes_nothing(
+    daemon: Daemon, tmp_path: Path, image_root: Path
+) -> None:
+    second = Daemon(tmp_path / "second", image_root)
+    second.state_dir = daemon.state_dir
+    error, text = failure(*second.words)
+    assert error == "JournalBusy"
+    assert str(daemon.pid) in text
+    assert json.loads(daemon.ready.read_text())["pid"] == daemon.pid
+    assert not second.socket.exists()
+
+
+@pytest.mark.clause("CRASH-11")
+def test_damaged_journal_is_left_alone(tmp_path: Path, image_root: Path) -> None:
+    daemon = Daemon(tmp_path, image_root)
+    daemon.state_dir.mkdir()
+    journal = daemon.state_dir / JOURNAL_NAME
+    journal.write_bytes(b"not a database" * 100)
+    error, text = failure(*daemon.words)
+    assert (error, str(journal) in text) == ("JournalCorrupt", True)
+    assert journal.read_bytes() == b"not a database" * 100
+
+
+def test_node_without_cgroup2_is_named(tmp_path: Path, image_root: Path, cgroup2: Path) -> None:
+    hide = 'umount --lazy "$0" && exec "$@"'
+    words = Daemon(tmp_path, image_root).words
+    told = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", hide, cgroup2, *COMMAND, *words],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert told.returncode == ExitCode.ENVIRONMENT
+    last = json.loads(told.stderr.splitlines()[-1])
+    assert (last["event"], last["error"]) == ("start_failed", "CgroupUnavailable")
+    assert "mount one" in last["message"]
+
+
+def test_directory_that_cannot_be_made_is_named(tmp_path: Path, image_root: Path) -> None:
+    (tmp_path / "file").write_text("")
+    error, text = failure(*Daemon(tmp_path / "file" / "x", image_root).words)
+    assert (error, str(tmp_path / "file") in text) == ("FileExistsError", True)
+
+
+# --- A simulated node --------------------------------------------------------------------------
+
+
+def test_simulated_node_is_served_too(tmp_path: Path, image_root: Path, allocation_id: str) -> None:
+    daemon = Daemon(tmp_path, image_root, "--backend", "simulated")
+    daemon.start()
+    words = ("--id", allocation_id, "--namespaces", "pid,mount", "--uenv", "hello.sqfs")
+    socket_of = ("--socket", daemon.socket, "--backend", "simulated")
+    with running("request", *words, *socket_of, "--json") as program:
+        assert program.stdout is not None
+        shown = json.loads(program.stdout.readline())
+        assert set(identities_of(shown)) == {"Pid", "Mount"}
+        assert shown["is_degraded"] is False
+        program.send_signal(signal.SIGTERM)
+        assert program.wait() == 0
+    assert daemon.stop() == ExitCode.OK
+
+
+def test_work_that_hangs_does_not_keep_it_from_stopping(daemon: Daemon, allocation_id: str) -> None:
+    with daemon.obtain(allocation_id, PID) as handoff:
+        assert handoff.end()
+    forge = forge_of(daemon)
+    os.kill(forge, signal.SIGSTOP)
+    try:
+        words = ("--socket", daemon.socket, "--id", allocation_id, "--namespaces", "pid")
+        with running("request", *words, "--fallback", "never") as program:
+            wait_until(lambda: len(daemon.moves(allocation_id)) > 5)
+            assert daemon.stop() == ExitCode.OK
+            assert program.wait(20) == ExitCode.UNAVAILABLE
+    finally:
+        os.kill(forge, signal.SIGCONT)
+    assert daemon.events()[-1]["event"] == "stopped"
+    # The next provider finds what was half made, and undoes it.
+    daemon.start()
+    wait_until(lambda: not daemon.alive())
+
+
+def forge_of(daemon: Daemon) -> int:
+    # Whichever thread started it is its parent.
+    tasks = Path(f"/proc/{daemon.pid}/task").glob("*/children")
+    children = [pid for task in tasks for pid in task.read_text().split()]
+    (forge,) = [
+        int(pid) for pid in children if b"forge" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    return forge

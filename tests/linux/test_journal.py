@@ -1,0 +1,495 @@
+"""What a provider promised must survive its death, and nothing but its death."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from linux.journal import (
+    JOURNAL_NAME,
+    LOCK_NAME,
+    REMEMBERED_MAX,
+    Entry,
+    Journal,
+    JournalBusy,
+    JournalCorrupt,
+    JournalUnavailable,
+    read_journal,
+)
+from statemachine.messages import NamespaceRequest, NamespaceType
+
+BOOT: Final = "7b5e1b2e-0000-4000-8000-000000000001"
+OTHER_BOOT: Final = "7b5e1b2e-0000-4000-8000-000000000002"
+ANCHOR: Final = {"boot_id": BOOT, "pid": 4711, "pidfs_inode": 99, "inodes": {"Pid": 1}}
+
+TORN_WRITES: Final = 12
+"""How many writers are killed; each at another point."""
+
+
+def requested(allocation_id: str, image: str | None = None) -> Entry:
+    namespaces = (NamespaceType.NET, NamespaceType.PID, NamespaceType.MOUNT)
+    return Entry(
+        allocation_id=allocation_id,
+        incarnation=f"token-of-{allocation_id}",
+        state="requested",
+        request=NamespaceRequest(allocation_id, namespaces, image),
+    )
+
+
+def listing(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_basic(tmp_path: Path) -> None:
+    entry = requested("alloc-42", "pytorch-2.5.sqfs")
+    with Journal(tmp_path, BOOT) as journal:
+        journal.intend(entry)
+        journal.publish("alloc-42", "created", anchor=ANCHOR, scope_path="/cg/alloc-42.scope")
+        journal.publish("alloc-42", "handed_off", mount_path="/run/pact/uenv/pytorch-2.5")
+        journal.publish("alloc-42", "ended", why="process 7 cannot die yet")
+        (found,) = journal.entries()
+        journal.forget("alloc-42")
+
+        assert found == replace(
+            entry,
+            state="ended",
+            mount_path="/run/pact/uenv/pytorch-2.5",
+            anchor=ANCHOR,
+            scope_path="/cg/alloc-42.scope",
+            why="process 7 cannot die yet",
+        )
+        assert journal.entries() == ()
+        assert journal.remembered() == ("alloc-42",)
+        assert journal.voided == ()
+
+
+def test_entries_survive_the_journal_in_their_order(tmp_path: Path) -> None:
+    names = ["zebra", "ant", "ümläut", "名前", "'; DROP TABLE allocation; --"]
+    with Journal(tmp_path, BOOT) as journal:
+        for name in names:
+            journal.intend(requested(name))
+
+    with Journal(tmp_path, BOOT) as journal:
+        assert [entry.allocation_id for entry in journal.entries()] == names
+        assert journal.entries() == tuple(requested(name) for name in names)
+
+
+def test_a_field_can_be_taken_back(tmp_path: Path) -> None:
+    with Journal(tmp_path, BOOT) as journal:
+        journal.intend(requested("alloc"))
+        journal.publish("alloc", "ended", why="busy")
+        journal.publish("alloc", "ended", why=None)
+        assert journal.entries()[0].why is None
+
+
+def test_intending_twice_changes_nothing(tmp_path: Path) -> None:
+    with Journal(tmp_path, BOOT) as journal:
+        journal.intend(requested("alloc"))
+        with pytest.raises(ValueError, match="already has an entry"):
+            journal.intend(requested("alloc", "other.sqfs"))
+        assert journal.entries() == (requested("alloc"),)
+
+
+def test_a_state_never_goes_back(tmp_path: Path) -> None:
+    with Journal(tmp_path, BOOT) as journal:
+        journal.intend(requested("alloc"))
+        journal.publish("alloc", "ended")
+        with pytest.raises(ValueError, match="it cannot become handed_off"):
+            journal.publish("alloc", "handed_off")
+        assert journal.entries()[0].state == "ended"
+
+
+def test_publishing_the_unknown_is_an_error(tmp_path: Path) -> None:
+    with Journal(tmp_path, BOOT) as journal, pytest.raises(KeyError):
+        journal.publish("nobody", "created")
+
+
+def test_forgetting_the_unknown_remembers_nothing(tmp_path: Path) -> None:
+    with Journal(tmp_path, BOOT) as journal:
+        journal.forget("nobody")
+        assert journal.remembered() == ()
+
+
+def test_text_that_cannot_be_written_changes_nothing(tmp_path: Path) -> None:
+    with Journal(tmp_path, BOOT) as journal:
+        with pytest.raises(ValueError, match="surrogates"):
+            journal.intend(requested("\udc80"))
+        journal.intend(requested("alloc"))
+        assert journal.entries() == (requested("alloc"),)
+
+
+@pytest.mark.clause("END-18")
+def test_remembered_ends_are_bounded_and_the_oldest_goes_first(tmp_path: Path) -> None:
+    surplus = 3
+    names = [f"alloc-{number}" for number in range(REMEMBERED_MAX + surplus)]
+    with Journal(tmp_path, BOOT) as journal:
+        for name in names:
+            journal.intend(requested(name))
+            journal.forget(name)
+        assert journal.remembered() == tuple(names[surplus:])
+
+
+def test_an_id_that_ends_again_is_remembered_once_and_last(tmp_path: Path) -> None:
+    with Journal(tmp_path, BOOT) as journal:
+        for name in ("first", "second", "first"):
+            journal.intend(requested(name))
+            journal.forget(name)
+        assert journal.remembered() == ("second", "first")
+
+
+@pytest.mark.clause("CRASH-9")
+def test_another_boot_voids_the_entries_and_remembers_their_ends(tmp_path: Path) -> None:
+    with Journal(tmp_path, BOOT) as journal:
+        journal.intend(requested("before"))
+        journal.forget("before")
+        journal.intend(requested("lost"))
+
+    with Journal(tmp_path, OTHER_BOOT) as journal:
+        assert journal.voided == (requested("lost"),)
+        assert journal.entries() == ()
+        assert journal.remembered() == ("before", "lost")
+    with Journal(tmp_path, OTHER_BOOT) as journal:
+        assert journal.voided == ()
+
+
+@pytest.mark.clause("CRASH-10")
+def test_a_second_provider_is_refused_and_told_who_holds_it(tmp_path: Path) -> None:
+    with Journal(tmp_path, BOOT):
+        with pytest.raises(JournalBusy, match=f"process {os.getpid()} holds") as refusal:
+            Journal(tmp_path, BOOT)
+        assert refusal.value.holder_pid == os.getpid()
+    Journal(tmp_path, BOOT).close()
+
+
+def test_a_holder_that_has_not_written_its_pid_yet_is_still_a_holder(tmp_path: Path) -> None:
+    with Journal(tmp_path, BOOT):
+        (tmp_path / LOCK_NAME).write_bytes(b"")
+        with pytest.raises(JournalBusy, match="another process holds"):
+            Journal(tmp_path, BOOT)
+
+
+def test_closing_twice_is_closing_once(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, BOOT)
+    journal.close()
+    journal.close()
+    with pytest.raises(sqlite3.ProgrammingError):
+        journal.entries()
+
+
+def test_the_directory_is_made_for_its_owner_alone(tmp_path: Path) -> None:
+    state_dir = tmp_path / "run" / "pact"
+    Journal(state_dir, BOOT).close()
+    assert state_dir.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_directory_that_cannot_be_made_is_unavailable(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(JournalUnavailable, match="Not a directory"):
+        Journal(tmp_path / "file" / "state", BOOT)
+
+
+@pytest.mark.clause("CRASH-11")
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(b"this is no database, whatever its name says" * 100, id="foreign"),
+        pytest.param(b"x", id="one-byte"),
+        pytest.param(random.Random(7).randbytes(8192), id="random"),
+    ],
+)
+def test_a_file_that_is_no_database_is_refused_and_kept(tmp_path: Path, damage: bytes) -> None:
+    path = tmp_path / JOURNAL_NAME
+    path.write_bytes(damage)
+    for attempt in (lambda: Journal(tmp_path, BOOT), lambda: read_journal(tmp_path)):
+        with pytest.raises(JournalCorrupt, match=JOURNAL_NAME):
+            attempt()
+    assert path.read_bytes() == damage
+
+
+@pytest.mark.clause("CRASH-11")
+def test_a_damaged_page_is_refused_and_kept(tmp_path: Path) -> None:
+    with Journal(tmp_path, BOOT) as journal:
+        for number in range(50):
+            journal.intend(requested(f"alloc-{number}"))
+    path = tmp_path / JOURNAL_NAME
+    whole = path.read_bytes()
+    damaged = whole[:4096] + bytes(b ^ 0x5A for b in whole[4096:])
+    path.write_bytes(damaged)
+    with pytest.raises(JournalCorrupt):
+        Journal(tmp_path, BOOT)
+    assert path.read_bytes() == damaged
+
+
+def test_a_file_that_was_damaged_after_kill_9_is_refused_by_readers(tmp_path: Path) -> None:
+    killed_writer(tmp_path, 30)
+    with sqlite3.connect(tmp_path / JOURNAL_NAME) as database:
+        database.execute("UPDATE allocation SET state = 'almost'")
+    with pytest.raises(JournalCorrupt):
+        read_journal(tmp_path)
+    database.close()
+
+
+def test_a_truncated_file_is_refused_and_kept(tmp_path: Path) -> None:
+    with Journal(tmp_path, BOOT) as journal:
+        for number in range(50):
+            journal.intend(requested(f"alloc-{number}"))
+    path = tmp_path / JOURNAL_NAME
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(JournalCorrupt):
+        Journal(tmp_path, BOOT)
+    with pytest.raises(JournalCorrupt):
+        read_journal(tmp_path)
+
+
+def test_an_empty_file_is_a_journal_that_was_never_begun(tmp_path: Path) -> None:
+    (tmp_path / JOURNAL_NAME).write_bytes(b"")
+    assert read_journal(tmp_path).entries == ()
+    with Journal(tmp_path, BOOT) as journal:
+        assert journal.entries() == ()
+
+
+@pytest.mark.parametrize("version", [0, 2])
+def test_a_database_of_another_schema_is_refused_and_kept(tmp_path: Path, version: int) -> None:
+    path = tmp_path / JOURNAL_NAME
+    database = sqlite3.connect(path)
+    database.execute("CREATE TABLE somebody_elses (column_)")
+    database.execute(f"PRAGMA user_version = {version}")
+    database.close()
+    before = path.read_bytes()
+    for attempt in (lambda: Journal(tmp_path, BOOT), lambda: read_journal(tmp_path)):
+        with pytest.raises(JournalCorrupt, match=f"schema version {version}"):
+            attempt()
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("column", "text"),
+    [
+        ("state", "almost"),
+        ("request", "{"),
+        ("request", "[]"),
+        ("request", '{"allocation_id": 7, "namespaces": [], "uenv_image": null}'),
+        ("request", '{"allocation_id": "a", "namespaces": ["Uts"], "uenv_image": null}'),
+        ("anchor", "7"),
+    ],
+)
+def test_an_entry_we_cannot_have_written_is_refused(tmp_path: Path, column: str, text: str) -> None:
+    with Journal(tmp_path, BOOT) as journal:
+        journal.intend(requested("alloc"))
+    database = sqlite3.connect(tmp_path / JOURNAL_NAME)
+    database.execute(f"UPDATE allocation SET {column} = ?", (text,))
+    database.commit()
+    database.close()
+    for attempt in (lambda: Journal(tmp_path, BOOT), lambda: read_journal(tmp_path)):
+        with pytest.raises(JournalCorrupt, match="'alloc' is unreadable"):
+            attempt()
+
+
+def test_a_write_that_finds_no_room_leaves_the_entry_as_it_was(tmp_path: Path) -> None:
+    with Journal(tmp_path, BOOT) as journal:
+        journal.intend(requested("alloc"))
+        # As full as a file system can be, for this one database.
+        journal._database.execute("PRAGMA max_page_count = 1")
+        with pytest.raises(JournalUnavailable, match="full"):
+            journal.publish("alloc", "ended", why="x" * 100_000)
+        assert journal.entries() == (requested("alloc"),)
+        journal.publish("alloc", "ended")
+        assert journal.entries()[0].state == "ended"
+
+
+def test_threads_write_side_by_side(tmp_path: Path) -> None:
+    threads, each = 8, 25
+    with Journal(tmp_path, BOOT) as journal:
+
+        def live(worker: int) -> None:
+            for number in range(each):
+                name = f"{worker}-{number}"
+                journal.intend(requested(name))
+                journal.publish(name, "created", anchor=ANCHOR)
+                if number % 2:
+                    journal.forget(name)
+
+        workers = [threading.Thread(target=live, args=(worker,)) for worker in range(threads)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        assert len(journal.remembered()) == threads * (each // 2)
+        assert {entry.state for entry in journal.entries()} == {"created"}
+        assert len(journal.entries()) == threads * (each - each // 2)
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+
+def test_reading_where_nothing_is_makes_nothing(tmp_path: Path) -> None:
+    view = read_journal(tmp_path / "absent")
+    assert (view.boot_id, view.entries, view.remembered) == (None, (), ())
+    assert listing(tmp_path) == []
+
+
+def test_reading_beside_the_provider_sees_its_last_word(tmp_path: Path) -> None:
+    with Journal(tmp_path, BOOT) as journal:
+        journal.intend(requested("alloc"))
+        journal.intend(requested("over"))
+        journal.forget("over")
+        before = listing(tmp_path)
+        view = read_journal(tmp_path)
+        assert (view.boot_id, view.entries) == (BOOT, (requested("alloc"),))
+        assert view.remembered == ("over",)
+        assert listing(tmp_path) == before
+
+
+def test_reading_after_the_provider_closed_leaves_the_directory_alone(tmp_path: Path) -> None:
+    with Journal(tmp_path, BOOT) as journal:
+        journal.intend(requested("alloc"))
+    before = listing(tmp_path)
+    assert read_journal(tmp_path).entries == (requested("alloc"),)
+    assert listing(tmp_path) == before == [JOURNAL_NAME, LOCK_NAME]
+
+
+def test_reading_another_boots_journal_says_so_and_voids_nothing(tmp_path: Path) -> None:
+    with Journal(tmp_path, BOOT) as journal:
+        journal.intend(requested("alloc"))
+    assert read_journal(tmp_path).boot_id == BOOT
+    with Journal(tmp_path, OTHER_BOOT) as journal:
+        assert journal.voided == (requested("alloc"),)
+
+
+def test_readers_see_whole_transactions_while_a_writer_writes(tmp_path: Path) -> None:
+    """An allocation is live or remembered, and never both or neither."""
+    writes = 300
+    with Journal(tmp_path, BOOT) as journal:
+        journal.intend(requested("alloc"))
+        done = threading.Event()
+
+        def write() -> None:
+            for _ in range(writes):
+                journal.forget("alloc")
+                journal.intend(requested("alloc"))
+            done.set()
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        views = [read_journal(tmp_path)]
+        while not done.is_set():
+            views.append(read_journal(tmp_path))
+        writer.join()
+    for view in views:
+        assert view.boot_id == BOOT
+        assert view.entries in ((), (requested("alloc"),))
+        assert view.entries or view.remembered == ("alloc",)
+
+
+PROVIDERS: Final = """
+import sys
+from pathlib import Path
+from linux.journal import Journal
+
+for _ in range(60):
+    with Journal(Path(sys.argv[1]), sys.argv[2]) as journal:
+        journal.publish("alloc", "requested", why="again")
+"""
+
+
+def test_readers_hold_while_providers_come_and_go(tmp_path: Path) -> None:
+    """A reader that cannot get a clean view says so; it never sees half of one."""
+    with Journal(tmp_path, BOOT) as journal:
+        journal.intend(requested("alloc"))
+    providers = run_beside(PROVIDERS, tmp_path)
+    seen = 0
+    with providers:
+        while providers.poll() is None:
+            try:
+                view = read_journal(tmp_path)
+            except JournalUnavailable:
+                continue
+            assert [entry.allocation_id for entry in view.entries] == ["alloc"]
+            seen += 1
+    assert providers.returncode == 0
+    assert seen > 0
+
+
+# --- death -------------------------------------------------------------------------------------
+
+WRITER: Final = """
+import sys
+from pathlib import Path
+from linux.journal import Entry, Journal
+from statemachine.messages import NamespaceRequest
+
+journal = Journal(Path(sys.argv[1]), sys.argv[2])
+number = 0
+while True:
+    name = f"alloc-{number}"
+    journal.intend(Entry(name, "token", "requested", NamespaceRequest(name, ())))
+    print("intended", number, flush=True)
+    journal.publish(name, "created", anchor={"pid": number})
+    print("created", number, flush=True)
+    if number % 3 == 0:
+        journal.forget(name)
+        print("forgotten", number, flush=True)
+    number += 1
+"""
+
+
+def run_beside(program: str, state_dir: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", program, str(state_dir), BOOT],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+
+
+def killed_writer(state_dir: Path, lines: int) -> list[str]:
+    """Start a writer, kill it after so many lines, and return all that it has said."""
+    writer = run_beside(WRITER, state_dir)
+    assert writer.stdout is not None
+    with writer, writer.stdout:
+        said = [writer.stdout.readline() for _ in range(lines)]
+        writer.send_signal(signal.SIGKILL)
+        said += writer.stdout.readlines()
+    return [line.strip() for line in said]
+
+
+@pytest.mark.parametrize("seed", range(TORN_WRITES))
+def test_whatever_was_written_survives_kill_9(tmp_path: Path, seed: int) -> None:
+    said = killed_writer(tmp_path, random.Random(seed).randrange(1, 120))
+    promised = {int(line.split()[1]): line.split()[0] for line in said if line.count(" ") == 1}
+    before = listing(tmp_path)
+    view = read_journal(tmp_path)
+    assert listing(tmp_path) == before
+
+    with Journal(tmp_path, BOOT) as journal:
+        assert (view.entries, view.remembered) == (journal.entries(), journal.remembered())
+        found = {entry.allocation_id: entry for entry in journal.entries()}
+        over = set(journal.remembered())
+        journal.intend(requested("and it can be written again"))
+
+    last = max(promised)
+    for number, word in promised.items():
+        name = f"alloc-{number}"
+        assert (name in found) != (name in over)
+        if word == "forgotten":
+            assert name in over
+        elif word == "created" and name in found:
+            assert found[name].state == "created"
+            assert found[name].anchor == {"pid": number}
+    # At most the one step that was under way when it died is there without having been told.
+    assert set(found) | over <= {f"alloc-{number}" for number in range(last + 2)}
+
+
+def test_a_killed_holder_holds_nothing(tmp_path: Path) -> None:
+    killed_writer(tmp_path, 1)
+    Journal(tmp_path, BOOT).close()

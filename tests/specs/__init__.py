@@ -1,0 +1,1 @@
+"""Tests of the book: it runs, it is fresh, its scenarios play."""

@@ -1,0 +1,544 @@
+"""Plays the scenarios of `specs/scenarios/`: whole stories, and what every party does in them.
+
+A scenario is a Markdown file. In its blocks of kind `scenario`, a line after `> ` is a command (the
+methods of `Player` below that have one), and what stands below it is what every party did then:
+
+    > first wants job-1: Net Mount
+    first → provider    NamespaceRequest job-1 Net Mount
+
+Who plays is a `Stage`: the bare kernels over a simulated node, or `nshandoff serve` as a program of
+its own over the Linux kernel. Each party keeps its own account of what it did; the accounts are put
+in one order by the messages that tie them together, so the text does not depend on who was faster.
+Nothing that differs from one run to the next is printed: a set of namespaces is known by the
+number in which it was first seen.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from linux.testing.adversary import FOREVER
+from statemachine import effects as do
+from statemachine import events as on
+from statemachine.consumer import ConsumerKernel
+from statemachine.effects import Effect, Timer
+from statemachine.events import Event
+from statemachine.lifecycle import ConsumerState
+from statemachine.messages import NamespaceRequest, NamespaceType
+from tests.specs.scenarios_accounts import Item, ProviderAccount, arrow, column, names_of, words_of
+from tests.specs.scenarios_stages import PATIENCE_S, Sight, Stage
+from transport.request import Fallback, _Exchange, _perform
+from transport.testing.machine import Work
+
+FOLDER: Final = Path(__file__).resolve().parents[2] / "specs" / "scenarios"
+SCENARIOS: Final = tuple(sorted(FOLDER.glob("[0-9][0-9]-*.md")))
+
+REST_S: Final = 0.05
+"""How long a real stage is looked at when nothing more is to come."""
+
+KERNELS: Final = "kernels"
+DAEMON: Final = "daemon"
+PLAYERS: Final = (KERNELS, DAEMON)
+
+
+_BLOCK: Final = re.compile(r"(?<=^```scenario\n).*?(?=^```$)", re.MULTILINE | re.DOTALL)
+_PLAYED_BY: Final = re.compile(r"^Played by (.*?)\.(?: (.*?))?$", re.MULTILINE)
+
+
+# --- Scenarios ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """A file of `specs/scenarios/`."""
+
+    text: str
+
+    @classmethod
+    def read(cls, path: Path) -> Scenario:
+        return cls(path.read_text(encoding="utf-8"))
+
+    @property
+    def players(self) -> tuple[str, ...]:
+        """Who plays it; whoever does not is left out for a reason that stands behind."""
+        found = _PLAYED_BY.search(self.text)
+        assert found is not None, "nobody is said to play it"
+        players = tuple(re.split(r",? and |, ", found[1].replace("the ", "")))
+        assert set(players) <= set(PLAYERS), players
+        assert set(players) == set(PLAYERS) or found[2], "no reason why one does not play it"
+        return players
+
+    @property
+    def shown(self) -> list[str]:
+        """The clauses that it shows."""
+        return re.findall(r"\[([A-Z]+-\d+)\]", self.text)
+
+    @property
+    def commands(self) -> list[str]:
+        return [line[2:] for line in self._lines if line.startswith("> ")]
+
+    @property
+    def _lines(self) -> list[str]:
+        return [line for block in _BLOCK.findall(self.text) for line in block.splitlines()]
+
+    def played(self, play: Callable[[str, list[str]], list[str]]) -> str:
+        """Return its text with what is below each command as it is told by `play`."""
+
+        def replay(block: re.Match[str]) -> str:
+            return "".join(
+                f"> {command}\n" + "".join(f"{line}\n" for line in play(command, expected))
+                for command, expected in _steps(block[0])
+            )
+
+        return _BLOCK.sub(replay, self.text)
+
+
+def _steps(block: str) -> Iterator[tuple[str, list[str]]]:
+    command, below = "", []
+    for line in block.splitlines():
+        if not line.startswith("> "):
+            below.append(line)
+            continue
+        if command:
+            yield command, below
+        command, below = line[2:], []
+    if command:
+        yield command, below
+
+
+# --- Consumers -----------------------------------------------------------------------------------
+
+
+class _Recorder(ConsumerKernel):
+    """A consumer's kernel that tells what it takes in and decides."""
+
+    def __init__(self, request: NamespaceRequest, call: Call) -> None:
+        super().__init__(request)
+        self._call = call
+
+    def receive(self, event: Event) -> tuple[Effect, ...]:
+        effects = super().receive(event)
+        self._call.tell(event, effects)
+        return effects
+
+
+_PEERS: Final = (
+    on.ResponseReceived,
+    on.ResponseMismatched,
+    on.CreationRefused,
+    on.NotFoundReceived,
+    on.ProviderUnavailable,
+    on.PassingFailed,
+    on.EndAnnounced,
+)
+_OWN_TIME: Final = (on.AnswerOverdue, on.NoticeDue, on.NoticeOverdue)
+
+
+class Call:
+    """One allocation that a consumer deals with, and the connection that it does so on."""
+
+    def __init__(self, consumer: Consumer, request: NamespaceRequest, name: str) -> None:
+        self.consumer = consumer
+        self.name = name
+        """As the scenario has it."""
+        self.connection: tuple[int, int] = (-1, -1)
+        """Of which life of the provider, and which of it."""
+        self._numbers: Counter[Hashable] = Counter()
+        self._audit: list[Fallback] = []
+        player = consumer.player
+        self.exchange = _Exchange(
+            _Recorder(request, self),
+            player.stage.inspector,
+            consumer.service,
+            FOREVER,
+            self._audit.append,
+            player.stage.path,
+        )
+
+    def tell(self, event: Event, effects: tuple[Effect, ...]) -> None:
+        """Take down what the kernel took in and decided."""
+        if self.consumer.is_gone:
+            return
+        who, items = self.consumer.name, self.consumer.items
+        if isinstance(event, _PEERS):
+            items.append(Item("", needs=self._next("provider")))
+        elif isinstance(event, _OWN_TIME):
+            items.append(Item(arrow("time", who, f"{type(event).__name__} {self.name}")))
+        elif isinstance(event, on.ProviderUnreachable | on.ConnectionLost):
+            items.append(Item(column(who, f"{type(event).__name__} {self.name}")))
+        for effect in effects:
+            self._perform(effect)
+
+    def _perform(self, effect: Effect) -> None:
+        who, items = self.consumer.name, self.consumer.items
+        match effect:
+            case do.SendRequest(request=request):
+                said = NamespaceRequest(self.name, request.namespaces, request.uenv_image)
+                self._say(words_of(said))
+            case do.SendEnd():
+                self._say(f"AllocationEnded {self.name}")
+            case do.SendFault():
+                self._say("NamespaceError FdPassing")
+            case do.DeliverDescriptors():
+                items.append(Item(self._holding))
+            case do.DiscardDescriptors():
+                items.append(Item(column(who, "closes what arrived, unused")))
+            case do.ReportFallback():
+                items.append(Item(self._audited))
+            case do.ServeSelf() | do.ReleaseOwn():
+                items.append(Item(arrow(who, "node", f"{type(effect).__name__} {self.name}")))
+            case do.ReportRefusal(error=error):
+                items.append(Item(column(who, f"is refused {self.name}: {type(error).__name__}")))
+            case do.ReportEnd():
+                items.append(Item(column(who, f"has done with {self.name}")))
+            case _:
+                pass
+
+    def _holding(self) -> str:
+        exchange = self.exchange
+        assert exchange.response is not None
+        kinds = " ".join(names_of(exchange.response.fd_types))
+        degraded = ", degraded" if exchange.fallback is not None else ""
+        holding = f"holds {self.name}: {kinds}, set {self.set_number}{degraded}"
+        return column(self.consumer.name, holding)
+
+    @property
+    def set_number(self) -> int:
+        """Which namespaces it holds."""
+        # Of two simulated nodes, each has its own numbers.
+        node = self.consumer.name if self.exchange.fallback is not None else "the provider's"
+        return self.consumer.player.number_of((node, *self.exchange.identities))
+
+    def _audited(self) -> str:
+        (fallback,) = self._audit
+        what = f"{fallback.event} {self.name}: {type(fallback.error).__name__}"
+        return arrow(self.consumer.name, "audit", what)
+
+    def _say(self, what: str) -> None:
+        item = Item(arrow(self.consumer.name, "provider", what), says=self._next("consumer"))
+        self.consumer.items.append(item)
+
+    def _next(self, side: str) -> Hashable:
+        key = (side, *self.connection)
+        self._numbers[key] += 1
+        return (*key, self._numbers[key])
+
+    def work(self) -> None:
+        """Do what there is to do."""
+        exchange, stage = self.exchange, self.consumer.player.stage
+        while exchange.slow:
+            effect = exchange.slow.popleft()
+            if isinstance(effect, do.Connect):
+                # What is said at once is said on the connection that it opens.
+                self.connection = stage.next_connection(self.consumer.name)
+                stage.connect(exchange)
+                if exchange.channel is None:
+                    stage.forget_connection()
+            else:
+                _perform(exchange, effect)
+        if not self.consumer.is_looking_away:
+            exchange.read()
+        if exchange.is_done:
+            # A mount namespace lives as long as somebody has a descriptor of it, and what is
+            # mounted in it as well.
+            exchange.close()
+
+
+class Consumer:
+    """A party that asks."""
+
+    def __init__(self, player: Player, name: str) -> None:
+        self.player = player
+        self.name = name
+        self.calls: dict[str, Call] = {}
+        self.items: list[Item] = []
+        self.service = player.stage.self_service(name)
+        self.is_gone = False
+        self.is_looking_away = False
+
+    def call(self, name: str, request: NamespaceRequest) -> Call:
+        """Begin to deal with an allocation."""
+        before = self.calls.pop(name, None)
+        if before is not None:
+            before.exchange.close()
+        call = self.calls[name] = Call(self, request, name)
+        return call
+
+    def close(self) -> None:
+        """Be gone, and whatever was made by oneself with it."""
+        self.is_gone = True
+        for call in self.calls.values():
+            call.exchange.close()
+        self.calls.clear()
+        self.service.close()
+        self.player.stage.own_is_gone(self.name)
+
+
+# --- Playing -----------------------------------------------------------------------------------
+
+_COMMANDS: Final[list[tuple[re.Pattern[str], str]]] = []
+
+
+def command(pattern: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a method one of the things that a scenario can tell."""
+
+    def register(method: Callable[..., None]) -> Callable[..., None]:
+        regular = re.sub(r"WHO", r"(?P<who>[a-z]+)", pattern)
+        regular = re.sub(r"JOB", r"(?P<job>job-\\d+)", regular)
+        _COMMANDS.append((re.compile(regular), method.__name__))
+        return method
+
+    return register
+
+
+@dataclass
+class Player:
+    """Plays commands on a stage, and tells what every party did."""
+
+    stage: Stage
+    consumers: dict[str, Consumer] = field(default_factory=dict)
+    patience_s: float = PATIENCE_S
+
+    def __post_init__(self) -> None:
+        self._provider = ProviderAccount(self.stage.named, self.stage.caller)
+        self._said: set[Hashable] = set()
+        self._sets: dict[Hashable, int] = {}
+        self._node = self._seen()
+
+    def number_of(self, namespaces: Hashable) -> int:
+        """Number the sets of namespaces as they come up."""
+        return self._sets.setdefault(namespaces, len(self._sets) + 1)
+
+    def play(self, told: str, expected: list[str]) -> list[str]:
+        """Do what a command says; say what every party did until nothing is left to be done."""
+        for pattern, name in _COMMANDS:
+            if found := pattern.fullmatch(told):
+                getattr(self, name)(**found.groupdict())
+                break
+        else:
+            raise ValueError(f"nobody knows how to play {told!r}")
+        deadline = time.monotonic() + self.patience_s
+        lines = self._settle()
+        while lines != expected and not self.stage.is_sudden and time.monotonic() < deadline:
+            time.sleep(0.002)
+            lines = self._settle()
+        if lines != expected:
+            self.patience_s = 0.0
+        self._turn_page()
+        return lines
+
+    def afterthoughts(self) -> list[str]:
+        """Say what is done though everything that was expected has been done."""
+        if not self.stage.is_sudden:
+            time.sleep(REST_S)
+        return self._settle()
+
+    def close(self) -> None:
+        with ExitStack() as stack:
+            stack.callback(self.stage.close)
+            for consumer in self.consumers.values():
+                stack.callback(consumer.close)
+
+    # The account.
+
+    def _settle(self) -> list[str]:
+        before = -1
+        while before != (count := self._count()):
+            before = count
+            for consumer in self.consumers.values():
+                for call in tuple(consumer.calls.values()):
+                    call.work()
+            self.stage.work()
+            for entry in self.stage.entries():
+                self._provider.take(entry)
+        return [*self._merged(), *self._moves(), *self._differences()]
+
+    def _count(self) -> int:
+        return len(self._provider.items) + sum(len(c.items) for c in self.consumers.values())
+
+    def _merged(self) -> Iterator[str]:
+        """Put the accounts in the one order that what was said leaves, consumers first."""
+        accounts = [deque(each.items) for each in (*self.consumers.values(), self._provider)]
+        said = {None, *self._said}
+        while ready := [each for each in accounts if each and each[0].needs in said]:
+            item = ready[0].popleft()
+            said.add(item.says)
+            text = item.text if isinstance(item.text, str) else item.text()
+            if text:
+                yield text
+        for item in (item for account in accounts for item in account):
+            yield f"{item.text or item.needs}, though nobody has said what comes before it"
+
+    def _moves(self) -> Iterator[str]:
+        for name, path in sorted(self._provider.moves.items()):
+            yield column(name, " → ".join(path))
+
+    def _differences(self) -> Iterator[str]:
+        now = self._seen()
+        for what in sorted({**self._node, **now}, key=lambda what: (what.endswith(".sqfs"), what)):
+            if now.get(what) != self._node.get(what):
+                yield column("node", f"{what}: {now.get(what, 'nothing left')}")
+
+    def _seen(self) -> dict[str, str]:
+        """What is on the node now, in words."""
+        found = {
+            self.stage.named(name): _in_words(sight)
+            for name, sight in sorted(self.stage.sights().items())
+        }
+        for consumer in self.consumers.values():
+            for call in consumer.calls.values():
+                sight = self.stage.own_sight(self.stage.real(call.name), call)
+                if sight is not None:
+                    found[f"{call.name} of {consumer.name}"] = _in_words(sight)
+        for image, users in sorted(self.stage.images().items()):
+            found[image] = f"mounted, {users or 'no'} user{'s' * (users != 1)}"
+        return found
+
+    def _turn_page(self) -> None:
+        for account in (*self.consumers.values(), self._provider):
+            self._said |= {item.says for item in account.items}
+            account.items.clear()
+        self._provider.moves.clear()
+        self._node = self._seen()
+
+    def _consumer(self, who: str) -> Consumer:
+        if who not in self.consumers:
+            self.consumers[who] = Consumer(self, who)
+        return self.consumers[who]
+
+    def _holder(self, job: str) -> Call:
+        calls = [c.calls[job] for c in self.consumers.values() if job in c.calls]
+        return next(call for call in reversed(calls) if call.exchange.bundle is not None)
+
+    # The commands.
+
+    @command("the provider starts")
+    def _start(self) -> None:
+        self.stage.start(is_held=False)
+
+    @command("the provider starts and is not ready yet")
+    def _start_slowly(self) -> None:
+        self.stage.start(is_held=True)
+
+    @command("the provider gets ready")
+    def _get_ready(self) -> None:
+        self.stage.let_go(Work.RECOVER)
+
+    @command("the provider is killed")
+    def _kill(self) -> None:
+        self.stage.kill()
+
+    @command(r"WHO wants JOB: (?P<kinds>[A-Z][A-Za-z ]*?)(?: with (?P<image>\S+))?")
+    def _want(self, who: str, job: str, kinds: str, image: str | None) -> None:
+        types = tuple(map(NamespaceType, kinds.split()))
+        request = NamespaceRequest(self.stage.real(job), types, image)
+        self._consumer(who).call(job, request).exchange.feed(on.NamespacesWanted())
+
+    @command("WHO ends JOB")
+    def _end(self, who: str, job: str) -> None:
+        consumer = self._consumer(who)
+        call = consumer.calls.get(job)
+        if call is None or call.exchange.kernel.state in _OVER:
+            call = consumer.call(job, NamespaceRequest(self.stage.real(job), ()))
+        call.exchange.feed(on.EndWanted())
+
+    @command("WHO dies")
+    def _die(self, who: str) -> None:
+        self.consumers.pop(who).close()
+
+    @command("WHO looks away")
+    def _look_away(self, who: str) -> None:
+        self._consumer(who).is_looking_away = True
+
+    @command("WHO looks again")
+    def _look_again(self, who: str) -> None:
+        self._consumer(who).is_looking_away = False
+
+    @command("a process enters JOB")
+    def _enter(self, job: str) -> None:
+        call = self._holder(job)
+        self.stage.enter(self.stage.real(job), call)
+        kinds = " ".join(names_of(call.exchange.kernel.request.namespaces))
+        call.consumer.items.append(
+            Item(column("process", f"is in {kinds} of set {call.set_number}"))
+        )
+
+    @command("a process leaves JOB")
+    def _leave(self, job: str) -> None:
+        self.stage.leave(self.stage.real(job))
+
+    @command("the init of JOB is killed")
+    def _kill_init(self, job: str) -> None:
+        self.stage.kill_init(self.stage.real(job))
+
+    @command("something in JOB cannot die")
+    def _entangle(self, job: str) -> None:
+        self.stage.entangle(self.stage.real(job), self._holder(job))
+
+    @command("what is in JOB can die")
+    def _disentangle(self, job: str) -> None:
+        self.stage.disentangle(self.stage.real(job))
+
+    @command("an operator releases JOB")
+    def _release(self, job: str) -> None:
+        self.stage.release(self.stage.real(job))
+
+    @command("(?P<work>creating|releasing) takes long")
+    def _hold(self, work: str) -> None:
+        self.stage.hold(_WORK[work])
+
+    @command("(?P<work>creating|releasing) goes on")
+    def _let_go(self, work: str) -> None:
+        self.stage.let_go(_WORK[work])
+
+    @command("the (?P<span>claim timeout|release deadline) of JOB passes")
+    def _expire(self, span: str, job: str) -> None:
+        self.stage.expire(_SPANS[span], self.stage.real(job))
+
+    @command("the hold time passes")
+    def _pass_hold_time(self) -> None:
+        self.stage.pass_hold_time()
+
+    @command("the (?P<span>answer deadline|redial pause) of WHO passes")
+    def _expire_consumer(self, span: str, who: str) -> None:
+        for call in self._consumer(who).calls.values():
+            if _SPANS[span] in call.exchange.deadlines:
+                call.exchange.deadlines[_SPANS[span]] = 0.0
+                call.exchange.expire(time.monotonic())
+
+
+_OVER: Final = (ConsumerState.ENDED, ConsumerState.REFUSED, ConsumerState.FAILED)
+_WORK: Final = {"creating": Work.CREATE, "releasing": Work.RELEASE}
+_SPANS: Final = {
+    "claim timeout": Timer.CLAIM,
+    "release deadline": Timer.RELEASE,
+    "answer deadline": Timer.ANSWER,
+    "redial pause": Timer.REDIAL,
+}
+
+VOCABULARY: Final = tuple(pattern.pattern for pattern, _ in _COMMANDS)
+
+
+def _in_words(sight: Sight) -> str:
+    kinds = " ".join(names_of(sight.kinds)) or "no namespaces"
+    cgroup = "no cgroup"
+    if sight.has_cgroup:
+        cgroup = f"a cgroup with {sight.processes or 'no'} process{'es' * (sight.processes != 1)}"
+    return f"{kinds}, {cgroup}"
+
+
+def play(scenario: Scenario, stage: Stage, patience_s: float = PATIENCE_S) -> str:
+    """Play a scenario; return its text as it should be. The stage is closed."""
+    player = Player(stage, patience_s=patience_s)
+    try:
+        text = scenario.played(player.play)
+        return "\n".join([text, *player.afterthoughts()])
+    finally:
+        player.close()

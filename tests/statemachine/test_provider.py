@@ -1,0 +1,1365 @@
+"""What a provider decides: one test for each rule of the protocol that its kernel is there for."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Final
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specs import invariants as always
+from statemachine import effects as do
+from statemachine import events as on
+from statemachine.effects import Effect, Timer
+from statemachine.errors import (
+    AllocationNotFound,
+    CreationFailed,
+    FdPassing,
+    LocalProtocolError,
+    NamespaceError,
+    SocketUnavailable,
+)
+from statemachine.events import Event
+from statemachine.lifecycle import AllocationState
+from statemachine.messages import (
+    AllocationEnded,
+    NamespaceRequest,
+    NamespaceResponse,
+    NamespaceType,
+    objection,
+)
+from statemachine.provider import (
+    REMEMBERED_MAX,
+    WAITING_MAX,
+    Limits,
+    Phase,
+    ProviderKernel,
+    event_of,
+)
+
+PID, NET, MOUNT = NamespaceType.PID, NamespaceType.NET, NamespaceType.MOUNT
+UNKNOWN, REQUESTED = AllocationState.UNKNOWN, AllocationState.REQUESTED
+CREATED, HANDED_OFF = AllocationState.CREATED, AllocationState.HANDED_OFF
+ENDED, RELEASED = AllocationState.ENDED, AllocationState.RELEASED
+
+A: Final = NamespaceRequest("a", (NET, PID))
+A_OTHERWISE: Final = NamespaceRequest("a", (PID, NET))
+B: Final = NamespaceRequest("b", (PID,))
+TOO_LATE: Final = CreationFailed("the allocation ended before it could be handed over")
+ENDINGS: Final = [
+    pytest.param(on.ScopeEmptied("a"), id="its cgroup empties"),
+    pytest.param(on.EndReceived(9, "a"), id="a consumer says so"),
+    pytest.param(on.InitDied("a"), id="its init dies"),
+    pytest.param(on.ClaimExpired("a"), id="nobody claims it"),
+    pytest.param(on.ReleaseRequested("a"), id="an operator says so"),
+]
+
+
+def answer_to(request: NamespaceRequest) -> NamespaceResponse:
+    return NamespaceResponse(request.allocation_id, request.namespaces)
+
+
+DELAYED: Final = on.ReleaseDelayed("a", "1 process does not die")
+EARLY_END: Final = (on.RequestReceived(1, B), on.EndReceived(9, "b"))
+STUCK_FAULT: Final = (on.RequestReceived(1, B), on.FrameRejected("x", 1))
+
+
+class Script:
+    """A kernel to be fed line by line; connection 9 is open and asks for nothing by itself."""
+
+    def __init__(self, limits: Limits | None = None, *, is_ready: bool = True) -> None:
+        self.kernel = ProviderKernel(limits)
+        if is_ready:
+            self.feed(on.ProviderReady())
+        self.open(9)
+
+    def feed(self, event: Event) -> tuple[Effect, ...]:
+        return self.kernel.receive(event)
+
+    def open(self, *connections: int, uid: int = 0) -> None:
+        for connection in connections:
+            assert self.feed(on.ConnectionOpened(connection, uid)) == ()
+
+    def ask(self, connection: int, request: NamespaceRequest) -> tuple[Effect, ...]:
+        return self.feed(on.RequestReceived(connection, request))
+
+    def end(self, connection: int, name: str = "a") -> tuple[Effect, ...]:
+        return self.feed(on.EndReceived(connection, name))
+
+    def lose(self, connection: int) -> tuple[Effect, ...]:
+        return self.feed(on.ConnectionLost(connection))
+
+    def create(self, request: NamespaceRequest = A) -> tuple[Effect, ...]:
+        effects = self.feed(on.NamespacesCreated(request.allocation_id, answer_to(request)))
+        for effect in effects:
+            if isinstance(effect, do.HandOver):
+                self.feed(on.ResponseSent(request.allocation_id, effect.connection))
+        return effects
+
+    def hand_over(self, connection: int, request: NamespaceRequest = A) -> None:
+        """Take an allocation all the way to one consumer."""
+        self.ask(connection, request)
+        self.create(request)
+
+    def release(self, name: str = "a") -> tuple[Effect, ...]:
+        return self.feed(on.NamespacesReleased(name))
+
+    def state(self, name: str = "a") -> AllocationState:
+        return self.kernel.state_of(name)
+
+    def refuses(self, event: Event) -> LocalProtocolError:
+        """Feed an event that cannot be; it must be refused, and change nothing."""
+        before = self.kernel.snapshot()
+        with pytest.raises(LocalProtocolError) as caught:
+            self.feed(event)
+        always.require(always.an_error_changes_nothing(before, self.kernel.snapshot()))
+        return caught.value
+
+
+@pytest.fixture
+def script() -> Script:
+    script = Script()
+    script.open(1, 2, 3)
+    return script
+
+
+def test_basic_one_life_from_the_request_to_the_release() -> None:
+    kernel = ProviderKernel()
+    life: list[tuple[Event, tuple[Effect, ...]]] = [
+        (on.ProviderReady(), ()),
+        (on.ConnectionOpened(1, 0), ()),
+        (on.RequestReceived(1, A), (do.CreateNamespaces(A),)),
+        (
+            on.NamespacesCreated("a", answer_to(A)),
+            (do.Watch("a"), do.HandOver(1, answer_to(A))),
+        ),
+        (on.ResponseSent("a", 1), (do.RecordHandoff("a"),)),
+        (on.ScopePopulated("a"), ()),
+        (
+            on.ScopeEmptied("a"),
+            (do.ReleaseNamespaces("a"), do.StartTimer(Timer.RELEASE, "a")),
+        ),
+        (
+            on.NamespacesReleased("a"),
+            (do.StopTimer(Timer.RELEASE, "a"), do.AnnounceEnd(1, "a")),
+        ),
+        (on.ConnectionLost(1), ()),
+    ]
+    for event, effects in life:
+        assert kernel.receive(event) == effects
+    assert kernel.states == {}
+    assert kernel.state_of("a") is RELEASED
+
+
+# --- Hand-over ---------------------------------------------------------------------------------
+
+
+@pytest.mark.clause("LIFE-3")
+def test_the_same_request_gets_the_same_namespaces_and_creates_nothing(script: Script) -> None:
+    script.hand_over(1)
+    assert script.ask(2, A) == (do.HandOver(2, answer_to(A)),)
+    assert script.ask(1, A) == (do.HandOver(1, answer_to(A)),)
+
+
+@pytest.mark.clause("LIFE-4")
+def test_everyone_who_asks_during_the_creation_gets_the_one_result(script: Script) -> None:
+    assert script.ask(1, A) == (do.CreateNamespaces(A),)
+    assert script.ask(2, A) == ()
+    assert script.ask(1, A) == ()
+    given_out = [do.HandOver(c, answer_to(A)) for c in (1, 1, 2)]
+    assert script.feed(on.NamespacesCreated("a", answer_to(A))) == (do.Watch("a"), *given_out)
+
+
+def test_everyone_who_asks_during_a_creation_that_fails_hears_why(script: Script) -> None:
+    script.ask(1, A)
+    script.ask(2, A)
+    failure = CreationFailed("unshare: unshare(2): ENOSPC")
+    assert script.feed(on.NamespacesNotCreated("a", failure)) == (
+        do.ReleaseNamespaces("a"),
+        do.StartTimer(Timer.RELEASE, "a"),
+    )
+    assert script.release() == (
+        do.StopTimer(Timer.RELEASE, "a"),
+        do.Refuse(1, failure),
+        do.Refuse(2, failure),
+    )
+
+
+@pytest.mark.clause("LIFE-5")
+@pytest.mark.parametrize("state", [REQUESTED, CREATED, HANDED_OFF])
+def test_another_request_under_a_live_name_is_refused_and_changes_nothing(
+    script: Script, state: AllocationState
+) -> None:
+    script.ask(1, A)
+    if state is not REQUESTED:
+        script.feed(on.NamespacesCreated("a", answer_to(A)))
+    if state is HANDED_OFF:
+        script.feed(on.ResponseSent("a", 1))
+    (refusal,) = script.ask(2, A_OTHERWISE)
+    conflict = CreationFailed("allocation a is alive with another request")
+    assert refusal == do.Refuse(2, conflict)
+    assert script.state() is state
+
+
+@pytest.mark.parametrize("change", [{"namespaces": (PID, NET, MOUNT)}, {"uenv_image": "x.sqfs"}])
+def test_order_and_image_belong_to_the_request(script: Script, change: dict[str, Any]) -> None:
+    request = NamespaceRequest("a", (NET, PID, MOUNT))
+    script.hand_over(1, request)
+    (refusal,) = script.ask(2, replace(request, **change))
+    assert isinstance(refusal, do.Refuse)
+
+
+@pytest.mark.clause("LIFE-12", "ERR-1")
+@pytest.mark.parametrize(
+    "request_",
+    [
+        NamespaceRequest("", ()),
+        NamespaceRequest("a/b", (PID,)),
+        NamespaceRequest("a", (PID, PID)),
+        NamespaceRequest("a", (PID,), "x.sqfs"),
+    ],
+)
+def test_a_request_that_breaks_a_rule_is_refused_without_any_effect(
+    script: Script, request_: NamespaceRequest
+) -> None:
+    before = script.kernel.snapshot()
+    (refusal,) = script.ask(1, request_)
+    assert isinstance(refusal, do.Refuse)
+    assert refusal.error == CreationFailed(str(objection(request_)))
+    assert script.kernel.snapshot() == before
+
+
+def test_the_provider_may_hand_over_nothing_at_all(script: Script) -> None:
+    empty = NamespaceRequest("a", ())
+    script.ask(1, empty)
+    assert do.HandOver(1, NamespaceResponse("a", ())) in script.create(empty)
+
+
+@pytest.mark.clause("FD-13")
+def test_descriptors_that_cannot_be_had_leave_the_allocation_as_it_is(script: Script) -> None:
+    script.ask(1, A)
+    script.feed(on.NamespacesCreated("a", answer_to(A)))
+    assert script.feed(on.ResponseNotSent("a", 1, FdPassing("EMFILE"))) == ()
+    assert script.state() is CREATED
+    assert script.ask(2, A) == (do.HandOver(2, answer_to(A)),)
+    assert script.feed(on.ResponseSent("a", 2)) == (do.RecordHandoff("a"),)
+
+
+def test_whoever_was_handed_nothing_is_told_of_no_end(script: Script) -> None:
+    script.ask(1, A)
+    script.feed(on.NamespacesCreated("a", answer_to(A)))
+    script.feed(on.ResponseNotSent("a", 1, FdPassing("EMFILE")))
+    script.feed(on.InitDied("a"))
+    assert script.release() == (do.StopTimer(Timer.RELEASE, "a"),)
+
+
+def test_a_second_hand_over_that_fails_does_not_undo_the_first(script: Script) -> None:
+    script.hand_over(1)
+    script.ask(1, A)
+    script.feed(on.ResponseNotSent("a", 1, FdPassing("EMFILE")))
+    script.feed(on.ScopeEmptied("a"))
+    assert do.AnnounceEnd(1, "a") in script.release()
+
+
+def test_a_hand_over_is_recorded_once(script: Script) -> None:
+    script.hand_over(1)
+    script.ask(2, A)
+    assert script.feed(on.ResponseSent("a", 2)) == ()
+
+
+# --- Answers in order --------------------------------------------------------------------------
+
+
+@pytest.mark.clause("WIRE-14")
+def test_answers_come_in_the_order_of_the_messages(script: Script) -> None:
+    script.ask(1, A)
+    script.ask(1, B)
+    script.end(1, "nobody")
+    assert script.create(B) == (do.Watch("b"),)
+    effects = script.feed(on.NamespacesCreated("a", answer_to(A)))
+    assert effects == (
+        do.Watch("a"),
+        do.HandOver(1, answer_to(A)),
+        do.HandOver(1, answer_to(B)),
+        do.Refuse(1, AllocationNotFound("nobody")),
+    )
+
+
+def test_an_answer_that_waits_for_its_turn_holds_up_no_other_connection(script: Script) -> None:
+    script.ask(1, A)
+    script.ask(1, B)
+    script.ask(2, B)
+    assert script.create(B) == (do.Watch("b"), do.HandOver(2, answer_to(B)))
+
+
+def test_a_refusal_waits_for_its_turn(script: Script) -> None:
+    script.ask(1, A)
+    assert script.ask(1, A_OTHERWISE) == ()
+    handed, refused = script.create()[1:]
+    assert (type(handed), type(refused)) == (do.HandOver, do.Refuse)
+
+
+@pytest.mark.clause("WIRE-15")
+def test_an_end_that_nobody_asked_for_may_come_in_between(script: Script) -> None:
+    script.hand_over(1)
+    script.ask(1, B)
+    script.feed(on.ScopeEmptied("a"))
+    assert do.AnnounceEnd(1, "a") in script.release()
+    assert do.HandOver(1, answer_to(B)) in script.create(B)
+
+
+def test_what_ended_before_its_turn_is_not_handed_over(script: Script) -> None:
+    script.ask(1, B)
+    script.ask(1, A)
+    script.create(A)
+    script.feed(on.InitDied("a"))
+    script.release("a")
+    assert script.create(B) == (
+        do.Watch("b"),
+        do.HandOver(1, answer_to(B)),
+        do.Refuse(1, TOO_LATE),
+    )
+
+
+def test_what_is_released_before_its_turn_is_not_handed_over(script: Script) -> None:
+    script.ask(1, B)
+    script.ask(1, A)
+    script.create(A)
+    script.feed(on.ScopeEmptied("a"))
+    script.create(B)
+    script.end(1)
+    assert do.Refuse(1, TOO_LATE) in script.release()
+
+
+def test_two_equal_messages_have_two_answers(script: Script) -> None:
+    nobody = AllocationNotFound("nobody")
+    assert script.end(1, "nobody") == (do.Refuse(1, nobody),)
+    assert script.end(1, "nobody") == (do.Refuse(1, nobody),)
+    script.hand_over(1)
+    script.end(1)
+    script.end(1)
+    assert script.release()[1:] == (do.AnnounceEnd(1, "a"), do.AnnounceEnd(1, "a"))
+
+
+# --- Frames that cannot be read ----------------------------------------------------------------
+
+
+@pytest.mark.clause("WIRE-11")
+def test_an_unreadable_frame_is_answered_and_the_connection_closed(script: Script) -> None:
+    assert script.feed(on.FrameRejected("N is 0", 1)) == (
+        do.Refuse(1, FdPassing("N is 0")),
+        do.CloseConnection(1),
+    )
+
+
+def test_an_unreadable_frame_is_answered_in_its_turn(script: Script) -> None:
+    script.ask(1, A)
+    assert script.feed(on.FrameRejected("N is 0", 1)) == ()
+    assert script.create()[1:] == (
+        do.HandOver(1, answer_to(A)),
+        do.Refuse(1, FdPassing("N is 0")),
+        do.CloseConnection(1),
+    )
+
+
+@pytest.mark.clause("WIRE-12")
+def test_an_unreadable_frame_concerns_no_other_connection(script: Script) -> None:
+    script.hand_over(1)
+    script.ask(2, B)
+    script.feed(on.FrameRejected("N is 0", 3))
+    assert (script.state("a"), script.state("b")) == (HANDED_OFF, REQUESTED)
+    assert script.create(B)[1:] == (do.HandOver(2, answer_to(B)),)
+
+
+def test_nothing_is_read_from_a_connection_that_is_being_closed(script: Script) -> None:
+    script.feed(on.FrameRejected("N is 0", 1))
+    for event in (
+        on.RequestReceived(1, A),
+        on.EndReceived(1, "a"),
+        on.FrameRejected("again", 1),
+    ):
+        assert "connection 1 is closing" in str(script.refuses(event))
+    assert script.lose(1) == ()
+
+
+def test_nothing_is_sent_on_a_connection_that_is_being_closed(script: Script) -> None:
+    script.hand_over(1)
+    script.feed(on.FrameRejected("N is 0", 1))
+    script.feed(on.ScopeEmptied("a"))
+    assert script.release() == (do.StopTimer(Timer.RELEASE, "a"),)
+
+
+@pytest.mark.parametrize(
+    "message", [answer_to(A), FdPassing("x"), CreationFailed("x")], ids=lambda x: type(x).__name__
+)
+def test_a_message_that_is_not_for_a_provider_is_as_good_as_unreadable(message: Any) -> None:
+    name = type(message).__name__
+    assert event_of(7, message) == on.FrameRejected(f"{name} is not for the provider", 7)
+
+
+def test_messages_are_named_as_what_they_mean() -> None:
+    assert event_of(7, A) == on.RequestReceived(7, A)
+    assert event_of(7, AllocationEnded("a")) == on.EndReceived(7, "a")
+
+
+def test_an_end_whose_answer_could_not_be_sent_is_as_good_as_unreadable() -> None:
+    reason = "allocation_id has 129 bytes; 1 to 128 are allowed"
+    assert event_of(7, AllocationEnded("x" * 129)) == on.FrameRejected(reason, 7)
+
+
+# --- Ends --------------------------------------------------------------------------------------
+
+
+@pytest.mark.clause("END-1")
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("is_handed", [False, True], ids=["created", "handed off"])
+def test_whichever_reason_comes_first_ends_it(
+    script: Script, ending: Event, is_handed: bool
+) -> None:
+    script.ask(1, A)
+    script.feed(on.NamespacesCreated("a", answer_to(A)))
+    if is_handed:
+        script.feed(on.ResponseSent("a", 1))
+    if isinstance(ending, on.ClaimExpired):
+        script.lose(1)
+    effects = script.feed(ending)
+    assert effects == (do.ReleaseNamespaces("a"), do.StartTimer(Timer.RELEASE, "a"))
+    assert script.state() is ENDED
+
+
+@pytest.mark.clause("END-2")
+@pytest.mark.parametrize("first", ENDINGS)
+def test_the_later_reasons_to_end_have_no_effect(script: Script, first: Event) -> None:
+    script.hand_over(1)
+    if isinstance(first, on.ClaimExpired):
+        script.lose(1)
+    script.feed(first)
+    later = [
+        on.ScopeEmptied("a"),
+        on.InitDied("a"),
+        on.ReleaseRequested("a"),
+        on.EndReceived(9, "a"),
+    ]
+    for event in later:
+        assert script.feed(event) == ()
+
+
+@pytest.mark.clause("LIFE-1")
+@pytest.mark.parametrize(
+    ("events", "event", "state"),
+    [
+        ((), on.ClaimExpired("a"), "handed_off without a claim timer"),
+        ((on.ConnectionLost(1), on.RequestReceived(9, A)), on.ClaimExpired("a"), "claim timer"),
+        ((on.ScopeEmptied("a"),), on.RetryDue("a"), "ended without a retry timer"),
+        ((on.ScopeEmptied("a"), on.ReleaseOverdue("a")), on.ReleaseOverdue("a"), "release timer"),
+        ((on.ScopeEmptied("a"), DELAYED), DELAYED, "ended and not being released"),
+        ((on.ScopeEmptied("a"), DELAYED), on.NamespacesReleased("a"), "not being released"),
+        ((), on.NamespacesCreated("a", answer_to(A)), "handed_off"),
+        ((on.ScopeEmptied("a"),), on.NamespacesCreated("a", answer_to(A)), "and not being made"),
+        ((on.ScopeEmptied("a"),), on.NamespacesNotCreated("a", TOO_LATE), "and not being made"),
+        (EARLY_END, on.NamespacesReleased("b"), "ended and still being made"),
+        (EARLY_END, on.ReleaseDelayed("b", "it hangs"), "ended and still being made"),
+        ((on.FrameRejected("x", 1),), on.EndReceived(1, "a"), "closing"),
+        (STUCK_FAULT, on.FrameRejected("x", 1), "closing"),
+        (STUCK_FAULT, on.EndReceived(1, "a"), "closing"),
+        ((), on.CreatedAdopted("b", B, answer_to(B)), "the provider is ready"),
+        ((), on.HandedOffAdopted("b", B, answer_to(B)), "the provider is ready"),
+        ((), on.RemainsFound("b", B), "the provider is ready"),
+    ],
+)
+def test_what_was_not_under_way_cannot_be_reported(
+    script: Script, events: tuple[Event, ...], event: Event, state: str
+) -> None:
+    script.hand_over(1)
+    for earlier in events:
+        script.feed(earlier)
+    before = script.kernel.snapshot()
+    with pytest.raises(LocalProtocolError, match=state):
+        script.feed(event)
+    assert script.kernel.snapshot() == before
+
+
+@pytest.mark.clause("END-12")
+def test_an_end_is_pushed_once_to_each_connection_that_was_handed_it(script: Script) -> None:
+    script.hand_over(1)
+    script.ask(2, A)
+    script.feed(on.ResponseSent("a", 2))
+    script.ask(2, A)
+    script.feed(on.ResponseSent("a", 2))
+    script.feed(on.ScopeEmptied("a"))
+    assert script.release()[1:] == (do.AnnounceEnd(1, "a"), do.AnnounceEnd(2, "a"))
+
+
+def test_an_end_is_not_pushed_to_a_lost_connection(script: Script) -> None:
+    script.hand_over(1)
+    script.lose(1)
+    script.feed(on.ScopeEmptied("a"))
+    assert script.release() == (do.StopTimer(Timer.RELEASE, "a"),)
+
+
+@pytest.mark.clause("END-13")
+def test_whoever_ends_gets_the_end_as_the_answer_and_not_twice(script: Script) -> None:
+    script.hand_over(1)
+    script.end(1)
+    assert script.release()[1:] == (do.AnnounceEnd(1, "a"),)
+
+
+def test_crossing_ends_are_both_answered(script: Script) -> None:
+    script.hand_over(1)
+    script.feed(on.ScopeEmptied("a"))
+    assert script.release()[1:] == (do.AnnounceEnd(1, "a"),)
+    # Sent before that arrived.
+    assert script.end(1) == (do.AnnounceEnd(1, "a"),)
+
+
+def test_ends_from_two_sides_at_once_are_both_answered_by_the_one_release(script: Script) -> None:
+    script.hand_over(1)
+    script.end(1)
+    assert script.end(2) == ()
+    assert script.release()[1:] == (do.AnnounceEnd(1, "a"), do.AnnounceEnd(2, "a"))
+
+
+@pytest.mark.clause("END-16")
+def test_an_end_during_the_creation_undoes_it(script: Script) -> None:
+    script.ask(1, A)
+    script.ask(3, A)
+    assert script.end(2) == (do.ReleaseNamespaces("a"), do.StartTimer(Timer.RELEASE, "a"))
+    assert script.feed(on.NamespacesCreated("a", answer_to(A))) == ()
+    assert script.release() == (
+        do.StopTimer(Timer.RELEASE, "a"),
+        do.AnnounceEnd(2, "a"),
+        do.Refuse(1, TOO_LATE),
+        do.Refuse(3, TOO_LATE),
+    )
+
+
+def test_an_end_during_a_creation_that_fails_is_an_end_all_the_same(script: Script) -> None:
+    script.ask(1, A)
+    script.end(2)
+    failure = CreationFailed("ENOSPC")
+    assert script.feed(on.NamespacesNotCreated("a", failure)) == ()
+    assert script.release()[1:] == (do.AnnounceEnd(2, "a"), do.Refuse(1, failure))
+
+
+def test_whoever_ends_its_own_request_hears_first_that_it_failed(script: Script) -> None:
+    script.ask(1, A)
+    script.end(1)
+    script.feed(on.NamespacesCreated("a", answer_to(A)))
+    assert script.release()[1:] == (do.Refuse(1, TOO_LATE), do.AnnounceEnd(1, "a"))
+
+
+@pytest.mark.clause("END-12")
+def test_who_holds_it_is_told_of_the_end_before_the_last_word_on_its_connection(
+    script: Script,
+) -> None:
+    """Its fault waits for the answer to its second request, which comes with the end."""
+    script.hand_over(1)
+    script.feed(on.ReleaseRequested("a"))
+    script.ask(1, A)
+    script.feed(on.FrameRejected("N is 0", 1))
+    told, refused, fault, closed = script.feed(on.ReleaseOverdue("a"))
+    assert told == do.AnnounceEnd(1, "a")
+    assert isinstance(refused, do.Refuse)
+    assert (fault, closed) == (do.Refuse(1, FdPassing("N is 0")), do.CloseConnection(1))
+
+
+@pytest.mark.clause("END-20")
+def test_an_end_is_taken_however_many_messages_are_unanswered() -> None:
+    script = Script(Limits(open_per_connection=2, open_per_uid=2))
+    script.open(1)
+    script.ask(1, A)
+    script.ask(1, B)
+    assert do.ReleaseNamespaces("a") in script.end(1, "a")
+    assert script.state("a") is ENDED
+
+
+def test_an_operators_release_undoes_a_creation(script: Script) -> None:
+    script.ask(1, A)
+    assert do.ReleaseNamespaces("a") in script.feed(on.ReleaseRequested("a"))
+    script.feed(on.NamespacesCreated("a", answer_to(A)))
+    assert script.release()[1:] == (do.Refuse(1, TOO_LATE),)
+
+
+@pytest.mark.clause("END-13")
+def test_the_end_of_what_never_was_is_not_found(script: Script) -> None:
+    before = script.kernel.snapshot()
+    assert script.end(1, "nobody") == (do.Refuse(1, AllocationNotFound("nobody")),)
+    assert script.kernel.snapshot() == before
+
+
+def test_the_end_of_what_is_remembered_is_confirmed_again(script: Script) -> None:
+    script.hand_over(1)
+    script.end(1)
+    script.release()
+    assert script.end(2) == (do.AnnounceEnd(2, "a"),)
+    assert script.end(2) == (do.AnnounceEnd(2, "a"),)
+
+
+@pytest.mark.clause("END-18")
+def test_the_oldest_name_is_forgotten_first() -> None:
+    script = Script(Limits(remembered=2))
+    for name in ("x", "y", "z"):
+        script.hand_over(9, NamespaceRequest(name, ()))
+        script.end(9, name)
+        script.release(name)
+    assert script.end(9, "x") == (do.Refuse(9, AllocationNotFound("x")),)
+    assert script.end(9, "y") == (do.AnnounceEnd(9, "y"),)
+    assert script.end(9, "z") == (do.AnnounceEnd(9, "z"),)
+
+
+def test_a_name_that_is_used_again_is_remembered_as_of_its_last_end() -> None:
+    script = Script(Limits(remembered=2))
+    for name in ("x", "y", "x", "z"):
+        script.hand_over(9, NamespaceRequest(name, ()))
+        script.end(9, name)
+        script.release(name)
+    assert script.state("x") is RELEASED
+    assert script.state("y") is UNKNOWN
+
+
+def test_a_name_that_is_used_again_takes_no_place_among_the_remembered() -> None:
+    script = Script(Limits(remembered=2))
+    for name in ("x", "y"):
+        script.hand_over(9, NamespaceRequest(name, ()))
+        script.end(9, name)
+        script.release(name)
+    script.hand_over(9, NamespaceRequest("y", ()))
+    script.hand_over(9, B)
+    script.end(9, "b")
+    script.release("b")
+    assert script.state("x") is RELEASED
+
+
+def test_a_new_provider_is_starting_and_empty() -> None:
+    assert ProviderKernel().snapshot() == (Phase.STARTING, (), (), (), (), False)
+
+
+def test_names_are_remembered_in_addition() -> None:
+    kernel = ProviderKernel()
+    kernel.remember(["x"])
+    kernel.remember(["y"])
+    assert [kernel.state_of(name) for name in "xyz"] == [RELEASED, RELEASED, UNKNOWN]
+
+
+@pytest.mark.clause("END-18")
+def test_about_a_thousand_names_are_remembered() -> None:
+    assert Limits().remembered == REMEMBERED_MAX == 1024
+
+
+def test_after_the_release_the_same_request_makes_a_new_incarnation(script: Script) -> None:
+    script.hand_over(1)
+    script.end(1)
+    script.release()
+    assert script.ask(1, A_OTHERWISE) == (do.CreateNamespaces(A_OTHERWISE),)
+
+
+def test_a_hand_over_that_an_end_overtakes_is_no_error() -> None:
+    """At readiness a request and an end may be decided in one step, before either is performed."""
+    script = Script(is_ready=False)
+    script.open(1, 2)
+    script.feed(on.HandedOffAdopted("a", A, answer_to(A)))
+    script.ask(1, A)
+    script.end(2)
+    effects = script.feed(on.ProviderReady())
+    kinds = [type(effect) for effect in effects]
+    assert kinds.index(do.HandOver) < kinds.index(do.ReleaseNamespaces)
+    assert script.feed(on.ResponseSent("a", 1)) == ()
+    assert script.release()[1:] == (do.AnnounceEnd(1, "a"), do.AnnounceEnd(2, "a"))
+
+
+def test_a_hand_over_that_fails_after_the_end_is_no_error() -> None:
+    script = Script(is_ready=False)
+    script.open(1, 2)
+    script.feed(on.HandedOffAdopted("a", A, answer_to(A)))
+    script.ask(1, A)
+    script.end(2)
+    script.feed(on.ProviderReady())
+    assert script.feed(on.ResponseNotSent("a", 1, FdPassing("EMFILE"))) == ()
+    assert script.release()[1:] == (do.AnnounceEnd(2, "a"),)
+
+
+# --- Releasing takes its time ------------------------------------------------------------------
+
+
+def test_a_release_that_is_delayed_is_tried_again_until_it_is_done(script: Script) -> None:
+    script.hand_over(1)
+    script.end(1)
+    for _ in range(3):
+        delayed = script.feed(on.ReleaseDelayed("a", "process 7 is in D state"))
+        assert delayed == (do.StartTimer(Timer.RETRY, "a"),)
+        assert script.kernel.drain_of("a") == "process 7 is in D state"
+        assert script.feed(on.RetryDue("a")) == (do.ReleaseNamespaces("a"),)
+    assert script.release()[1:] == (do.AnnounceEnd(1, "a"),)
+    assert script.kernel.drain_of("a") == ""
+
+
+def test_an_end_is_announced_at_the_release_deadline_and_not_again(script: Script) -> None:
+    script.hand_over(1)
+    script.feed(on.ScopeEmptied("a"))
+    script.feed(on.ReleaseDelayed("a", "process 7 is in D state"))
+    assert script.feed(on.ReleaseOverdue("a")) == (do.AnnounceEnd(1, "a"),)
+    assert script.state() is ENDED
+    script.feed(on.RetryDue("a"))
+    assert script.release() == ()
+
+
+def test_an_end_during_the_drain_is_confirmed_at_once(script: Script) -> None:
+    script.hand_over(1)
+    script.feed(on.ScopeEmptied("a"))
+    script.feed(on.ReleaseOverdue("a"))
+    assert script.end(2) == (do.AnnounceEnd(2, "a"),)
+
+
+@pytest.mark.clause("LIFE-6")
+def test_a_request_during_the_release_waits_and_starts_a_new_incarnation(script: Script) -> None:
+    script.hand_over(1)
+    script.feed(on.ScopeEmptied("a"))
+    assert script.ask(2, A_OTHERWISE) == ()
+    assert script.release() == (
+        do.StopTimer(Timer.RELEASE, "a"),
+        do.AnnounceEnd(1, "a"),
+        do.CreateNamespaces(A_OTHERWISE),
+    )
+    assert script.create(A_OTHERWISE)[1:] == (do.HandOver(2, answer_to(A_OTHERWISE)),)
+
+
+@pytest.mark.clause("LIFE-7")
+def test_a_request_during_the_drain_is_refused_with_what_is_still_there(script: Script) -> None:
+    script.hand_over(1)
+    script.feed(on.ScopeEmptied("a"))
+    script.ask(2, A)
+    script.feed(on.ReleaseDelayed("a", "process 7 is in D state"))
+    draining = CreationFailed(
+        "the allocation before it has ended but is not released: process 7 is in D state"
+    )
+    assert do.Refuse(2, draining) in script.feed(on.ReleaseOverdue("a"))
+    assert script.ask(3, A) == (do.Refuse(3, draining),)
+
+
+def test_a_request_during_a_drain_of_which_nothing_is_known_is_refused_too(script: Script) -> None:
+    script.hand_over(1)
+    script.feed(on.ScopeEmptied("a"))
+    script.feed(on.ReleaseOverdue("a"))
+    reason = "the allocation before it has ended but is not released: its release takes long"
+    assert script.ask(2, A) == (do.Refuse(2, CreationFailed(reason)),)
+
+
+def test_an_early_request_of_a_lost_connection_starts_nothing(script: Script) -> None:
+    script.hand_over(1)
+    script.feed(on.ScopeEmptied("a"))
+    script.ask(2, A)
+    script.lose(2)
+    assert script.release() == (do.StopTimer(Timer.RELEASE, "a"), do.AnnounceEnd(1, "a"))
+
+
+@pytest.mark.clause("END-17")
+def test_an_end_takes_back_the_early_request_before_it(script: Script) -> None:
+    """Or the answer to the end would stand for a set that is alive, and that nobody owes for."""
+    script.hand_over(1)
+    script.feed(on.ScopeEmptied("a"))
+    script.ask(2, A)
+    said = [*script.end(2), *script.release()]
+    assert do.CreateNamespaces(A) not in said
+    assert [effect for effect in said if getattr(effect, "connection", None) == 2] == [
+        do.Refuse(2, TOO_LATE),
+        do.AnnounceEnd(2, "a"),
+    ]
+    assert script.state() is RELEASED
+
+
+def test_an_end_takes_back_no_early_request_of_anybody_else(script: Script) -> None:
+    script.hand_over(1)
+    script.feed(on.ScopeEmptied("a"))
+    script.ask(2, A)
+    script.end(3)
+    assert do.CreateNamespaces(A) in script.release()
+
+
+# --- Nobody claims it --------------------------------------------------------------------------
+
+
+@pytest.mark.clause("END-3")
+def test_the_claim_timer_runs_from_the_loss_of_the_last_asker(script: Script) -> None:
+    script.hand_over(1)
+    script.ask(2, A)
+    assert script.lose(1) == ()
+    assert script.lose(2) == (do.StartTimer(Timer.CLAIM, "a"),)
+
+
+def test_whoever_was_refused_did_not_ask(script: Script) -> None:
+    script.hand_over(1)
+    script.ask(2, A_OTHERWISE)
+    assert script.lose(1) == (do.StartTimer(Timer.CLAIM, "a"),)
+
+
+def test_a_new_request_stops_the_claim_timer(script: Script) -> None:
+    script.hand_over(1)
+    script.lose(1)
+    assert script.ask(2, A) == (do.StopTimer(Timer.CLAIM, "a"), do.HandOver(2, answer_to(A)))
+
+
+def test_use_stops_the_claim_timer_for_good(script: Script) -> None:
+    script.hand_over(1)
+    script.ask(2, A)
+    script.lose(1)
+    script.lose(2)
+    assert script.feed(on.ScopePopulated("a")) == (do.StopTimer(Timer.CLAIM, "a"),)
+    script.open(4)
+    script.ask(4, A)
+    assert script.lose(4) == ()
+
+
+def test_what_nobody_claims_is_released(script: Script) -> None:
+    script.hand_over(1)
+    script.lose(1)
+    assert script.feed(on.ClaimExpired("a")) == (
+        do.ReleaseNamespaces("a"),
+        do.StartTimer(Timer.RELEASE, "a"),
+    )
+
+
+def test_an_asker_lost_during_the_creation_leaves_it_to_be_claimed(script: Script) -> None:
+    script.ask(1, A)
+    assert script.lose(1) == ()
+    effects = script.feed(on.NamespacesCreated("a", answer_to(A)))
+    assert effects == (do.Watch("a"), do.StartTimer(Timer.CLAIM, "a"))
+
+
+def test_an_end_stops_the_claim_timer(script: Script) -> None:
+    script.hand_over(1)
+    script.lose(1)
+    assert script.end(2)[0] == do.StopTimer(Timer.CLAIM, "a")
+
+
+@pytest.mark.clause("LIFE-2")
+def test_a_lost_connection_changes_nothing_of_what_is_used(script: Script) -> None:
+    script.hand_over(1)
+    script.feed(on.ScopePopulated("a"))
+    assert script.lose(1) == ()
+    assert script.state() is HANDED_OFF
+
+
+# --- Readiness ---------------------------------------------------------------------------------
+
+
+@pytest.mark.clause("LIFE-15")
+@pytest.mark.clause("LIFE-13")
+def test_before_it_is_ready_messages_wait_in_order() -> None:
+    script = Script(is_ready=False)
+    script.open(1, 2)
+    assert script.ask(2, A) == (do.StartTimer(Timer.READINESS, ""),)
+    assert script.ask(1, A_OTHERWISE) == ()
+    assert script.end(1, "nobody") == ()
+    ready, create, *answers = script.feed(on.ProviderReady())
+    assert (ready, create) == (do.StopTimer(Timer.READINESS, ""), do.CreateNamespaces(A))
+    conflict = CreationFailed("allocation a is alive with another request")
+    assert answers == [do.Refuse(1, conflict), do.Refuse(1, AllocationNotFound("nobody"))]
+
+
+@pytest.mark.clause("LIFE-14")
+def test_no_more_wait_than_the_limit_allows() -> None:
+    script = Script(Limits(open_per_connection=1000), is_ready=False)
+    for number in range(WAITING_MAX):
+        script.ask(9, NamespaceRequest(f"job-{number}", ()))
+    script.open(1)
+    full = SocketUnavailable("128 messages already wait for the provider")
+    assert script.ask(1, A) == (do.Refuse(1, full),)
+    made = [x for x in script.feed(on.ProviderReady()) if isinstance(x, do.CreateNamespaces)]
+    assert [x.request.allocation_id for x in made] == [f"job-{n}" for n in range(WAITING_MAX)]
+
+
+@pytest.mark.clause("LIFE-14")
+def test_whoever_waited_too_long_is_told_that_it_is_unavailable() -> None:
+    script = Script(is_ready=False)
+    script.open(1, 2)
+    script.ask(1, A)
+    script.ask(2, B)
+    late = SocketUnavailable("the provider did not become ready in time")
+    assert script.feed(on.ReadinessOverdue()) == (do.Refuse(1, late), do.Refuse(2, late))
+    assert script.feed(on.ProviderReady()) == ()
+    assert script.ask(1, A) == (do.CreateNamespaces(A),)
+
+
+def test_the_readiness_timer_stops_with_the_last_that_waits() -> None:
+    script = Script(is_ready=False)
+    script.open(1, 2)
+    script.ask(1, A)
+    script.ask(2, A)
+    assert script.lose(1) == ()
+    assert script.lose(2) == (do.StopTimer(Timer.READINESS, ""),)
+    assert script.feed(on.ProviderReady()) == ()
+
+
+def test_an_end_that_waits_behind_its_request_undoes_it() -> None:
+    script = Script(is_ready=False)
+    script.ask(9, A)
+    script.end(9)
+    effects = script.feed(on.ProviderReady())[1:]
+    assert effects[:2] == (do.CreateNamespaces(A), do.ReleaseNamespaces("a"))
+
+
+# --- After a restart ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("event", "state"),
+    [
+        (on.CreatedAdopted("a", A, answer_to(A)), CREATED),
+        (on.HandedOffAdopted("a", A, answer_to(A)), HANDED_OFF),
+    ],
+    ids=["created", "handed off"],
+)
+def test_what_is_alive_after_a_restart_is_handed_over_again(
+    event: Event, state: AllocationState
+) -> None:
+    script = Script(is_ready=False)
+    assert script.feed(event) == (do.Watch("a"), do.StartTimer(Timer.CLAIM, "a"))
+    assert script.state() is state
+    script.feed(on.ProviderReady())
+    assert script.ask(9, A) == (do.StopTimer(Timer.CLAIM, "a"), do.HandOver(9, answer_to(A)))
+    assert isinstance(script.ask(9, A_OTHERWISE)[0], do.Refuse)
+
+
+def test_remains_after_a_restart_are_released_and_the_name_can_be_used_again() -> None:
+    script = Script(is_ready=False)
+    effects = script.feed(on.RemainsFound("a", A))
+    assert effects == (do.ReleaseNamespaces("a"), do.StartTimer(Timer.RELEASE, "a"))
+    script.feed(on.ProviderReady())
+    assert script.ask(9, A) == ()
+    assert do.CreateNamespaces(A) in script.release()
+
+
+def test_names_remembered_over_a_restart_are_confirmed_as_ended() -> None:
+    script = Script()
+    script.kernel.remember(["a"])
+    assert script.end(9) == (do.AnnounceEnd(9, "a"),)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        on.CreatedAdopted("a", A, answer_to(A)),
+        on.HandedOffAdopted("a", A, answer_to(A)),
+        on.RemainsFound("a", A),
+    ],
+    ids=lambda event: type(event).__name__,
+)
+def test_a_name_that_is_remembered_may_be_found_in_use_again(event: Event) -> None:
+    script = Script(is_ready=False)
+    script.kernel.remember(["a"])
+    script.feed(event)
+    assert "a" in script.kernel.states
+
+
+def test_a_restart_adopts_for_nobody_and_counts_for_no_limit() -> None:
+    script = Script(Limits(allocations_per_uid=1), is_ready=False)
+    script.feed(on.CreatedAdopted("a", A, answer_to(A)))
+    script.feed(on.ProviderReady())
+    assert script.ask(9, B) == (do.CreateNamespaces(B),)
+
+
+# --- Peers and limits --------------------------------------------------------------------------
+
+
+def refused(effects: tuple[Effect, ...], naming: str) -> NamespaceError:
+    (refusal,) = [effect for effect in effects if isinstance(effect, do.Refuse)]
+    assert naming in refusal.error.text
+    return refusal.error
+
+
+@pytest.mark.clause("ERR-3", "PEER-1")
+def test_a_user_who_is_not_allowed_is_turned_away_before_anything_is_read() -> None:
+    script = Script(Limits(allowed_uids=frozenset({0, 1000})))
+    effects = script.feed(on.ConnectionOpened(1, 1001))
+    assert effects == (
+        do.Refuse(1, SocketUnavailable("user 1001 may not use this provider")),
+        do.CloseConnection(1),
+    )
+    script.refuses(on.RequestReceived(1, A))
+    script.open(2, uid=1000)
+
+
+@pytest.mark.clause("PEER-2")
+def test_by_default_only_root_is_allowed() -> None:
+    assert Limits().allowed_uids == {0}
+
+
+@pytest.mark.clause("ERR-4")
+def test_a_connection_too_many_is_refused_by_the_name_of_the_limit() -> None:
+    script = Script(Limits(connections_per_uid=2, allowed_uids=frozenset({0, 1})))
+    script.open(1)
+    effects = script.feed(on.ConnectionOpened(2, 0))
+    assert isinstance(refused(effects, "connections of one user, at most 2"), CreationFailed)
+    assert effects[-1] == do.CloseConnection(2)
+    # Somebody else's limit is somebody else's.
+    script.open(3, uid=1)
+    script.lose(2)
+    script.lose(1)
+    script.open(4)
+    # One that is lost makes room for one.
+    assert script.feed(on.ConnectionOpened(5, 0))[-1] == do.CloseConnection(5)
+
+
+@pytest.mark.clause("PEER-5")
+def test_messages_too_many_on_one_connection_are_refused_and_no_other_is_held_up() -> None:
+    script = Script(Limits(open_per_connection=2))
+    script.open(1)
+    script.ask(9, A)
+    script.ask(9, B)
+    assert script.ask(9, NamespaceRequest("c", ())) == ()
+    assert script.ask(1, A) == ()
+    script.create(A)
+    effects = script.create(B)
+    error = refused(effects, "unanswered messages of one connection, at most 2")
+    assert isinstance(error, CreationFailed)
+    assert script.ask(9, NamespaceRequest("c", ())) != ()
+
+
+@pytest.mark.clause("PEER-6")
+def test_a_connection_that_goes_on_beyond_its_limit_is_closed() -> None:
+    script = Script(Limits(open_per_connection=2))
+    script.ask(9, A)
+    for _ in range(3):
+        assert script.ask(9, A) == ()
+    *_, last, closed = script.ask(9, A)
+    assert last == do.Refuse(9, FdPassing("over 4 unanswered messages of one connection"))
+    assert closed == do.CloseConnection(9)
+    assert script.lose(9) == ()
+
+
+@pytest.mark.clause("LIFE-15")
+def test_messages_too_many_of_one_user_are_refused() -> None:
+    script = Script(Limits(open_per_uid=2, allowed_uids=frozenset({0, 1})))
+    script.open(1, 2)
+    script.ask(1, A)
+    script.ask(2, A)
+    error = refused(script.ask(9, A), "unanswered messages of one user, at most 2")
+    assert isinstance(error, CreationFailed)
+    script.open(3, uid=1)
+    assert script.ask(3, A) == ()
+    script.create()
+    assert script.ask(9, A) == (do.HandOver(9, answer_to(A)),)
+
+
+def test_allocations_too_many_of_one_user_are_refused_until_one_is_released() -> None:
+    script = Script(Limits(allocations_per_uid=1, allowed_uids=frozenset({0, 1})))
+    script.hand_over(9)
+    error = refused(script.ask(9, B), "live allocations of one user, at most 1")
+    assert isinstance(error, CreationFailed)
+    assert script.ask(9, A) == (do.HandOver(9, answer_to(A)),)
+    script.open(1, uid=1)
+    assert script.ask(1, B) == (do.CreateNamespaces(B),)
+    script.end(9)
+    script.release()
+    # One that is released makes room for one.
+    c, d = NamespaceRequest("c", ()), NamespaceRequest("d", ())
+    assert script.ask(9, c) == (do.CreateNamespaces(c),)
+    script.create(c)
+    refused(script.ask(9, d), "live allocations of one user, at most 1")
+
+
+def test_a_restored_kernel_counts_on() -> None:
+    limits = Limits(connections_per_uid=3, open_per_uid=4, allocations_per_uid=3)
+    c, d = NamespaceRequest("c", ()), NamespaceRequest("d", ())
+    script = Script(limits)
+    script.open(1)
+    for connection in (1, 9):
+        script.ask(connection, A)
+        script.ask(connection, B)
+    script.kernel = ProviderKernel.restore(script.kernel.snapshot(), limits)
+    script.open(2)
+    refused(script.ask(2, c), "unanswered messages of one user, at most 4")
+    refused(script.feed(on.ConnectionOpened(3, 0)), "connections of one user, at most 3")
+    script.create(A)
+    script.create(B)
+    assert script.ask(2, c) == (do.CreateNamespaces(c),)
+    refused(script.ask(9, d), "live allocations of one user, at most 3")
+
+
+def test_the_limit_counts_what_has_ended_until_it_is_released() -> None:
+    script = Script(Limits(allocations_per_uid=1))
+    script.hand_over(9)
+    script.feed(on.InitDied("a"))
+    refused(script.ask(9, B), "live allocations of one user")
+    # The one that waits for that very release is not one more.
+    assert script.ask(9, A) == ()
+    assert do.CreateNamespaces(A) in script.release()
+
+
+# --- Shutting down -----------------------------------------------------------------------------
+
+
+@pytest.mark.clause("ERR-3")
+def test_a_provider_that_stops_turns_away_who_asks_and_keeps_what_is_alive(
+    script: Script,
+) -> None:
+    script.hand_over(1)
+    assert script.feed(on.ProviderStopping()) == ()
+    stopping = SocketUnavailable("the provider is shutting down")
+    assert script.ask(2, A) == (do.Refuse(2, stopping),)
+    assert script.state() is HANDED_OFF
+    assert script.kernel.phase is Phase.STOPPING
+
+
+def test_a_provider_that_stops_still_takes_ends(script: Script) -> None:
+    script.hand_over(1)
+    script.feed(on.ProviderStopping())
+    assert do.ReleaseNamespaces("a") in script.end(2)
+    assert do.AnnounceEnd(2, "a") in script.release()
+
+
+def test_a_provider_that_stops_turns_away_who_waits_for_a_release(script: Script) -> None:
+    script.hand_over(1)
+    script.feed(on.ScopeEmptied("a"))
+    script.ask(2, A)
+    stopping = SocketUnavailable("the provider is shutting down")
+    assert script.feed(on.ProviderStopping()) == (do.Refuse(2, stopping),)
+    assert script.release() == (do.StopTimer(Timer.RELEASE, "a"), do.AnnounceEnd(1, "a"))
+
+
+@pytest.mark.clause("LIFE-16")
+def test_a_provider_that_stops_before_it_is_ready_turns_away_who_waits() -> None:
+    script = Script(is_ready=False)
+    script.ask(9, A)
+    script.end(9, "b")
+    stopping = SocketUnavailable("the provider is shutting down")
+    assert script.feed(on.ProviderStopping()) == (
+        do.StopTimer(Timer.READINESS, ""),
+        do.Refuse(9, stopping),
+        do.Refuse(9, stopping),
+    )
+
+
+def test_a_creation_that_is_under_way_at_the_stop_still_has_its_answer(script: Script) -> None:
+    script.ask(1, A)
+    script.feed(on.ProviderStopping())
+    assert do.HandOver(1, answer_to(A)) in script.create()
+
+
+# --- What cannot be ----------------------------------------------------------------------------
+
+IMPOSSIBLE: Final[list[Event]] = [
+    on.ConnectionOpened(9, 0),
+    on.ConnectionLost(77),
+    on.RequestReceived(77, A),
+    on.EndReceived(77, "a"),
+    on.FrameRejected("x", 77),
+    on.ProviderReady(),
+    on.ReadinessOverdue(),
+    on.NamespacesCreated("nobody", answer_to(A)),
+    on.NamespacesNotCreated("nobody", CreationFailed("x")),
+    on.ResponseSent("nobody", 9),
+    on.ResponseNotSent("nobody", 9, FdPassing("x")),
+    on.ClaimExpired("nobody"),
+    on.ScopePopulated("nobody"),
+    on.ScopeEmptied("nobody"),
+    on.InitDied("nobody"),
+    on.ReleaseRequested("nobody"),
+    on.NamespacesReleased("a"),
+    on.ReleaseDelayed("a", "x"),
+    on.RetryDue("a"),
+    on.ReleaseOverdue("a"),
+    on.NamespacesCreated("a", answer_to(A)),
+    on.CreatedAdopted("a", A, answer_to(A)),
+    on.HandedOffAdopted("a", A, answer_to(A)),
+    on.RemainsFound("a", A),
+    # Named by the kernel; nobody else may.
+    on.Unclaimed("a"),
+    on.RequestRepeated(9, A),
+    on.RequestConflicting(9, A),
+    on.RequestEarly(9, A),
+    on.RequestDuringDrain(9, A),
+    on.EndRepeated(9, "a"),
+    # The consumer's.
+    on.NamespacesWanted(),
+    on.Connected(),
+    on.EndAnnounced(),
+]
+
+
+@pytest.mark.clause("LIFE-1")
+@pytest.mark.parametrize("event", IMPOSSIBLE, ids=lambda event: type(event).__name__)
+def test_an_impossible_event_raises_and_changes_nothing(script: Script, event: Event) -> None:
+    script.hand_over(1)
+    error = script.refuses(event)
+    assert error.event == type(event).__name__
+    # It goes on as if nothing had been.
+    assert script.ask(2, A) == (do.HandOver(2, answer_to(A)),)
+
+
+MISUSE: Final[list[tuple[tuple[Event, ...], Event, str]]] = [
+    (
+        (on.RequestReceived(9, A), on.EndReceived(9, "a"), on.NamespacesCreated("a", answer_to(A))),
+        on.NamespacesCreated("a", answer_to(A)),
+        "NamespacesCreated is not possible while allocation a is ended and not being made",
+    ),
+    # (what happened before, what cannot be, whose it is and where that stands)
+    ((), on.NamespacesWanted(), "NamespacesWanted is not possible while the provider is ready"),
+    ((), on.ProviderReady(), "ProviderReady is not possible while the provider is ready"),
+    ((), on.ReadinessOverdue(), "ReadinessOverdue is not possible while the provider is ready"),
+    (
+        (on.ProviderStopping(),),
+        on.ProviderStopping(),
+        "ProviderStopping is not possible while the provider is stopping",
+    ),
+    ((), on.ConnectionOpened(9, 0), "ConnectionOpened is not possible while connection 9 is open"),
+    ((), on.ConnectionLost(8), "ConnectionLost is not possible while connection 8 is not open"),
+    (
+        (on.FrameRejected("x", 9),),
+        on.RequestReceived(9, A),
+        "RequestReceived is not possible while connection 9 is closing",
+    ),
+    ((), on.InitDied("a"), "InitDied is not possible while allocation a is unknown"),
+    (
+        (on.RequestReceived(9, A), on.NamespacesCreated("a", answer_to(A))),
+        on.ClaimExpired("a"),
+        "ClaimExpired is not possible while allocation a is created without a claim timer",
+    ),
+]
+
+
+@pytest.mark.parametrize(("events", "event", "text"), MISUSE, ids=[text for *_, text in MISUSE])
+def test_a_misuse_is_named_with_whose_it_is_and_where_that_stands(
+    script: Script, events: tuple[Event, ...], event: Event, text: str
+) -> None:
+    for earlier in events:
+        script.feed(earlier)
+    with pytest.raises(LocalProtocolError) as caught:
+        script.feed(event)
+    assert str(caught.value) == text
+
+
+def test_a_provider_stops_once(script: Script) -> None:
+    script.feed(on.ProviderStopping())
+    script.refuses(on.ProviderStopping())
+    script.refuses(on.ProviderReady())
+
+
+# --- Random walks ------------------------------------------------------------------------------
+
+
+def walk(rng: random.Random, steps: int, look: Callable[[ProviderKernel, Event], None]) -> str:
+    """Feed what may happen, and what may not; give a text that says all that came of it."""
+    kernel = ProviderKernel(Limits(remembered=1, open_per_connection=3, waiting=4))
+    said: list[str] = []
+    for _ in range(steps):
+        event = rng.choice(EVERYTHING)
+        look(kernel, event)
+        try:
+            said.append(repr(kernel.receive(event)))
+        except LocalProtocolError as error:
+            said.append(str(error))
+    return "\n".join([*said, repr(kernel.states)])
+
+
+EVERYTHING: Final[list[Event]] = [
+    *[on.ConnectionOpened(c, 0) for c in (1, 2)] * 3,
+    *[on.ConnectionLost(c) for c in (1, 2)],
+    *[on.RequestReceived(c, r) for c in (1, 2) for r in (A, A_OTHERWISE, B)] * 3,
+    *[on.EndReceived(c, n) for c in (1, 2) for n in "ab"] * 2,
+    on.FrameRejected("x", 1),
+    *[on.ProviderReady()] * 6,
+    on.ReadinessOverdue(),
+    *[on.NamespacesCreated(r.allocation_id, answer_to(r)) for r in (A, B)] * 3,
+    *[on.NamespacesNotCreated(n, CreationFailed("x")) for n in "ab"],
+    *[on.ResponseSent(n, c) for n in "ab" for c in (1, 2)],
+    *[on.ResponseNotSent(n, 1, FdPassing("x")) for n in "ab"],
+    *[kind(n) for n in "ab" for kind in (on.ScopePopulated, on.ScopeEmptied, on.InitDied)],
+    *[kind(n) for n in "ab" for kind in (on.ClaimExpired, on.ReleaseRequested)],
+    *[kind(n) for n in "ab" for kind in (on.RetryDue, on.ReleaseOverdue)],
+    *[on.NamespacesReleased(n) for n in "ab"] * 3,
+    on.ReleaseDelayed("a", "x"),
+    on.CreatedAdopted("a", A, answer_to(A)),
+    on.HandedOffAdopted("b", B, answer_to(B)),
+    on.RemainsFound("b", B),
+]
+
+
+@given(st.randoms(use_true_random=False))
+def test_a_kernel_restored_from_any_snapshot_goes_on_the_same(rng: random.Random) -> None:
+    limits = Limits(remembered=1, open_per_connection=3, waiting=4)
+
+    def look(kernel: ProviderKernel, event: Event) -> None:
+        snapshot = kernel.snapshot()
+        twin = ProviderKernel.restore(snapshot, limits)
+        assert twin.snapshot() == snapshot
+        assert hash(twin.snapshot()) == hash(snapshot)
+        again = ProviderKernel.restore(snapshot, limits)
+        assert outcome(twin, event) == outcome(again, event)
+        # A snapshot is a value: what its kernel does later leaves it alone.
+        assert ProviderKernel.restore(snapshot, limits).snapshot() == snapshot
+        twins.append((twin, event))
+
+    twins: list[tuple[ProviderKernel, Event]] = []
+    after: list[Any] = []
+
+    def compare(kernel: ProviderKernel, event: Event) -> None:
+        if twins:
+            assert twins[-1][0].snapshot() == kernel.snapshot()
+        after.append(event)
+        look(kernel, event)
+
+    walk(rng, 40, compare)
+
+
+def outcome(kernel: ProviderKernel, event: Event) -> tuple[Any, Any]:
+    before = kernel.snapshot()
+    try:
+        effects: Any = kernel.receive(event)
+    except LocalProtocolError as error:
+        effects = str(error)
+        always.require(always.an_error_changes_nothing(before, kernel.snapshot()))
+    return effects, kernel.snapshot()
+
+
+@given(st.integers(0, 2**32))
+def test_the_same_events_have_the_same_effects(seed: int) -> None:
+    first = walk(random.Random(seed), 40, lambda kernel, event: None)
+    assert walk(random.Random(seed), 40, lambda kernel, event: None) == first
+
+
+def walk_many() -> str:
+    return "\n".join(
+        walk(random.Random(seed), 60, lambda kernel, event: None) for seed in range(40)
+    )
+
+
+@pytest.mark.parametrize("hash_seed", ["1", "4242"])
+def test_effects_do_not_depend_on_how_python_hashes(hash_seed: str) -> None:
+    code = f"from {__name__} import walk_many; print(walk_many())"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={
+            **os.environ,
+            "PYTHONHASHSEED": hash_seed,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        },
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.rstrip("\n") == walk_many().rstrip("\n")
+
+
+IMPORTED: Final = """
+import sys
+before = set(sys.modules)
+import statemachine
+brought = set(sys.modules) - before
+print(sorted(brought & {"socket", "asyncio", "subprocess", "msgpack", "transport", "linux"}))
+"""
+
+
+def test_the_kernels_bring_nothing_along_that_touches_the_machine() -> None:
+    run = subprocess.run(
+        [sys.executable, "-I", "-c", IMPORTED], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == "[]"

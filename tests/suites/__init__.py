@@ -1,0 +1,1 @@
+"""Suites that drive several modules, or the whole."""

@@ -1,0 +1,1 @@
+"""Every system call refused, every moment a crash."""

@@ -1,0 +1,748 @@
+"""Whole lives of allocations, each told so that any of its system calls can fail.
+
+A `Stage` is a provider at work on one of the `worlds`, a consumer, and a neighbour: an allocation
+that is alive all the time and must notice nothing. Everything happens in one thread and one event
+loop, so that a life makes the same calls in the same order whenever it is told; and time is the
+loop's own, which passes as soon as there is nothing left to do, so that no deadline is waited for.
+
+A life under a plan ends in one of the ways that the protocol knows. What is none of them, and
+whatever it leaves behind, is a `Broken` promise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+import json
+import logging
+import os
+import selectors
+import time
+import types
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from linux.anchor import token_of
+from linux.backend import LinuxBackend
+from linux.forge.client import FORGE_COMMAND, Forge
+from linux.simulated import SimulatedBackend, SimulatedNode
+from linux.testing.worlds import (
+    HOLD_TIME_S,
+    IMAGE,
+    LIGHT,
+    SCOPE_PREFIX,
+    LinuxWorld,
+    SimulatedWorld,
+    World,
+)
+from statemachine.errors import NamespaceError
+from statemachine.lifecycle import AllocationState
+from statemachine.messages import AllocationEnded, NamespaceRequest
+from tests.suites.faults.faults import Call, Death, Doorkeeper, Fault, Plan
+from transport import calls, request
+from transport.channel import Channel, Delivery
+from transport.contract import SelfService
+from transport.descriptors import NamespaceIdentity
+from transport.endpoint import begin_connect, listen
+from transport.request import AsyncConsumer, AsyncHandoff
+from transport.serve import Provider
+
+SETTLING_S: Final = 0.004
+"""How long a real node is watched before nothing more is expected of it by itself."""
+
+LIFE_S: Final = 10_000.0
+"""How long a life may take on its own clock."""
+
+UNHEARD_S: Final = 100.0
+"""After which time it is clear that the end of an allocation will not be heard."""
+
+POLL_S: Final = 0.005
+
+TRIED_AGAIN: Final = ("accepting", "listening")
+"""How the driver begins to say that what the kernel refused it is tried again."""
+
+TURNS_MAX: Final = 20_000
+"""How often the loop may turn in one life: more, and it spins."""
+
+
+class Broken(Exception):
+    """A promise was not kept."""
+
+
+class Inline(ThreadPoolExecutor):
+    """Does at once, in the caller's thread, what it is given."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+
+class HurriedSelector(selectors.EpollSelector):
+    """Waits only as long as something real may still happen; the rest of the time just passes."""
+
+    def __init__(self, patience_s: float) -> None:
+        super().__init__()
+        self._patience_s = patience_s
+        self.is_patient = False
+        """Whether it waits as others do, because another process has work to do."""
+        self.passed_s = 0.0
+        self.turns = 0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        self.turns += 1
+        if self.is_patient:
+            return super().select(timeout)
+        ready = super().select(0)
+        if ready or (timeout is not None and timeout <= 0):
+            return ready
+        if self._patience_s:
+            waited = self._patience_s if timeout is None else min(timeout, self._patience_s)
+            ready = super().select(waited)
+        if not ready and timeout is not None:
+            self.passed_s += timeout
+        return ready
+
+
+class HurriedLoop(asyncio.SelectorEventLoop):
+    """An event loop in whose time nobody waits."""
+
+    def __init__(self, patience_s: float) -> None:
+        self.hurry = HurriedSelector(patience_s)
+        super().__init__(self.hurry)
+        self.set_default_executor(Inline())
+
+    def time(self) -> float:
+        return super().time() + self.hurry.passed_s
+
+
+class Stage(ABC):
+    """
+    A provider at work, its machine, and a neighbour.
+
+    Args:
+        directory: the stage's own.
+        world: the machine; closed with the stage.
+        patience_s: how long something real is waited for.
+    """
+
+    backend_name: str
+    kinds = LIGHT
+
+    def __init__(self, directory: Path, world: World, patience_s: float) -> None:
+        self.world = world
+        self.path = directory / "handoff.sock"
+        self.nowhere = directory / "nowhere.sock"
+        self.doorkeeper = Doorkeeper(is_asleep=True)
+        self.complaints: list[str] = []
+        self.loop = HurriedLoop(patience_s)
+        self.loop.set_exception_handler(self._hear_complaint)
+        self._numbers = itertools.count(1)
+        self._pushed: list[AsyncHandoff] = []
+        self.provider: Provider | None = None
+        self.running: asyncio.Task[None] | None = None
+        self.usual: Counter[str] | None = None
+        """What is open and alive between two lives."""
+
+    # The provider's program.
+
+    def start(self) -> None:
+        """Start the program on the machine as it is, and let it recover."""
+        self.world.launch()
+        self.prepare_backend()
+        self.loop.run_until_complete(self._serve())
+
+    async def _serve(self) -> None:
+        ready = asyncio.Event()
+        try:
+            listener = listen(self.path)
+        except BaseException:
+            self.world.backend.close()
+            raise
+        self.provider = Provider(listener, self.world.backend)
+        self.provider._pool = Inline()
+        running = self.running = asyncio.ensure_future(self.provider.run(ready.set))
+        waiting = asyncio.ensure_future(ready.wait())
+        await asyncio.wait({running, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        if running.done() and not running.cancelled():
+            running.result()
+
+    async def stop(self) -> None:
+        """Stop the program; what is alive stays alive."""
+        if self.provider is not None:
+            self.provider.stop()
+            with suppress(Death, Exception):
+                await self.running
+            self.provider = self.running = None
+        self.world.backend.close()
+
+    async def drop(self, provider: Provider) -> None:
+        """Drop the program where it stands, as the kernel does when it is killed."""
+        provider._is_closed = True
+        self.loop.remove_reader(provider._listener._sock.fileno())
+        with suppress(ValueError):
+            self.loop.remove_reader(self.world.backend.fileno())
+        for peer in provider._peers.values():
+            self.loop.remove_reader(peer.channel.fileno())
+            self.loop.remove_writer(peer.channel.fileno())
+            for timer in (peer.deadline, peer.farewell):
+                if timer is not None:
+                    timer.cancel()
+            peer.channel.close()
+            peer.credentials.close()
+        for timer in (*provider._clock.handles.values(), *provider._clock.graces.values()):
+            timer.cancel()
+        provider._listener._reserve.close()
+        provider._listener._sock.close()
+        tasks = [*provider._lanes.values(), provider._tidying, self.running]
+        living = [task for task in tasks if task is not None and not task.done()]
+        for task in living:
+            task.cancel()
+        if living:
+            await asyncio.gather(*living, return_exceptions=True)
+        self.running = None
+
+    @abstractmethod
+    def prepare_backend(self) -> None:
+        """Make the backend that was just launched fit for the stage."""
+
+    @abstractmethod
+    def service(self) -> SelfService:
+        """Who makes a consumer's own namespaces."""
+
+    @abstractmethod
+    def plan_forge(self, plan: Plan) -> None:
+        """Say what happens to the calls of forges."""
+
+    @abstractmethod
+    def passed_in_forge(self) -> tuple[list[Call], list[Fault]]:
+        """Which calls forges made, and what was done to them."""
+
+    @abstractmethod
+    def tidy_own(self) -> None:
+        """Drop the images that self-service holds, as the end of its program would."""
+
+    @abstractmethod
+    def own_leftovers(self) -> list[str]:
+        """What self-service has left."""
+
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """Let the body's calls pass: they are not the program's."""
+        self.doorkeeper.is_asleep = True
+        try:
+            yield
+        finally:
+            self.doorkeeper.is_asleep = False
+
+    # Consumers.
+
+    def consumer(self, path: Path | None = None) -> AsyncConsumer:
+        return AsyncConsumer(path or self.path, self.world.inspector, service=self.service())
+
+    def new_name(self) -> str:
+        return f"{SCOPE_PREFIX}f{next(self._numbers)}"
+
+    # Lives.
+
+    def tell(self, life: Life, plan: Plan = (), *, asks_afterwards: bool = True) -> Told:
+        """
+        Tell a life under a plan, and look at what it leaves.
+
+        Args:
+            life: of a new allocation.
+            plan: what happens to its calls.
+            asks_afterwards: whether a plain request is made, too, and must be served.
+
+        Raises:
+            Broken: something that was promised is not so.
+        """
+        name = self.new_name()
+        self.complaints.clear()
+        keeper = self.doorkeeper = Doorkeeper(plan)
+        self.plan_forge(plan)
+        spent = self.hurry.passed_s
+        self.hurry.turns = 0
+        with self._complaining():
+            try:
+                with calls.guarded_by(keeper):
+                    outcome = self._run(self._outcome(life, name))
+            finally:
+                keeper.is_asleep = True
+                forge_passed, forge_fired = self.passed_in_forge()
+                self.plan_forge(())
+            told = Told(outcome, [*keeper.passed, *forge_passed], [*keeper.fired, *forge_fired])
+            try:
+                self._look(name, told, asks_afterwards)
+            except (AssertionError, Broken) as error:
+                raise Broken(f"{outcome}; {error}") from error
+        if self.hurry.passed_s - spent > LIFE_S or self.hurry.turns > TURNS_MAX:
+            raise Broken(f"{outcome}; it does not come to rest: {self.hurry.turns} turns")
+        if self.complaints:
+            raise Broken(f"{outcome}; {'; '.join(self.complaints)}")
+        return told
+
+    @property
+    def hurry(self) -> HurriedSelector:
+        return self.loop.hurry
+
+    def _run(self, work: Awaitable[Any]) -> Any:
+        return self.loop.run_until_complete(asyncio.wait_for(work, LIFE_S))
+
+    async def _outcome(self, life: Life, name: str) -> str:
+        try:
+            return await life(self, name)
+        except NamespaceError as error:
+            return f"refused: {type(error).__name__}"
+        except TimeoutError:
+            raise Broken("nothing ever came of it") from None
+        except Death:
+            return "died"
+
+    def _look(self, name: str, told: Told, asks_afterwards: bool) -> None:
+        """Look whether all is as it was before, and the provider at work."""
+        self._run(self._settle(name))
+        if asks_afterwards and told.outcome != "died":
+            outcome = self._run(self._outcome(end_by_consumer, self.new_name()))
+            assert outcome == "served", f"afterwards a plain request is {outcome}"
+        self._run(self._rest())
+        self._run(self._unmounted())
+        self.check_neighbour()
+        if self.usual is not None and self.count() - self.usual:
+            gc.collect()
+            for _ in range(100):
+                time.sleep(POLL_S)
+                if not self.count() - self.usual:
+                    return
+            raise Broken(f"left behind: {dict(self.count() - self.usual)}")
+
+    async def _settle(self, name: str) -> None:
+        """End what the life may have left alive, as an operator would."""
+        sock = None
+        while sock is None:
+            with suppress(BlockingIOError):
+                sock = begin_connect(self.path)
+        with Channel(sock, accepts_descriptors=True) as channel:
+            channel.send(AllocationEnded(name))
+            received: list[Any] = []
+            while not received:
+                await asyncio.sleep(0.001)
+                received = channel.receive()
+        await self._rest()
+
+    async def _rest(self) -> None:
+        """Wait until nothing is alive but the neighbour, and nobody is connected but it."""
+        assert self.provider is not None
+        kernel = self.provider.kernel
+        while True:
+            await asyncio.sleep(0.001)
+            names = list(self.provider._lanes)
+            alive = [n for n in self.world_names() if n != self.neighbour]
+            if not names and not alive and len(self.provider._peers) <= 1:
+                return
+            assert not any(
+                kernel.state_of(name) in (AllocationState.CREATED, AllocationState.HANDED_OFF)
+                for name in alive
+            ), f"{alive} is alive"
+
+    async def _unmounted(self) -> None:
+        """Wait until the images are dropped, whose hold time passes now."""
+        for _ in range(200):
+            if not self.world.mounted():
+                return
+            self.tidy_own()
+            await asyncio.sleep(HOLD_TIME_S / 4)
+        raise Broken(f"{self.world.mounted()} stays mounted")
+
+    @abstractmethod
+    def world_names(self) -> list[str]:
+        """Which allocations the backend has something of."""
+
+    # The neighbour.
+
+    def settle_in(self) -> None:
+        """Let the neighbour move in, and the first lives pass, after which all is as usual."""
+        self.neighbour = self.new_name()
+        request_ = NamespaceRequest(self.neighbour, self.kinds)
+        self._handoff = self._run(self.consumer().obtain(request_))
+        self._identities: list[NamespaceIdentity] = self.world.identities(self.neighbour)
+        self.world.join(self.neighbour)
+        self._run(asyncio.sleep(0.01))
+        self.tell(end_by_consumer)
+        self.tell(whole_life)
+        self.tell(self_served)
+        gc.collect()
+        self.usual = self.count()
+
+    def check_neighbour(self) -> None:
+        assert self.world.identities(self.neighbour) == self._identities, "the neighbour changed"
+        assert not self._handoff.is_ended, "the neighbour was ended"
+        assert self.provider is not None
+        state = self.provider.kernel.state_of(self.neighbour)
+        assert state in (AllocationState.CREATED, AllocationState.HANDED_OFF), state
+
+    def end_neighbour(self) -> None:
+        """End the neighbour as usual, which must still be possible."""
+        self._run(self._handoff.end())
+        self._run(self._handoff.close())
+        self._run(self._rest())
+        self.world.bury(self.neighbour)
+
+    def count(self) -> Counter[str]:
+        """What is open in this process, and what is alive on the machine."""
+        numbers = os.listdir("/proc/self/fd")
+        found: Counter[str] = Counter()
+        for number in numbers:
+            with suppress(FileNotFoundError):
+                found[_sort_of(os.readlink(f"/proc/self/fd/{number}"))] += 1
+        found["on the machine"] = len(self.world.leftovers())
+        found["images"] = len(self.world.mounted())
+        found["of its own"] = len(self.own_leftovers())
+        found["anchors"] = len(self.anchors())
+        return found
+
+    def anchors(self) -> list[int]:
+        """Every anchor that this program, or one started by it, has ever made and that is alive."""
+        return []
+
+    # Complaints.
+
+    def _hear_complaint(self, _: Any, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if not isinstance(error, Death | asyncio.CancelledError):
+            self.complaints.append(f"in the event loop: {error!r} {context.get('message')}")
+
+    @contextmanager
+    def _complaining(self) -> Iterator[None]:
+        """Hear what is logged as a mistake of the program's own."""
+        handler = _Complaints(self.complaints)
+        loggers = [logging.getLogger(name) for name in ("transport", "linux")]
+        for logger in loggers:
+            logger.addHandler(handler)
+        real_time, request.time = (
+            request.time,
+            types.SimpleNamespace(  # type: ignore[assignment]
+                monotonic=self.loop.time, sleep=self._pass
+            ),
+        )
+        try:
+            yield
+        finally:
+            request.time = real_time
+            for logger in loggers:
+                logger.removeHandler(handler)
+
+    def _pass(self, seconds: float) -> None:
+        self.hurry.passed_s += seconds
+
+    def close(self) -> None:
+        with ExitStack() as stack:
+            stack.callback(self.loop.close)
+            stack.callback(self.world.close)
+            if self.provider is not None:
+                stack.callback(lambda: self.loop.run_until_complete(self.stop()))
+
+
+@dataclass(frozen=True)
+class Told:
+    """How a life went."""
+
+    outcome: str
+    passed: list[Call]
+    fired: list[Fault]
+
+
+class _Complaints(logging.Handler):
+    """Notes errors that the program did not expect: it logs those with their traceback."""
+
+    def __init__(self, complaints: list[str]) -> None:
+        super().__init__(logging.ERROR)
+        self._complaints = complaints
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        is_foreseen = record.msg.startswith(TRIED_AGAIN)
+        if error is not None and not _is_typed(error) and not is_foreseen:
+            self._complaints.append(
+                f"unexpected by {record.name}: {record.getMessage()}: {error!r}"
+            )
+
+
+def _is_typed(error: BaseException) -> bool:
+    """Whether an error says whose it is and what it was about."""
+    if type(error).__module__.partition(".")[0] in ("linux", "transport", "statemachine"):
+        return True
+    return isinstance(error, Death)
+
+
+def _sort_of(target: str) -> str:
+    return target.partition(":[")[0] if ":[" in target else target.partition(" ")[0]
+
+
+class SimulatedStage(Stage):
+    backend_name = "simulated"
+
+    def __init__(self, directory: Path) -> None:
+        world = SimulatedWorld()
+        world.node.hook = lambda step, _: self.doorkeeper.step(
+            "provider", f"simulated.{step.value}"
+        )
+        super().__init__(directory, world, 0.0)
+        self.node = world.node
+        self.own_node = SimulatedNode(frozenset({IMAGE}), hook=self._own_step)
+        self._own = SimulatedBackend(self.own_node)
+
+    def _own_step(self, step: Any, name: str) -> None:
+        self.doorkeeper.step("consumer", f"simulated.{step.value}")
+
+    def prepare_backend(self) -> None:
+        self.world.backend._clock = self.loop.time
+
+    def service(self) -> SelfService:
+        return self._own
+
+    def plan_forge(self, plan: Plan) -> None:
+        """There is none."""
+
+    def passed_in_forge(self) -> tuple[list[Call], list[Fault]]:
+        return [], []
+
+    def tidy_own(self) -> None:
+        self._own.tidy()
+
+    def own_leftovers(self) -> list[str]:
+        return sorted({*self.own_node.lives, *self.own_node.journal})
+
+    def world_names(self) -> list[str]:
+        return self.world.leftovers()
+
+    def close(self) -> None:
+        super().close()
+        self._own.close()
+        self.own_node.close()
+
+
+class LinuxStage(Stage):
+    backend_name = "linux"
+
+    def __init__(self, directory: Path, cgroup2: Path, image_root: Path) -> None:
+        self.directory = directory
+        self._plan_path = directory / "forge-plan.json"
+        self._log_path = directory / "forge-log"
+        self._log_path.touch()
+        self._lives = itertools.count(1)
+        self._life = 0
+        self.plan_forge(())
+        super().__init__(directory, LinuxWorld(directory, cgroup2, image_root), SETTLING_S)
+        settings = self.world.settings
+        self._own = LinuxBackend.for_self_service(settings, clock=self.loop.time)
+        self._give_forge(self._own)
+
+    def prepare_backend(self) -> None:
+        self.world.backend._images._clock = self.loop.time
+        self._give_forge(self.world.backend)
+
+    def _give_forge(self, backend: Any) -> None:
+        command = [
+            *FORGE_COMMAND[:-1],
+            f"{__package__}.forge",
+            str(self._plan_path),
+            str(self._log_path),
+        ]
+        forge = backend._forge
+        backend._forge = Forge(
+            cgroup=forge._cgroup, tied=forge._tied, features=forge._features, command=command
+        )
+
+    def service(self) -> SelfService:
+        return self._own
+
+    def plan_forge(self, plan: Plan) -> None:
+        self._life = next(self._lives)
+        faults = [fault.as_json() for fault in plan if fault.call.who == "forge"]
+        new = self._plan_path.with_suffix(".new")
+        new.write_text(json.dumps({"life": self._life, "plan": faults}))
+        new.rename(self._plan_path)
+        os.truncate(self._log_path, 0)
+
+    def passed_in_forge(self) -> tuple[list[Call], list[Fault]]:
+        lines = [json.loads(line) for line in self._log_path.read_text().splitlines()]
+        told = [Fault.of_json(said) for life, said in lines if life == self._life]
+        return [fault.call for fault in told], [fault for fault in told if fault.kind]
+
+    def world_names(self) -> list[str]:
+        return list(self.world.backend._lives)
+
+    def tidy_own(self) -> None:
+        self._own.tidy()
+
+    def own_leftovers(self) -> list[str]:
+        return list(self._own._lives)
+
+    def anchors(self) -> list[int]:
+        mark = os.readlink("/proc/self/ns/uts")
+        found = []
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            with suppress(OSError):
+                if os.readlink(f"/proc/{pid}/ns/uts") == mark and token_of(int(pid)) is not None:
+                    found.append(int(pid))
+        return found
+
+    def close(self) -> None:
+        self._own.close()
+        super().close()
+
+
+# --- The lives --------------------------------------------------------------------------------
+
+Life = Callable[[Stage, str], Awaitable[str]]
+
+
+def _how(handoff: AsyncHandoff) -> str:
+    return f"self-served: {type(handoff.fallback).__name__}" if handoff.is_degraded else "served"
+
+
+async def _heard_end(handoff: AsyncHandoff) -> str:
+    """Wait for the end; who has lost the connection does not hear of it."""
+    with suppress(TimeoutError):
+        await asyncio.wait_for(handoff.wait_ended(), UNHEARD_S)
+        return "served"
+    await handoff.end()
+    return "served, and the end unheard"
+
+
+async def whole_life(stage: Stage, name: str) -> str:
+    """Obtained, used by a process that comes and goes, over by itself."""
+    async with await stage.consumer().obtain(NamespaceRequest(name, stage.kinds)) as handoff:
+        if not handoff.is_degraded:
+            with stage.unseen(), suppress(OSError, KeyError):  # it may be over already
+                try:
+                    stage.world.join(name)
+                finally:
+                    stage.world.leave(name)
+            return await _heard_end(handoff)
+        await handoff.end()
+        return _how(handoff)
+
+
+async def end_by_consumer(stage: Stage, name: str) -> str:
+    """Obtained, and ended by who has it."""
+    async with await stage.consumer().obtain(NamespaceRequest(name, stage.kinds)) as handoff:
+        await handoff.end()
+        return _how(handoff)
+
+
+async def asked_twice(stage: Stage, name: str) -> str:
+    """Obtained on two connections, the same both times; one ends it, the other hears of it."""
+    request_ = NamespaceRequest(name, stage.kinds)
+    async with AsyncExitStack() as stack:
+        one = await stack.enter_async_context(await stage.consumer().obtain(request_))
+        stack.push_async_callback(one.end)
+        other = await stack.enter_async_context(await stage.consumer().obtain(request_))
+        if one.is_degraded or other.is_degraded:
+            await other.end()
+            return _how(one if one.is_degraded else other)
+        if one.identities != other.identities:
+            # Then it was over in between, and this is another of the same name.
+            assert await _heard_end(one) == "served", "not the same namespaces"
+        await one.end()
+        return await _heard_end(other)
+
+
+async def refused(stage: Stage, name: str) -> str:
+    """An image that does not exist."""
+    request_ = NamespaceRequest(name, stage.kinds, "absent.sqfs")
+    async with await stage.consumer().obtain(request_) as handoff:
+        return _how(handoff)
+
+
+async def with_image(stage: Stage, name: str) -> str:
+    """Obtained with an image, and ended; the image is dropped when its time has come."""
+    request_ = NamespaceRequest(name, stage.kinds, IMAGE)
+    async with await stage.consumer().obtain(request_) as handoff:
+        await handoff.end()
+        return _how(handoff)
+
+
+async def overtaken(stage: Stage, name: str) -> str:
+    """Ended in the same breath as it is asked for."""
+    with ExitStack() as stack:
+        with stage.unseen():
+            channel = stack.enter_context(
+                Channel(begin_connect(stage.path), accepts_descriptors=True)
+            )
+            channel.send(NamespaceRequest(name, stage.kinds))
+            channel.send(AllocationEnded(name))
+        heard: list[str] = []
+        for _ in range(1000):
+            await asyncio.sleep(0.01)
+            with stage.unseen():
+                received = channel.receive()
+            for each in received:
+                if isinstance(each, Delivery):
+                    each.bundle.close()
+                heard.append(type(each.message if isinstance(each, Delivery) else each).__name__)
+            if len(heard) == 2 or "Lost" in heard:
+                return ", ".join(heard)
+    raise Broken(f"heard only {heard}")
+
+
+async def self_served(stage: Stage, name: str) -> str:
+    """No provider: namespaces of its own, and gone with it."""
+    request_ = NamespaceRequest(name, stage.kinds)
+    async with await stage.consumer(stage.nowhere).obtain(request_) as handoff:
+        await handoff.end()
+        return _how(handoff)
+
+
+LIVES: Final[dict[str, Life]] = {
+    life.__name__.replace("_", " "): life
+    for life in (
+        whole_life,
+        end_by_consumer,
+        asked_twice,
+        refused,
+        with_image,
+        overtaken,
+        self_served,
+    )
+}
+
+
+@contextmanager
+def simulated_stage(directory: Path) -> Iterator[Stage]:
+    with _on(SimulatedStage(directory)) as stage:
+        yield stage
+
+
+@contextmanager
+def linux_stage(directory: Path, cgroup2: Path, image_root: Path) -> Iterator[Stage]:
+    with _on(LinuxStage(directory, cgroup2, image_root)) as stage:
+        yield stage
+
+
+@contextmanager
+def _on(stage: Stage) -> Iterator[Stage]:
+    try:
+        stage.start()
+        stage.settle_in()
+        yield stage
+        stage.end_neighbour()
+    finally:
+        stage.close()
+
+
+def golden(stage: Stage, life: Life) -> list[Call]:
+    """Which calls a life makes when nothing goes wrong."""
+    return stage.tell(life).passed

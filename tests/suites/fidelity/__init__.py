@@ -1,0 +1,1 @@
+"""The simulated kernel held to the real one."""

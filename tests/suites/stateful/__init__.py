@@ -1,0 +1,1 @@
+"""Stateful suites: the provider and the consumer, driven by Hypothesis."""

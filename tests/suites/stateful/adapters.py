@@ -1,0 +1,326 @@
+"""Our own adapters: the model, the kernels, and the provider on a socket over either backend.
+
+All of them can do whatever the machine knows to do. What happens on the node is the business of a
+`World`; where the provider runs is what tells the adapters apart.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from linux.testing.adversary import Counterpart, OnPipes, OnSockets
+from linux.testing.worlds import IMAGE, LinuxWorld, SimulatedWorld, World
+from statemachine import events as on
+from statemachine.consumer import ConsumerKernel
+from statemachine.effects import Timer
+from statemachine.events import Event
+from statemachine.lifecycle import AllocationState
+from statemachine.provider import Limits, ProviderKernel
+from tests.support.served import Served
+from transport.serve import Provider, Spans
+from transport.testing.gated_backend import Reins
+from transport.testing.in_process import (
+    ConsumerBrain,
+    ConsumerModel,
+    Inside,
+    InsideConsumer,
+    InsideVoice,
+    Pipe,
+    ProviderBrain,
+    ProviderModel,
+)
+from transport.testing.machine import Ability, Adapter, Handoffs, History, Voice, Work
+from transport.testing.peer import wait_until
+
+FOREVER: Final = Spans(readiness_s=1e6, claim_s=1e6, release_s=1e6)
+"""Nothing runs out unless it is told to."""
+
+
+class OnWorld(Adapter):
+    """A provider over the backend of a world that is the machine's own to shake."""
+
+    abilities = frozenset(Ability)
+
+    def __init__(self, world: World, path: Path) -> None:
+        super().__init__(path, world.inspector, IMAGE)
+        self.world = world
+        self.past: History = []
+        self._held: set[Work] = set()
+        self.launch()
+        self.serve()
+
+    def start(self) -> None:
+        # What is known of the node until here, whatever happens to it meanwhile, the old one knows.
+        self.world.backend.close()
+        self.launch()
+        self.serve()
+
+    def launch(self) -> None:
+        """Have a program, which does not serve yet."""
+        self.world.launch()
+        self.reins = Reins(self.world.backend)
+        for work in self._held:
+            self.reins.hold(work)
+
+    # What happens on the node.
+
+    def join(self, name: str) -> None:
+        self.world.join(name)
+
+    def leave(self, name: str) -> None:
+        self.world.leave(name)
+
+    def pass_through(self, name: str) -> None:
+        self.world.pass_through(name)
+
+    def freeze(self, name: str, *, is_frozen: bool) -> None:
+        self.world.freeze(name, is_frozen=is_frozen)
+
+    def bury(self, name: str) -> None:
+        self.world.bury(name)
+
+    def kill_init(self, name: str) -> None:
+        self.world.kill_init(name)
+
+    def entangle(self, name: str) -> None:
+        self.world.entangle(name)
+
+    def disentangle(self, name: str) -> None:
+        self.world.disentangle(name)
+
+    def kept(self) -> Counter[Hashable]:
+        if not isinstance(self.world, SimulatedWorld):
+            return Counter()  # only pidfds of the anchors
+        lives = self.world.node.lives.values()
+        return Counter(
+            self.inspector.inspect(namespace.descriptor.fileno())
+            for life in tuple(lives)
+            for namespace in tuple(life.namespaces)
+        )
+
+    def leftovers(self) -> list[str]:
+        return self.world.leftovers()
+
+    # The hand on the backend.
+
+    def hold(self, work: Work) -> None:
+        self._held.add(work)
+        self.reins.hold(work)
+
+    def let_go(self, work: Work) -> None:
+        self._held.discard(work)
+        self.reins.let_go(work)
+        if work is Work.RECOVER:
+            self.wait_ready()
+
+    def scarcity(self) -> AbstractContextManager[None]:
+        return self.reins.scarcity()
+
+    # The provider.
+
+    @abstractmethod
+    def serve(self) -> None:
+        """Have the program serve."""
+
+    @abstractmethod
+    def wait_ready(self) -> None:
+        """Wait until requests are served."""
+
+    @abstractmethod
+    def turns(self) -> History:
+        """What the provider of now took in and decided."""
+
+    def history(self) -> History:
+        return [*self.past, *self.turns()]
+
+    @contextmanager
+    def seeing(self, kind: type[Event], name: str) -> Iterator[None]:
+        def times() -> int:
+            seen = [event for event, _ in self.turns() if isinstance(event, kind)]
+            return sum(getattr(event, "allocation_id", None) == name for event in seen)
+
+        before = times()
+        yield
+        wait_until(lambda: times() > before, f"{kind.__name__} of {name}")
+
+
+class OnSocketOfOurs(OnWorld):
+    """The provider as it is, in a thread, on a socket."""
+
+    def __init__(self, world: World) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="nsh-")
+        super().__init__(world, Path(self._folder.name) / "handoff.sock")
+
+    def turns(self) -> History:
+        return self.served.turns
+
+    def serve(self) -> None:
+        self.served = Served(self.path, self.reins, spans=FOREVER)
+        if Work.RECOVER not in self._held:
+            self.wait_ready()
+
+    def wait_ready(self) -> None:
+        self.served.wait_ready()
+
+    def stop(self) -> None:
+        self.past += self.served.turns
+        self.served.stop()
+
+    def release(self, name: str) -> None:
+        self.served.ask_provider(lambda provider: provider._feed(on.ReleaseRequested(name)))
+
+    def wait_held(self, work: Work) -> None:
+        self.reins.wait_held(work)
+
+    def is_running(self, timer: Timer, name: str) -> bool:
+        return self.served.ask_provider(lambda p: (timer, name) in p._clock.handles)
+
+    def expire(self, timer: Timer, name: str) -> None:
+        def run_out(provider: Provider) -> None:
+            provider._clock.handles[timer, name].cancel()
+            provider._expire(timer, name)
+
+        wait_until(lambda: self.is_running(timer, name), f"{timer} of {name}")
+        self.served.ask_provider(run_out)
+
+    def wait_released(self, name: str) -> None:
+        wait_until(lambda: self.served.state_of(name) is AllocationState.RELEASED)
+
+    def close(self) -> None:
+        with ExitStack() as stack:
+            stack.callback(self._folder.cleanup)
+            stack.callback(self.world.close)
+            stack.callback(self.served.stop)
+
+
+class InProcess(OnWorld):
+    """
+    No socket and no thread: a brain, and the effects it wants, performed at once.
+
+    Args:
+        world: of memory, because here nothing is waited for.
+        provider: decides for the provider.
+        consumer: decides for each consumer.
+    """
+
+    def __init__(
+        self,
+        world: SimulatedWorld,
+        provider: Callable[[Limits], ProviderBrain],
+        consumer: ConsumerBrain,
+    ) -> None:
+        self._provider = provider
+        self._consumer = consumer
+        super().__init__(world, Path("nowhere"))
+
+    def turns(self) -> History:
+        return self.inside.turns
+
+    def serve(self) -> None:
+        self.inside = Inside(self._provider, self.reins)
+        self.inside.work()
+
+    def stop(self) -> None:
+        self.past += self.inside.turns
+        self.inside.stop()
+
+    def voice(self) -> Voice:
+        return InsideVoice(self._connect(), self._work)
+
+    def consumer(self) -> InsideConsumer:
+        return InsideConsumer(self._consumer, self.inspector, self._connect, self._work)
+
+    def _connect(self) -> Pipe:
+        return self.inside.connect()
+
+    def _work(self) -> None:
+        self.inside.work()
+
+    @contextmanager
+    def seeing(self, kind: type[Event], name: str) -> Iterator[None]:
+        with super().seeing(kind, name):
+            yield
+            self._work()
+
+    def wait_ready(self) -> None:
+        self._work()
+
+    def wait_held(self, work: Work) -> None:
+        self._work()
+        assert work in self.inside.held_up, f"{work} does not begin"
+
+    def release(self, name: str) -> None:
+        self.inside.release(name)
+
+    def is_running(self, timer: Timer, name: str) -> bool:
+        return (timer, name) in self.inside.timers
+
+    def expire(self, timer: Timer, name: str) -> None:
+        self.inside.expire(timer, name)
+
+    def wait_released(self, name: str) -> None:
+        self._work()
+        assert self.inside.brain.state_of(name) is AllocationState.RELEASED
+
+    def close(self) -> None:
+        self.inside.stop()
+        self.world.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """What the adapter over this node needs."""
+
+    directory: Path
+    """Its own, and empty."""
+    cgroup2: Path
+    image_root: Path
+
+    def world(self) -> LinuxWorld:
+        """Have a world in a directory of its own."""
+        folder = Path(tempfile.mkdtemp(dir=self.directory))
+        return LinuxWorld(folder, self.cgroup2, self.image_root)
+
+
+NAMES: Final = ("model", "kernels", "simulated", "linux")
+"""Our adapters; the last two are the provider on a real socket, over one backend or the other."""
+
+
+def adapter_of(name: str, node: Node | None) -> Adapter:
+    """Open one of our adapters; the last needs a node."""
+    match name:
+        case "model":
+            return InProcess(SimulatedWorld(), ProviderModel, ConsumerModel)
+        case "kernels":
+            return InProcess(SimulatedWorld(), ProviderKernel, ConsumerKernel)
+        case "simulated":
+            return OnSocketOfOurs(SimulatedWorld())
+        case _:
+            assert node is not None
+            return OnSocketOfOurs(node.world())
+
+
+def counterpart_of(name: str, prefix: str, node: Node | None) -> Counterpart:
+    """Have what a consumer is connected with, on the same."""
+    match name:
+        case "model":
+            return OnPipes(prefix, ConsumerModel)
+        case "kernels":
+            return OnPipes(prefix, ConsumerKernel)
+        case "simulated":
+            return OnSockets(SimulatedWorld(), prefix)
+        case _:
+            assert node is not None
+            return OnSockets(node.world(), prefix)
+
+
+def machine(prefix: str, make: Callable[[], Adapter]) -> type[Handoffs]:
+    """Make a class of its own for one test: Hypothesis makes many of it."""
+    return type("Machine", (Handoffs,), {"prefix": prefix, "open_adapter": lambda self: make()})

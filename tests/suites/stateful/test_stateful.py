@@ -1,0 +1,210 @@
+"""Whatever consumers, processes and crashes do in whatever order, every promise is kept.
+
+Two machines. `Handoffs` (`transport.testing.machine`) is to a provider whatever consumers could be;
+`Dealings` (`linux.testing.adversary`) is to a consumer whatever a provider could be. Each runs
+on the model, on the bare kernels, on real sockets over a simulated node, and on real sockets over
+this one, and takes every row of the tables on each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from linux.testing.adversary import STEPS as DEALINGS_STEPS
+from linux.testing.adversary import Dealings, dealings
+from specs.invariants import InvariantBroken
+from statemachine import effects as do
+from statemachine import provider as kernel
+from statemachine.lifecycle import CONSUMER, NOTICE, PROVIDER
+from statemachine.table import compile_table
+from tests.campaign import stateful_campaign
+from tests.suites.stateful.adapters import Node, adapter_of, counterpart_of, machine
+from tests.suites.stateful.cells import counted, missing
+from tests.suites.stateful.tour import CONSUMER_TOUR, PROVIDER_TOUR, take
+from transport.descriptors import DescriptorBundle
+from transport.testing.gated_backend import Reins
+from transport.testing.in_process import Pipe
+from transport.testing.machine import STEPS, Handoffs
+
+SHARES: Final = {"model": 1.0, "kernels": 1.0, "simulated": 0.5, "linux": 0.1}
+"""How much of the profile's examples each adapter gets: a step costs what it costs there."""
+
+ADAPTERS: Final = [
+    pytest.param(name, marks=[pytest.mark.needs_root] if name == "linux" else []) for name in SHARES
+]
+
+
+@pytest.fixture
+def node(request: pytest.FixtureRequest, tmp_path: Path, allocation_id: str) -> Node | None:
+    """What the adapter of this node needs; the others need nothing."""
+    if request.getfixturevalue("name") != "linux":
+        return None
+    found = (request.getfixturevalue(name) for name in ("cgroup2", "image_root"))
+    return Node(tmp_path, *found)
+
+
+@pytest.fixture
+def handoffs(name: str, node: Node | None, allocation_id: str) -> type[Handoffs]:
+    return machine(allocation_id, lambda: adapter_of(name, node))
+
+
+@pytest.fixture
+def dealing(name: str, node: Node | None, allocation_id: str) -> Iterator[type[Dealings]]:
+    counterpart = counterpart_of(name, allocation_id, node)
+    yield dealings(counterpart)
+    counterpart.close()
+
+
+def examples(share: float, steps: int) -> settings:
+    most = max(1, round(settings().max_examples * share))
+    return settings(max_examples=most, stateful_step_count=steps)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_provider_keeps_its_promises(name: str, handoffs: type[Handoffs]) -> None:
+    run_state_machine_as_test(handoffs, settings=examples(SHARES[name], STEPS))
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_consumer_keeps_its_promises(name: str, dealing: type[Dealings]) -> None:
+    run_state_machine_as_test(dealing, settings=examples(SHARES[name], DEALINGS_STEPS))
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_every_row_of_a_provider_is_taken(name: str, handoffs: type[Handoffs]) -> None:
+    with counted() as hits:
+        take(handoffs, PROVIDER_TOUR)
+    assert missing(hits, PROVIDER) == []
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_every_row_of_a_consumer_is_taken(name: str, dealing: type[Dealings]) -> None:
+    with counted() as hits:
+        take(dealing, CONSUMER_TOUR)
+    assert missing(hits, CONSUMER, NOTICE) == []
+
+
+def test_a_row_that_is_not_taken_is_named(allocation_id: str) -> None:
+    with counted() as hits:
+        take(machine(allocation_id, lambda: adapter_of("kernels", None)), PROVIDER_TOUR[:2])
+    assert "provider unknown RequestReceived" not in missing(hits, PROVIDER)
+    assert "provider handed_off InitDied" in missing(hits, PROVIDER)
+
+
+# --- The machines can fail ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def kernels(allocation_id: str) -> type[Handoffs]:
+    return machine(allocation_id, lambda: adapter_of("kernels", None))
+
+
+def test_a_descriptor_that_nobody_owns_is_found(
+    kernels: type[Handoffs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("liar.DEADLINE_S", 0.05)
+    kept: list[DescriptorBundle] = []
+    pass_on = Reins.bundle_of
+
+    def keeping_a_copy(self: Reins, name: str) -> DescriptorBundle:
+        bundle = pass_on(self, name)
+        kept.append(bundle.duplicate())
+        return bundle
+
+    monkeypatch.setattr(Reins, "bundle_of", keeping_a_copy)
+    try:
+        with pytest.raises(AssertionError, match=r"are open, and \d have an owner"):
+            take(kernels, PROVIDER_TOUR)
+    finally:
+        for bundle in kept:
+            bundle.close()
+
+
+def test_descriptors_in_another_order_are_found(
+    kernels: type[Handoffs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send = Pipe.send
+
+    def reversing(self: Pipe, message: Any, bundle: DescriptorBundle | None = None) -> None:
+        if bundle:
+            parts = [descriptor for _, descriptor in bundle][::-1]
+            bundle = DescriptorBundle(bundle.types, parts)
+        send(self, message, bundle)
+
+    monkeypatch.setattr(Pipe, "send", reversing)
+    steps = [
+        ("a_line_is_opened", {}),
+        ("a_line_asks_many_things_at_once", {"who": 0, "picks": [2]}),
+    ]
+    with pytest.raises(InvariantBroken, match="announced"):
+        take(kernels, tuple(steps))
+
+
+@pytest.mark.parametrize(
+    ("row", "leaves_out"),
+    [
+        (("InitDied", "handed_off"), do.ReleaseNamespaces),
+        (("NamespacesReleased", "ended"), do.AnnounceEnd),
+        (("RequestRepeated", "handed_off"), do.HandOver),
+        (("Unclaimed", "created"), "start claim timer"),
+    ],
+    ids=["never released", "never told", "never answered", "never claimed"],
+)
+def test_an_effect_that_is_left_out_is_found(
+    kernels: type[Handoffs],
+    monkeypatch: pytest.MonkeyPatch,
+    row: tuple[str, str],
+    leaves_out: Any,
+) -> None:
+    monkeypatch.setattr("liar.DEADLINE_S", 0.05)
+    rows = [
+        type(each)(
+            each.event,
+            each.source,
+            each.target,
+            tuple(x for x in each.effects if x is not leaves_out and str(x) != leaves_out)
+            if (each.event.__name__, each.source.value) == row
+            else each.effects,
+        )
+        for each in PROVIDER.rows
+    ]
+    mutant = compile_table("provider", rows, initial=PROVIDER.initial, finals=PROVIDER.finals)
+    monkeypatch.setattr(kernel, "PROVIDER", mutant)
+    with pytest.raises((AssertionError, KeyError)):
+        take(kernels, PROVIDER_TOUR)
+
+
+# --- As a part of a campaign -------------------------------------------------------------------
+
+
+def test_a_campaign_has_a_task_for_everything_and_each_can_be_repeated() -> None:
+    tasks = stateful_campaign.tasks(1.0)
+    assert len({task.name for task in tasks}) == len(tasks)
+    assert len(stateful_campaign.tasks(3.0)) == 3 * len(tasks)
+    one, same = (stateful_campaign.run(7, "kernels", "dealings", 5) for _ in range(2))
+    assert one.discoveries == []
+    assert missing(one.cells["kernels"], CONSUMER, NOTICE) == []
+    assert one.cells == same.cells
+    assert one.figures["steps"] == same.figures["steps"] > one.figures["examples"] > 5
+
+
+def test_what_a_campaign_finds_comes_as_a_test_that_does_it_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    error = AssertionError("a promise")
+    steps = ["state = Machine()", "state.somebody_asks(pick=3)", "state.teardown()"]
+    error.add_note("\n".join(["Failing test case:", *steps]))
+    (found,) = stateful_campaign.discoveries(error, "kernels", "handoffs", "again")
+    assert found.title == "AssertionError: a promise"
+    namespace: dict[str, Any] = {}
+    exec(found.script, namespace)
+    asked: list[int] = []
+    monkeypatch.setattr(Handoffs, "somebody_asks", lambda self, pick: asked.append(pick))
+    namespace["test_a_promise_that_is_not_kept"]()
+    assert asked == [3]

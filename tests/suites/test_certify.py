@@ -1,0 +1,69 @@
+"""Whoever has a provider can have it tried as chapter 11 says; and it can fail."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from linux.testing import conformance as suite
+from linux.testing.programs import DEADLINE_S, ROOT, daemon_in, environment
+from statemachine.errors import CreationFailed
+from statemachine.messages import AllocationEnded
+from transport.testing.peer import Liar, Line
+
+PAGE = ROOT / "specs" / "11-certifying.md"
+
+
+def tried(socket: Path, cases: str) -> subprocess.CompletedProcess[str]:
+    """Try a simulated provider, as its makers would."""
+    words = ["tests/suites/test_conformance.py", f"--provider-socket={socket}", "-k", cases]
+    options = ["--provider-backend=simulated", "-p", "no:cacheprovider", "-q"]
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", *words, *options],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=DEADLINE_S,
+    )
+
+
+def test_basic_a_provider_is_tried_by_naming_its_socket(tmp_path: Path, image_root: Path) -> None:
+    with daemon_in(tmp_path, image_root, "--backend", "simulated") as daemon:
+        run = tried(daemon.socket, "wire-frame-01 or wire-give or wire-end-01")
+    assert run.returncode == 0, run.stdout
+    assert "20 passed" in run.stdout
+
+
+def has_nothing_to_give(line: Line) -> None:
+    """Be a provider that refuses whatever is asked, and confirms every end."""
+    while (message := line.hear()) is not None:
+        line.say(message if isinstance(message, AllocationEnded) else CreationFailed("no"))
+
+
+def test_a_provider_that_does_not_keep_its_word_is_told_by_number(tmp_path: Path) -> None:
+    socket = tmp_path / "liar.sock"
+    with Liar(socket, *[has_nothing_to_give] * 20):
+        run = tried(socket, "wire-life-01 or wire-end-01")
+    assert run.returncode == 1, run.stdout
+    failed = re.findall(r"^FAILED .*\[(.*)-foreign\]", run.stdout, re.MULTILINE)
+    assert sorted(failed) == ["wire-end-01", "wire-life-01"]
+
+
+def test_the_page_knows_every_kind_of_case_and_no_other() -> None:
+    rows = re.findall(r"^\| (`wire.*?) \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    told = re.findall(r"`(wire-\w+)`", " ".join(rows))
+    tests = [test for name, test in vars(suite).items() if name.startswith("test_")]
+    numbers = [number for test in tests for number in test.cases]
+    assert sorted(told) == sorted({number.rpartition("-")[0] for number in numbers})
+
+
+def test_the_page_knows_every_option(pytestconfig: pytest.Config) -> None:
+    told = set(re.findall(r"^\| `(--[a-z-]+)=", PAGE.read_text(encoding="utf-8"), re.MULTILINE))
+    names = [name for name in vars(pytestconfig.option) if name.startswith("provider")]
+    assert told == {f"--{name.replace('_', '-')}" for name in names}

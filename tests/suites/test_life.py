@@ -1,0 +1,988 @@
+"""The whole way: a consumer, the socket, the provider and this machine, from request to release."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from linux.cgroups import Scope
+from linux.forge.spawn import spawn_within
+from linux.journal import Entry
+from linux.namespaces import CLONE_FLAGS
+from linux.simulated import Step
+from linux.testing.worlds import (
+    IMAGE,
+    LIGHT,
+    MOUNT,
+    NET,
+    PID,
+    LinuxWorld,
+    SimulatedWorld,
+    eventually,
+    real,
+    simulated,
+)
+from statemachine import effects as do
+from statemachine import events as on
+from statemachine.errors import (
+    AllocationNotFound,
+    CreationFailed,
+    FdPassing,
+    SocketUnavailable,
+)
+from statemachine.lifecycle import AllocationState
+from statemachine.messages import (
+    AllocationEnded,
+    NamespaceRequest,
+    NamespaceResponse,
+    NamespaceType,
+)
+from statemachine.provider import Limits
+from tests.support.forging import ALL, ORDERS
+from tests.support.served import Served, Wire, served
+from transport.codec import decode_message, encode_message
+from transport.framing import encode_frame
+from transport.request import Consumer, Handoff
+from transport.serve import Spans
+
+pytestmark = pytest.mark.needs_root
+
+NS_GET_NSTYPE: Final = 0xB703
+LONG_S: Final = 10.0
+"""Longer than anything here takes."""
+
+
+class Life:
+    """A provider on this machine, and a consumer of it."""
+
+    def __init__(self, world: LinuxWorld, directory: Path) -> None:
+        self.world: Final = world
+        self.path: Final = directory / "s.sock"
+        self.consumer: Final = Consumer(self.path, world.inspector)
+        self.provider: Served
+        self._stack: Final = ExitStack()
+
+    def start(self, limits: Limits | None = None, **spans: float) -> None:
+        self.provider = Served(self.path, self.world.backend, limits, Spans(**spans))
+        self._stack.callback(self.provider.stop)
+        self.provider.wait_ready()
+
+    def drop(self) -> None:
+        """Stop the provider, which releases nothing, and close what it had open."""
+        self.provider.stop()
+        self.world.backend.close()
+
+    def restart(self, **spans: float) -> None:
+        self.world.backend = self.world.program()
+        self.start(None, **spans)
+
+    def obtain(
+        self, name: str, kinds: tuple[NamespaceType, ...] = LIGHT, image: str | None = None
+    ) -> Handoff:
+        """A handoff that is closed with the test at the latest."""
+        handoff = self.consumer.obtain(NamespaceRequest(name, kinds, image))
+        self._stack.callback(handoff.close)
+        return handoff
+
+    def spawn(self, handoff: Handoff, *command: str, **more: int) -> subprocess.Popen[bytes]:
+        """Start a command in an allocation, as a consumer does."""
+        scope = Scope(self.world.scope(handoff.request.allocation_id), "")
+        with scope.open_procs() as procs:
+            process = spawn_within(command, handoff.bundle, scope=procs, **more)
+        self._stack.callback(_end, process)
+        return process
+
+    def state_of(self, name: str) -> AllocationState:
+        return self.provider.state_of(name)
+
+    def is_released(self, name: str) -> bool:
+        return self.state_of(name) is AllocationState.RELEASED
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    with process:
+        pass
+
+
+@pytest.fixture
+def idle_life(tmp_path: Path, cgroup2: Path, image_root: Path) -> Iterator[Life]:
+    """A provider that is not started yet."""
+    with real(tmp_path, cgroup2, image_root) as world:
+        life = Life(world, tmp_path)
+        try:
+            yield life
+        finally:
+            life.close()
+
+
+@pytest.fixture
+def life(idle_life: Life) -> Life:
+    idle_life.start()
+    return idle_life
+
+
+@pytest.fixture
+def world() -> Iterator[SimulatedWorld]:
+    with simulated() as world:
+        yield world
+
+
+# --- The hand-off ------------------------------------------------------------------------------
+
+
+@pytest.mark.clause("NODE-2")
+def test_basic_life_of_an_allocation(life: Life, allocation_id: str) -> None:
+    handoff = life.obtain(allocation_id, ALL, IMAGE)
+    assert life.state_of(allocation_id) is AllocationState.HANDED_OFF
+    assert life.spawn(handoff, "true").wait() == 0
+    assert handoff.wait_ended(LONG_S)
+    assert life.is_released(allocation_id)
+    assert life.world.leftovers() == []
+
+
+@pytest.mark.clause("FD-2")
+def test_descriptors_come_in_the_order_of_fd_types(life: Life, allocation_id: str) -> None:
+    """Read off the socket byte by byte, with nothing of ours in between."""
+    for number, order in enumerate(ORDERS):
+        request = NamespaceRequest(f"{allocation_id}-{number}", order)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
+            peer.connect(str(life.path))
+            peer.sendall(encode_frame(encode_message(request)))
+            data, numbers, _, _ = socket.recv_fds(peer, 65_540, 16)
+            (length,) = struct.unpack(">I", data[:4])
+            response = decode_message(data[4 : 4 + length])
+            kinds = [fcntl.ioctl(fd, NS_GET_NSTYPE) for fd in numbers]
+            for fd in numbers:
+                os.close(fd)
+        assert isinstance(response, NamespaceResponse)
+        assert response.fd_types == order
+        assert kinds == [CLONE_FLAGS[kind] for kind in order]
+
+
+@pytest.mark.clause("LIFE-3")
+def test_the_same_request_gets_the_same_namespaces(life: Life, allocation_id: str) -> None:
+    first = life.obtain(allocation_id, ALL)
+    assert life.obtain(allocation_id, ALL).identities == first.identities
+
+
+@pytest.mark.clause("LIFE-4")
+def test_askers_that_meet_get_one_set(life: Life, allocation_id: str) -> None:
+    with ExitStack() as stack:
+        wires = [stack.enter_context(Wire(life.path)) for _ in range(5)]
+        for wire in wires:
+            wire.send(NamespaceRequest(allocation_id, LIGHT))
+        answers = {wire.take() for wire in wires}
+    assert answers == {NamespaceResponse(allocation_id, LIGHT, None)}
+    assert len(life.provider.effects(do.CreateNamespaces)) == 1
+
+
+@pytest.mark.clause("LIFE-5")
+def test_another_request_for_a_live_id_is_refused(life: Life, allocation_id: str) -> None:
+    handoff = life.obtain(allocation_id, (PID, MOUNT))
+    with pytest.raises(CreationFailed, match="another request"):
+        life.obtain(allocation_id, (MOUNT, PID))
+    assert life.obtain(allocation_id, (PID, MOUNT)).identities == handoff.identities
+
+
+def test_every_holder_hears_of_the_end(life: Life, allocation_id: str) -> None:
+    holders = [life.obtain(allocation_id) for _ in range(3)]
+    assert holders[0].end(LONG_S)
+    assert all(holder.wait_ended(LONG_S) for holder in holders)
+    announced = life.provider.effects(do.AnnounceEnd)
+    assert len(set(announced)) == len(announced) == 3
+
+
+@pytest.mark.clause("LIFE-8", "ERR-1")
+def test_a_failed_creation_is_told_and_leaves_nothing(life: Life, allocation_id: str) -> None:
+    with pytest.raises(CreationFailed, match=r"openat2\(2\): ENOENT .*missing\.sqfs"):
+        life.obtain(allocation_id, LIGHT, "missing.sqfs")
+    assert life.world.leftovers() == []
+
+
+def test_an_id_that_failed_can_be_asked_for_again(life: Life, allocation_id: str) -> None:
+    with pytest.raises(CreationFailed):
+        life.obtain(allocation_id, LIGHT, "missing.sqfs")
+    assert life.obtain(allocation_id).identities
+
+
+@pytest.mark.clause("LIFE-6")
+def test_an_id_that_was_released_begins_anew(life: Life, allocation_id: str) -> None:
+    first = life.obtain(allocation_id)
+    assert first.end(LONG_S)
+    assert not set(life.obtain(allocation_id).identities) & set(first.identities)
+
+
+def test_the_end_of_what_has_ended_is_confirmed_again(life: Life, allocation_id: str) -> None:
+    assert life.obtain(allocation_id).end(LONG_S)
+    life.consumer.end(allocation_id)
+
+
+def test_the_end_of_what_never_was_is_not_found(life: Life, allocation_id: str) -> None:
+    with pytest.raises(AllocationNotFound):
+        life.consumer.end(allocation_id)
+
+
+# --- Inside ------------------------------------------------------------------------------------
+
+
+def output_of(life: Life, handoff: Handoff, script: str) -> list[str]:
+    """What a shell prints in an allocation, while something keeps its cgroup populated."""
+    process = life.spawn(handoff, "sh", "-c", script, stdout=subprocess.PIPE)
+    output, _ = process.communicate(timeout=LONG_S)
+    return output.decode().splitlines()
+
+
+@pytest.fixture
+def inside(life: Life, allocation_id: str) -> Handoff:
+    """An allocation with everything, kept alive by a process."""
+    handoff = life.obtain(allocation_id, ALL, IMAGE)
+    life.spawn(handoff, "sleep", "infinity")
+    return handoff
+
+
+def test_the_first_process_is_the_init(life: Life, inside: Handoff) -> None:
+    assert output_of(life, inside, "cat /proc/1/comm") == ["sleep"]
+
+
+@pytest.mark.clause("NODE-10")
+def test_proc_shows_the_allocation_alone(life: Life, inside: Handoff) -> None:
+    pids = output_of(life, inside, "cd /proc; echo [0-9]*")[0].split()
+    assert len(pids) == 3  # the init, the process that keeps it alive, the shell itself
+    assert max(map(int, pids)) < 10
+
+
+@pytest.mark.clause("NODE-7")
+def test_orphans_are_reaped(life: Life, inside: Handoff) -> None:
+    output_of(life, inside, "sleep 0.01 & exit")
+    eventually(lambda: len(output_of(life, inside, "cd /proc; echo [0-9]*")[0].split()) == 3)
+
+
+@pytest.mark.clause("NODE-7")
+def test_the_init_ignores_signals_from_inside(life: Life, inside: Handoff) -> None:
+    output_of(life, inside, "kill -TERM 1; kill -KILL 1; kill -STOP 1")
+    assert output_of(life, inside, "grep State /proc/1/status") == ["State:\tS (sleeping)"]
+
+
+@pytest.mark.clause("NODE-8")
+def test_lo_is_up_and_alone(life: Life, inside: Handoff) -> None:
+    (link,) = output_of(life, inside, "ip -o link")
+    assert " lo: <LOOPBACK,UP,LOWER_UP>" in link
+
+
+@pytest.mark.clause("NODE-12")
+def test_the_image_is_at_its_mount_point(life: Life, inside: Handoff) -> None:
+    path = inside.response.uenv_mount_path
+    assert output_of(life, inside, f"cat {path}/hello.txt") == ["hello from the image"]
+
+
+def test_programs_of_the_image_run(life: Life, inside: Handoff) -> None:
+    path = inside.response.uenv_mount_path
+    assert output_of(life, inside, f"{path}/bin/marker") == ["marker"]
+
+
+def test_the_image_is_read_only_without_setuid_and_devices(life: Life, inside: Handoff) -> None:
+    path = inside.response.uenv_mount_path
+    (line,) = output_of(life, inside, f"grep ' {path} ' /proc/mounts")
+    options = line.split()[3].split(",")
+    assert {"ro", "nosuid", "nodev"} <= set(options)
+
+
+@pytest.mark.clause("NODE-12")
+def test_the_image_is_not_on_the_node(life: Life, allocation_id: str) -> None:
+    before = Path("/proc/self/mountinfo").read_text()
+    handoff = life.obtain(allocation_id, ALL, IMAGE)
+    assert handoff.response.uenv_mount_path is not None
+    assert not Path(handoff.response.uenv_mount_path).exists()
+    assert Path("/proc/self/mountinfo").read_text() == before
+
+
+@contextmanager
+def shared_mount(path: Path) -> Iterator[Path]:
+    """A mount whose changes reach others, as all of a node's do under systemd."""
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", path], check=True)
+    subprocess.run(["mount", "--make-shared", path], check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "-R", path], check=True)
+
+
+@pytest.mark.clause("NODE-9")
+def test_what_the_node_mounts_later_is_seen_inside(
+    life: Life, tmp_path: Path, allocation_id: str
+) -> None:
+    with shared_mount(tmp_path / "shared") as shared:
+        handoff = life.obtain(allocation_id)
+        life.spawn(handoff, "sleep", "infinity")
+        (shared / "later").mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", shared / "later"], check=True)
+        (shared / "later" / "file").touch()
+        assert output_of(life, handoff, f"ls {shared}/later") == ["file"]
+
+
+@pytest.mark.clause("NODE-9")
+def test_what_is_mounted_inside_is_not_seen_on_the_node(
+    life: Life, tmp_path: Path, allocation_id: str
+) -> None:
+    with shared_mount(tmp_path / "shared") as shared:
+        handoff = life.obtain(allocation_id)
+        life.spawn(handoff, "sleep", "infinity")
+        (shared / "inner").mkdir()
+        script = (
+            f"mount -t tmpfs tmpfs {shared}/inner && touch {shared}/inner/file && ls {shared}/inner"
+        )
+        assert output_of(life, handoff, script) == ["file"]
+        assert list((shared / "inner").iterdir()) == []
+
+
+# --- Ends --------------------------------------------------------------------------------------
+
+
+def by_its_cgroup(life: Life, handoff: Handoff) -> None:
+    life.spawn(handoff, "true").wait()
+
+
+def by_message(life: Life, handoff: Handoff) -> None:
+    life.spawn(handoff, "sleep", "infinity")
+    assert handoff.end(LONG_S)
+
+
+def by_the_death_of_its_init(life: Life, handoff: Handoff) -> None:
+    process = life.spawn(handoff, "sleep", "infinity")
+    life.world.kill_init(handoff.request.allocation_id)
+    process.wait(LONG_S)
+
+
+def by_an_operator(life: Life, handoff: Handoff) -> None:
+    process = life.spawn(handoff, "sleep", "infinity")
+    # The process is this test's child, and keeps its namespace until it is reaped.
+    reaper = threading.Thread(target=process.wait)
+    reaper.start()
+    life.consumer.end(handoff.request.allocation_id)
+    reaper.join()
+
+
+def by_somebody_who_removes_the_cgroup(life: Life, handoff: Handoff) -> None:
+    life.world.remove_scope(handoff.request.allocation_id)
+
+
+ENDS: Final = (
+    by_its_cgroup,
+    by_the_death_of_its_init,
+    by_an_operator,
+    by_somebody_who_removes_the_cgroup,
+)
+
+
+@pytest.mark.clause("END-1", "END-10")
+@pytest.mark.parametrize("end", ENDS)
+def test_one_end_is_announced_once_and_everything_released(
+    life: Life, allocation_id: str, end: Callable[[Life, Handoff], None]
+) -> None:
+    with Wire(life.path) as other:
+        other.send(NamespaceRequest(allocation_id, LIGHT, IMAGE))
+        other.take()
+        handoff = life.obtain(allocation_id, LIGHT, IMAGE)
+        end(life, handoff)
+        assert other.take() == AllocationEnded(allocation_id)
+        assert handoff.wait_ended(LONG_S)
+        assert life.is_released(allocation_id)
+        assert life.world.leftovers() == []
+        assert other.hears_nothing()
+
+
+def test_an_end_that_is_asked_for_is_answered_once(life: Life, allocation_id: str) -> None:
+    with Wire(life.path) as wire:
+        wire.send(NamespaceRequest(allocation_id, LIGHT))
+        wire.take()
+        wire.send(AllocationEnded(allocation_id))
+        assert wire.take() == AllocationEnded(allocation_id)
+        # Asked once more, it is answered once more: nothing else was on its way.
+        wire.send(AllocationEnded(allocation_id))
+        assert wire.take() == AllocationEnded(allocation_id)
+        assert wire.hears_nothing()
+
+
+@pytest.mark.clause("END-8")
+def test_an_end_kills_what_runs(life: Life, allocation_id: str) -> None:
+    handoff = life.obtain(allocation_id, (NET, MOUNT))  # no PID namespace takes it along
+    process = life.spawn(handoff, "sleep", "infinity")
+    assert handoff.end(LONG_S)
+    assert process.wait(LONG_S) == -signal.SIGKILL
+    assert life.world.leftovers() == []
+
+
+@pytest.mark.clause("END-2")
+def test_many_reasons_to_end_are_one_end(life: Life, allocation_id: str) -> None:
+    handoff = life.obtain(allocation_id)
+    with life.spawn(handoff, "sleep", "infinity") as process, ExitStack() as stack:
+        wires = [stack.enter_context(Wire(life.path)) for _ in range(3)]
+        life.world.kill_init(allocation_id)
+        process.kill()
+        for wire in wires:
+            wire.send(AllocationEnded(allocation_id))
+        process.wait()
+        assert [wire.take() for wire in wires] == [AllocationEnded(allocation_id)] * 3
+        assert handoff.wait_ended(LONG_S)
+    released = [e for e, _ in life.provider.turns if isinstance(e, on.NamespacesReleased)]
+    assert released == [on.NamespacesReleased(allocation_id)]
+
+
+def test_the_last_of_several_processes_counts(life: Life, allocation_id: str) -> None:
+    handoff = life.obtain(allocation_id)
+    last = life.spawn(handoff, "sleep", "infinity")
+    life.spawn(handoff, "true").wait()
+    assert not handoff.wait_ended(0.0)
+    last.kill()
+    last.wait()
+    assert handoff.wait_ended(LONG_S)
+
+
+@pytest.mark.clause("END-6")
+def test_a_process_further_down_keeps_it_alive(life: Life, allocation_id: str) -> None:
+    handoff = life.obtain(allocation_id)
+    below = life.world.scope(allocation_id) / "a" / "b"
+    below.mkdir(parents=True)
+    life.world.adopt_process(allocation_id, below)
+    life.spawn(handoff, "true").wait()
+    assert_still_alive(life, allocation_id)
+    life.world.leave(allocation_id)
+    assert handoff.wait_ended(LONG_S)
+
+
+def assert_still_alive(life: Life, name: str) -> None:
+    """Say so once the provider has seen all there is to see by now."""
+    life.provider.ask_provider(lambda provider: provider._observe())
+    assert life.state_of(name) is AllocationState.HANDED_OFF
+
+
+@pytest.mark.clause("END-5")
+def test_a_frozen_process_keeps_it_alive(life: Life, allocation_id: str) -> None:
+    handoff = life.obtain(allocation_id)
+    life.spawn(handoff, "sleep", "infinity")
+    life.world.freeze(allocation_id)
+    assert_still_alive(life, allocation_id)
+    life.world.freeze(allocation_id, is_frozen=False)
+    assert_still_alive(life, allocation_id)
+
+
+def test_what_is_frozen_can_be_ended(life: Life, allocation_id: str) -> None:
+    handoff = life.obtain(allocation_id, (MOUNT,))
+    process = life.spawn(handoff, "sleep", "infinity")
+    life.world.freeze(allocation_id)
+    assert handoff.end(LONG_S)
+    assert process.wait(LONG_S) == -signal.SIGKILL
+
+
+LEADERLESS = """
+import ctypes, sys, threading
+threading.Thread(target=sys.stdin.read).start()
+ctypes.CDLL(None).syscall({exit}, 0)
+"""
+SYS_EXIT: Final = {"x86_64": 60, "aarch64": 93}[platform.machine()]
+
+
+@pytest.fixture
+def leaderless(life: Life, allocation_id: str) -> tuple[Handoff, subprocess.Popen[bytes]]:
+    """A process whose first thread has gone, and whose second one lives."""
+    handoff = life.obtain(allocation_id, (MOUNT,))
+    program = LEADERLESS.format(exit=SYS_EXIT)
+    process = life.spawn(handoff, sys.executable, "-c", program, stdin=subprocess.PIPE)
+    stat = Path(f"/proc/{process.pid}/stat")
+    eventually(lambda: stat.read_text().rpartition(")")[2].split()[0] == "Z")
+    return handoff, process
+
+
+def test_a_thread_keeps_it_alive(
+    life: Life, allocation_id: str, leaderless: tuple[Handoff, subprocess.Popen[bytes]]
+) -> None:
+    handoff, process = leaderless
+    assert_still_alive(life, allocation_id)
+    assert process.stdin is not None
+    process.stdin.close()
+    assert handoff.wait_ended(LONG_S)
+
+
+def test_a_thread_without_its_leader_is_killed(
+    life: Life, leaderless: tuple[Handoff, subprocess.Popen[bytes]]
+) -> None:
+    handoff, _ = leaderless
+    assert handoff.end(LONG_S)
+    assert life.world.leftovers() == []
+
+
+def test_a_zombie_in_the_cgroup_alone_does_not_keep_it(life: Life, allocation_id: str) -> None:
+    handoff = life.obtain(allocation_id, (MOUNT,))
+    process = life.spawn(handoff, "true")
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert handoff.wait_ended(LONG_S)
+    assert life.is_released(allocation_id)
+
+
+@pytest.mark.clause("END-16")
+def test_an_end_that_overtakes_the_creation_undoes_it(life: Life, allocation_id: str) -> None:
+    with Wire(life.path) as asker, Wire(life.path) as ender:
+        asker.send(NamespaceRequest(allocation_id, ALL, IMAGE))
+        eventually(lambda: life.state_of(allocation_id) is not AllocationState.UNKNOWN)
+        ender.send(AllocationEnded(allocation_id))
+        assert ender.take() == AllocationEnded(allocation_id)
+        assert isinstance(asker.take(), CreationFailed | NamespaceResponse)
+    assert life.world.leftovers() == []
+
+
+# --- Nobody uses it ----------------------------------------------------------------------------
+
+
+def test_what_nobody_claims_is_ended(idle_life: Life, allocation_id: str) -> None:
+    idle_life.start(claim_s=0.01)
+    idle_life.obtain(allocation_id).close()
+    eventually(lambda: idle_life.is_released(allocation_id))
+    assert idle_life.world.leftovers() == []
+
+
+@pytest.mark.clause("END-3")
+def test_whoever_is_connected_claims_it(idle_life: Life, allocation_id: str) -> None:
+    idle_life.start(claim_s=0.01)
+    handoff = idle_life.obtain(allocation_id)
+    idle_life.obtain(f"{allocation_id}-unclaimed").close()
+    eventually(lambda: idle_life.is_released(f"{allocation_id}-unclaimed"))
+    assert not handoff.wait_ended(0.0)
+
+
+def test_whatever_runs_in_it_claims_it(idle_life: Life, allocation_id: str) -> None:
+    idle_life.start(claim_s=0.01)
+    handoff = idle_life.obtain(allocation_id)
+    idle_life.spawn(handoff, "sleep", "infinity")
+    eventually(lambda: any(e == on.ScopePopulated(allocation_id) for e, _ in history_of(idle_life)))
+    handoff.close()
+    idle_life.obtain(f"{allocation_id}-unclaimed").close()
+    eventually(lambda: idle_life.is_released(f"{allocation_id}-unclaimed"))
+    assert_still_alive(idle_life, allocation_id)
+
+
+def history_of(life: Life) -> list[tuple[on.Event, tuple[do.Effect, ...]]]:
+    return list(life.provider.turns)
+
+
+# --- The grace ---------------------------------------------------------------------------------
+
+
+def test_without_a_grace_a_first_helper_is_the_end(life: Life, allocation_id: str) -> None:
+    handoff = life.obtain(allocation_id)
+    life.spawn(handoff, "true").wait()
+    assert handoff.wait_ended(LONG_S)
+
+
+def graces_of(life: Life) -> list[str]:
+    return life.provider.ask_provider(lambda provider: list(provider._clock.graces))
+
+
+@pytest.mark.clause("END-7")
+def test_within_the_grace_the_next_process_goes_on(idle_life: Life, allocation_id: str) -> None:
+    idle_life.start(empty_grace_s=LONG_S)
+    handoff = idle_life.obtain(allocation_id)
+    idle_life.spawn(handoff, "true").wait()
+    eventually(lambda: graces_of(idle_life) == [allocation_id])
+    idle_life.spawn(handoff, "sleep", "infinity")
+    eventually(lambda: graces_of(idle_life) == [])
+    assert_still_alive(idle_life, allocation_id)
+
+
+def test_after_the_grace_it_is_over(idle_life: Life, allocation_id: str) -> None:
+    idle_life.start(empty_grace_s=0.05)
+    handoff = idle_life.obtain(allocation_id)
+    idle_life.spawn(handoff, "true").wait()
+    assert handoff.wait_ended(LONG_S)
+
+
+# --- What does not die -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def draining(idle_life: Life, allocation_id: str) -> Iterator[Handoff]:
+    """An allocation that is ended, and has a dead process that its parent has not reaped."""
+    idle_life.start(release_s=0.1)
+    handoff = idle_life.obtain(allocation_id)
+    idle_life.world.entangle(allocation_id)
+    with Wire(idle_life.path) as operator:
+        operator.send(AllocationEnded(allocation_id))
+        eventually(lambda: idle_life.state_of(allocation_id) is AllocationState.ENDED)
+        yield handoff
+    idle_life.world.disentangle(allocation_id)
+    eventually(lambda: idle_life.is_released(allocation_id))
+    assert idle_life.world.leftovers() == []
+
+
+def entry_of(life: Life, name: str) -> Entry:
+    journal = life.world.program_now._journal
+    assert journal is not None
+    return next(entry for entry in journal.entries() if entry.allocation_id == name)
+
+
+@pytest.mark.clause("END-9")
+def test_what_does_not_die_is_named(idle_life: Life, draining: Handoff, allocation_id: str) -> None:
+    zombie = str(idle_life.world._entangled[allocation_id].pid)
+    drain = idle_life.provider.ask_provider
+    eventually(lambda: zombie in drain(lambda p: p.kernel.drain_of(allocation_id)))
+    eventually(lambda: zombie in (entry_of(idle_life, allocation_id).why or ""))
+
+
+def test_its_end_is_announced_at_the_deadline(
+    idle_life: Life, draining: Handoff, allocation_id: str
+) -> None:
+    assert draining.wait_ended(LONG_S)
+    assert idle_life.state_of(allocation_id) is AllocationState.ENDED
+
+
+def test_it_is_in_nobodys_way(idle_life: Life, draining: Handoff, allocation_id: str) -> None:
+    other = idle_life.obtain(f"{allocation_id}-other")
+    assert other.end(LONG_S)
+    assert idle_life.state_of(allocation_id) is AllocationState.ENDED
+
+
+@pytest.mark.clause("LIFE-7")
+def test_its_id_is_not_given_again(idle_life: Life, draining: Handoff, allocation_id: str) -> None:
+    assert draining.wait_ended(LONG_S)
+    with pytest.raises(CreationFailed, match="not released"):
+        idle_life.obtain(allocation_id)
+
+
+def test_it_is_found_again_by_the_next_provider(
+    idle_life: Life, draining: Handoff, allocation_id: str
+) -> None:
+    idle_life.drop()
+    idle_life.restart()
+    assert idle_life.state_of(allocation_id) is AllocationState.ENDED
+
+
+# --- The provider comes back -------------------------------------------------------------------
+
+
+@pytest.mark.clause("CRASH-2")
+def test_the_next_provider_hands_over_the_same(life: Life, allocation_id: str) -> None:
+    first = life.obtain(allocation_id, ALL, IMAGE)
+    life.drop()
+    life.restart()
+    assert life.state_of(allocation_id) is AllocationState.HANDED_OFF
+    again = life.obtain(allocation_id, ALL, IMAGE)
+    assert (again.identities, again.response) == (first.identities, first.response)
+
+
+def test_the_next_provider_sees_the_end(life: Life, allocation_id: str) -> None:
+    process = life.spawn(life.obtain(allocation_id), "sleep", "infinity")
+    life.drop()
+    life.restart()
+    process.kill()
+    process.wait()
+    eventually(lambda: life.is_released(allocation_id))
+    assert life.world.leftovers() == []
+
+
+@pytest.mark.clause("CRASH-4")
+def test_what_ended_meanwhile_is_released_at_the_start(life: Life, allocation_id: str) -> None:
+    process = life.spawn(life.obtain(allocation_id), "sleep", "infinity")
+    life.drop()
+    process.kill()
+    process.wait()
+    life.restart()
+    eventually(lambda: life.is_released(allocation_id))
+
+
+def test_what_nobody_claims_after_a_restart_is_ended(life: Life, allocation_id: str) -> None:
+    life.obtain(allocation_id)
+    life.drop()
+    life.restart(claim_s=0.01)
+    eventually(lambda: life.is_released(allocation_id))
+
+
+@pytest.mark.clause("CRASH-6")
+def test_what_was_released_is_still_known_after_a_restart(life: Life, allocation_id: str) -> None:
+    assert life.obtain(allocation_id).end(LONG_S)
+    life.drop()
+    life.restart()
+    life.consumer.end(allocation_id)
+
+
+@pytest.mark.clause("LIFE-2", "CRASH-1")
+def test_a_process_survives_the_provider(life: Life, allocation_id: str) -> None:
+    process = life.spawn(life.obtain(allocation_id), "sleep", "infinity")
+    life.drop()
+    assert process.poll() is None
+    life.restart()
+
+
+# --- Nobody waits for somebody else ------------------------------------------------------------
+
+
+class Gate:
+    """Holds up one step of one allocation until it is opened, at the latest with its context."""
+
+    def __init__(self, world: SimulatedWorld, step: Step, name: str) -> None:
+        self._opened: Final = threading.Event()
+        self.is_reached: Final = threading.Event()
+        self._place: Final = (step, name)
+        world.node.hook = self._pass
+
+    def open(self) -> None:
+        self._opened.set()
+
+    def __enter__(self) -> Gate:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.open()
+
+    def _pass(self, step: Step, name: str) -> None:
+        if (step, name) == self._place:
+            self.is_reached.set()
+            assert self._opened.wait(LONG_S)
+
+
+def request_for(name: str) -> NamespaceRequest:
+    return NamespaceRequest(name, ALL)
+
+
+def response_to(name: str) -> NamespaceResponse:
+    return NamespaceResponse(name, ALL, None)
+
+
+@pytest.mark.clause("PEER-8")
+@pytest.mark.parametrize("step", [Step.ANCHOR, Step.PUBLISH])
+def test_a_slow_creation_holds_up_nobody_else(
+    world: SimulatedWorld, tmp_path: Path, step: Step
+) -> None:
+    path = tmp_path / "s.sock"
+    with (
+        served(path, world.backend),
+        Gate(world, step, "slow") as gate,
+        Wire(path) as slow,
+        Wire(path) as quick,
+    ):
+        slow.send(request_for("slow"))
+        assert gate.is_reached.wait(LONG_S)
+        quick.send(request_for("quick"))
+        assert quick.take() == response_to("quick")
+        quick.send(AllocationEnded("quick"))
+        assert quick.take() == AllocationEnded("quick")
+        assert slow.hears_nothing()
+        gate.open()
+        assert slow.take() == response_to("slow")
+
+
+def test_a_slow_release_holds_up_nobody_else(world: SimulatedWorld, tmp_path: Path) -> None:
+    path = tmp_path / "s.sock"
+    with (
+        served(path, world.backend),
+        Gate(world, Step.KILL, "slow") as gate,
+        Wire(path) as slow,
+        Wire(path) as quick,
+    ):
+        slow.send(request_for("slow"))
+        assert slow.take() == response_to("slow")
+        slow.send(AllocationEnded("slow"))
+        assert gate.is_reached.wait(LONG_S)
+        quick.send(request_for("quick"))
+        assert quick.take() == response_to("quick")
+        assert slow.hears_nothing()
+        gate.open()
+        assert slow.take() == AllocationEnded("slow")
+
+
+def test_answers_of_a_connection_come_in_order(world: SimulatedWorld, tmp_path: Path) -> None:
+    path = tmp_path / "s.sock"
+    with (
+        served(path, world.backend),
+        Gate(world, Step.ANCHOR, "slow") as gate,
+        Wire(path) as wire,
+    ):
+        wire.send(request_for("slow"), request_for("quick"), AllocationEnded("unknown"))
+        assert gate.is_reached.wait(LONG_S)
+        assert wire.hears_nothing()
+        gate.open()
+        answers = [wire.take() for _ in range(3)]
+    assert answers == [response_to("slow"), response_to("quick"), AllocationNotFound("unknown")]
+
+
+def test_an_end_during_the_creation_undoes_it(world: SimulatedWorld, tmp_path: Path) -> None:
+    path = tmp_path / "s.sock"
+    with (
+        served(path, world.backend) as provider,
+        Gate(world, Step.PUBLISH, "x") as gate,
+        Wire(path) as asker,
+        Wire(path) as ender,
+    ):
+        asker.send(request_for("x"))
+        assert gate.is_reached.wait(LONG_S)
+        ender.send(AllocationEnded("x"))
+        eventually(lambda: provider.state_of("x") is AllocationState.ENDED)
+        gate.open()
+        assert isinstance(asker.take(), CreationFailed)
+        assert ender.take() == AllocationEnded("x")
+    assert world.leftovers() == []
+
+
+@pytest.mark.clause("PEER-7")
+def test_a_frame_that_does_not_come_whole_ends_its_connection(
+    world: SimulatedWorld, tmp_path: Path
+) -> None:
+    path = tmp_path / "s.sock"
+    with (
+        served(path, world.backend, spans=Spans(partial_frame_s=0.05)),
+        Wire(path) as slow,
+        Wire(path) as other,
+    ):
+        slow.socket.send(encode_frame(encode_message(request_for("x")))[:-1])
+        answer = slow.take()
+        assert isinstance(answer, FdPassing)
+        assert "not whole within 0.05 s" in answer.reason
+        assert slow.hears_the_end()
+        other.send(request_for("x"))
+        assert other.take() == response_to("x")
+
+
+@pytest.mark.clause("PEER-8")
+def test_a_peer_that_does_not_read_holds_up_nobody_else(
+    world: SimulatedWorld, tmp_path: Path
+) -> None:
+    path = tmp_path / "s.sock"
+    limits = Limits(open_per_connection=10_000)
+    with served(path, world.backend, limits) as provider, Wire(path) as deaf, Wire(path) as other:
+        for number in range(3_000):
+            deaf.send(AllocationEnded(f"unknown-{number:0>100}"))
+        eventually(
+            lambda: provider.ask_provider(
+                lambda p: any(x.channel.wants_write for x in p._peers.values())
+            )
+        )
+        other.send(request_for("x"))
+        assert other.take() == response_to("x")
+        assert deaf.take() == AllocationNotFound(f"unknown-{0:0>100}")
+
+
+# --- Limits ------------------------------------------------------------------------------------
+
+
+@pytest.mark.clause("PEER-2")
+def test_a_user_who_is_not_allowed_is_turned_away(world: SimulatedWorld, tmp_path: Path) -> None:
+    path = tmp_path / "s.sock"
+    limits = Limits(allowed_uids=frozenset({54_321}))
+    with served(path, world.backend, limits), Wire(path) as wire:
+        assert isinstance(wire.take(), SocketUnavailable)
+        assert wire.hears_the_end()
+
+
+@pytest.mark.clause("PEER-4")
+def test_too_many_open_messages_are_refused_in_order(world: SimulatedWorld, tmp_path: Path) -> None:
+    path = tmp_path / "s.sock"
+    with (
+        served(path, world.backend, Limits(open_per_connection=2)),
+        Gate(world, Step.ANCHOR, "slow") as gate,
+        Wire(path) as wire,
+    ):
+        wire.send(request_for("slow"), request_for("second"), request_for("third"))
+        assert gate.is_reached.wait(LONG_S)
+        gate.open()
+        answers = [wire.take() for _ in range(3)]
+    assert answers[:2] == [response_to("slow"), response_to("second")]
+    assert isinstance(answers[2], CreationFailed)
+    assert "unanswered messages of one connection, at most 2" in answers[2].reason
+
+
+@pytest.mark.clause("PEER-4")
+def test_too_many_allocations_are_refused_until_one_ends(
+    world: SimulatedWorld, tmp_path: Path
+) -> None:
+    path = tmp_path / "s.sock"
+    with served(path, world.backend, Limits(allocations_per_uid=1)), Wire(path) as wire:
+        wire.send(request_for("a"), request_for("b"))
+        assert wire.take() == response_to("a")
+        refusal = wire.take()
+        assert isinstance(refusal, CreationFailed)
+        assert "live allocations of one user, at most 1" in refusal.reason
+        wire.send(AllocationEnded("a"))
+        assert wire.take() == AllocationEnded("a")
+        wire.send(request_for("b"))
+        assert wire.take() == response_to("b")
+
+
+@pytest.mark.clause("PEER-4")
+def test_too_many_connections_are_turned_away(world: SimulatedWorld, tmp_path: Path) -> None:
+    path = tmp_path / "s.sock"
+    with served(path, world.backend, Limits(connections_per_uid=1)), Wire(path) as first:
+        first.send(request_for("a"))
+        assert first.take() == response_to("a")
+        with Wire(path) as second:
+            assert isinstance(second.take(), CreationFailed)
+            assert second.hears_the_end()
+
+
+@pytest.mark.clause("LIFE-13")
+def test_requests_wait_until_the_provider_is_ready(tmp_path: Path) -> None:
+    with simulated() as world:
+        is_recovered = threading.Event()
+        recover = world.backend.recover
+
+        def slow() -> object:
+            assert is_recovered.wait(LONG_S)
+            return recover()
+
+        world.backend.recover = slow  # type: ignore[method-assign, assignment]
+        path = tmp_path / "s.sock"
+        provider = Served(path, world.backend)
+        eventually(path.exists)
+        with Wire(path) as wire:
+            wire.send(request_for("x"))
+            assert wire.hears_nothing()
+            is_recovered.set()
+            assert wire.take() == response_to("x")
+        provider.stop()
+
+
+def test_a_provider_that_is_not_ready_in_time_says_so(tmp_path: Path) -> None:
+    with simulated() as world:
+        is_recovered = threading.Event()
+        recover = world.backend.recover
+
+        def slow() -> object:
+            assert is_recovered.wait(LONG_S)
+            return recover()
+
+        world.backend.recover = slow  # type: ignore[method-assign, assignment]
+        path = tmp_path / "s.sock"
+        provider = Served(path, world.backend, spans=Spans(readiness_s=0.05))
+        eventually(path.exists)
+        with Wire(path) as wire:
+            wire.send(request_for("x"))
+            assert isinstance(wire.take(), SocketUnavailable)
+        is_recovered.set()
+        provider.wait_ready()
+        provider.stop()
+
+
+@pytest.mark.clause("CRASH-12")
+def test_a_stopped_provider_leaves_the_allocations_alive(
+    world: SimulatedWorld, tmp_path: Path
+) -> None:
+    path = tmp_path / "s.sock"
+    with served(path, world.backend), Wire(path) as wire:
+        wire.send(request_for("x"))
+        assert wire.take() == response_to("x")
+    assert world.leftovers() == ["x"]

@@ -1,0 +1,91 @@
+"""A backend that can be held up, and be short of descriptors, where it is to be disturbed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from statemachine.errors import FdPassing
+from statemachine.messages import NamespaceRequest, NamespaceResponse
+
+from ..contract import Backend, Recovery
+from ..descriptors import DescriptorBundle
+from .machine import Work
+from .peer import DEADLINE_S
+
+
+class Reins:
+    """
+    A backend, and a hand on it; fulfils `transport.contract.Backend`.
+
+    Work that is held up waits in the thread that does it. Whoever has only one thread asks
+    `is_held` instead, and leaves the work alone.
+
+    Args:
+        backend: lent.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self._held: set[Work] = set()
+        self._waiting: list[Work] = []
+        self._changed = threading.Condition()
+        self._has_descriptors = True
+
+    def hold(self, work: Work) -> None:
+        with self._changed:
+            self._held.add(work)
+
+    def is_held(self, work: Work) -> bool:
+        return work in self._held
+
+    def let_go(self, work: Work) -> None:
+        with self._changed:
+            self._held.discard(work)
+            self._changed.notify_all()
+
+    def wait_held(self, work: Work) -> None:
+        with self._changed:
+            arrived = self._changed.wait_for(lambda: work in self._waiting, DEADLINE_S)
+        assert arrived, f"{work} does not begin"
+
+    @contextmanager
+    def scarcity(self) -> Iterator[None]:
+        """Meanwhile, there are no descriptors."""
+        self._has_descriptors = False
+        try:
+            yield
+        finally:
+            self._has_descriptors = True
+
+    def recover(self) -> Recovery:
+        self._pass(Work.RECOVER)
+        return self.backend.recover()
+
+    def create_namespaces(self, request: NamespaceRequest) -> NamespaceResponse:
+        self._pass(Work.CREATE)
+        response = self.backend.create_namespaces(request)
+        self._pass(Work.REPORT)
+        return response
+
+    def release_namespaces(self, allocation_id: str) -> None:
+        self._pass(Work.RELEASE)
+        self.backend.release_namespaces(allocation_id)
+
+    def bundle_of(self, allocation_id: str) -> DescriptorBundle:
+        if not self._has_descriptors:
+            raise FdPassing("no descriptor is left")
+        return self.backend.bundle_of(allocation_id)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
+
+    def _pass(self, work: Work) -> None:
+        with self._changed:
+            self._waiting.append(work)
+            self._changed.notify_all()
+            passed = self._changed.wait_for(lambda: work not in self._held, DEADLINE_S)
+            self._waiting.remove(work)
+        assert passed, f"{work} was held up for ever"

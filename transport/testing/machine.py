@@ -1,0 +1,1135 @@
+"""A machine that does to a provider whatever consumers and crashes do, and knows what is promised.
+
+Consumers are of two kinds: ours, each on a connection of its own, and bare lines that carry several
+allocations, say many things at once, and write down every word.
+
+`Handoffs` is Hypothesis' half: rules, and the invariants of `specs/invariants.py` after every step.
+The model beside it knows no states: only which allocation is alive, under which request, in which
+incarnation, who holds it, and which namespaces it was handed over with. A rule leaves nothing under
+way: what takes time (a creation, a release, a provider that is not ready) is begun, disturbed and
+finished within one.
+
+`Adapter` is the other half: the provider, and what can be done to the machine that it runs on. Only
+its socket is needed. Every further ability turns on the rules that need it. To hold a provider of
+your own to the promises:
+
+    class Yours(Handoffs):
+        prefix = "nsh-test-mine"
+
+        def open_adapter(self) -> Adapter:
+            return Adapter(Path("/run/pact/handoff.sock"), KernelInspector(Features.probe()))
+
+    TestYours = Yours.TestCase
+
+and, to have it killed and started again between two steps, an adapter that can:
+
+    class Killable(Adapter):
+        abilities = frozenset({Ability.RESTART})
+
+        def stop(self) -> None: ...
+        def start(self) -> None: ...
+
+Nor need there be a socket: an adapter that says how to open a line, and how to ask as a consumer of
+ours does, is as good (`in_process` has the bare kernels, and the model).
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Hashable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from itertools import count
+from pathlib import Path
+from typing import ClassVar, Final, Protocol
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from specs import invariants as always
+from statemachine import effects as do
+from statemachine import events as on
+from statemachine.effects import Effect, Timer
+from statemachine.errors import (
+    AllocationNotFound,
+    CreationFailed,
+    FdPassing,
+    SocketUnavailable,
+)
+from statemachine.events import Event
+from statemachine.messages import (
+    AllocationEnded,
+    Message,
+    NamespaceRequest,
+    NamespaceResponse,
+    NamespaceType,
+)
+
+from ..descriptors import DescriptorBundle, Inspector, NamespaceIdentity
+from ..request import Consumer
+from .peer import Line, frame_of, wait_until
+
+WAIT_S: Final = 10.0
+STEPS: Final = 25
+LINES_MAX: Final = 3
+
+PID: Final = NamespaceType.PID
+NET: Final = NamespaceType.NET
+MOUNT: Final = NamespaceType.MOUNT
+
+History = list[tuple[Event, tuple[Effect, ...]]]
+"""What a provider of ours took in and decided, turn by turn."""
+
+_pick: Final = st.integers(min_value=0, max_value=5)
+
+
+class Ability(Enum):
+    """What an adapter can do besides naming a socket."""
+
+    PROCESSES = auto()
+    """Start and end processes in an allocation's cgroup, and freeze them."""
+    INITS = auto()
+    """Kill the init of an allocation's PID namespace."""
+    HANGS = auto()
+    """Let something be in an allocation that does not die."""
+    RESTART = auto()
+    """Kill the provider, and start another on the same socket and the same state."""
+    OPERATOR = auto()
+    """End an allocation as an operator does, without a connection."""
+    HOLD = auto()
+    """Hold up the provider's work where it is to be disturbed."""
+    SCARCITY = auto()
+    """Have the provider find no descriptors to pass."""
+    TIME = auto()
+    """Let a span that the provider measures run out."""
+
+
+class Work(Enum):
+    """What can be held up."""
+
+    RECOVER = auto()
+    """Finding what is alive, after a start: the provider listens, and is not ready."""
+    CREATE = auto()
+    """Making an allocation."""
+    REPORT = auto()
+    """Telling the provider that one has been made."""
+    RELEASE = auto()
+    """Releasing one."""
+
+
+class Held(Protocol):
+    """What a consumer of ours has been handed: of `transport.request.Handoff`, what is used."""
+
+    @property
+    def response(self) -> NamespaceResponse: ...
+    @property
+    def bundle(self) -> DescriptorBundle: ...
+    @property
+    def identities(self) -> tuple[NamespaceIdentity, ...]: ...
+    @property
+    def is_degraded(self) -> bool: ...
+    def wait_ended(self, timeout_s: float) -> bool: ...
+    def end(self, timeout_s: float) -> bool: ...
+    def close(self) -> None: ...
+
+
+class Asker(Protocol):
+    """A consumer of ours: of `transport.request.Consumer`, what is used."""
+
+    def obtain(self, request: NamespaceRequest) -> Held: ...
+    def end(self, allocation_id: str, timeout_s: float) -> None: ...
+
+
+class Voice(Protocol):
+    """One end of a connection to the provider."""
+
+    def say(self, *messages: Message) -> None:
+        """Say all of it in one breath."""
+
+    def hear(self) -> Message | None:
+        """Wait for the next message; None when the provider has hung up."""
+
+    def take(self) -> DescriptorBundle:
+        """Take the descriptors that came with the last message, which was a response."""
+
+    def hang_up(self) -> None:
+        """Close it, and whatever has arrived on it."""
+
+
+class OnSocket:
+    """A voice on a real connection."""
+
+    def __init__(self, path: Path) -> None:
+        self._line = Line.to(path)
+        self.hear = self._line.hear
+        self.take = self._line.take
+        self.hang_up = self._line.hang_up
+
+    def say(self, *messages: Message) -> None:
+        self._line.say(b"".join(map(frame_of, messages)))
+
+
+class Adapter:
+    """
+    A provider under test. As it stands it has the wire, and nothing else.
+
+    Subclass it to say more: name the abilities, and write the methods that each of them needs.
+    What is not overridden is not called, or does nothing.
+
+    Args:
+        path: The provider's socket. It listens there, and whoever runs the machine may use it.
+        inspector: Tells what a descriptor is that the provider passes.
+        image: A uenv image that the provider has; None if there is none to be tried.
+    """
+
+    abilities: ClassVar[frozenset[Ability]] = frozenset()
+
+    def __init__(self, path: Path, inspector: Inspector, image: str | None = None) -> None:
+        self.path = path
+        self.inspector = inspector
+        self.image = image
+
+    # How it is reached.
+
+    def voice(self) -> Voice:
+        """Open a connection to the provider."""
+        return OnSocket(self.path)
+
+    def consumer(self) -> Asker:
+        """Make a consumer of ours, which serves itself under no circumstances."""
+        return Consumer(self.path, self.inspector)
+
+    # For PROCESSES.
+
+    def join(self, name: str) -> None:
+        """Let a process enter the allocation's cgroup and stay."""
+        raise NotImplementedError
+
+    def leave(self, name: str) -> None:
+        """Let the process that joined last exit, and be reaped."""
+        raise NotImplementedError
+
+    def pass_through(self, name: str) -> None:
+        """Let a process enter the cgroup and exit before anybody looks."""
+        raise NotImplementedError
+
+    def freeze(self, name: str, *, is_frozen: bool) -> None:
+        """Freeze the cgroup, or thaw it."""
+        raise NotImplementedError
+
+    def bury(self, name: str) -> None:
+        """Reap the processes that were killed with an allocation; called for each that ended."""
+
+    # For INITS.
+
+    def kill_init(self, name: str) -> None:
+        """Kill the init of the allocation's PID namespace."""
+        raise NotImplementedError
+
+    # For HANGS.
+
+    def entangle(self, name: str) -> None:
+        """Let something be in the allocation that cannot be ended for now."""
+        raise NotImplementedError
+
+    def disentangle(self, name: str) -> None:
+        """Let it go."""
+        raise NotImplementedError
+
+    # For RESTART.
+
+    def stop(self) -> None:
+        """Kill the provider; what it has made stays."""
+        raise NotImplementedError
+
+    def start(self) -> None:
+        """Have another serve, on the state of the one before; return when it is ready.
+
+        If `Work.RECOVER` is held: when it listens.
+        """
+        raise NotImplementedError
+
+    # For OPERATOR.
+
+    def release(self, name: str) -> None:
+        """End the allocation as an operator does; returns when that is decided."""
+        raise NotImplementedError
+
+    # For HOLD.
+
+    def hold(self, work: Work) -> None:
+        """Hold up all work of a kind from now on."""
+        raise NotImplementedError
+
+    def wait_held(self, work: Work) -> None:
+        """Wait until such work is held up."""
+        raise NotImplementedError
+
+    def let_go(self, work: Work) -> None:
+        """Let it go on."""
+        raise NotImplementedError
+
+    # For SCARCITY.
+
+    def scarcity(self) -> AbstractContextManager[None]:
+        """Meanwhile, the provider finds no descriptors to pass."""
+        raise NotImplementedError
+
+    # For TIME.
+
+    def is_running(self, timer: Timer, name: str) -> bool:
+        """Say whether the provider measures a span."""
+        raise NotImplementedError
+
+    def expire(self, timer: Timer, name: str) -> None:
+        """Let a span that is measured run out now; returns when the provider knows."""
+        raise NotImplementedError
+
+    # For whoever can look inside.
+
+    def seeing(self, kind: type[Event], name: str) -> AbstractContextManager[None]:
+        """Wait, at the end of the block, until the provider has seen what is done in it."""
+        return nullcontext()
+
+    def wait_released(self, name: str) -> None:
+        """Wait until nothing is left of an allocation that ended; over the wire, nothing tells."""
+
+    def history(self) -> History:
+        """What all providers so far took in and decided; empty for one that does not tell."""
+        return []
+
+    def kept(self) -> Counter[Hashable]:
+        """How many descriptors of each namespace are the provider's own, in this process."""
+        return Counter()
+
+    def leftovers(self) -> list[str]:
+        """Whatever is left of allocations on the machine when all have ended."""
+        return []
+
+    def close(self) -> None:
+        """Take back whatever was set up for this one run of the machine."""
+
+
+def requests_of(prefix: str, image: str | None) -> tuple[NamespaceRequest, ...]:
+    """Three allocations; the first also under another order, which is another request."""
+    return (
+        NamespaceRequest(f"{prefix}-a", (NET, PID, MOUNT), image),
+        NamespaceRequest(f"{prefix}-a", (PID, NET, MOUNT), image),
+        NamespaceRequest(f"{prefix}-b", (MOUNT, PID)),
+        NamespaceRequest(f"{prefix}-c", (PID,)),
+    )
+
+
+def another(request: NamespaceRequest) -> NamespaceRequest:
+    """Ask for the same allocation in another way."""
+    return NamespaceRequest(request.allocation_id, (*request.namespaces[1:], NET, MOUNT)[:2])
+
+
+@dataclass(slots=True)
+class Life:
+    """What the model knows of one incarnation."""
+
+    number: int
+    request: NamespaceRequest
+    identities: tuple[NamespaceIdentity, ...] | None = None
+    """None as long as it was not handed over to anybody."""
+    processes: int = 0
+    was_used: bool = False
+    holders: list[Held] = field(default_factory=list)
+    askers: set[int] = field(default_factory=set)
+    """The talkers that asked for it and have not hung up."""
+
+    @property
+    def name(self) -> str:
+        return self.request.allocation_id
+
+    @property
+    def is_claimed(self) -> bool:
+        """Whether anybody is there for it, or has been in it."""
+        return bool(self.was_used or self.holders or self.askers)
+
+
+class Talker:
+    """A consumer that speaks message by message, and keeps every word as the provider sees it."""
+
+    def __init__(self, number: int, voice: Voice) -> None:
+        self.number = number
+        self.voice = voice
+        self.said: list[always.Spoken] = []
+
+    def say(self, *messages: Message) -> None:
+        """Say all of it in one breath."""
+        self.said += [("read", message) for message in messages]
+        self.voice.say(*messages)
+
+    def hear(self) -> Message:
+        message = self.voice.hear()
+        assert message is not None, "the provider has hung up"
+        self.said.append(("sent", message))
+        return message
+
+    def hears(self, *messages: Message) -> None:
+        """Hear just these."""
+        for message in messages:
+            heard = self.hear()
+            assert heard == message, f"{heard} instead of {message}"
+
+    def is_told(self, kind: type[Message]) -> None:
+        """Hear something of a kind."""
+        heard = self.hear()
+        assert isinstance(heard, kind), f"{heard} instead of {kind.__name__}"
+
+    def hear_until(self, last: Message) -> list[Message]:
+        """Hear something that must come, and whatever comes before it."""
+        heard = [self.hear()]
+        while heard[-1] != last:
+            heard.append(self.hear())
+        return heard[:-1]
+
+
+class Handoffs(RuleBasedStateMachine):
+    """
+    What anybody may do with a provider, and what must be true meanwhile.
+
+    Subclass it with `open_adapter` and a `prefix`. Of the allocations whose ids begin with the
+    prefix none may be alive when it starts; when it is torn down, none is.
+    """
+
+    prefix = ""
+    """What every id begins with; census and operators tell by it whose the allocations are."""
+
+    def open_adapter(self) -> Adapter:
+        """Get the provider; called once for each run, and closed by the machine."""
+        raise NotImplementedError
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapter = self.open_adapter()
+        self.before = census(self.adapter.inspector)
+        self.requests = requests_of(self.prefix, self.adapter.image)
+        self.numbers = count(1)
+        self.lives: dict[str, Life] = {}
+        self.hand_overs: list[tuple[int, tuple[object, ...]]] = []
+        self.over: set[str] = set()
+        self.talkers: list[Talker] = []
+        self.handed: set[tuple[int, int]] = set()
+        """Which talker was handed which incarnation."""
+        self.told: list[tuple[int, int]] = []
+        """Which talker was told of the end of which incarnation, unless it had wished for it."""
+        self.ended: set[int] = set()
+
+    # Consumers.
+
+    @rule(pick=_pick)
+    def somebody_asks(self, pick: int) -> None:
+        request = self.requests[pick % len(self.requests)]
+        life = self.lives.get(request.allocation_id)
+        if life is not None and life.request != request:
+            self.is_refused(request)
+        else:
+            self.is_obtained(request)
+
+    def is_obtained(self, request: NamespaceRequest) -> None:
+        handoff = self.consumer.obtain(request)
+        assert not handoff.is_degraded
+        life = self.is_handed_over(request, handoff.response, handoff.identities)
+        life.holders.append(handoff)
+
+    def is_handed_over(
+        self,
+        request: NamespaceRequest,
+        response: NamespaceResponse,
+        identities: tuple[NamespaceIdentity, ...],
+    ) -> Life:
+        """Note what somebody was handed; it begins an incarnation if none was alive."""
+        life = self.begins(request)
+        if life.identities is None:
+            life.identities = identities
+        self.hand_overs.append((life.number, identities))
+        own = map(self.adapter.inspector.own, request.namespaces)
+        always.require(
+            always.response_answers_its_request(request, response),
+            always.descriptors_are_what_the_response_says(
+                response.fd_types, [identity.kind for identity in identities]
+            ),
+            always.namespaces_are_not_the_nodes_own(identities, own),
+        )
+        return life
+
+    def begins(self, request: NamespaceRequest) -> Life:
+        """Note that an allocation is alive."""
+        name = request.allocation_id
+        if name not in self.lives:
+            self.lives[name] = Life(next(self.numbers), request)
+            self.over.discard(name)
+        return self.lives[name]
+
+    def is_refused(self, request: NamespaceRequest) -> None:
+        with pytest.raises(CreationFailed):
+            self.consumer.obtain(request)
+
+    @precondition(lambda self: self.lives)
+    @rule(pick=_pick)
+    def a_consumer_goes(self, pick: int) -> None:
+        life = self.one(pick)
+        if life.holders:
+            life.holders.pop().close()
+
+    @precondition(lambda self: self.lives)
+    @rule(pick=_pick)
+    def a_holder_ends_it(self, pick: int) -> None:
+        life = self.one(pick)
+        if life.holders:
+            assert life.holders[0].end(WAIT_S)
+            self.has_ended(life)
+
+    @precondition(lambda self: self.lives)
+    @rule(pick=_pick)
+    def somebody_else_ends_it(self, pick: int) -> None:
+        life = self.one(pick)
+        self.consumer.end(life.name, WAIT_S)
+        self.has_ended(life)
+
+    @precondition(lambda self: self.over)
+    @rule(pick=_pick)
+    def somebody_ends_what_is_over(self, pick: int) -> None:
+        names = sorted(self.over)
+        self.consumer.end(names[pick % len(names)], WAIT_S)
+
+    @rule()
+    def somebody_ends_what_never_was(self) -> None:
+        with pytest.raises(AllocationNotFound):
+            self.consumer.end(self.never.allocation_id, WAIT_S)
+
+    @rule(name=st.sampled_from(["", "..", "a/b", "cgroup.procs", "x" * 129]))
+    def somebody_asks_nonsense(self, name: str) -> None:
+        self.is_refused(NamespaceRequest(name, (PID,)))
+
+    @rule()
+    def somebody_asks_for_an_image_that_is_not_there(self) -> None:
+        self.is_refused(NamespaceRequest(f"{self.prefix}-d", (MOUNT,), "no/such.sqfs"))
+
+    # Bare lines.
+
+    @precondition(lambda self: len(self.talkers) < LINES_MAX)
+    @rule()
+    def a_line_is_opened(self) -> None:
+        self.talkers.append(self.caller())
+
+    @precondition(lambda self: self.talkers)
+    @rule(who=_pick, picks=st.lists(_pick, min_size=1, max_size=5))
+    def a_line_asks_many_things_at_once(self, who: int, picks: list[int]) -> None:
+        talker = self.talkers[who % len(self.talkers)]
+        wishes: list[NamespaceRequest | AllocationEnded] = [*self.requests, self.never]
+        questions = [wishes[pick % len(wishes)] for pick in picks]
+        talker.say(*questions)
+        for question in questions:
+            if isinstance(question, NamespaceRequest):
+                self.is_answered(talker, question)
+            else:
+                talker.hears(AllocationNotFound(question.allocation_id))
+
+    def is_answered(self, talker: Talker, request: NamespaceRequest) -> None:
+        life = self.lives.get(request.allocation_id)
+        if life is not None and life.request != request:
+            talker.is_told(CreationFailed)
+        else:
+            answer = talker.hear()
+            assert isinstance(answer, NamespaceResponse), answer
+            self.is_taken(talker, request, answer)
+
+    def is_taken(
+        self, talker: Talker, request: NamespaceRequest, response: NamespaceResponse
+    ) -> Life:
+        """Look at what a line was handed, and close it."""
+        with talker.voice.take() as bundle:
+            inspect = self.adapter.inspector.inspect
+            identities = tuple(inspect(descriptor.fileno()) for _, descriptor in bundle)
+        life = self.is_handed_over(request, response, identities)
+        self.handed.add((talker.number, life.number))
+        life.askers.add(talker.number)
+        return life
+
+    @precondition(lambda self: self.talkers and self.lives)
+    @rule(who=_pick, pick=_pick)
+    def a_line_ends_it(self, who: int, pick: int) -> None:
+        talker, life = self.talkers[who % len(self.talkers)], self.one(pick)
+        ended = AllocationEnded(life.name)
+        talker.say(ended)
+        talker.hears(ended)
+        self.has_ended(life, by=talker)
+
+    @precondition(lambda self: self.talkers)
+    @rule(who=_pick)
+    def a_line_is_hung_up(self, who: int) -> None:
+        self.hangs_up(self.talkers.pop(who % len(self.talkers)))
+
+    @rule(pick=_pick)
+    def a_line_is_lost_while_it_asks(self, pick: int) -> None:
+        request = self.one_to_ask_for(pick)
+        with self.calling() as talker:
+            talker.say(request)
+        self.is_obtained(request)
+
+    @precondition(lambda self: self.one_free(0))
+    @rule(pick=_pick)
+    def a_line_changes_its_mind(self, pick: int) -> None:
+        request = self.one_free(pick)
+        assert request is not None
+        ended = AllocationEnded(request.allocation_id)
+        with self.calling() as talker:
+            talker.say(request, ended)
+            answer = talker.hear()
+            if isinstance(answer, NamespaceResponse):
+                life = self.is_taken(talker, request, answer)
+                talker.hears(ended)
+                self.has_ended(life)
+            else:
+                assert isinstance(answer, CreationFailed), answer
+                talker.hears(ended)
+                self.has_come_to_nothing(request)
+
+    @precondition(lambda self: self.lives)
+    @rule(pick=_pick)
+    def a_line_ends_it_and_begins_anew(self, pick: int) -> None:
+        life = self.one(pick)
+        with self.calling() as talker:
+            talker.say(AllocationEnded(life.name), life.request)
+            talker.hears(AllocationEnded(life.name))
+            answer = talker.hear()
+            assert isinstance(answer, NamespaceResponse), answer
+            self.has_ended(life, is_last=False)
+            self.is_taken(talker, life.request, answer)
+
+    def hears_of_the_end(self, talker: Talker, life: Life, *, has_wished: bool) -> None:
+        """Whoever holds it is told once; a word may still cross the wish of whoever wished it."""
+        talker.say(self.never)
+        heard = talker.hear_until(AllocationNotFound(self.never.allocation_id))
+        assert set(heard) <= {AllocationEnded(life.name)}, heard
+        words = [(talker.number, life.number)] * len(heard)
+        self.told += words
+        if has_wished and not words:
+            self.handed.discard((talker.number, life.number))
+
+    # Processes.
+
+    @precondition(lambda self: self.can(Ability.PROCESSES) and self.lives)
+    @rule(pick=_pick)
+    def a_process_joins(self, pick: int) -> None:
+        self.joins(self.one(pick))
+
+    def joins(self, life: Life) -> None:
+        # The second one changes nothing that a provider could see.
+        is_first = not life.processes
+        name = life.name
+        with self.adapter.seeing(on.ScopePopulated, name) if is_first else nullcontext():
+            self.adapter.join(name)
+        life.processes += 1
+        life.was_used = True
+
+    @precondition(lambda self: any(life.processes for life in self.lives.values()))
+    @rule(pick=_pick)
+    def a_process_leaves(self, pick: int) -> None:
+        used = [life for life in self.lives.values() if life.processes]
+        life = used[pick % len(used)]
+        self.adapter.leave(life.name)
+        life.processes -= 1
+        if not life.processes:
+            self.has_ended(life)
+
+    @precondition(
+        lambda self: (
+            self.can(Ability.PROCESSES) and any(not life.processes for life in self.lives.values())
+        )
+    )
+    @rule(pick=_pick)
+    def a_process_passes_through(self, pick: int) -> None:
+        unused = [life for life in self.lives.values() if not life.processes]
+        life = unused[pick % len(unused)]
+        self.adapter.pass_through(life.name)
+        self.has_ended(life)
+
+    @precondition(lambda self: self.can(Ability.PROCESSES) and self.lives)
+    @rule(pick=_pick)
+    def it_is_frozen_and_thawed(self, pick: int) -> None:
+        name = self.one(pick).name
+        self.adapter.freeze(name, is_frozen=True)
+        self.adapter.freeze(name, is_frozen=False)
+
+    @precondition(lambda self: self.can(Ability.INITS) and self.lives)
+    @rule(pick=_pick)
+    def an_init_dies(self, pick: int) -> None:
+        life = self.one(pick)
+        self.adapter.kill_init(life.name)
+        self.has_ended(life)
+
+    # An operator, and time.
+
+    @precondition(lambda self: self.can(Ability.OPERATOR) and self.lives)
+    @rule(pick=_pick)
+    def an_operator_releases_it(self, pick: int) -> None:
+        life = self.one(pick)
+        self.adapter.release(life.name)
+        self.has_ended(life)
+
+    @precondition(lambda self: self.can(Ability.TIME) and self.lives)
+    @rule(pick=_pick)
+    def nobody_claims_it_in_time(self, pick: int) -> None:
+        life = self.one(pick)
+        self.is_noticed()
+        runs, name = self.adapter.is_running, life.name
+        wait_until(
+            lambda: runs(Timer.CLAIM, name) is not life.is_claimed,
+            f"{name}: the claim timer runs if and only if there is nobody",
+        )
+        if not life.is_claimed:
+            self.adapter.expire(Timer.CLAIM, name)
+            self.has_ended(life)
+
+    def is_noticed(self) -> None:
+        """Have the provider take in every loss: it does, before it hears whoever calls next."""
+        with self.calling() as talker:
+            talker.say(self.never)
+            talker.hears(AllocationNotFound(self.never.allocation_id))
+
+    # What takes time, and is disturbed.
+
+    @precondition(lambda self: self.can(Ability.HOLD) and self.one_free(0))
+    @rule(
+        pick=_pick,
+        is_made=st.booleans(),
+        goes=st.booleans(),
+        others=st.lists(st.sampled_from(["same", "other"]), max_size=2),
+        fate=st.sampled_from(["made", "ended", "released"]),
+    )
+    def its_creation_takes_time(
+        self, pick: int, is_made: bool, goes: bool, others: list[str], fate: str
+    ) -> None:
+        request = self.one_free(pick)
+        assert request is not None
+        name = request.allocation_id
+        if fate == "released" and not self.can(Ability.OPERATOR):
+            fate = "made"
+        work = Work.REPORT if is_made else Work.CREATE
+        seeing = self.adapter.seeing(on.NamespacesCreated, name)
+        with ExitStack() as calls:
+            first, ender = calls.enter_context(self.calling()), calls.enter_context(self.calling())
+            asking = [first]
+            with seeing if fate == "made" else nullcontext(), self.held(work):
+                first.say(request)
+                self.adapter.wait_held(work)
+                for other in others:
+                    talker = calls.enter_context(self.calling())
+                    if other == "same":
+                        self.says(talker, request)
+                        asking.append(talker)
+                    else:
+                        talker.say(another(request))
+                        talker.is_told(CreationFailed)
+                if goes:
+                    self.hangs_up(asking.pop(0))
+                    self.is_noticed()
+                if fate == "ended":
+                    self.says(ender, AllocationEnded(name))
+                elif fate == "released":
+                    self.adapter.release(name)
+            if fate == "made":
+                self.begins(request)
+                for talker in asking:
+                    self.is_answered(talker, request)
+                return
+            for talker in asking:
+                talker.is_told(CreationFailed)
+            if fate == "ended":
+                ender.hears(AllocationEnded(name))
+            self.has_come_to_nothing(request)
+
+    @precondition(lambda self: self.can(Ability.HOLD) and self.lives)
+    @rule(
+        pick=_pick,
+        how=st.sampled_from(["word", "operator", "init"]),
+        meanwhile=st.lists(
+            st.sampled_from(
+                ["ask", "end", "operator", "process", "init", "holder goes", "overdue"]
+            ),
+            max_size=5,
+        ),
+    )
+    def its_release_takes_time(self, pick: int, how: str, meanwhile: list[str]) -> None:
+        life = self.one(pick)
+        with ExitStack() as calls:
+            with self.held(Work.RELEASE):
+                ending = _Ending(self, life, calls)
+                if how == "word" or not ending.is_disturbed(how):
+                    ending.is_disturbed("end")
+                self.adapter.wait_held(Work.RELEASE)
+                for disturbance in meanwhile:
+                    ending.is_disturbed(disturbance)
+            ending.is_over()
+
+    @precondition(lambda self: self.can(Ability.HANGS) and self.lives)
+    @rule(pick=_pick, meanwhile=st.lists(st.sampled_from(["ask", "end", "overdue"]), max_size=3))
+    def something_in_it_does_not_die(self, pick: int, meanwhile: list[str]) -> None:
+        life = self.one(pick)
+        if PID not in life.request.namespaces:
+            return
+        with ExitStack() as calls:
+            self.adapter.entangle(life.name)
+            try:
+                ending = _Ending(self, life, calls)
+                with self.adapter.seeing(on.ReleaseDelayed, life.name):
+                    ending.is_disturbed("end")
+                for disturbance in meanwhile:
+                    ending.is_disturbed(disturbance)
+            finally:
+                self.adapter.disentangle(life.name)
+            ending.is_over()
+
+    @precondition(lambda self: self.can(Ability.SCARCITY))
+    @rule(pick=_pick)
+    def there_are_no_descriptors(self, pick: int) -> None:
+        request = self.one_to_ask_for(pick)
+        with self.calling() as talker:
+            with self.adapter.scarcity():
+                talker.say(request)
+                talker.is_told(FdPassing)
+            self.begins(request)
+
+    # The provider.
+
+    @precondition(lambda self: self.can(Ability.RESTART))
+    @rule()
+    def the_provider_starts_anew(self) -> None:
+        self.nobody_serves()
+        self.adapter.start()
+
+    @precondition(lambda self: self.can(Ability.RESTART) and self.lives)
+    @rule(pick=_pick, what=st.sampled_from(["init", "process leaves", "process passes"]))
+    def something_happens_while_nobody_serves(self, pick: int, what: str) -> None:
+        life = self.one(pick)
+        self.nobody_serves()
+        if what == "init" and self.can(Ability.INITS):
+            self.adapter.kill_init(life.name)
+        elif not self.can(Ability.PROCESSES):
+            what = "nothing"
+        elif what == "process leaves" and life.processes:
+            for _ in range(life.processes):
+                self.adapter.leave(life.name)
+        elif not life.processes:
+            self.adapter.pass_through(life.name)
+        else:
+            what = "nothing"
+        self.adapter.start()
+        if what != "nothing":
+            self.has_ended(life)
+
+    @precondition(lambda self: self.can(Ability.RESTART) and self.can(Ability.HOLD) and self.lives)
+    @rule(pick=_pick, what=st.sampled_from(["handed over", "no descriptors", "overdue"]))
+    def it_is_asked_and_ended_before_the_provider_is_ready(self, pick: int, what: str) -> None:
+        life = self.one(pick)
+        ended = AllocationEnded(life.name)
+        self.nobody_serves()
+        with ExitStack() as calls:
+            with self.held(Work.RECOVER):
+                self.adapter.start()
+                talker = calls.enter_context(self.calling())
+                with self.adapter.seeing(on.EndReceived, life.name):
+                    talker.say(life.request, ended)
+                if what == "overdue" and self.can(Ability.TIME):
+                    self.adapter.expire(Timer.READINESS, "")
+                    talker.is_told(SocketUnavailable)
+                    talker.is_told(SocketUnavailable)
+                    return
+                if what == "no descriptors" and self.can(Ability.SCARCITY):
+                    calls.enter_context(self.adapter.scarcity())
+            answer = talker.hear()
+            if isinstance(answer, NamespaceResponse):
+                self.is_taken(talker, life.request, answer)
+            else:
+                assert isinstance(answer, FdPassing), answer
+            talker.hears(ended)
+            self.has_ended(life)
+
+    def nobody_serves(self) -> None:
+        """Stop the provider: what was handed over still is; only nobody is called any more."""
+        self.adapter.stop()
+        for life in self.lives.values():
+            for handoff in life.holders:
+                handoff.close()
+            life.holders.clear()
+        while self.talkers:
+            self.hangs_up(self.talkers.pop())
+
+    # What is true.
+
+    @invariant()
+    def every_promise_is_kept(self) -> None:
+        ends, releases = ends_and_releases(self.adapter.history())
+        live = {name: life.identities or () for name, life in self.lives.items()}
+        always.require(
+            always.allocations_are_isolated(live),
+            always.an_incarnation_is_one_set_of_namespaces(self.hand_overs),
+            always.ended_at_most_once(ends),
+            always.released_at_most_once(releases),
+            always.end_is_pushed_at_most_once(self.told),
+            always.end_is_told_only_to_whom_it_concerns(self.told, self.handed),
+            always.every_holder_has_heard(
+                self.handed, self.told, self.ended, [talker.number for talker in self.talkers]
+            ),
+        )
+        for talker in self.talkers:
+            always.require(
+                always.answers_come_in_order(talker.said, is_closed=False),
+                always.every_message_is_answered(talker.said),
+            )
+        for name, life in self.lives.items():
+            assert not any(handoff.wait_ended(0.0) for handoff in life.holders), name
+        self.every_descriptor_has_one_owner()
+
+    def every_descriptor_has_one_owner(self) -> None:
+        """Nothing is on its way now: what is not the provider's is a consumer's, or closed."""
+        held = [handoff for life in self.lives.values() for handoff in life.holders]
+        assert not any(os.get_inheritable(fd) for each in held for fd in each.bundle.filenos())
+        owners = {
+            "the provider": self.adapter.kept(),
+            **{f"consumer {n}": Counter(each.identities) for n, each in enumerate(held)},
+        }
+
+        def found() -> list[str]:
+            present = census(self.adapter.inspector)
+            present.subtract(self.before)
+            return always.every_descriptor_has_one_owner(present, owners)
+
+        # A provider closes its copies only after they have left.
+        if found():
+            wait_until(lambda: not found(), "; ".join(found()))
+
+    def teardown(self) -> None:
+        with ExitStack() as stack:
+            stack.callback(self.adapter.close)
+            for talker in self.talkers:
+                stack.callback(talker.voice.hang_up)
+            for life in self.lives.values():
+                for handoff in life.holders:
+                    stack.callback(handoff.close)
+            for life in tuple(self.lives.values()):
+                self.consumer.end(life.name, WAIT_S)
+                self.has_ended(life)
+            assert self.adapter.leftovers() == []
+
+    # In one word.
+
+    def can(self, ability: Ability) -> bool:
+        return ability in self.adapter.abilities
+
+    @property
+    def consumer(self) -> Asker:
+        return self.adapter.consumer()
+
+    def caller(self) -> Talker:
+        return Talker(next(self.numbers), self.adapter.voice())
+
+    @contextmanager
+    def calling(self) -> Iterator[Talker]:
+        """Have a line for the length of a block."""
+        talker = self.caller()
+        try:
+            yield talker
+        finally:
+            self.hangs_up(talker)
+
+    def hangs_up(self, talker: Talker) -> None:
+        talker.voice.hang_up()
+        for life in self.lives.values():
+            life.askers.discard(talker.number)
+
+    def says(self, talker: Talker, message: Message) -> None:
+        """Say something that is not answered yet, and have the provider read it."""
+        talker.say(self.never, message)
+        talker.hears(AllocationNotFound(self.never.allocation_id))
+
+    @contextmanager
+    def held(self, work: Work) -> Iterator[None]:
+        """Hold up work for the length of a block."""
+        self.adapter.hold(work)
+        try:
+            yield
+        finally:
+            self.adapter.let_go(work)
+
+    def one(self, pick: int) -> Life:
+        names = sorted(self.lives)
+        return self.lives[names[pick % len(names)]]
+
+    def one_to_ask_for(self, pick: int) -> NamespaceRequest:
+        """One of the requests that the provider must grant."""
+        lives = self.lives
+        return [r for r in self.requests if lives.get(r.allocation_id, Life(0, r)).request == r][
+            pick % 3
+        ]
+
+    def one_free(self, pick: int) -> NamespaceRequest | None:
+        """One of the requests whose allocation is not alive."""
+        free = [each for each in self.requests if each.allocation_id not in self.lives]
+        return free[pick % len(free)] if free else None
+
+    @property
+    def never(self) -> AllocationEnded:
+        """The end of what never was: its answer tells that everything before it was heard."""
+        return AllocationEnded(f"{self.prefix}-never")
+
+    def has_ended(self, life: Life, by: Talker | None = None, *, is_last: bool = True) -> None:
+        """Everyone who holds it hears of it; then it is released, and its name is remembered."""
+        for handoff in life.holders:
+            assert handoff.wait_ended(WAIT_S), f"{life.name}: a holder was not told of the end"
+            handoff.close()
+        if is_last:
+            self.adapter.wait_released(life.name)
+        self.ended.add(life.number)
+        for talker in self.talkers:
+            self.hears_of_the_end(talker, life, has_wished=talker is by)
+        del self.lives[life.name]
+        self.over.add(life.name)
+        self.adapter.bury(life.name)
+
+    def has_come_to_nothing(self, request: NamespaceRequest) -> None:
+        """It ended before it was alive."""
+        self.adapter.wait_released(request.allocation_id)
+        self.over.add(request.allocation_id)
+
+
+class _Ending:
+    """An allocation that has ended and is not released, and what is done to it."""
+
+    def __init__(self, machine: Handoffs, life: Life, calls: ExitStack) -> None:
+        self.machine = machine
+        self.life = life
+        self.ended = AllocationEnded(life.name)
+        self._calls = calls
+        self._enders: list[Talker] = []
+        self._early: list[Talker] = []
+        self._is_announced = False
+        self._has_init = True
+
+    def is_disturbed(self, how: str) -> bool:
+        """Disturb it; say whether that can be done here."""
+        disturb = {
+            "ask": self._ask,
+            "end": self._end,
+            "operator": self._operate,
+            "process": self._populate,
+            "init": self._kill_init,
+            "holder goes": self._hang_up,
+            "overdue": self._expire,
+        }
+        return disturb[how]()
+
+    def is_over(self) -> None:
+        """Let everybody hear what they wait for."""
+        if not self._is_announced:
+            for talker in self._enders:
+                talker.hears(self.ended)
+        machine, life = self.machine, self.life
+        machine.has_ended(life, is_last=not self._early)
+        for talker in self._early:
+            machine.is_answered(talker, life.request)
+
+    def _ask(self) -> bool:
+        talker = self._call()
+        if self._is_announced:
+            talker.say(self.life.request)
+            talker.is_told(CreationFailed)
+        else:
+            self.machine.says(talker, self.life.request)
+            self._early.append(talker)
+        return True
+
+    def _end(self) -> bool:
+        talker = self._call()
+        if self._is_announced:
+            talker.say(self.ended)
+            talker.hears(self.ended)
+        else:
+            self.machine.says(talker, self.ended)
+            self._enders.append(talker)
+        return True
+
+    def _operate(self) -> bool:
+        if self.machine.can(Ability.OPERATOR):
+            self.machine.adapter.release(self.life.name)
+        return self.machine.can(Ability.OPERATOR)
+
+    def _populate(self) -> bool:
+        machine, life = self.machine, self.life
+        if machine.can(Ability.PROCESSES):
+            machine.joins(life)
+            if life.processes == 1:
+                with machine.adapter.seeing(on.ScopeEmptied, life.name):
+                    machine.adapter.leave(life.name)
+                life.processes = 0
+        return machine.can(Ability.PROCESSES)
+
+    def _kill_init(self) -> bool:
+        machine = self.machine
+        if machine.can(Ability.INITS) and self._has_init:
+            self._has_init = False
+            with machine.adapter.seeing(on.InitDied, self.life.name):
+                machine.adapter.kill_init(self.life.name)
+        return machine.can(Ability.INITS)
+
+    def _hang_up(self) -> bool:
+        while self.life.holders:
+            self.life.holders.pop().close()
+        self.machine.is_noticed()
+        return True
+
+    def _expire(self) -> bool:
+        if self.machine.can(Ability.TIME) and not self._is_announced:
+            self.machine.adapter.expire(Timer.RELEASE, self.life.name)
+            self._is_announced = True
+            for talker in self._enders:
+                talker.hears(self.ended)
+            while self._early:
+                self._early.pop().is_told(CreationFailed)
+        return self.machine.can(Ability.TIME)
+
+    def _call(self) -> Talker:
+        return self._calls.enter_context(self.machine.calling())
+
+
+Incarnation = tuple[str, int]
+"""An allocation's name, and how often it had been created by then."""
+
+
+def ends_and_releases(history: History) -> tuple[list[Incarnation], list[Incarnation]]:
+    """Find every decision that an incarnation is over, and every report that nothing is left."""
+    created: Counter[str] = Counter()
+    ends: list[Incarnation] = []
+    releases: list[Incarnation] = []
+    for event, effects in history:
+        if isinstance(event, on.NamespacesReleased):
+            releases.append((event.allocation_id, created[event.allocation_id]))
+        for effect in effects:
+            if isinstance(effect, do.CreateNamespaces):
+                created[effect.request.allocation_id] += 1
+            elif isinstance(effect, do.StartTimer) and effect.timer is Timer.RELEASE:
+                ends.append((effect.allocation_id, created[effect.allocation_id]))
+    return ends, releases
+
+
+def census(inspector: Inspector) -> Counter[Hashable]:
+    """Count the descriptors of each namespace that this process has open."""
+    found: Counter[Hashable] = Counter()
+    for number in os.listdir("/proc/self/fd"):
+        # Another thread may close it at any time.
+        with suppress(FdPassing, OSError):
+            if os.readlink(f"/proc/self/fd/{number}").startswith(_MAY_BE_NAMESPACES):
+                found[inspector.inspect(int(number))] += 1
+    return found
+
+
+_MAY_BE_NAMESPACES: Final = ("pid:[", "net:[", "mnt:[", "/memfd:")
+"""How `/proc/self/fd` tells of them; not worth asking is whatever else a process has open."""

@@ -1,0 +1,34 @@
+"""What a provider took in and decided, line by line.
+
+records    reading and writing a trace
+check      whether a trace could have happened
+diagram    a trace as a sequence diagram
+"""
+
+from __future__ import annotations
+
+from .records import (
+    Entry,
+    Recovery,
+    Start,
+    TraceError,
+    Turn,
+    decode_line,
+    encode_effect,
+    encode_event,
+    encode_line,
+    read_lines,
+)
+
+__all__ = [
+    "Entry",
+    "Recovery",
+    "Start",
+    "TraceError",
+    "Turn",
+    "decode_line",
+    "encode_effect",
+    "encode_event",
+    "encode_line",
+    "read_lines",
+]
