@@ -167,8 +167,8 @@ def _text_below(node: ast.stmt | None) -> str:
     return ""
 
 
-def owes(name: Name) -> list[str]:
-    """Say what a name's docstring does not say."""
+def lacks(name: Name) -> list[str]:
+    """List what a name's docstring does not say."""
     if not name.doc:
         return ["what it means"]
     node, found = name.node, []
@@ -221,5 +221,6 @@ def _member(member: tuple[str, str]) -> str:
 
 
 def _section(part: str) -> str:
-    """Write a section such as `Raises:` in one line."""
-    return re.sub(r"^(Args|Returns|Raises|Source|Yields):", r"**\1:**", " ".join(part.split()))
+    """Write a section such as `Raises:` in one line, with the seed's lines linked to chapter 0."""
+    line = re.sub(r"^(Args|Returns|Raises|Source|Yields):", r"**\1:**", " ".join(part.split()))
+    return re.sub(r"\b[Ss]eed \d+-\d+", r"[\g<0>](00-contract.md)", line)
