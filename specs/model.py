@@ -42,22 +42,16 @@ class Impossible(Exception):
 
 # --- The consumer ------------------------------------------------------------------------------
 
+Stage: TypeAlias = Literal[
+    "idle", "requested", "held", "refused", "serving_self", "self_held", "failed", "ending", "ended"
+]
+
 
 class Consumer(NamedTuple):
     """One allocation at its consumer."""
 
     request: NamespaceRequest
-    stage: Literal[
-        "idle",
-        "requesting",
-        "held",
-        "refused",
-        "serving_self",
-        "self_held",
-        "failed",
-        "ending",
-        "ended",
-    ] = "idle"
+    stage: Stage = "idle"
     """How far the caller's request has come."""
     connection: Literal["closed", "connecting", "open"] = "closed"
     """The connection to the provider."""
@@ -71,7 +65,7 @@ class Consumer(NamedTuple):
     @property
     def state(self) -> str:
         """The lifecycle's name for the stage."""
-        if self.stage == "requesting":
+        if self.stage == "requested":
             return "asking" if self.connection == "open" else "connecting"
         return self.stage
 
@@ -108,11 +102,11 @@ def _change_consumer(consumer: Consumer, event: Event) -> Consumer:
     stage, connection = consumer.stage, consumer.connection
     match event:
         case ev.NamespacesWanted() if stage == "idle":
-            return consumer._replace(stage="requesting", connection="connecting")
+            return consumer._replace(stage="requested", connection="connecting")
         case ev.Connected() if connection == "connecting":
             return consumer._replace(connection="open")
         case ev.ProviderUnreachable() if connection == "connecting":  # ERR-6, SELF-10
-            stage = "serving_self" if stage == "requesting" else stage
+            stage = "serving_self" if stage == "requested" else stage
             return consumer._replace(stage=stage, connection="closed")
         case ev.NoticeDue():
             return consumer._replace(connection="connecting")
@@ -128,7 +122,7 @@ def _change_consumer(consumer: Consumer, event: Event) -> Consumer:
             return consumer._replace(stage="ended")
         case ev.EndWanted() if consumer.state == "connecting":
             return consumer._replace(stage="ended", connection="closed")
-        case ev.EndWanted() if stage in ("idle", "requesting", "held"):  # SELF-11
+        case ev.EndWanted() if stage in ("idle", "requested", "held"):  # SELF-11
             return consumer._replace(stage="ending", end="owed")
         case ev.PeerEvent() if connection == "open":
             return _receive_from_provider(consumer, event)
@@ -144,7 +138,7 @@ def _receive_from_provider(consumer: Consumer, event: Event) -> Consumer:
     end. While it owes an end, `AllocationEnded` or `AllocationNotFound` confirms that one, and an
     answer to the earlier request is late and ignored.
     """
-    is_asking = consumer.stage == "requesting"
+    is_asking = consumer.stage == "requested"
     is_held = consumer.stage == "held"
     is_end_owed = consumer.end == "owed"
     match event:
