@@ -30,7 +30,7 @@ COUNTING: Final = '''
 """Counts to four; the third waits until it may."""
 import os, time
 from pathlib import Path
-from outcome import Outcome, Task
+from tests.campaign.outcome import Outcome, Task
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,7 +48,7 @@ def run(seed, number):
 BROKEN: Final = '''
 """Ends in every way in which a task should not."""
 import os, signal, sys, time
-from outcome import Outcome, Task
+from tests.campaign.outcome import Outcome, Task
 
 timeout_s = 1.0
 
@@ -73,7 +73,7 @@ ALONE: Final = '''
 """Tasks that notice when they are not alone."""
 import time
 from pathlib import Path
-from outcome import Outcome, Task
+from tests.campaign.outcome import Outcome, Task
 
 alone = True
 HERE = Path(__file__).parents[2] / "here"
@@ -243,7 +243,7 @@ def test_a_task_that_fails_is_a_finding_and_not_the_end(tree: Tree) -> None:
         ("dies", "SIGKILL", "this is the log of what dies"),
         ("hangs", "not done after 1 s", "KeyboardInterrupt"),
         ("lies", "no outcome", "this is the log of what lies"),
-        ("tasks", "a_module_that_nobody_has", "verify_task.py unlisted"),
+        ("tasks", "a_module_that_nobody_has", "verify_task unlisted"),
     ]:
         (discovery,) = found[name]
         assert discovery["title"].startswith(f"{name}: ")

@@ -159,9 +159,9 @@ def shrink(program: Program, fails: Callable[[Program], bool]) -> Program:
 def script(family: Family, program: Program) -> str:
     """Say a program as a test that shows what it showed."""
     calls = "".join(f"    Call({call.name!r}, {_code(call.arguments)}),\n" for call in program)
-    return f"""from differential import FAMILIES, Call, comparing
+    return f"""from tests.suites.fidelity.differential import FAMILIES, Call, comparing
 
-from linux.simulated_mount import Propagation
+from linux.simulated.mounts import Propagation
 from statemachine.messages import NamespaceType
 
 PROGRAM = (

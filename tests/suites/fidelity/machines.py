@@ -5,10 +5,10 @@ them: in memory, and on the Linux kernel that runs this. What an operation retur
 can see of it and nothing else, with names for what has no name of its own on Linux (which file,
 which namespace, which image). What fails raises `OSError`.
 
-    fidelity_sockets      descriptors, their limit, SCM_RIGHTS
-    fidelity_cgroups      populated, frozen, kill, remove, notification
-    fidelity_namespaces   types, ids, entering, inits that die
-    fidelity_mounts       propagation, what is busy, images and their loop devices
+    sockets      descriptors, their limit, SCM_RIGHTS
+    cgroups      populated, frozen, kill, remove, notification
+    namespaces   types, ids, entering, inits that die
+    mounts       propagation, what is busy, images and their loop devices
 
 `test_fidelity` has one test for each fact, `differential` draws programs of all operations.
 """

@@ -108,7 +108,7 @@ def kernels(allocation_id: str) -> type[Handoffs]:
 def test_a_descriptor_that_nobody_owns_is_found(
     kernels: type[Handoffs], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("liar.DEADLINE_S", 0.05)
+    monkeypatch.setattr("transport.testing.peer.DEADLINE_S", 0.05)
     kept: list[DescriptorBundle] = []
     pass_on = Reins.bundle_of
 
@@ -162,7 +162,7 @@ def test_an_effect_that_is_left_out_is_found(
     row: tuple[str, str],
     leaves_out: Any,
 ) -> None:
-    monkeypatch.setattr("liar.DEADLINE_S", 0.05)
+    monkeypatch.setattr("transport.testing.peer.DEADLINE_S", 0.05)
     rows = [
         type(each)(
             each.event,

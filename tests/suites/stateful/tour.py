@@ -19,7 +19,7 @@ def _step(rule: str, **arguments: Any) -> Step:
     return rule, arguments
 
 
-# `_pick`s, while nothing else is alive: which request of `handoffs.requests_of`.
+# `_pick`s, while nothing else is alive: which request of `machine.requests_of`.
 A: Final = 0
 OTHER_A: Final = 1
 C: Final = 3
