@@ -80,7 +80,7 @@ from __future__ import annotations
 
 from enum import Enum
 from types import ModuleType
-from typing import Final
+from typing import Final, get_args
 
 from . import effects as do
 from . import events as on
@@ -530,7 +530,7 @@ _FROM_PEER: Final = (on.RequestReceived, on.EndReceived, on.FrameRejected)
 
 IS_RUNNING: Final = Guard(
     "timer",
-    tuple(EXPIRIES),
+    (on.ReadinessOverdue, on.ClaimExpired, on.RetryDue, on.ReleaseOverdue),
     "the timer that it says has expired is running",
     "without a {timer} timer",
 )
@@ -570,7 +570,7 @@ IS_READ: Final = Guard(
 )
 HAS_PROVIDER: Final = Guard(
     "peer",
-    tuple(sorted(_leaves(on, on.PeerEvent), key=lambda event: event.__name__)),
+    tuple(event for event in get_args(on.ConsumerInput) if issubclass(event, on.PeerEvent)),
     "the consumer is connected to the provider",
     "",
 )

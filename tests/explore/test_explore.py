@@ -285,7 +285,7 @@ MUTANTS: Final[dict[str, tuple[Bounds, dict[str, Any], str, int]]] = {
     "the end is announced twice": (
         ONE,
         {"provider": TellsTwice},
-        "heard of a|was told 2 times|answered",
+        "told of the end of a|was told 2 times|answered",
         11,
     ),
     "it is released before its end": (
@@ -309,7 +309,7 @@ MUTANTS: Final[dict[str, tuple[Bounds, dict[str, Any], str, int]]] = {
     "answers come out of order": (
         ONE,
         {"provider": AnswersTheLastFirst},
-        "heard of a|was answered by",
+        "told of the end of a|was answered by",
         9,
     ),
     "remains are not released": (

@@ -162,7 +162,7 @@ def step_provider(
         effects = kernel.receive(event)
     except ProtocolError as error:
         raise Difference(f"the kernel does not take {event}: {error}") from None
-    found = model.agree(effects, said)
+    found = model.differences(effects, said)
     if kernel.service.value != after.phase:
         found.append(f"the kernel is {kernel.service}, the model {after.phase}")
     for name in "abc":
@@ -204,7 +204,7 @@ def step_consumer(
         effects = kernel.receive(event)
     except ProtocolError as error:
         raise Difference(f"the kernel does not take {event}: {error}") from None
-    found = model.agree(effects, said)
+    found = model.differences(effects, said)
     if (kernel.state.value, kernel.notice.value) != (after.state, after.notice):
         found.append(f"{kernel.state}, {kernel.notice}: {after.state}, {after.notice}")
     if found:

@@ -417,7 +417,7 @@ def model_lives_so(case: Case) -> bool:
     now = model.Provider(limits, remembered=tuple(case["remembered"][-limits.remembered :]))
     for step in case["steps"]:
         now, effects = model.provider_step(now, event_from(step["event"]))
-        if model.agree(map(effect_from, step["effects"]), effects):
+        if model.differences(map(effect_from, step["effects"]), effects):
             return False
         if {name: now.state_of(name) for name in step["states"]} != step["states"]:
             return False
@@ -446,7 +446,7 @@ def consumer_model_lives_so(case: Case) -> bool:
             if step["effects"] is not None or impossible.whose == "ours":
                 return False
             continue
-        if step["effects"] is None or model.agree(map(effect_from, step["effects"]), effects):
+        if step["effects"] is None or model.differences(map(effect_from, step["effects"]), effects):
             return False
         if (now.state, now.notice) != (step["state"], step["notice"]):
             return False

@@ -53,7 +53,7 @@ def response_to(request: NamespaceRequest) -> NamespaceResponse:
 
 
 def plain_effect(effect: Effect) -> Any:
-    """Write an effect; the words of a reason, which are nobody's contract, as null."""
+    """Write an effect; the text of a reason, which no contract prescribes, as null."""
     ((name, content),) = encode_effect(effect).items()
     if "reason" in content:
         content["reason"] = None
@@ -351,7 +351,7 @@ def _numbers_from(seed: int) -> Callable[[int], int]:
 
 
 def told_lives() -> Iterator[tuple[str, Limits, tuple[str, ...], Life]]:
-    """Yield lives that somebody thought of: limits, order of answers, restarts, memory."""
+    """Yield lives written by hand: limits, order of answers, restarts, memory."""
     a, b = request_for("a"), request_for("b", NET)
     ready = (on.ConnectionOpened(1, 0), on.ProviderReady())
 

@@ -185,7 +185,7 @@ class Kernels:
             after, said = model.provider_step(known, event)
         except model.Impossible as impossible:
             raise Finding(f"the model knows no way to {event}: {impossible}") from impossible
-        found = model.agree(effects, said)
+        found = model.differences(effects, said)
         if kernel.service.value != after.phase:
             found.append(f"the kernel is {kernel.service.value}, the model {after.phase}")
         for name in self.names:
@@ -324,7 +324,7 @@ def _follow_consumer(
         after, said = model.consumer_step(known, event)
     except model.Impossible as impossible:
         raise Finding(f"the model knows no way to {event}: {impossible}") from impossible
-    found = model.agree(effects, said)
+    found = model.differences(effects, said)
     ours, theirs = (kernel.state.value, kernel.notice.value), (after.state, after.notice)
     if ours != theirs:
         found.append(f"the kernel is {ours}, the model {theirs}")
@@ -402,12 +402,12 @@ class _Namer:
         """
         Bring what a provider's model keeps into an order of which all counts.
 
-        When the provider is ready, what is unread waits for a release: only what is about the same
+        When the provider is ready, what waits does so for a release: only what is about the same
         allocation has an order.
         """
         is_ready = known.phase != ServiceState.STARTING.value
-        unread = sorted(known.unread, key=_name_in) if is_ready else known.unread
-        return known._replace(unread=tuple(unread), remembered=self.in_memory(known.remembered))
+        waiting = sorted(known.waiting, key=_name_in) if is_ready else known.waiting
+        return known._replace(waiting=tuple(waiting), remembered=self.in_memory(known.remembered))
 
     def of_provider(self, snapshot: Snapshot) -> Snapshot:
         """Rename what a provider's snapshot says."""
@@ -457,8 +457,8 @@ class _Namer:
         return " ".join(words)
 
 
-def _name_in(unread: tuple[int, Any]) -> str:
-    name: str = unread[1].allocation_id
+def _name_in(waiting: tuple[int, Any]) -> str:
+    name: str = waiting[1].allocation_id
     return name
 
 
