@@ -442,8 +442,8 @@ SERVICE: Final = compile_table(
         *_stay(on.EndReceived, _ABORTED, then=(do.RefuseLate,)),
         # Limits. (PEER-4, PEER-5, PEER-6, END-20)
         *_stay(on.QueueFull, _STARTING, then=(do.RefuseMessage,)),
-        # (An aborted provider answers every message at once, so none is over a limit.)
-        *_stay(on.RequestOverLimit, _STARTING, _READY, _STOPPING, then=(do.RefuseMessage,)),
+        *_stay(on.RequestOverLimit, *ServiceState, then=(do.RefuseMessage,)),
+        # (An aborted provider answers every message at once, so no connection is flooded.)
         *_stay(
             on.ConnectionFlooded,
             _STARTING,
@@ -517,7 +517,9 @@ class Guard:
     """A condition that an event must meet besides having a row; else it is refused all the same."""
 
     name: str
+    """What it is about, in a word."""
     events: tuple[type[Event], ...]
+    """Which events it is for."""
     condition: str
     """What must be so, as chapter 3 says it."""
     violation: str
@@ -534,33 +536,39 @@ IS_RUNNING: Final = Guard(
     "the timer that it says has expired is running",
     "without a {timer} timer",
 )
+"""A timer expires only while it runs."""
 IS_BEING_MADE: Final = Guard(
     "creation",
     _CREATION_REPORTS,
     "the backend was asked to create, and has not reported yet",
     "and not being made",
 )
+"""A creation is reported once, after it was asked for."""
 IS_MADE: Final = Guard(
     "creation before release",
     _RELEASE_REPORTS,
     "the backend has reported what came of the creation",
     "and still being made",
 )
+"""A release is reported after the creation."""
 IS_BEING_RELEASED: Final = Guard(
     "release",
     _RELEASE_REPORTS,
     "the backend was asked to release, and has not reported since",
     "and not being released",
 )
+"""Each try to release is reported once."""
 IS_NEW: Final = Guard(
     "new connection", (on.ConnectionOpened,), "its number is of no open connection", "open"
 )
+"""A connection is opened once."""
 IS_OPEN: Final = Guard(
     "connection",
     (on.ConnectionLost, *_FROM_PEER),
     "the connection was opened, and its loss is not reported",
     "not open",
 )
+"""What comes on a connection comes between its opening and its loss."""
 IS_READ: Final = Guard(
     "reading",
     _FROM_PEER,
@@ -568,12 +576,14 @@ IS_READ: Final = Guard(
     "was readable",
     "closing",
 )
+"""Nothing is read from a connection that the provider has closed, or is about to close."""
 HAS_PROVIDER: Final = Guard(
     "peer",
     tuple(event for event in get_args(on.ConsumerInput) if issubclass(event, on.PeerEvent)),
     "the consumer is connected to the provider",
     "",
 )
+"""A provider is heard only while there is a connection to it."""
 
 PROVIDER_GUARDS: Final = (
     IS_RUNNING,

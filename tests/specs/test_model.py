@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import functools
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -394,6 +393,27 @@ def is_noticed(walk: Callable[[], object]) -> bool:
     return False
 
 
+def walk_and_withdraw() -> None:
+    """Walk at random; then end an allocation, in each way, whose granted response has to wait."""
+    walk_provider(0, "ab", 40_000)
+    first, second = REQUESTS["b"][0], REQUESTS["a"][0]
+    for sent in ((), (on.RequestReceived(2, second), on.ResponseSent("a", 2))):
+        for end in (
+            on.ScopeEmptied("a"),
+            on.EndReceived(2, "a"),
+            on.InitDied("a"),
+            on.ReleaseRequested("a"),
+        ):
+            kernel, state = ProviderKernel(LIMITS), model.Provider(MODEL_LIMITS)
+            for event in (
+                *(on.ConnectionOpened(1, 0), on.ConnectionOpened(2, 0), on.ProviderReady()),
+                *(on.RequestReceived(1, first), on.RequestReceived(1, second)),
+                *(on.NamespacesCreated("a", response_to(second)), *sent, end),
+                *(on.NamespacesCreated("b", response_to(first)), on.NamespacesReleased("a")),
+            ):
+                kernel, state = step_provider(kernel, state, event)
+
+
 @pytest.mark.parametrize("mutate", [drops, redirects])
 @pytest.mark.parametrize("table", lifecycle.TABLES, ids=lambda table: table.name)
 def test_a_mutant_of_a_table_is_noticed(
@@ -403,7 +423,7 @@ def test_a_mutant_of_a_table_is_noticed(
     walk: Callable[[], object] = explore_consumer
     if table not in (lifecycle.CONSUMER, lifecycle.NOTICE):
         found = random.Random(0).sample(found, min(PROVIDER_MUTANTS, len(found)))
-        walk = functools.partial(walk_provider, 0, "ab", 40_000)
+        walk = walk_and_withdraw
     missed = []
     for name, rows in found:
         with contextlib.suppress(UnsoundTable):

@@ -368,10 +368,8 @@ READY: Final = {"ProviderReady": {}}
 
 def turn_from(event: Any, effects: Sequence[Any] = ()) -> trace.Turn:
     """Read an event and its effects as a trace is read."""
-    line = {"schema": trace.SCHEMA, "seq": 0, "event": event, "effects": effects}
-    _, turn = trace.decode_line(1, json.dumps(line).encode())
-    assert isinstance(turn, trace.Turn)
-    return turn
+    done: Any = trace.decode_event(event)
+    return trace.Turn(done, tuple(map(trace.decode_effect, effects)))
 
 
 def event_from(plain: Any) -> Event:

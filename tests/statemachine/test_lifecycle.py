@@ -428,7 +428,7 @@ ConnectionLost        stays       stays       stays       stays
 RequestReceived       stays       stays       stays       stays
 EndReceived           stays       stays       stays       stays
 QueueFull             stays       local       local       local
-RequestOverLimit      stays       stays       stays       local
+RequestOverLimit      stays       stays       stays       stays
 ConnectionFlooded     stays       stays       stays       local
 FrameRejected         stays       stays       stays       stays
 """

@@ -169,6 +169,18 @@ def encode_effect(effect: Effect) -> Any:
     return _EFFECT.encode(effect)
 
 
+def decode_event(plain: Any) -> ProviderInput | ConsumerInput:
+    """Read what `encode_event` wrote; raise `ValueError` if it is something else."""
+    event: ProviderInput | ConsumerInput = _EVENT.decode(plain)
+    return event
+
+
+def decode_effect(plain: Any) -> Effect:
+    """Read what `encode_effect` wrote; raise `ValueError` if it is something else."""
+    effect: Effect = _EFFECT.decode(plain)
+    return effect
+
+
 class _Unreadable(ValueError):
     """A value that no encoder here writes."""
 

@@ -556,7 +556,7 @@ def _lives_at_limits(
         on.ScopeEmptied("a"), on.NamespacesReleased("a"),
         on.NamespacesCreated("b", response_to(b)),
     )  # fmt: skip
-    few = replace(plain, open_per_connection=1)
+    few = replace(plain, open_per_connection=1, open_per_uid=3)
     begins: dict[str, Life] = {
         "starting": (),
         "ready": (on.ProviderReady(),),
@@ -564,14 +564,15 @@ def _lives_at_limits(
         "aborted": (on.ProviderStopping(),),
     }
     for state, begin in begins.items():
-        life = (on.ConnectionOpened(1, 0), *begin, on.ConnectionOpened(2, 1000))
-        asked = [on.RequestReceived(1, request_for(name)) for name in "abc"]
-        yield (
-            f"limits-while-{state}",
-            few,
-            (),
-            (*life, *asked[: {"stopping": 2, "aborted": 1}.get(state, 3)]),
-        )
+        names = {"stopping": "ab", "aborted": "a"}.get(state, "abc")
+        asked = [on.RequestReceived(1, request_for(name)) for name in names]
+        life = (on.ConnectionOpened(1, 0), *begin, on.ConnectionOpened(2, 1000), *asked)
+        yield f"limits-while-{state}", few, (), life
+    # What is left over on a closed connection counts for its user until the connection is lost.
+    opened = (on.ConnectionOpened(1, 0), on.ConnectionOpened(2, 0))
+    flood = (on.RequestReceived(1, request_for(name)) for name in "abc")
+    life = (*opened, *flood, on.ProviderStopping(), on.RequestReceived(2, a))
+    yield "over-a-limit-while-aborted", few, (), life
 
 
 def provider() -> Iterator[Case]:
