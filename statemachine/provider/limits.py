@@ -62,8 +62,11 @@ class Usage:
     """What one user takes up."""
 
     connections: int = 0
+    """Open connections, those included that the provider has closed."""
     messages: int = 0
+    """Messages of these connections whose answers have not left."""
     allocations: int = 0
+    """Allocations that this user asked for first, and that are not released."""
 
 
 def over(what: str, most: int) -> CreationFailed:

@@ -26,12 +26,14 @@ class Service:
     """The provider as a whole."""
 
     subject: ClassVar[str] = "the provider"
+    """What the text of an error calls it."""
     allocation_id: ClassVar[str] = ""
     """Its timer belongs to no allocation."""
     state: ServiceState = ServiceState.STARTING
     held: list[Message] = field(default_factory=list)
     """Messages that wait for it to be ready, in the order of their arrival."""
     timers: set[Timer] = field(default_factory=set)
+    """Those that run."""
 
 
 @dataclass(slots=True, eq=False)
@@ -113,6 +115,7 @@ class Allocation:
     is_announced: bool = False
     """Whether its end has been told; then it is draining, and later requests are refused."""
     timers: set[Timer] = field(default_factory=set)
+    """Those that run."""
     failure: str = ""
     """Why the creation failed."""
     drain: str = ""
