@@ -21,11 +21,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import core as hypothesis_core
 from hypothesis.database import DirectoryBasedExampleDatabase
 
-from linux.testing.foreign import add_options, is_named
 from linux.testing.worlds import SCOPE_PREFIX
 from tests.support.census import MACHINE_WIDE, Census, Session
-
-pytest.register_assert_rewrite("linux.testing.conformance")
 
 IN_CI: Final = os.environ.get("CI", "").lower() not in ("", "0", "false", "no")
 PERMITTED_SKIP: Final = "kernel lacks"
@@ -67,19 +64,17 @@ _ran: Final = pytest.StashKey[int]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    add_options(parser)  # those that name a provider which is not ours
     told = "write down what the kernels do in the scenarios of specs/scenarios/"
     parser.addoption("--rewrite-scenarios", action="store_true", help=told)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs_root: makes real namespaces, cgroups or mounts")
-    config.addinivalue_line("markers", "clause(*ids): shows that these clauses of specs/ are kept")
     config.stash[_ran] = 0
     is_long = config.getoption("--hypothesis-profile") == "long"
     if is_long and hypothesis_core.global_force_seed is None:
         hypothesis_core.global_force_seed = secrets.randbelow(2**32)
-    if is_named(config):
+    if config.getoption("--provider-socket") is not None:
         # It keeps an image for its hold time, which is longer than any test.
         session_census.overlooked = frozenset({"loops"})
 

@@ -313,7 +313,7 @@ class Dealings(RuleBasedStateMachine):
 
     def _message(self, what: str) -> Message:
         name = self.request.allocation_id
-        return {
+        messages: dict[str, Message] = {
             "response": NamespaceResponse(name, KINDS),
             "response of another": NamespaceResponse(f"{name}-other", KINDS),
             "response of other kinds": NamespaceResponse(name, KINDS),
@@ -322,7 +322,8 @@ class Dealings(RuleBasedStateMachine):
             "unavailable": SocketUnavailable("not now"),
             "passing failed": FdPassing("no descriptors"),
             "ended": AllocationEnded(name),
-        }[what]
+        }
+        return messages[what]
 
     def _bundle(self, what: str) -> DescriptorBundle:
         bundle = self.counterpart.bundle()
@@ -397,7 +398,7 @@ class Dealings(RuleBasedStateMachine):
         is_held = bundle is not None and not bundle.closed
         present = census(self.counterpart.inspector)
         present.subtract(self.before)
-        owners = {
+        owners: dict[Hashable, Counter[Hashable]] = {
             "the caller": Counter(self.exchange.identities if is_held else ()),
             "the node": self.counterpart.kept(),
         }

@@ -162,10 +162,12 @@ def _named(tree: ast.AST, prefix: str = "") -> Iterator[tuple[ast.stmt, str]]:
 
 
 def _marked(node: ast.stmt) -> Iterator[str]:
-    """Yield what `@pytest.mark.clause(...)` says above a definition."""
+    """Yield what `@pytest.mark.clause(...)` and the case's id say above a definition."""
     for decorator in getattr(node, "decorator_list", []):
         if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "pytest.mark.clause":
             yield from (ast.literal_eval(argument) for argument in decorator.args)
+        elif isinstance(decorator, ast.Call) and ast.unparse(decorator.func) in ("case", "cases"):
+            yield ast.literal_eval(decorator.args[0]).partition("/")[0]
 
 
 def _names_by_line(tree: ast.Module, lines: int) -> list[str]:

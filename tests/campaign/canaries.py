@@ -840,7 +840,7 @@ CANARIES: Final = (
     Canary(
         "a cgroup that nobody has used yet is over",
         "populated 0 is what it begins with",
-        _linux("test_an_unused_scope_is_not_over[linux]"),
+        _linux("TestBackend::test_an_unused_scope_is_not_over[linux]"),
         (
             Change(
                 "linux/cgroups.py",

@@ -360,6 +360,14 @@ _FLOODED: Final[tuple[Event, ...]] = (
 )
 """More messages than may be, before the provider is ready."""
 
+_FLOODED_AND_STOPPED: Final[tuple[Event, ...]] = (
+    *(on.ConnectionOpened(c, 1) for c in (1, 3)),
+    *[on.RequestReceived(1, _A)] * 5,
+    on.ProviderStopping(),
+    on.RequestReceived(3, _A),
+)
+"""Messages left over on a closed connection, and their user over its limit by them."""
+
 _DEFERRED: Final[tuple[Event, ...]] = (
     on.ConnectionOpened(1, 1),
     on.ProviderReady(),
@@ -395,6 +403,7 @@ _BEGINNINGS: Final[tuple[tuple[Event, ...], ...]] = (
     (on.ProviderStopping(), *_CROWDED),
     _LEFT_OVER,
     _FLOODED,
+    _FLOODED_AND_STOPPED,
     _DEFERRED,
     *((first, *_AGAIN) for first in _AGAIN),
 )

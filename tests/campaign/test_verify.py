@@ -18,11 +18,11 @@ import pytest
 
 from linux.cli import command as cli
 from linux.cli import verify as cli_verify
-from linux.testing.programs import DEADLINE_S, ROOT, environment, nshandoff, wait_until
 from tests.campaign import verify, verify_record
 from tests.campaign.outcome import Outcome, Task
 from tests.campaign.verify_pool import Job
 from tests.campaign.verify_record import Busy, Head, Record
+from tests.support.programs import DEADLINE_S, ROOT, environment, nshandoff, wait_until
 
 MINE: Final = ("verify*.py", "report*.py", "report.css", "outcome.py", "__init__.py")
 

@@ -16,7 +16,8 @@ import pytest
 from linux import backend
 from linux.cli import command as cli
 from linux.cli.exits import ExitCode
-from linux.testing.programs import (
+from statemachine.messages import HANDOFF_SOCKET_PATH
+from tests.support.programs import (
     MOUNT,
     PID,
     ROOT,
@@ -28,7 +29,6 @@ from linux.testing.programs import (
     wait_until,
     warm_daemon_in,
 )
-from statemachine.messages import HANDOFF_SOCKET_PATH
 from transport import endpoint, serve
 
 VERBS = ("serve", "run", "request", "end", "list", "trace", "verify")

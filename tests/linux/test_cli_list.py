@@ -14,7 +14,8 @@ import pytest
 from linux.cli.exits import ExitCode
 from linux.forge.spawn import spawn_within
 from linux.journal import JOURNAL_NAME, Entry, Journal
-from linux.testing.programs import (
+from statemachine import NamespaceRequest
+from tests.support.programs import (
     DEADLINE_S,
     MOUNT,
     PID,
@@ -25,7 +26,6 @@ from linux.testing.programs import (
     running,
     wait_until,
 )
-from statemachine import NamespaceRequest
 
 pytestmark = pytest.mark.needs_root
 

@@ -15,7 +15,8 @@ import pytest
 
 from linux.cli.exits import ExitCode
 from linux.forge.spawn import spawn_within
-from linux.testing.programs import (
+from statemachine import AllocationEnded, NamespaceRequest
+from tests.support.programs import (
     COMMAND,
     DEADLINE_S,
     PID,
@@ -26,7 +27,6 @@ from linux.testing.programs import (
     wait_until,
     warm_daemon_in,
 )
-from statemachine import AllocationEnded, NamespaceRequest
 from transport import endpoint
 from transport.channel import Delivery, Received
 from transport.descriptors import Descriptor

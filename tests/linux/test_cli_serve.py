@@ -19,7 +19,8 @@ import pytest
 from linux.cli.exits import ExitCode
 from linux.cli.serve import JsonLines
 from linux.journal import JOURNAL_NAME
-from linux.testing.programs import (
+from statemachine import NamespaceRequest
+from tests.support.programs import (
     COMMAND,
     MOUNT,
     NET,
@@ -32,7 +33,6 @@ from linux.testing.programs import (
     running,
     wait_until,
 )
-from statemachine import NamespaceRequest
 from transport.codec import decode_message, encode_message
 from transport.framing import FrameReader, encode_frame
 

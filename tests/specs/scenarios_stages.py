@@ -21,7 +21,6 @@ from linux.forge.spawn import spawn_within
 from linux.namespaces import KernelInspector
 from linux.simulated import SimulatedBackend, SimulatedInspector, SimulatedNode
 from linux.survey import survey_node
-from linux.testing.programs import Daemon, environment
 from linux.testing.worlds import IMAGE, SimulatedWorld
 from statemachine import effects as do
 from statemachine.consumer import ConsumerKernel
@@ -30,6 +29,7 @@ from statemachine.errors import AllocationNotFound, SocketUnavailable
 from statemachine.messages import NamespaceResponse, NamespaceType
 from statemachine.provider import Limits, ProviderKernel
 from tests.suites.stateful.adapters import InProcess
+from tests.support.programs import Daemon, environment
 from transport.contract import SelfService
 from transport.descriptors import DescriptorBundle, Inspector
 from transport.request import _Exchange, _perform

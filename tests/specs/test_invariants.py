@@ -29,8 +29,8 @@ PROPERTIES: Final[Mapping[str, tuple[str, ...]]] = {
         "test_metamorphic::test_namespaces_asked_for_in_another_order_come_in_that_order",
     ),
     "S03 all of it or nothing": (
-        "test_backend_contract::test_a_missing_image_undoes_everything",
-        "test_backend_contract::test_a_taken_scope_undoes_everything",
+        "contract::test_a_missing_image_undoes_everything",
+        "contract::test_a_taken_scope_undoes_everything",
         "test_descriptors::test_a_bundle_is_duplicated_whole_or_not_at_all",
     ),
     "S04 an incarnation has one set of namespaces": ("an_incarnation_is_one_set_of_namespaces",),
@@ -102,7 +102,7 @@ PROPERTIES: Final[Mapping[str, tuple[str, ...]]] = {
     "S22 an image is mounted as long as it has users": (
         "test_mounts::test_a_user_who_acquires_twice_counts_once",
         "test_mounts::test_the_hold_time_begins_with_the_last_user",
-        "test_backend_contract::test_an_image_in_use_is_not_tidied",
+        "contract::test_an_image_in_use_is_not_tidied",
     ),
     "S23 images stay below their root": (
         "conformance::test_an_image_that_is_not_below_the_root_is_refused",
@@ -110,8 +110,8 @@ PROPERTIES: Final[Mapping[str, tuple[str, ...]]] = {
     ),
     "S24 a crash refines": (
         "test_explore::test_the_provider_dies_between_every_two_effects",
-        "test_backend_contract::test_what_was_half_made_is_undone",
-        "test_backend_contract::test_what_is_alive_is_adopted_with_its_namespaces",
+        "contract::test_what_was_half_made_is_undone",
+        "contract::test_what_is_alive_is_adopted_with_its_namespaces",
         "test_journal::test_whatever_was_written_survives_kill_9",
     ),
     "S25 credentials before any effect": (
@@ -190,7 +190,7 @@ FOLDERS: Final = [Path(__file__).resolve().parents[2] / name for name in ("tests
 def names_in(module: str) -> frozenset[str]:
     (path,) = (path for folder in FOLDERS for path in folder.rglob(f"{module}.py"))
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    return frozenset(node.name for node in tree.body if isinstance(node, ast.FunctionDef))
+    return frozenset(node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
 
 
 def test_every_property_has_its_place() -> None:

@@ -10,13 +10,13 @@ import shutil
 import socket
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
-from specs import model
+from specs import model, vectors
 from specs._build import clauses, make_vectors
 from specs._build.golden.lives import plain_effect
 from statemachine import consumer as consumer_module
@@ -45,25 +45,15 @@ from transport.descriptors import Descriptor
 from transport.framing import FrameReader, encode_frame
 from transport.trace import records as trace
 
-VECTORS = make_vectors.VECTORS
+VECTORS = vectors.FOLDER
 NAMES = [family.name for family in make_vectors.FAMILIES]
 
 Case = dict[str, Any]
 
 
-def manifest_of(name: str, root: Path = VECTORS) -> Any:
-    return json.loads((root / name / "manifest.json").read_bytes())
-
-
-def cases_of(name: str) -> Iterator[Case]:
-    for file in manifest_of(name)["files"]:
-        for line in (VECTORS / name / file["file"]).read_bytes().splitlines():
-            yield json.loads(line)
-
-
 def failing(name: str, check: Callable[[Case], bool]) -> list[str]:
     """The ids of the cases of a family of which something is not true."""
-    return [case["id"] for case in cases_of(name) if not check(case)]
+    return [case["id"] for case in vectors.cases(name) if not check(case)]
 
 
 # --- The files -----------------------------------------------------------------------------------
@@ -93,7 +83,7 @@ def test_a_stale_file_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_there_are_enough_and_every_one_has_its_own_name() -> None:
-    ids = [case["id"] for name in NAMES for case in cases_of(name)]
+    ids = [case["id"] for name in NAMES for case in vectors.cases(name)]
 
     assert len(ids) >= 2000
     assert [case for case, count in Counter(ids).items() if count > 1] == []
@@ -102,7 +92,7 @@ def test_there_are_enough_and_every_one_has_its_own_name() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_manifest_describes_its_files(name: str) -> None:
-    manifest = manifest_of(name)
+    manifest = vectors.manifest(name)
     contents = {f["file"]: (VECTORS / name / f["file"]).read_bytes() for f in manifest["files"]}
 
     assert {path.name for path in (VECTORS / name).iterdir()} == {*contents, "manifest.json"}
@@ -112,17 +102,17 @@ def test_a_manifest_describes_its_files(name: str) -> None:
         assert hashlib.sha256(content).hexdigest() == file["sha256"]
         assert len(content) <= make_vectors.FILE_BYTES_MAX
     assert sum(file["cases"] for file in manifest["files"]) == manifest["cases"]
-    assert {tuple(case) for case in cases_of(name)} == {("id", *manifest["fields"])}
+    assert {tuple(case) for case in vectors.cases(name)} == {("id", *manifest["fields"])}
 
 
 def test_every_word_of_a_manifest_is_used() -> None:
     keys = {"invalid": "faults", "requests": "objection", "answers": "event"}
     for name, key in keys.items():
-        said = {w for case in cases_of(name) for w in _listed(case[key]) if w is not None}
-        assert said == manifest_of(name)["words"].keys(), name
-    refusals = [case["refused"] for case in cases_of("descriptors") if case["refused"]]
+        said = {w for case in vectors.cases(name) for w in _listed(case[key]) if w is not None}
+        assert said == vectors.manifest(name)["words"].keys(), name
+    refusals = [case["refused"] for case in vectors.cases("descriptors") if case["refused"]]
     said = {word for refused in refusals for word in refused["faults"]}
-    assert said == manifest_of("descriptors")["words"].keys()
+    assert said == vectors.manifest("descriptors")["words"].keys()
 
 
 def _listed(value: Any) -> list[Any]:
@@ -132,14 +122,14 @@ def _listed(value: Any) -> list[Any]:
 def test_every_clause_of_a_manifest_is_there() -> None:
     known = clauses.clauses()
     for name in NAMES:
-        named = manifest_of(name)["clauses"]
+        named = vectors.manifest(name)["clauses"]
         assert named, name
         assert [clause for clause in named if clause not in known] == [], name
 
 
 def test_the_real_peers_bytes_are_among_them() -> None:
-    written = {case["frame"]: case["message"] for case in cases_of("frames")}
-    read = {case["frame"]: case["message"] for case in cases_of("accepted")}
+    written = {case["frame"]: case["message"] for case in vectors.cases("frames")}
+    read = {case["frame"]: case["message"] for case in vectors.cases("accepted")}
 
     for vector in PEER_VECTORS:
         assert written[encode_frame(vector.named).hex()] == vector.document, vector.name
@@ -504,7 +494,7 @@ def test_the_c_program_runs_every_case_of_every_family(program: Path) -> None:
     ran = run(program, VECTORS)
 
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    expected = {f"{name} {manifest_of(name)['cases']} cases, 0 failures" for name in NAMES}
+    expected = {f"{name} {vectors.manifest(name)['cases']} cases, 0 failures" for name in NAMES}
     assert set(ran.stdout.splitlines()) == expected
 
 
@@ -513,7 +503,7 @@ def few(tmp_path: Path) -> Path:
     """A copy of the vectors with two cases of each family."""
     for name in NAMES:
         lines = (VECTORS / name / "1.jsonl").read_bytes().splitlines(keepends=True)[:2]
-        manifest = manifest_of(name) | {"cases": 2, "files": [{"file": "1.jsonl", "cases": 2}]}
+        manifest = vectors.manifest(name) | {"cases": 2, "files": [{"file": "1.jsonl", "cases": 2}]}
         (tmp_path / name).mkdir()
         (tmp_path / name / "1.jsonl").write_bytes(b"".join(lines))
         (tmp_path / name / "manifest.json").write_text(json.dumps(manifest))

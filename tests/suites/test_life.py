@@ -51,7 +51,8 @@ from statemachine.messages import (
     NamespaceType,
 )
 from statemachine.provider import Limits
-from tests.support.forging import ALL, ORDERS
+from statemachine.testing.strategies import ORDERS
+from tests.support.forging import ALL
 from tests.support.served import Served, Wire, served
 from transport.codec import decode_message, encode_message
 from transport.framing import encode_frame

@@ -19,7 +19,9 @@ import pytest
 from linux.cli.exits import ExitCode
 from linux.features import Features
 from linux.namespaces import KernelInspector
-from linux.testing.programs import (
+from statemachine import NamespaceRequest
+from statemachine.errors import NamespaceError
+from tests.support.programs import (
     COMMAND,
     DEADLINE_S,
     MOUNT,
@@ -30,8 +32,6 @@ from linux.testing.programs import (
     wait_until,
     warm_daemon_in,
 )
-from statemachine import NamespaceRequest
-from statemachine.errors import NamespaceError
 from transport.request import Consumer, Patience
 
 pytestmark = pytest.mark.needs_root

@@ -541,7 +541,7 @@ class InsideHandoff:
                 else:
                     assert isinstance(effect, do.ServeSelf), effect
                     exchange.feed(exchange.serve_self(effect))
-            elif exchange.channel is not None and exchange.channel.has_news:
+            elif isinstance(exchange.channel, Pipe) and exchange.channel.has_news:
                 exchange.read()
             else:
                 return

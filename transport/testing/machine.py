@@ -37,7 +37,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -46,6 +46,7 @@ from pathlib import Path
 from typing import ClassVar, Final, Protocol
 
 import pytest
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -74,6 +75,13 @@ from .peer import Line, frame_of, wait_until
 
 WAIT_S: Final = 10.0
 STEPS: Final = 25
+"""How many things happen in one run of the machine."""
+
+SETTINGS: Final = settings(
+    deadline=None, stateful_step_count=STEPS, suppress_health_check=[HealthCheck.too_slow]
+)
+"""Of `Handoffs.TestCase`: how fast a machine is today is no property of a provider."""
+
 LINES_MAX: Final = 3
 
 PID: Final = NamespaceType.PID
@@ -868,6 +876,7 @@ class Handoffs(RuleBasedStateMachine):
     @invariant()
     def every_promise_is_kept(self) -> None:
         ends, releases = ends_and_releases(self.adapter.history())
+        live: dict[Hashable, Iterable[Hashable]]
         live = {name: life.identities or () for name, life in self.lives.items()}
         always.require(
             always.allocations_are_isolated(live),
@@ -893,7 +902,7 @@ class Handoffs(RuleBasedStateMachine):
         """Nothing is on its way now: what is not the provider's is a consumer's, or closed."""
         held = [handoff for life in self.lives.values() for handoff in life.holders]
         assert not any(os.get_inheritable(fd) for each in held for fd in each.bundle.filenos())
-        owners = {
+        owners: dict[Hashable, Counter[Hashable]] = {
             "the provider": self.adapter.kept(),
             **{f"consumer {n}": Counter(each.identities) for n, each in enumerate(held)},
         }

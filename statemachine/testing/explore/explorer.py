@@ -253,7 +253,8 @@ class Explorer:
 
     def _in_plain_names(self, search: Search, lost: Lost) -> tuple[Move, ...]:
         """Find the script in which connections, clients and allocations keep their names."""
-        world, script = _first(self._setting), []
+        script: list[Move] = []
+        world = _first(self._setting)
         for number, move in enumerate(lost.script, 1):
             goal = lost.worlds[number] if number < len(lost.worlds) else None
             for own, after in _alike(self._setting, world, move):

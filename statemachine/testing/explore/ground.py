@@ -572,8 +572,14 @@ class GroundDraft:
                 always.released_at_most_once([index] * (1 + node.is_released)),
                 always.released_only_after_its_end([index], alive),
             )
-        left = {"jobs": node.jobs, "timers": node.timers, "holders": node.holders}
-        self.nodes[index] = Node(is_remembered=1, is_over=node.is_over, is_released=1, **left)
+        self.nodes[index] = Node(
+            is_remembered=1,
+            is_over=node.is_over,
+            is_released=1,
+            jobs=node.jobs,
+            timers=node.timers,
+            holders=node.holders,
+        )
 
     def _create(self, index: int, job: int, is_able: bool) -> None:
         name = self.kernels.names[index]

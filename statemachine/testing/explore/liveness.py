@@ -12,6 +12,7 @@ from specs import invariants as always
 from ...lifecycle import AllocationState, ConsumerState, ServiceState
 from .client import DONE
 from .ground import Setting
+from .kernels import ConsumerView
 from .world import Client, Finding, Ground
 
 WAITS: Final = ("a request is unanswered", "an end is unannounced", "a consumer is in debt")
@@ -29,7 +30,7 @@ def waits_on(setting: Setting, ground: Ground) -> int:
 
 def waits_of(setting: Setting, client: Client) -> int:
     """Say what a client waits for, as bits of `WAITS`."""
-    view = setting.kernels.consumer_views[client.kernel]
+    view: ConsumerView | None = setting.kernels.consumer_views[client.kernel]
     if view is None:
         return 0
     return (view.hold is ConsumerState.ASKING) | view.owes_end << 2

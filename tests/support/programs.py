@@ -13,12 +13,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
+from linux.features import Features
+from linux.journal import read_journal
+from linux.namespaces import KernelInspector
 from statemachine import AllocationNotFound, NamespaceRequest, NamespaceType
 from transport.request import Consumer, Handoff
-
-from ..features import Features
-from ..journal import read_journal
-from ..namespaces import KernelInspector
 
 ROOT: Final = Path(__file__).parents[2]
 COMMAND: Final = (sys.executable, "-m", "linux")

@@ -1,8 +1,7 @@
-"""A provider that is nothing but a socket: somebody else's, or ours as a program of its own.
+"""Speaking to a provider that is nothing but a socket, and numbering the cases that do.
 
-Options of pytest name the provider that `conformance` is to try; without them it is our
-own daemon, once on this node and once simulated. `Provider` is what the tests know of it. `Wire` is
-one test's dealings with it, which are over when the test is.
+`Provider` is what the cases of `conformance` know of it. `Wire` is one case's dealings with it,
+which are over when the case is.
 """
 
 from __future__ import annotations
@@ -10,8 +9,8 @@ from __future__ import annotations
 import fcntl
 import struct
 import termios
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -27,48 +26,9 @@ from statemachine.messages import (
     NamespaceType,
 )
 from transport.descriptors import Inspector, NamespaceIdentity
-from transport.framing import encode_frame
 from transport.testing.peer import Line, frame_of, wait_until
 
-from ..features import Features
-from ..namespaces import KernelInspector
-from ..simulated import SimulatedInspector
-from .programs import warm_daemon_in
-
-KERNEL: Final = "kernel"
-SIMULATED: Final = "simulated"
-IMAGE: Final = "hello.sqfs"
-"""The image that our own daemons have."""
-
-_OURS: Final = {KERNEL: "linux", SIMULATED: "simulated"}
-"""What `nshandoff serve --backend` calls them."""
-
 Identities = tuple[NamespaceIdentity, ...]
-
-
-# --- Which provider ----------------------------------------------------------------------------
-
-
-def add_options(parser: pytest.Parser) -> None:
-    """Be the suite's `pytest_addoption`."""
-    group = parser.getgroup("provider", "a provider to certify (specs, chapter 11)")
-    group.addoption(
-        "--provider-socket",
-        metavar="PATH",
-        help="where it listens; without it, our own daemon is tried",
-    )
-    group.addoption(
-        "--provider-backend",
-        choices=(KERNEL, SIMULATED),
-        default=KERNEL,
-        help="whether its namespaces are the kernel's (default) or memfds that stand for them",
-    )
-    group.addoption("--provider-uenv", metavar="IMAGE", help="an image that it has")
-
-
-def is_named(config: pytest.Config) -> bool:
-    """Whether a provider was named that is not ours."""
-    return config.getoption("--provider-socket") is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,23 +38,6 @@ class Provider:
     socket: Path
     inspector: Inspector
     image: str | None
-
-
-@contextmanager
-def provider_of(
-    config: pytest.Config, backend: str, directory: Path, image_root: Path
-) -> Iterator[Provider]:
-    """Have the provider that was named; or else one of our own, in a directory, as a program."""
-    inspector = SimulatedInspector() if backend == SIMULATED else KernelInspector(Features.probe())
-    if is_named(config):
-        path = Path(config.getoption("--provider-socket"))
-        yield Provider(path, inspector, config.getoption("--provider-uenv"))
-        return
-    with warm_daemon_in(directory, image_root, "--backend", _OURS[backend]) as daemon:
-        yield Provider(daemon.socket, inspector, IMAGE)
-
-
-# --- Speaking to it ----------------------------------------------------------------------------
 
 
 class Ear(Line):
@@ -244,11 +187,6 @@ class Wire:
                 assert answer in (AllocationEnded(name), AllocationNotFound(name)), answer
 
 
-def framed(body: bytes) -> bytes:
-    """Put any body into a frame."""
-    return encode_frame(body)
-
-
 # --- Numbering the cases -----------------------------------------------------------------------
 
 Test = Callable[..., None]
@@ -256,41 +194,30 @@ _known: Final[set[str]] = set()
 
 
 def case(number: str) -> Callable[[Test], Test]:
-    """Give a test the number under which it is known to whoever tries a provider."""
-    return cases({number: None})
+    """Give a test the id of its case, `FD-1/2`: the clause it is about, and a number that stays."""
+    return cases(number, None)
 
 
-def cases(values: dict[str, Any]) -> Callable[[Test], Test]:
-    """Give a test several numbers, with what it is to take as `what` under each."""
-    assert not _known & values.keys(), f"not the only one: {_known & values.keys()}"
-    _known.update(values)
+def cases(first: str, *values: object) -> Callable[[Test], Test]:
+    """Make a case of each value, which the test takes as `what`; numbered from the first id on."""
+    clause, _, start = first.partition("/")
+    numbered = {f"{clause}/{number}": value for number, value in enumerate(values, int(start))}
+    assert not _known & numbered.keys(), f"not the only one: {_known & numbered.keys()}"
+    _known.update(numbered)
 
     def mark(test: Test) -> Test:
-        test.cases = values  # type: ignore[attr-defined]
-        return test
+        vars(test)["cases"] = numbered
+        return pytest.mark.clause(clause)(test)
 
     return mark
 
 
 def number_cases(metafunc: pytest.Metafunc) -> None:
-    """Be a module's `pytest_generate_tests`: every number, for every provider to be tried."""
-    if "provider" not in metafunc.fixturenames:
+    """Be a module's `pytest_generate_tests`: every case, under its id."""
+    numbered = getattr(metafunc.function, "cases", None)
+    if numbered is None:
         return
-    values: dict[str, Any] = metafunc.function.cases  # type: ignore[attr-defined]
-    prefix = ""
+    names, values = ["wire"], [(number,) for number in numbered]
     if "what" in metafunc.fixturenames:
-        metafunc.parametrize("what", list(values.values()), ids=list(values))
-    else:
-        (number,) = values
-        prefix = f"{number}-"
-    metafunc.parametrize(
-        "provider", list(_providers(metafunc.config, prefix)), indirect=True, scope="module"
-    )
-
-
-def _providers(config: pytest.Config, prefix: str) -> Iterator[Any]:
-    if is_named(config):
-        yield pytest.param(config.getoption("--provider-backend"), id=f"{prefix}foreign")
-        return
-    yield pytest.param(KERNEL, id=f"{prefix}{KERNEL}", marks=pytest.mark.needs_root)
-    yield pytest.param(SIMULATED, id=f"{prefix}{SIMULATED}")
+        names, values = ["wire", "what"], list(numbered.items())
+    metafunc.parametrize(names, values, ids=list(numbered), indirect=["wire"])
