@@ -17,7 +17,6 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import isolation
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import core as hypothesis_core
@@ -25,6 +24,7 @@ from hypothesis.database import DirectoryBasedExampleDatabase
 
 from linux.testing.foreign import add_options, is_named
 from linux.testing.worlds import SCOPE_PREFIX
+from tests.support import isolation
 from tests.support.census import MACHINE_WIDE, Census, Session
 
 pytest.register_assert_rewrite("linux.testing.conformance")

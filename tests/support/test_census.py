@@ -153,7 +153,7 @@ def test_an_image_holds_what_the_fixture_promises(image_root: Path) -> None:
 
 LEAKING_SESSION = """
 import pytest, subprocess
-from conftest import session_census
+from tests.conftest import session_census
 session_census.patience_s = 0
 
 @pytest.fixture(scope="session")

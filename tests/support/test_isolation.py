@@ -12,19 +12,29 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import isolation
 import pytest
-from census import find_cgroup2
-from programs import DEADLINE_S, MOUNT, PID, ROOT, Daemon, daemon_in, environment, wait_until
 
+from linux.testing.programs import (
+    DEADLINE_S,
+    MOUNT,
+    PID,
+    Daemon,
+    daemon_in,
+    environment,
+    wait_until,
+)
+from tests.support import isolation
+from tests.support.census import find_cgroup2
 from transport.request import Handoff
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.needs_root
 
 SESSION = (
-    "tests/test_cgroups.py",
-    "tests/test_anchor.py",
-    "tests/test_cli_list.py::test_basic_everything_of_an_allocation_is_shown",
+    "tests/linux/test_cgroups.py",
+    "tests/linux/test_anchor.py",
+    "tests/linux/test_cli_list.py::test_basic_everything_of_an_allocation_is_shown",
 )
 """Tests that look at what is on the machine: scopes, anchors, loop devices, processes."""
 
@@ -33,11 +43,18 @@ PACE_S = 0.1
 
 STAYING_MAX = 12
 
+ISOLATED = """
+import os, sys
+from pathlib import Path
+from tests.support import isolation
+isolation.enter(Path(sys.argv[1]))
+"""
+
 WITH_MOUNTS = """
 import subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-import census, isolation
+from tests.support import census, isolation
 session = census.Session()
 with ThreadPoolExecutor(1) as outside:
     run = lambda *words: outside.submit(subprocess.run, words, check=True).result()
@@ -124,7 +141,7 @@ def test_a_mount_made_outside_is_not_taken_for_a_leak_and_can_be_unmounted(tmp_p
         folder.mkdir()
     run = subprocess.run(
         ["unshare", "-m", "--propagation=shared", sys.executable, "-c", WITH_MOUNTS, *folders],
-        env=environment(PYTHONPATH=f"{ROOT}:{Path(__file__).parent}"),
+        env=environment(),
         capture_output=True,
         text=True,
         check=False,
@@ -152,11 +169,11 @@ def test_where_the_kernel_refuses_a_session_runs_all_the_same_and_says_so(
     tmp_path: Path, cgroup2: Path
 ) -> None:
     (tmp_path / "test_one.py").write_text("def test(): pass")
-    options = ["-p", "conftest", "-p", "no:cacheprovider", "-c", os.devnull]
+    options = ["-p", "tests.conftest", "-p", "no:cacheprovider", "-c", os.devnull]
     where = ["--rootdir", tmp_path, "--basetemp", tmp_path / "tmp", tmp_path]
     run = subprocess.run(
         ["setpriv", "--bounding-set=-sys_admin", sys.executable, "-m", "pytest", *options, *where],
-        env=environment(PYTHONPATH=f"{ROOT}:{Path(__file__).parent}"),
+        env=environment(),
         capture_output=True,
         text=True,
         check=False,
@@ -169,17 +186,15 @@ def test_where_the_kernel_refuses_a_session_runs_all_the_same_and_says_so(
 @contextmanager
 def isolated(more: str = "") -> Iterator[subprocess.Popen[bytes]]:
     """Have a program that isolates itself, does `more`, and lives until its input ends."""
-    enter = (
-        "import isolation, os, sys; from pathlib import Path; isolation.enter(Path(sys.argv[1]));"
-    )
+    program = f"{ISOLATED}{more}print(flush=True); sys.stdin.read()"
     with subprocess.Popen(
-        [sys.executable, "-c", f"{enter}{more}print(flush=True); sys.stdin.read()", find_cgroup2()],
+        [sys.executable, "-c", program, find_cgroup2()],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env=environment(PYTHONPATH=str(Path(__file__).parent)),
-    ) as program:
-        assert program.stdin is not None
-        assert program.stdout is not None
-        program.stdout.readline()
-        yield program
-        program.stdin.close()
+        env=environment(),
+    ) as running:
+        assert running.stdin is not None
+        assert running.stdout is not None
+        running.stdout.readline()
+        yield running
+        running.stdin.close()
