@@ -62,6 +62,8 @@ settings.register_profile(
 )
 settings.load_profile("ci" if IN_CI else "dev")  # --hypothesis-profile=long comes later, and wins
 
+CAMPAIGN: Final = Path(__file__).parent / "campaign"
+
 MakeImage = Callable[[Path, Mapping[str, str]], Path]
 
 WORKERS_MAX: Final = 4
@@ -86,7 +88,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs_root: makes real namespaces, cgroups or mounts")
     config.addinivalue_line("markers", "clause(*ids): shows that these clauses of specs/ are kept")
-    config.addinivalue_line("markers", "deep: a longer search, for `make verify`")
+    config.addinivalue_line("markers", "deep(part): in `make verify` this part does it")
     config.stash[_notes], config.stash[_left] = [], []
     if config.getoption("--hypothesis-profile") == "long" and config.option.hypothesis_seed is None:
         # The workers of pytest-xdist get the options, and so the seed.
@@ -128,6 +130,12 @@ def pytest_testnodedown(node: Any) -> None:
 def pytest_report_header() -> list[str]:
     seed = hypothesis_core.global_force_seed
     return [] if seed is None else [f"hypothesis seed: {seed}"]
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    for mark in item.iter_markers("deep"):
+        if not (CAMPAIGN / f"{mark.args[0]}_campaign.py").exists():
+            raise pytest.UsageError(f"{item.nodeid}: a campaign has no part {mark.args[0]!r}")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
