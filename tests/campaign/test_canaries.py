@@ -23,7 +23,7 @@ def expect_able(layer: Layer) -> None:
         pytest.skip("needs root")
 
 
-# In every run of the tests one canary for each name of a layer; in a campaign all of them, and every
+# A run of the tests has one canary for each name of a layer; a campaign has all of them, and every
 # layer where nothing is wrong: what a layer runs is in these tests anyway.
 QUICK = {canary.layer.name: canary for canary in reversed(CANARIES)}.values()
 ALL = [
