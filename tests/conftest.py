@@ -96,6 +96,10 @@ def pytest_configure(config: pytest.Config) -> None:
         hypothesis_core.global_force_seed = config.option.hypothesis_seed
     if is_controller(config):
         return
+    if hasattr(config, "workerinput"):
+        # What pytest-xdist has chosen is too long for the paths of sockets in there.
+        number = config.workerinput["workerid"].removeprefix("gw")
+        config.option.basetemp = Path(config.option.basetemp).with_name(number)
     # Who deals with the scopes of a provider that runs already has to see them.
     if os.geteuid() == 0 and session_census.cgroup2 and not is_named(config):
         try:
@@ -198,6 +202,7 @@ def _session_directories(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
     """Have all that is made on the way below directories that are this session's alone."""
     ours = tmp_path_factory.getbasetemp()
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="nsh-") as own:
+        Path(own).chmod(0o755)  # tests ask as other users, too
         patch.setenv("TMPDIR", own)
         patch.setattr(tempfile, "tempdir", None)
         session_census.directories = f"{ours}/", f"{own}/"
