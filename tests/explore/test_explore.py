@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from functools import partial
-from multiprocessing import get_context
+from functools import cache, partial
 from typing import Any, ClassVar, Final
 
 import pytest
@@ -69,52 +66,50 @@ SITUATIONS: Final = {
 }
 
 
-@pytest.fixture(scope="module")
-def explored() -> dict[str, Result]:
-    """Every space, explored to its end; this is where a broken promise shows."""
-    # By forking, so that no server of processes stays behind; there are no threads here.
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
-        return dict(zip(SPACES, pool.map(explored_alone, SPACES), strict=True))
+QUICK: Final = [name for name, space in SPACES.items() if space.seconds < 5]
+"""The spaces that are explored in every run of the tests; they have all rows and situations."""
 
 
-def explored_alone(name: str) -> Result:
+@cache
+def explored(name: str) -> Result:
+    """A space, explored to its end; this is where a broken promise shows."""
     return Explorer(SPACES[name].bounds).explore()
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", SPACES)
-def test_basic_every_world_keeps_every_promise(name: str, explored: dict[str, Result]) -> None:
-    result = explored[name]
+def all_of(attribute: str) -> set[Any]:
+    return set().union(*(getattr(explored(name), attribute) for name in QUICK))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.deep("explore"))
+        for name in SPACES
+    ],
+)
+def test_basic_every_world_keeps_every_promise(name: str) -> None:
+    result = explored(name)
     assert result.is_complete
     assert result.states >= SPACES[name].states
     assert result.at_rest > 0
 
 
-@pytest.mark.timeout(300)
-def test_they_are_enough_worlds(explored: dict[str, Result]) -> None:
-    assert sum(result.states for result in explored.values()) >= 200_000
+def test_they_are_enough_worlds() -> None:
+    assert sum(space.states for space in SPACES.values()) >= 200_000
 
 
-@pytest.mark.timeout(300)
-def test_every_row_of_every_table_is_taken(explored: dict[str, Result]) -> None:
-    # In those that the shortest campaign has time for: its report shows every cell.
-    short = [result for name, result in explored.items() if SPACES[name].scale <= 1]
-    taken = set().union(*(result.rows for result in short))
-    assert all_rows(*TABLES) - taken == set()
+def test_every_row_of_every_table_is_taken() -> None:
+    assert all_rows(*TABLES) - all_of("rows") == set()
 
 
-@pytest.mark.timeout(300)
-def test_every_situation_comes_about(explored: dict[str, Result]) -> None:
-    seen = set().union(*(result.seen for result in explored.values()))
-    assert seen == SITUATIONS
+def test_every_situation_comes_about() -> None:
+    assert all_of("seen") == SITUATIONS
 
 
-@pytest.mark.timeout(300)
-def test_the_provider_dies_between_every_two_effects(explored: dict[str, Result]) -> None:
-    moments = set().union(*(result.moments for result in explored.values()))
-    cuts = set().union(*(result.cuts for result in explored.values()))
+def test_the_provider_dies_between_every_two_effects() -> None:
+    moments = all_of("moments")
     assert {after for _, after in moments} == set(OF_A_PROVIDER)
-    assert moments - cuts == set()
+    assert moments - all_of("cuts") == set()
 
 
 OF_A_PROVIDER: Final = (
@@ -459,7 +454,7 @@ def test_a_campaign_tells_of_what_is_broken(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_finding_comes_out_of_another_process_as_what_it_was() -> None:
-    """The spaces are explored in a pool; a finding that could not be sent would be lost."""
+    """Spaces may be explored in a pool; a finding that could not be sent would be lost."""
     with pytest.raises(Broken) as broken:
         Explorer(Bounds(), provider=TellsTwice).explore()
     copy = pickle.loads(pickle.dumps(broken.value))
