@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from statemachine.errors import FdPassing
+from statemachine.lifecycle import AllocationState
 from transport.calls import syscall
 from transport.descriptors import Descriptor, NamespaceIdentity
 
@@ -243,7 +244,7 @@ def _see_processes(pids: Iterable[int]) -> Iterator[ProcessSeen]:
 
 
 def _why(entry: Entry, anchor: Anchor | None, scope: Scope | None) -> str | None:
-    if entry.state == "ended":
+    if entry.state is AllocationState.ENDED:
         reasons = []
         pids = [] if scope is None else scope.processes()
         if scope is not None and pids:
@@ -251,7 +252,7 @@ def _why(entry: Entry, anchor: Anchor | None, scope: Scope | None) -> str | None
         if anchor is not None:
             reasons.append(zombies_below(anchor.pid))
         return "; ".join(reasons) or "nothing of it is left; a provider will note that"
-    if entry.state != "requested" and anchor is None:
+    if entry.state is not AllocationState.REQUESTED and anchor is None:
         return "its init is dead; a provider will release it"
     return None
 

@@ -14,7 +14,6 @@ from .backend import (
     SimulatedFailure,
     SimulatedInspector,
     SimulatedNode,
-    Step,
 )
 
 __all__ = [
@@ -23,5 +22,4 @@ __all__ = [
     "SimulatedFailure",
     "SimulatedInspector",
     "SimulatedNode",
-    "Step",
 ]

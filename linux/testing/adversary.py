@@ -112,7 +112,7 @@ class Counterpart(ABC):
 
     def kept(self) -> Counter[Hashable]:
         """The descriptors that a simulated node has of what the consumer made itself."""
-        namespaces = (n for life in self._node.lives.values() for n in life.namespaces)
+        namespaces = self._node.namespaces
         return Counter(self.inspector.inspect(n.descriptor.fileno()) for n in namespaces)
 
     @property

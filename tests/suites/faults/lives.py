@@ -522,7 +522,7 @@ class SimulatedStage(Stage):
         self._own.tidy()
 
     def own_leftovers(self) -> list[str]:
-        return sorted({*self.own_node.lives, *self.own_node.journal})
+        return sorted({*self.own_node.allocations, *self.own_node.journal})
 
     def world_names(self) -> list[str]:
         return self.world.leftovers()
@@ -582,13 +582,13 @@ class LinuxStage(Stage):
         return [fault.call for fault in told], [fault for fault in told if fault.kind]
 
     def world_names(self) -> list[str]:
-        return list(self.world.backend._lives)
+        return list(self.world.backend._allocations)
 
     def tidy_own(self) -> None:
         self._own.tidy()
 
     def own_leftovers(self) -> list[str]:
-        return list(self._own._lives)
+        return list(self._own._allocations)
 
     def anchors(self) -> list[int]:
         mark = os.readlink("/proc/self/ns/uts")
