@@ -133,7 +133,10 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
         on_close: Callable[[], None],
     ) -> None:
         super().__init__(
-            str(settings.uenv_base), _FAILURES, has_scopes=settings.cgroup2 is not None
+            str(settings.uenv_base),
+            _FAILURES,
+            has_scopes=settings.cgroup2 is not None,
+            has_journal=journal is not None,
         )
         self._settings: Final = settings
         self._journal: Final = journal
@@ -235,10 +238,9 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
 
     def _intend(self, allocation: _Allocation) -> None:
         # Keeps CRASH-3.
-        if self._journal is not None:
-            name, token = allocation.name, allocation.token
-            self._journal.intend(Entry(name, token, AllocationState.REQUESTED, allocation.request))
-            allocation.is_journaled = True
+        assert self._journal is not None
+        name, token = allocation.name, allocation.token
+        self._journal.intend(Entry(name, token, AllocationState.REQUESTED, allocation.request))
 
     def _make_scope(self, allocation: _Allocation) -> None:
         # Keeps NODE-2.
@@ -247,7 +249,7 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
         try:
             allocation.scope = Scope.create(root, allocation.name, allocation.token)
         except ScopeError as error:
-            if error.errno != errno.EEXIST or self._journal is not None:
+            if error.errno != errno.EEXIST or self._has_journal:
                 raise
             # The provider's own set for this allocation is there, or about to be. The consumer does
             # not wait for its end, and what the consumer starts must not be killed with it.
@@ -270,8 +272,7 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
         allocation.anchor = self._forge.make(anchor_plan, image)
 
     def _publish(self, allocation: _Allocation) -> None:
-        if self._journal is None:
-            return
+        assert self._journal is not None
         assert allocation.anchor is not None
         identity = allocation.anchor.identity(self._features)
         with self._guard:
@@ -327,8 +328,8 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
         return None
 
     def _forget(self, allocation: _Allocation) -> None:
-        if self._journal is not None and allocation.is_journaled:
-            self._journal.forget(allocation.name)
+        assert self._journal is not None
+        self._journal.forget(allocation.name)
 
     def _note(
         self, allocation: _Allocation, state: AllocationState, *, why: str | None = None

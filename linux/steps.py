@@ -23,6 +23,9 @@ from transport.contract import UNDONE_BY, Adoption, Step, plan
 
 _log: Final = logging.getLogger(__name__)
 
+_UNDONE_ALONE: Final = frozenset({Step.SCOPE, Step.IMAGE, Step.ANCHOR})
+"""The steps that a try to release may leave undone, each for a reason of its own."""
+
 _ADOPTABLE: Final = (AllocationState.CREATED, AllocationState.HANDED_OFF)
 
 
@@ -57,15 +60,22 @@ class StepwiseBackend(ABC, Generic[A]):
 
     Args:
         uenv_base: where images appear inside an allocation.
-        has_scopes: whether allocations have cgroups.
         failures: what a step can fail with; anything else is a mistake in the program.
+        has_scopes: whether allocations have cgroups.
+        has_journal: whether they are journaled, and outlive the program.
     """
 
     def __init__(
-        self, uenv_base: str, failures: tuple[type[Exception], ...], *, has_scopes: bool = True
+        self,
+        uenv_base: str,
+        failures: tuple[type[Exception], ...],
+        *,
+        has_scopes: bool,
+        has_journal: bool,
     ) -> None:
         self._uenv_base: Final = uenv_base
         self._has_scopes: Final = has_scopes
+        self._has_journal: Final = has_journal
         self._failures: Final = failures
         self._guard: Final = threading.Lock()
         self._over: Final[set[str]] = set()
@@ -117,14 +127,15 @@ class StepwiseBackend(ABC, Generic[A]):
             if allocation.name in self._allocations:
                 raise CreationFailed(f"allocation {allocation.name} is alive already")
             self._allocations[allocation.name] = allocation
-        for step in plan(request, has_scopes=self._has_scopes):
+        for step in plan(request, has_scopes=self._has_scopes, has_journal=self._has_journal):
             try:
                 self._perform(step, allocation)
             except self._failures as error:
                 self._release(allocation)
                 raise CreationFailed(f"{step.value}: {error}") from error
-            if step in UNDONE_ALONE:
+            if step in _UNDONE_ALONE:
                 allocation.done.append(step)
+            allocation.is_journaled |= step is Step.INTEND
         return self._response_to(request)
 
     def release_namespaces(self, allocation_id: str) -> None:
@@ -183,7 +194,8 @@ class StepwiseBackend(ABC, Generic[A]):
             if allocation.done:
                 self._note_why(allocation)
                 return
-            self._perform(Step.FORGET, allocation)
+            if allocation.is_journaled:
+                self._perform(Step.FORGET, allocation)
         except self._failures as error:
             allocation.why = allocation.why or f"{Step.FORGET.value}: {error}"
             return
@@ -249,7 +261,3 @@ class StepwiseBackend(ABC, Generic[A]):
         if request.uenv_image is not None:
             path = mount_path_below(self._uenv_base, request.uenv_image)
         return NamespaceResponse(request.allocation_id, request.namespaces, path)
-
-
-UNDONE_ALONE: Final = frozenset({Step.SCOPE, Step.IMAGE, Step.ANCHOR})
-"""The steps that a try to release may leave undone, each for a reason of its own."""

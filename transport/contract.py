@@ -1,4 +1,4 @@
-"""The backend contract: what a provider's driver calls, and what makes, watches and ends allocations.
+"""The backend contract: what a provider's driver calls to make, watch and end allocations.
 
 `linux.LinuxBackend` and `linux.SimulatedBackend` fulfil it. One test suite checks both, and can be
 run against any other backend.
@@ -109,13 +109,24 @@ LEFT_BY_FAILURE: Final[Mapping[Step, frozenset[Step]]] = MappingProxyType(
 """What is on the node after a creation or one try to release in which a step failed."""
 
 
-def plan(request: NamespaceRequest, *, has_scopes: bool = True) -> tuple[Step, ...]:
-    """List the steps that make what a request asks for; without scopes where none can be made."""
-    unneeded = {
-        *(() if has_scopes else (Step.SCOPE,)),
-        *(() if request.uenv_image is not None else (Step.IMAGE,)),
+def plan(
+    request: NamespaceRequest, *, has_scopes: bool = True, has_journal: bool = True
+) -> tuple[Step, ...]:
+    """
+    List the steps that make what a request asks for.
+
+    Args:
+        request: what is asked for.
+        has_scopes: False where no cgroups can be made.
+        has_journal: False in self-service, where everything ends with the consumer.
+    """
+    is_needed = {
+        Step.INTEND: has_journal,
+        Step.SCOPE: has_scopes,
+        Step.IMAGE: request.uenv_image is not None,
+        Step.PUBLISH: has_journal,
     }
-    return tuple(step for step in CREATION if step not in unneeded)
+    return tuple(step for step in CREATION if is_needed.get(step, True))
 
 
 class Sighting(Enum):

@@ -73,7 +73,7 @@ class NodeNamespace:
     namespace: SimulatedNamespace
     descriptor: Descriptor
     mounts: SimulatedTree | None = None
-    """Of a mount namespace that has not gone."""
+    """Of a mount namespace with an image in it that has not gone."""
 
     def open(self) -> Descriptor:
         """Open it once more; the caller owns the descriptor."""
@@ -247,14 +247,12 @@ class SimulatedNode:
                 allocation.unreaped.pop().reap()
             if allocation.is_init_gone and not was_gone:
                 self._tell(Observation(allocation_id, Sighting.INIT_DIED))
+            self._drop_if_empty(allocation_id)
 
     def kill_init(self, allocation_id: str) -> None:
         """Kill the process that holds the namespaces, and with it the PID namespace."""
         with self.lock:
-            allocation = self.allocations[allocation_id]
-            self.end_init(allocation)
-            allocation.settle()
-            if allocation.is_init_gone:
+            if self.end_init(allocation_id):
                 self._tell(Observation(allocation_id, Sighting.INIT_DIED))
             self._tell_population(allocation_id)
 
@@ -294,6 +292,10 @@ class SimulatedNode:
 
     # What its backends use.
 
+    def find(self, allocation_id: str) -> NodeAllocation:
+        """Return what there is of an allocation; an empty record if there is nothing."""
+        return self.allocations.get(allocation_id) or NodeAllocation()
+
     def before(self, step: Step, allocation_id: str) -> None:
         """Call the hook."""
         if self.hook is not None:
@@ -319,25 +321,32 @@ class SimulatedNode:
                 undo.callback(self._namespaces.drop, namespace)
                 name = f"{_MEMFD_PREFIX}{kind.value}-{namespace.unique_id}"
                 memfd = undo.enter_context(Descriptor(os.memfd_create(name, os.MFD_CLOEXEC)))
-                is_mount = kind is NamespaceType.MOUNT
-                mounts = self._mounts.copy(Propagation.SLAVE) if is_mount else None
-                if mounts is not None and image is not None and place is not None:
-                    mounts.mount(place, image)
-                made.append(NodeNamespace(namespace, memfd, mounts))
+                made.append(NodeNamespace(namespace, memfd))
+                if kind is NamespaceType.MOUNT and image is not None and place is not None:
+                    made[-1].mounts = self._mounts.copy(Propagation.SLAVE)
+                    made[-1].mounts.mount(place, image)
             undo.pop_all()
             allocation = self.allocations.setdefault(allocation_id, NodeAllocation())
             allocation.init = self._start_in(each.namespace for each in made)
-            allocation.image = image and image.superblock.image
+            allocation.image = None if image is None else image.superblock.image
             allocation.namespaces += made
 
-    def end_init(self, allocation: NodeAllocation) -> None:
-        """Kill the init, and with it all in its PID namespace, who may take their time to die."""
-        if allocation.init is None:
-            return
-        allocation.init.kill()
+    def end_init(self, allocation_id: str) -> bool:
+        """
+        Kill the init, and with it all in its PID namespace.
+
+        Returns:
+            Whether it has ended. It waits for what is not reaped, or does not die.
+        """
+        allocation = self.find(allocation_id)
+        if allocation.init is not None:
+            allocation.init.kill()
         for process in allocation.processes:
             if process.task is not None and process.task.state is not TaskState.RUNNING:
                 process.member.kill()
+        allocation.settle()
+        self._drop_if_empty(allocation_id)
+        return allocation.is_init_gone
 
     def make_scope(self, allocation_id: str) -> None:
         """Make the cgroup."""
@@ -348,9 +357,9 @@ class SimulatedNode:
     def drop_scope(self, allocation_id: str) -> None:
         """Remove the cgroup; EBUSY while it is populated."""
         with self.lock:
-            if self.allocations[allocation_id].scope is not None:
-                self._slice.remove(allocation_id)
-                self.allocations[allocation_id].scope = None
+            self._slice.remove(allocation_id)
+            self.allocations[allocation_id].scope = None
+            self._drop_if_empty(allocation_id)
 
     def mount(self, image: SimulatedImage) -> SimulatedMount:
         """Mount an image, attached nowhere."""
@@ -366,14 +375,16 @@ class SimulatedNode:
             self.sweep()
             return next((each for each in self._superblocks if each.image == image), None)
 
-    def drop(self, allocation_id: str) -> None:
-        """Let go of everything of an allocation; open descriptors of its namespaces stay."""
-        with self.lock:
-            allocation = self.allocations.pop(allocation_id, NodeAllocation())
-            if allocation.init is not None and allocation.init.state is TaskState.DEAD:
-                allocation.init.reap()
-            self._released += allocation.namespaces
-            self.sweep()
+    def _drop_if_empty(self, allocation_id: str) -> None:
+        """Forget an allocation that has neither an init nor a cgroup."""
+        allocation = self.allocations.get(allocation_id)
+        if allocation is None or allocation.scope is not None or not allocation.is_init_gone:
+            return
+        if allocation.init is not None:
+            allocation.init.reap()
+        self._released += allocation.namespaces
+        del self.allocations[allocation_id]
+        self.sweep()
 
     def sweep(self) -> None:
         """Unmount what was mounted in the mount namespaces that nothing refers to any more."""
@@ -419,7 +430,7 @@ class SimulatedNode:
             self._tell_population(allocation_id)
 
     def _tell_population(self, allocation_id: str) -> None:
-        scope = self.allocations[allocation_id].scope
+        scope = self.find(allocation_id).scope
         if scope is not None and scope.is_populated:
             self._tell(Observation(allocation_id, Sighting.POPULATED))
         elif scope is None or scope.was_used:
@@ -459,6 +470,7 @@ class SimulatedBackend(StepwiseBackend[_Allocation]):
         node: the machine; several backends may share it, one after the other.
         hold_time_s: how long an image stays mounted after its last user.
         clock: seconds, for the hold time.
+        has_journal: False for a consumer's own, which makes no journal entries.
     """
 
     def __init__(
@@ -467,8 +479,9 @@ class SimulatedBackend(StepwiseBackend[_Allocation]):
         *,
         hold_time_s: float = 60.0,
         clock: Callable[[], float] = lambda: 0.0,
+        has_journal: bool = True,
     ) -> None:
-        super().__init__(node.uenv_base, _FAILURES)
+        super().__init__(node.uenv_base, _FAILURES, has_scopes=True, has_journal=has_journal)
         self._node = node
         self._hold_time_s = hold_time_s
         self._clock = clock
@@ -489,7 +502,6 @@ class SimulatedBackend(StepwiseBackend[_Allocation]):
 
     def _intend(self, allocation: _Allocation) -> None:
         self._node.journal[allocation.name] = _Entry(allocation.request)
-        allocation.is_journaled = True
 
     def _make_scope(self, allocation: _Allocation) -> None:
         self._node.make_scope(allocation.name)
@@ -528,10 +540,7 @@ class SimulatedBackend(StepwiseBackend[_Allocation]):
                 allocation.image = None
 
     def _end_init(self, allocation: _Allocation) -> str | None:
-        there = self._node.allocations[allocation.name]
-        self._node.end_init(there)
-        there.settle()
-        if not there.is_init_gone:
+        if not self._node.end_init(allocation.name):
             return "its init waits for processes that do not die or are not reaped"
         allocation.has_init = False
         return None
@@ -546,7 +555,7 @@ class SimulatedBackend(StepwiseBackend[_Allocation]):
         return None
 
     def _remove_scope(self, allocation: _Allocation) -> str | None:
-        there = self._node.allocations[allocation.name]
+        there = self._node.find(allocation.name)
         if there.scope is not None:
             # What is killed now has died by the next try, as on Linux, not at once.
             there.settle()
@@ -562,7 +571,6 @@ class SimulatedBackend(StepwiseBackend[_Allocation]):
         if node.journal.pop(name, None) is not None:
             others = [each for each in node.remembered if each != name]
             node.remembered = [*others, name][-REMEMBERED_MAX:]
-        node.drop(name)
 
     def _note(self, allocation: _Allocation, state: AllocationState) -> None:
         self._node.journal[allocation.name].state = state
@@ -581,8 +589,8 @@ class SimulatedBackend(StepwiseBackend[_Allocation]):
             allocation = self._find(allocation_id)
             if not allocation.has_init or allocation.is_released:
                 raise AllocationNotFound(allocation_id)
-            there = self._node.allocations[allocation_id]
-            if there.namespaces and not there.is_init_alive:
+            there = self._node.find(allocation_id)
+            if allocation.request.namespaces and not there.is_init_alive:
                 raise FdPassing(f"the init of {allocation_id} is dead")
             try:
                 opened = [undo.enter_context(each.open()) for each in there.namespaces]
@@ -612,7 +620,7 @@ class SimulatedBackend(StepwiseBackend[_Allocation]):
             if allocation.is_watched:
                 raise ValueError(f"{allocation_id} is watched already")
             allocation.is_watched = True
-            there = self._node.allocations[allocation_id]
+            there = self._node.find(allocation_id)
             if allocation.has_init and there.is_init_gone:
                 self.hear(Observation(allocation_id, Sighting.INIT_DIED))
             if allocation.has_scope and there.scope is not None and there.scope.is_populated:
@@ -638,7 +646,7 @@ class SimulatedBackend(StepwiseBackend[_Allocation]):
             allocation = self._allocations.get(allocation_id)
             if allocation is None or not allocation.has_scope:
                 return False
-            scope = self._node.allocations[allocation_id].scope
+            scope = self._node.find(allocation_id).scope
             return scope is None or (scope.was_used and not scope.is_populated)
 
     def tidy(self) -> float | None:
@@ -677,7 +685,7 @@ class SimulatedBackend(StepwiseBackend[_Allocation]):
 
     def _recover(self, entry: _Entry) -> Adoption:
         allocation = _Allocation(entry.request)
-        there = self._node.allocations.setdefault(allocation.name, NodeAllocation())
+        there = self._node.find(allocation.name)
         allocation.has_scope = there.scope is not None
         allocation.has_init = not there.is_init_gone
         return self._adopt(

@@ -105,7 +105,7 @@ class Counterpart(ABC):
     def _serves(self, world: World) -> SelfService:
         """Have something that makes the consumer's own, of the kind of the provider's."""
         if not isinstance(world, LinuxWorld):
-            return SimulatedBackend(self._node)
+            return SimulatedBackend(self._node, has_journal=False)
         return LinuxBackend.for_self_service(
             world.settings, clock=lambda: 0.0, features=world.features
         )

@@ -219,7 +219,7 @@ class OnKernels(Stage):
 
     def self_service(self, name: str) -> SelfService:
         node = self._own[name] = SimulatedNode(frozenset({IMAGE}))
-        return SimulatedBackend(node)
+        return SimulatedBackend(node, has_journal=False)
 
     def own_is_gone(self, name: str) -> None:
         self._own.pop(name).close()
