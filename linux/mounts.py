@@ -25,7 +25,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self
 
 from transport.calls import syscall
 from transport.descriptors import Descriptor
@@ -459,10 +459,9 @@ def _loop_config(file: Descriptor, image: str) -> bytes:
 def _find_loop(file: Descriptor) -> tuple[str, Descriptor] | None:
     """Find and open the loop device on which an earlier process of ours put the file."""
     status = _status_of(file)
-    for path in sorted(_SYS_BLOCK.glob("loop*/loop/backing_file")):
-        device = f"/dev/{path.parent.parent.name}"
-        # Compared in /sys first: a device of another program that is opened cannot be freed.
-        if not _is_file(_backing_file(device), status):
+    for device, path in loop_devices():
+        # Compared by path first: a device of another program that is opened cannot be freed.
+        if not _is_file(path, status):
             continue
         with suppress(SyscallError), ExitStack() as stack:  # freed since it was listed
             loop = stack.enter_context(_open(device))
@@ -472,17 +471,36 @@ def _find_loop(file: Descriptor) -> tuple[str, Descriptor] | None:
     return None
 
 
+def loop_devices() -> Iterator[tuple[str, str]]:
+    """List the loop devices in use, each with its file; that of a deleted one ends in (deleted)."""
+    for folder in sorted(_SYS_BLOCK.glob("loop*/loop")):
+        with suppress(OSError):  # freed since it was listed
+            file = syscall((folder / "backing_file").read_text, errors="surrogateescape")
+            yield f"/dev/{folder.parent.name}", file.rstrip("\n")
+
+
+def image_on(device: str) -> bytes | None:
+    """Read from a loop device of ours which image is on it, truncated; None if it is not ours."""
+    with suppress(OSError):  # freed since it was listed
+        # Ours free themselves. No other is opened, since that could keep it from being freed.
+        folder = _SYS_BLOCK / Path(device).name / "loop"
+        if syscall((folder / "autoclear").read_text).strip() == "1":
+            with _open(device) as loop:
+                name: bytes = _read_status(loop)[9].rstrip(b"\0")
+            return name.removeprefix(LOOP_TAG) if name.startswith(LOOP_TAG) else None
+    return None
+
+
 def _is_file(path: str, status: os.stat_result) -> bool:
     try:
-        return os.path.samestat(syscall(Path(path).stat), status)
+        # An image that was deleted is the same image.
+        return os.path.samestat(syscall(Path(path.removesuffix(" (deleted)")).stat), status)
     except OSError:
         return False
 
 
 def _is_ours(loop: Descriptor, status: os.stat_result) -> bool:
-    buffer = bytearray(_LOOP_INFO.size)
-    ioctl(loop, Ioctl.LOOP_GET_STATUS64, buffer)
-    device, inode, _, offset, _, _, _, _, flags, name, *_ = _LOOP_INFO.unpack(buffer)
+    device, inode, _, offset, _, _, _, _, flags, name, *_ = _read_status(loop)
     wanted = LO_FLAGS_READ_ONLY | LO_FLAGS_AUTOCLEAR
     return (
         (device, inode, offset) == (status.st_dev, status.st_ino, 0)
@@ -491,17 +509,10 @@ def _is_ours(loop: Descriptor, status: os.stat_result) -> bool:
     )
 
 
-def _backing_file(device: str) -> str:
-    path = _SYS_BLOCK / Path(device).name / "loop" / "backing_file"
-    try:
-        # The mark of an image that was deleted since.
-        return (
-            syscall(path.read_text, errors="surrogateescape")
-            .rstrip("\n")
-            .removesuffix(" (deleted)")
-        )
-    except OSError:
-        return ""  # the device is free, or gone
+def _read_status(loop: Descriptor) -> tuple[Any, ...]:
+    buffer = bytearray(_LOOP_INFO.size)
+    ioctl(loop, Ioctl.LOOP_GET_STATUS64, buffer)
+    return _LOOP_INFO.unpack(buffer)
 
 
 def _open(path: str) -> Descriptor:

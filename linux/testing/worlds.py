@@ -32,6 +32,7 @@ from ..cgroups import ANCHOR_SLICE, WORKLOAD_SLICE, Scope
 from ..features import OLDEST, Features
 from ..forge.spawn import spawn_within
 from ..journal import Entry, read_journal
+from ..mounts import loop_devices
 from ..namespaces import KernelInspector
 from ..simulated import (
     SimulatedBackend,
@@ -512,12 +513,8 @@ class LinuxWorld(World):
 
 def loop_images() -> Iterator[Path]:
     """The file behind every loop device of this machine."""
-    for path in Path("/sys/block").glob("loop*/loop/backing_file"):
-        try:
-            yield Path(path.read_text().rstrip("\n").removesuffix(" (deleted)"))
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
-                raise
+    for _, path in loop_devices():
+        yield Path(path.removesuffix(" (deleted)"))
 
 
 def _is_removed(cgroup: Path) -> bool:
