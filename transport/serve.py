@@ -33,7 +33,7 @@ from statemachine.messages import AllocationEnded, Message, NamespaceRequest
 from statemachine.provider import Limits, ProviderKernel, event_of
 
 from .channel import Channel, Delivery, Rejected
-from .contract import Adoption, Backend, Observation, Sighting, Standing
+from .contract import Adoption, Backend, Observation, Sighting
 from .descriptors import DescriptorBundle
 from .endpoint import Accepted, Listener, PeerCredentials
 
@@ -748,8 +748,8 @@ def _sendable(error: NamespaceError) -> NamespaceError:
 def _adopted(adoption: Adoption) -> Event:
     # Keeps CRASH-2.
     name = adoption.request.allocation_id
-    if adoption.standing is Standing.REMAINS or adoption.response is None:
+    if adoption.state is AllocationState.ENDED or adoption.response is None:
         return on.RemainsFound(name, adoption.request)
-    is_handed = adoption.standing is Standing.HANDED_OFF
+    is_handed = adoption.state is AllocationState.HANDED_OFF
     event = on.HandedOffAdopted if is_handed else on.CreatedAdopted
     return event(name, adoption.request, adoption.response)

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from statemachine.lifecycle import AllocationState
+
 from ..features import Features
 from ..journal import JournalError
 from ..survey import AllocationSeen, NodeSeen, survey_node
@@ -62,7 +64,7 @@ def _allocation_as_json(seen: AllocationSeen) -> dict[str, Any]:
     entry = seen.entry
     return {
         "allocation_id": entry.allocation_id,
-        "state": entry.state,
+        "state": entry.state.value,
         "requested": [kind.value for kind in entry.request.namespaces],
         "namespaces": [
             {
@@ -115,10 +117,10 @@ def _allocation_as_row(seen: AllocationSeen) -> tuple[str, ...]:
     entry = seen.entry
     living = [f"{one.identity.kind.value}:{one.inode}" for one in seen.namespaces]
     asked = [kind.value for kind in entry.request.namespaces]
-    init = str(seen.init_pid or ("-" if entry.state == "requested" else "dead"))
+    init = str(seen.init_pid or ("-" if entry.state is AllocationState.REQUESTED else "dead"))
     image = entry.request.uenv_image or "-"
     processes = str(len(seen.processes)) if seen.scope is not None else "-"
-    return entry.allocation_id, entry.state, init, processes, " ".join(living or asked), image
+    return entry.allocation_id, entry.state.value, init, processes, " ".join(living or asked), image
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:

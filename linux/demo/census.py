@@ -12,15 +12,13 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from statemachine.errors import FdPassing
 from transport.descriptors import Descriptor, NamespaceIdentity
 
 from ..features import Features
+from ..mounts import loop_devices
 from ..namespaces import PROC_NAMES, KernelInspector
-
-_SYS_BLOCK: Final = Path("/sys/block")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +65,7 @@ def mounts_of(*names: str) -> list[str]:
 
 def loop_devices_below(path: Path) -> list[str]:
     """List the loop devices whose file is this one, or in this folder."""
-    return sorted(device for device, file in _backing_files() if Path(file).is_relative_to(path))
-
-
-def _backing_files() -> Iterator[tuple[str, str]]:
-    for file in _SYS_BLOCK.glob("loop*/loop/backing_file"):
-        with suppress(OSError):  # freed between the two looks
-            yield file.parts[-3], file.read_text(encoding="utf-8").rstrip("\n")
+    return [device for device, file in loop_devices() if Path(file).is_relative_to(path)]
 
 
 def _descriptors() -> Iterator[str]:

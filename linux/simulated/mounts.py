@@ -170,6 +170,12 @@ class SimulatedImage:
             self.master.references += 1
         return SimulatedMount(self.master)
 
+    def adopt(self, superblock: SimulatedSuperblock) -> None:
+        """Have a master of a filesystem that is mounted; nothing if there is a master already."""
+        if self.master is None:
+            self.master = superblock
+            superblock.references += 1
+
     def drop(self) -> None:
         """Let go of the master; whatever is mounted stays."""
         if self.master is not None:

@@ -28,7 +28,7 @@ PID: Final = NamespaceType.PID
 """The kind of namespace that has an init."""
 
 
-class Stage(Enum):
+class TaskState(Enum):
     """How far a task is on its way."""
 
     RUNNING = "running"
@@ -57,12 +57,12 @@ class SimulatedNamespace:
     @property
     def has_init(self) -> bool:
         """Whether its first task can be found by its number: a zombie still can."""
-        return self.init is not None and self.init.stage is not Stage.REAPED
+        return self.init is not None and self.init.state is not TaskState.REAPED
 
     @property
     def takes_tasks(self) -> bool:
         """Whether a task can be started in it: its init lives, or is the one to be started."""
-        return self.init is None or self.init.stage is Stage.RUNNING
+        return self.init is None or self.init.state is TaskState.RUNNING
 
 
 class SimulatedNamespaces:
@@ -105,7 +105,7 @@ class SimulatedTask:
         self._machine = machine
         self._namespaces = namespaces
         self._for_children = for_children
-        self.stage = Stage.RUNNING
+        self.state = TaskState.RUNNING
         home = namespaces[PID]
         home.last_number += 1
         self.number = home.last_number
@@ -116,7 +116,7 @@ class SimulatedTask:
 
     def namespace(self, kind: NamespaceType) -> SimulatedNamespace:
         """Return one that it is in; ESRCH when it is not running any more."""
-        if self.stage is not Stage.RUNNING:
+        if self.state is not TaskState.RUNNING:
             _refuse(errno.ESRCH)
         return self._namespaces[kind]
 
@@ -154,13 +154,13 @@ class SimulatedTask:
 
     def kill(self) -> None:
         """End it; with an init, everything in its PID namespace."""
-        if self.stage is not Stage.RUNNING:
+        if self.state is not TaskState.RUNNING:
             return
         home = self._namespaces[PID]
         if home.init is not self:
-            self.stage = Stage.DEAD
+            self.state = TaskState.DEAD
             return
-        self.stage = Stage.DYING
+        self.state = TaskState.DYING
         for member in home.members:
             member.kill()
         self._end_if_alone()
@@ -172,19 +172,19 @@ class SimulatedTask:
         Raises:
             OSError: EAGAIN, it is not dead yet; ECHILD, it is reaped.
         """
-        if self.stage is Stage.REAPED:
+        if self.state is TaskState.REAPED:
             _refuse(errno.ECHILD)
-        if self.stage is not Stage.DEAD:
+        if self.state is not TaskState.DEAD:
             _refuse(errno.EAGAIN)
-        self.stage = Stage.REAPED
+        self.state = TaskState.REAPED
         home = self._namespaces[PID]
         home.members.remove(self)
         if home.init is not None:
             home.init._end_if_alone()
 
     def _end_if_alone(self) -> None:
-        if self.stage is Stage.DYING and self._namespaces[PID].members == [self]:
-            self.stage = Stage.DEAD
+        if self.state is TaskState.DYING and self._namespaces[PID].members == [self]:
+            self.state = TaskState.DEAD
 
 
 def _refuse(number: int) -> NoReturn:

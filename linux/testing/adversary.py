@@ -105,14 +105,14 @@ class Counterpart(ABC):
     def _serves(self, world: World) -> SelfService:
         """Have something that makes the consumer's own, of the kind of the provider's."""
         if not isinstance(world, LinuxWorld):
-            return SimulatedBackend(self._node)
+            return SimulatedBackend(self._node, has_journal=False)
         return LinuxBackend.for_self_service(
             world.settings, clock=lambda: 0.0, features=world.features
         )
 
     def kept(self) -> Counter[Hashable]:
         """The descriptors that a simulated node has of what the consumer made itself."""
-        namespaces = (n for life in self._node.lives.values() for n in life.namespaces)
+        namespaces = self._node.namespaces
         return Counter(self.inspector.inspect(n.descriptor.fileno()) for n in namespaces)
 
     @property

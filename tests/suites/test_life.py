@@ -22,7 +22,6 @@ from linux.cgroups import Scope
 from linux.forge.spawn import spawn_within
 from linux.journal import Entry
 from linux.namespaces import CLONE_FLAGS
-from linux.simulated import Step
 from linux.testing.worlds import (
     IMAGE,
     LIGHT,
@@ -55,6 +54,7 @@ from statemachine.testing.strategies import ORDERS
 from tests.support.forging import ALL
 from tests.support.served import Served, Wire, served
 from transport.codec import decode_message, encode_message
+from transport.contract import Step
 from transport.framing import encode_frame
 from transport.request import Consumer, Handoff
 from transport.serve import Spans
@@ -792,7 +792,7 @@ def test_a_slow_release_holds_up_nobody_else(world: SimulatedWorld, tmp_path: Pa
     path = tmp_path / "s.sock"
     with (
         served(path, world.backend),
-        Gate(world, Step.KILL, "slow") as gate,
+        Gate(world, Step.END_INIT, "slow") as gate,
         Wire(path) as slow,
         Wire(path) as quick,
     ):

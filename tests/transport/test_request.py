@@ -25,7 +25,7 @@ import pytest
 from linux.backend import LinuxBackend, NodeSettings
 from linux.features import Features
 from linux.namespaces import KernelInspector
-from linux.simulated import SimulatedBackend, SimulatedInspector, SimulatedNode, Step
+from linux.simulated import SimulatedBackend, SimulatedInspector, SimulatedNode
 from statemachine.errors import (
     AllocationNotFound,
     CreationFailed,
@@ -43,6 +43,7 @@ from statemachine.provider import Limits
 from tests.support.consumers import FORMS, Form, Stopwatch
 from tests.support.serving import Serving
 from transport import request as driver
+from transport.contract import Step
 from transport.descriptors import Descriptor, DescriptorBundle
 from transport.endpoint import listen
 from transport.request import (
@@ -901,7 +902,7 @@ def test_an_own_set_that_does_not_die_is_reported(
         own_node.start_process(wanted.allocation_id)
         own_node.hang(wanted.allocation_id)
         assert handoff.end()
-        assert "is not released: 1 processes do not die" in caplog.text
+        assert "remove the scope: 1 processes do not die" in caplog.text
 
 
 def test_an_end_can_be_said_twice(

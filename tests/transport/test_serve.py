@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import pytest
 
-from linux.simulated import SimulatedBackend, SimulatedFailure, SimulatedNode, Step
+from linux.simulated import SimulatedBackend, SimulatedFailure, SimulatedNode
 from statemachine import events as on
 from statemachine.errors import (
     AllocationNotFound,
@@ -38,7 +38,7 @@ from statemachine.provider import WAITING_MAX, Limits
 from tests.support.scarcity import descriptors_left
 from tests.support.serving import Serving
 from transport import serve as driver
-from transport.contract import Observation, Recovery, Sighting
+from transport.contract import Observation, Recovery, Sighting, Step
 from transport.descriptors import DescriptorBundle
 from transport.endpoint import SO_PASSRIGHTS, listen
 from transport.serve import Provider, Spans
@@ -462,7 +462,8 @@ def test_an_error_that_fits_into_no_frame_is_shortened(path: Path, node: Simulat
     node.hook = fail
     with served(path, SimulatedBackend(node)) as serving, serving.connect() as line:
         line.say(wanted("a"))
-        assert line.hear() == CreationFailed("x" * driver.ERROR_CHARACTERS_MAX)
+        text = f"{Step.ANCHOR.value}: {'x' * 70_000}"[: driver.ERROR_CHARACTERS_MAX]
+        assert line.hear() == CreationFailed(text)
         assert is_open(line)
 
 
@@ -767,7 +768,7 @@ def test_what_is_alive_stays_alive_when_it_stops(
         line.hear()
         serving.stop()
         assert line.hear() is None
-    assert node.lives["a"].is_init_alive
+    assert node.allocations["a"].is_init_alive
 
 
 def test_nothing_of_it_goes_on_in_its_loop_when_it_has_stopped(
@@ -791,7 +792,7 @@ def test_nothing_of_it_goes_on_in_its_loop_when_it_has_stopped(
 
     asyncio.run(main())
     assert not faults
-    assert node.lives["a"].is_init_alive
+    assert node.allocations["a"].is_init_alive
 
 
 @pytest.mark.clause("CRASH-12")
@@ -873,7 +874,7 @@ def test_work_that_hangs_does_not_keep_it_from_stopping(
         assert line.hear() is None
         serving.join()
         gate.let_go()
-        wait_until(lambda: "a" in node.lives and not _is_working(), "the end of the work")
+        wait_until(lambda: "a" in node.allocations and not _is_working(), "the end of the work")
 
 
 def _is_working() -> bool:
@@ -1043,7 +1044,7 @@ def test_a_release_is_tried_until_it_is_done_and_announced_in_time(
         assert other.hear() == handed("b")
         node.hang("a", 0)
         serving.wait_for(on.NamespacesReleased)
-        assert "a" not in node.lives
+        assert "a" not in node.allocations
 
 
 def test_a_drain_says_what_it_waits_for(path: Path, node: SimulatedNode) -> None:

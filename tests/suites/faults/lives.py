@@ -501,7 +501,7 @@ class SimulatedStage(Stage):
         super().__init__(directory, world, 0.0)
         self.node = world.node
         self.own_node = SimulatedNode(frozenset({IMAGE}), hook=self._own_step)
-        self._own = SimulatedBackend(self.own_node)
+        self._own = SimulatedBackend(self.own_node, has_journal=False)
 
     def _own_step(self, step: Any, name: str) -> None:
         self.doorkeeper.step("consumer", f"simulated.{step.value}")
@@ -522,7 +522,8 @@ class SimulatedStage(Stage):
         self._own.tidy()
 
     def own_leftovers(self) -> list[str]:
-        return sorted({*self.own_node.lives, *self.own_node.journal})
+        self.own_node.sweep()
+        return sorted({*self.own_node.allocations, *self._own._allocations})
 
     def world_names(self) -> list[str]:
         return self.world.leftovers()
@@ -582,13 +583,13 @@ class LinuxStage(Stage):
         return [fault.call for fault in told], [fault for fault in told if fault.kind]
 
     def world_names(self) -> list[str]:
-        return list(self.world.backend._lives)
+        return list(self.world.backend._allocations)
 
     def tidy_own(self) -> None:
         self._own.tidy()
 
     def own_leftovers(self) -> list[str]:
-        return list(self._own._lives)
+        return list(self._own._allocations)
 
     def anchors(self) -> list[int]:
         mark = os.readlink("/proc/self/ns/uts")

@@ -98,12 +98,8 @@ class OnWorld(Adapter):
     def kept(self) -> Counter[Hashable]:
         if not isinstance(self.world, SimulatedWorld):
             return Counter()  # only pidfds of the anchors
-        lives = self.world.node.lives.values()
-        return Counter(
-            self.inspector.inspect(namespace.descriptor.fileno())
-            for life in tuple(lives)
-            for namespace in tuple(life.namespaces)
-        )
+        namespaces = self.world.node.namespaces
+        return Counter(self.inspector.inspect(n.descriptor.fileno()) for n in namespaces)
 
     def leftovers(self) -> list[str]:
         return self.world.leftovers()
