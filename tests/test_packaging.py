@@ -13,6 +13,8 @@ from typing import Final
 
 import pytest
 
+from tests.specs import book
+
 ROOT: Final = Path(__file__).parents[1]
 PACKAGES: Final = {"statemachine", "transport", "linux", "specs"}
 UNPACKED: Final = ("specs/_build/", "specs/pictures/", "specs/scenarios/")
@@ -96,3 +98,26 @@ def test_the_command_is_where_the_project_says() -> None:
     (script,) = distribution(PROJECT["name"]).entry_points.select(group="console_scripts")
     assert {script.name: script.value} == PROJECT["scripts"] == {"nshandoff": "linux.cli:main"}
     assert callable(script.load())
+
+
+def test_every_use_of_chapter_11_needs_the_wheel_and_nothing_else(
+    wheel: Path, tmp_path: Path
+) -> None:
+    """In a fresh environment, from an empty folder: no clone, no path to one."""
+    python = tmp_path / "venv" / "bin" / "python"
+    venv = [sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(python),
+        "install",
+        "--quiet",
+        "--no-compile",
+    ]
+    for command in (venv, [*pip, "--disable-pip-version-check", f"{wheel}[testing]"]):
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
+    chapter = ROOT / "specs" / "11-certifying.md"
+    assert book.run(chapter, python.parent) >= 13

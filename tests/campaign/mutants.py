@@ -39,16 +39,16 @@ from statemachine.lifecycle import (
 )
 from statemachine.provider import Limits, ProviderKernel, Snapshot
 from statemachine.table import Row, Table, UnsoundTable, check_vocabulary, compile_table
-from statemachine.testing.tables import replaced, watched
-from tests.specs.test_model import (
+from statemachine.testing.lockstep import (
     LIMITS,
     REQUESTS,
     explore_consumer,
     model_limits,
     provider_events,
     response_to,
-    step_provider,
+    step,
 )
+from statemachine.testing.tables import replaced, watched
 
 Cell: TypeAlias = tuple[type[Event], Any]
 
@@ -202,10 +202,10 @@ def _challenge(mutant: Mutant) -> None:
 def _relive(moment: Moment, events: Sequence[Event], *, settles: bool = False) -> None:
     kernel, known = ProviderKernel.restore(moment.snapshot, moment.limits), moment.known
     for event in events:
-        kernel, known = step_provider(kernel, known, event)
+        kernel, known = step(kernel, known, event)
     for event in _COMPLETIONS if settles else ():
         if _can_be(known, event):
-            kernel, known = step_provider(kernel, known, event)
+            kernel, known = step(kernel, known, event)
 
 
 def _completions() -> Iterator[Event]:
@@ -281,7 +281,7 @@ class _Life:
                     continue
                 self.befores.append((kernel.snapshot(), known))
                 self.events.append(event)
-                kernel, known = step_provider(kernel, known, event)
+                kernel, known = step(kernel, known, event)
                 self.cells.append(set(lookups))
                 lookups.clear()
 

@@ -39,8 +39,7 @@ from specs import invariants as always
 
 from ...consumer import ConsumerKernel
 from ...lifecycle import ALLOCATION, CONSUMER, NOTICE
-from ...messages import NamespaceRequest, NamespaceType
-from ...provider import Limits, ProviderKernel
+from ...provider import ProviderKernel
 from ...table import Table
 from ..tables import replaced, watched
 from .client import CLIENT_MOVES, ClientDraft, client_moves, is_provided, may_have_two_sets
@@ -58,43 +57,13 @@ from .search import Lost, Search
 from .story import Story, as_python
 from .world import (
     BY_ITSELF,
-    CUT,
-    FAILED_TO_PASS,
-    MISMATCHED,
-    NOT_FOUND,
-    SOUND,
-    SPENDS,
     Bounds,
     Client,
-    Finding,
     Ground,
     Move,
     Node,
     World,
 )
-
-__all__ = [
-    "BY_ITSELF",
-    "CUT",
-    "FAILED_TO_PASS",
-    "MISMATCHED",
-    "MOVES",
-    "NOT_FOUND",
-    "SOUND",
-    "SPENDS",
-    "Bounds",
-    "Broken",
-    "Explorer",
-    "Finding",
-    "Limits",
-    "Move",
-    "NamespaceRequest",
-    "NamespaceType",
-    "Result",
-    "World",
-    "all_rows",
-    "only",
-]
 
 MOVES = frozenset({*GROUND_MOVES, *CLIENT_MOVES})
 """Every move there is, but for dying in the middle of one, which "crash" stands for, too."""
