@@ -128,7 +128,7 @@ def obtain(
 
     Raises:
         Failure: there are no namespaces.
-        Interrupted: a signal came; own namespaces are released, but the provider may have made some.
+        Interrupted: a signal came; own namespaces are released, those of the provider may not be.
     """
     try:
         with interruptible(taken, lambda: own is None or not own.is_begun) as postponed:
