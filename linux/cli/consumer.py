@@ -1,8 +1,4 @@
-"""What do the verbs that act as a consumer have in common?
-
-The request they make of their options, the consumer that carries it, and the namespaces that they
-make themselves when the provider cannot be had. Used by `run` and `request`.
-"""
+"""What `nshandoff run` and `request` share: the request, the consumer, self-service, signals."""
 
 from __future__ import annotations
 
@@ -44,13 +40,13 @@ from ..simulated import SimulatedInspector
 from .exits import PROGRAM, ExitCode, Failure, Interrupted, tell
 
 INTERRUPTIONS: Final = frozenset({signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM})
-"""What tells a command to stop, as long as it has nobody to pass it on to."""
+"""Signals that tell the command to stop, while there is no other to pass them on to."""
 
 END_TIMEOUT_S: Final = 5.0
-"""How long an end may take to be confirmed; a provider does it within its release deadline."""
+"""How long the confirmation of an end may take; a provider has its release deadline for that."""
 
 DIRECTORY_MODE: Final = 0o755
-"""Permissions of a directory that is made because it is missing."""
+"""Permissions of a missing directory that is made."""
 
 _KINDS: Final = {kind.value.lower(): kind for kind in NamespaceType}
 
@@ -64,10 +60,10 @@ _REFUSALS: Final = {
 
 def request_of(options: argparse.Namespace) -> NamespaceRequest:
     """
-    Make a request of the options `--id`, `--namespaces` and `--uenv`; without an id, a new one.
+    Make a request from the options `--id`, `--namespaces` and `--uenv`; without `--id`, a new id.
 
     Raises:
-        Failure: USAGE, it breaks a rule of the protocol; the text names field and rule.
+        Failure: USAGE, it breaks a rule of the protocol, which the text names.
     """
     names = [name.strip() for name in options.namespaces.split(",") if name.strip()]
     unknown = [name for name in names if name.lower() not in _KINDS]
@@ -87,10 +83,10 @@ def request_of(options: argparse.Namespace) -> NamespaceRequest:
 
 def id_of(options: argparse.Namespace) -> str:
     """
-    Take the allocation's id from the options.
+    Return the allocation's id from the options.
 
     Raises:
-        Failure: USAGE, it cannot be one.
+        Failure: USAGE, it is not valid.
     """
     fault = objection_to_id(options.id)
     if fault is not None:
@@ -103,13 +99,13 @@ def consumer_of(
     inspector: Inspector,
     service: SelfService | None = None,
 ) -> Consumer:
-    """Make the consumer that the options describe; it warns on standard error."""
+    """Make the consumer for the options; its warnings go to standard error."""
     logging.basicConfig(format=f"{PROGRAM}: %(levelname)s: %(message)s")
     return Consumer(options.socket, inspector, service=service)
 
 
 def inspector_of(options: argparse.Namespace, features: Features) -> Inspector:
-    """Choose who is asked what a received descriptor is."""
+    """Choose what identifies a received descriptor."""
     if getattr(options, "backend", "linux") == "simulated":
         return SimulatedInspector()
     return KernelInspector(features)
@@ -122,17 +118,17 @@ def obtain(
     taken: set[signal.Signals],
 ) -> Handoff:
     """
-    Obtain namespaces; a signal that tells the command to stop interrupts the wait for them.
+    Obtain namespaces; a signal that tells the command to stop interrupts that.
 
-    Once the command has begun to make its own, the signal waits until they are made, because what
-    is half made is hard to undo.
+    Once the command has begun to make its own, the signal is handled after they are made, because
+    what is half made is hard to undo.
 
     Returns:
         The handoff; the caller owns it.
 
     Raises:
         Failure: there are no namespaces.
-        Interrupted: a signal came; own namespaces are released, the provider may have made some.
+        Interrupted: a signal came; own namespaces are released, those of the provider may not be.
     """
     try:
         with interruptible(taken, lambda: own is None or not own.is_begun) as postponed:
@@ -147,7 +143,7 @@ def obtain(
 
 
 def failure_of(error: NamespaceError) -> Failure:
-    """Say one of the protocol's errors as the command does."""
+    """Turn an error of the protocol into one of the command."""
     return Failure(_REFUSALS[type(error)], str(error), type(error).__name__)
 
 
@@ -155,7 +151,7 @@ class OwnNamespaces:
     """
     Namespaces that the command makes itself, and that end with it: a `SelfService`.
 
-    Nothing is looked up or started before it is needed, which is when the provider cannot be had.
+    Nothing is started before it is needed, which is when the provider cannot be reached.
 
     Args:
         options: With `image_root` and `uenv_base`.
@@ -169,7 +165,7 @@ class OwnNamespaces:
 
     @property
     def is_begun(self) -> bool:
-        """Whether any were asked for."""
+        """Whether any were requested."""
         return self._backend is not None
 
     def create_namespaces(self, request: NamespaceRequest) -> NamespaceResponse:
@@ -211,7 +207,7 @@ class OwnNamespaces:
 
 def make_directory(path: Path) -> None:
     """
-    Make a directory, and those it is in, with `DIRECTORY_MODE`; nothing happens if it is there.
+    Make a directory and its parents with `DIRECTORY_MODE`, unless it is there.
 
     Raises:
         OSError: it is not there and cannot be made.
@@ -220,16 +216,16 @@ def make_directory(path: Path) -> None:
         return
     make_directory(path.parent)
     path.mkdir(exist_ok=True)
-    path.chmod(DIRECTORY_MODE)  # mkdir let the umask take bits away
+    path.chmod(DIRECTORY_MODE)  # mkdir applies the umask
 
 
 @contextmanager
 def signals_taken(numbers: Iterable[signal.Signals]) -> Iterator[set[signal.Signals]]:
     """
-    Block signals, while the body runs: it takes them when it is ready for them, or never.
+    Block signals while the body runs, which waits for them when it is ready (sigwaitinfo).
 
     Returns:
-        Those that are blocked: not the ones that were ignored when the command started (nohup).
+        The blocked ones: without those that were ignored when the command started (nohup).
     """
     taken = {number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, taken)
@@ -237,7 +233,7 @@ def signals_taken(numbers: Iterable[signal.Signals]) -> Iterator[set[signal.Sign
         yield taken
     finally:
         while signal.sigtimedwait(taken, 0) is not None:
-            pass  # it came when there was nothing left to be told
+            pass  # it came too late
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
@@ -246,11 +242,11 @@ def interruptible(
     taken: set[signal.Signals], is_interruptible: Callable[[], bool] = lambda: True
 ) -> Iterator[list[int]]:
     """
-    Turn the signals that tell a command to stop into `Interrupted`, while the body runs.
+    Turn the signals that tell a command to stop into `Interrupted` while the body runs.
 
     Args:
         taken: What `signals_taken` blocks, and blocks again afterwards.
-        is_interruptible: Asked when a signal comes; False postpones it.
+        is_interruptible: Called when a signal comes; False postpones it.
 
     Returns:
         The signals that were postponed.

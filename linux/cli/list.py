@@ -1,4 +1,4 @@
-"""`nshandoff list`: which allocations there are, and why one is still alive."""
+"""`nshandoff list`: list the allocations, and why one is still alive."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ COLUMN_GAP: Final = "  "
 
 def list_allocations(options: argparse.Namespace) -> ExitCode:
     """
-    Show the allocations of a state directory.
+    Print the allocations of a state directory.
 
     Raises:
         Failure: ENVIRONMENT, the journal or the Linux kernel cannot be read.
     """
-    # Who reads only the first lines has seen enough; Python would complain of it.
+    # End quietly if the reader closes the pipe, as `head` does.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     state_dir = Path(options.state_dir)
     try:
@@ -45,7 +45,7 @@ def list_allocations(options: argparse.Namespace) -> ExitCode:
 
 
 def as_json(node: NodeSeen, state_dir: Path) -> dict[str, Any]:
-    """Say what was seen as plain values."""
+    """Return what was found as plain values."""
     provider = node.provider
     return {
         "schema": SCHEMA,
@@ -87,7 +87,7 @@ def _allocation_as_json(seen: AllocationSeen) -> dict[str, Any]:
 
 
 def as_text(node: NodeSeen, state_dir: Path) -> list[str]:
-    """Say what was seen as lines for a person."""
+    """Return what was found as lines of text."""
     provider = node.provider
     lines = [
         f"provider {provider.pid} serves {provider.socket}"

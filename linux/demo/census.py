@@ -1,8 +1,8 @@
-"""What has the demonstration taken from this machine, and has it given everything back?
+"""What the demonstration has on this machine, counted before and after it.
 
-Counted before the first step and after the last one. Others work on the same machine: what is
-machine-wide is counted only if it is the demonstration's own, by a path in its private folder, by
-its allocations' names, or by the Linux kernel's ids of its namespaces.
+Other programs work on the same machine. So what is machine-wide counts only if it is the
+demonstration's own: by a path in its private folder, by the names of its allocations, or by the
+Linux kernel's ids of its namespaces.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Traces:
     """What on this machine would be the demonstration's."""
 
     folder: Path
-    """Its private folder: images, sockets and mount points are in there."""
+    """Its private folder, with images, sockets and mount points."""
     cgroups: tuple[Path, ...] = ()
     """The cgroups that it may have made."""
     namespaces: frozenset[NamespaceIdentity] = frozenset()
@@ -35,7 +35,7 @@ class Traces:
 
 @dataclass(frozen=True, slots=True)
 class Census:
-    """What there is at one moment; each a set of names, for people and for comparing."""
+    """What there is at one moment, each a set of names."""
 
     descriptors: frozenset[str]
     children: frozenset[str]
@@ -92,7 +92,7 @@ def _members(namespaces: Collection[NamespaceIdentity]) -> Iterator[str]:
 
 
 def _is_zombie(pid: str) -> bool:
-    """Tell whether a process is dead, and only its parent has not taken note yet."""
+    """Say whether a process is dead and not reaped."""
     with suppress(OSError):
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
         return stat.rpartition(")")[2].split()[0] == "Z"

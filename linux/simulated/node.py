@@ -126,7 +126,7 @@ class NodeAllocation:
     """What is mounted inside."""
     processes: list[NodeProcess] = field(default_factory=list)
     unreaped: list[SimulatedTask] = field(default_factory=list)
-    """Dead in the PID namespace, with a parent outside that has not waited for them."""
+    """Dead in the PID namespace, and not reaped by their parent outside."""
 
     @property
     def is_init_alive(self) -> bool:
@@ -135,7 +135,7 @@ class NodeAllocation:
 
     @property
     def is_init_gone(self) -> bool:
-        """Whether its pidfd is readable: it has died and waits for nothing any more."""
+        """Whether its pidfd is readable: it has ended, or there is none."""
         return self.init is None or self.init.state not in (TaskState.RUNNING, TaskState.DYING)
 
     @property
@@ -227,13 +227,13 @@ class SimulatedNode:
             scope.freeze(is_frozen)
 
     def hang(self, allocation_id: str, processes: int = 1) -> None:
-        """Let some processes ignore being killed, as in uninterruptible sleep; 0 lets them die."""
+        """Put processes into uninterruptible sleep, in which they do not die; 0 ends that."""
         with self.lock:
             for number, process in enumerate(self.allocations[allocation_id].processes):
                 process.member.is_killable = number >= processes
 
     def leave_unreaped(self, allocation_id: str) -> None:
-        """Let a process die in the PID namespace, with a parent outside that does not wait."""
+        """Let a process in the PID namespace die whose parent, outside, does not reap it."""
         with self.lock:
             allocation = self.allocations[allocation_id]
             task = self._start_in(each.namespace for each in allocation.namespaces)
@@ -241,7 +241,7 @@ class SimulatedNode:
             allocation.unreaped.append(task)
 
     def reap(self, allocation_id: str) -> None:
-        """Let that parent wait for its children."""
+        """Let that parent reap its children."""
         with self.lock:
             allocation = self.allocations[allocation_id]
             was_gone = allocation.is_init_gone
@@ -252,7 +252,7 @@ class SimulatedNode:
             self._drop_if_empty(allocation_id)
 
     def kill_init(self, allocation_id: str) -> None:
-        """Kill the process that holds the namespaces, and with it the PID namespace."""
+        """Kill the init, and with it everything in its PID namespace."""
         with self.lock:
             if self.end_init(allocation_id):
                 self._tell(Observation(allocation_id, Sighting.INIT_DIED))

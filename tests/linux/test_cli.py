@@ -224,7 +224,7 @@ def test_request_lets_go_and_leaves_the_allocation(
         program.send_signal(number)
         _, told = program.communicate()
     assert program.returncode == 0
-    assert "it lives on" in told
+    assert "stays alive" in told
     assert daemon.alive() == [allocation_id]
     ended = nshandoff("end", allocation_id, "--socket", daemon.socket)
     assert (ended.returncode, ended.stderr) == (0, f"nshandoff: {allocation_id} has ended\n")
@@ -266,7 +266,7 @@ def test_request_without_a_provider_serves_itself_and_says_so(
         program.send_signal(signal.SIGTERM)
         _, told = program.communicate()
     assert "namespace.handoff_failed" in told
-    assert "ends here" in told
+    assert "ends now" in told
 
 
 def test_refused_fallback_exits_with_unavailable(tmp_path: Path, allocation_id: str) -> None:

@@ -215,7 +215,10 @@ def test_environment_is_the_callers_unless_given(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("variables", [{"": "x"}, {"a=b": "x"}, {"a": "x\0y"}])
 def test_invalid_environment_is_refused(variables: dict[str, str]) -> None:
-    with DescriptorBundle() as nothing, pytest.raises(ValueError, match="no environment can hold"):
+    with (
+        DescriptorBundle() as nothing,
+        pytest.raises(ValueError, match="no environment can contain"),
+    ):
         spawn_within(["true"], nothing, env=variables)
 
 
