@@ -36,7 +36,8 @@ from statemachine.effects import Effect, Timer
 from statemachine.events import Event
 from statemachine.lifecycle import ConsumerState
 from statemachine.messages import NamespaceRequest, NamespaceType
-from transport.request import Fallback, _Exchange, _perform
+from transport.exchange import Exchange, Fallback
+from transport.request import perform
 
 FOLDER: Final = Path(__file__).resolve().parent.parent / "specs" / "scenarios"
 SCENARIOS: Final = tuple(sorted(FOLDER.glob("[0-9][0-9]-*.md")))
@@ -154,7 +155,7 @@ class Call:
         self._numbers: Counter[Hashable] = Counter()
         self._audit: list[Fallback] = []
         player = consumer.player
-        self.exchange = _Exchange(
+        self.exchange = Exchange(
             _Recorder(request, self),
             player.stage.inspector,
             consumer.service,
@@ -243,7 +244,7 @@ class Call:
                 if exchange.channel is None:
                     stage.forget_connection()
             else:
-                _perform(exchange, effect)
+                perform(exchange, effect)
         if not self.consumer.is_looking_away:
             exchange.read()
         if exchange.is_done:
@@ -512,7 +513,7 @@ class Player:
         for call in self._consumer(who).calls.values():
             if _SPANS[span] in call.exchange.deadlines:
                 call.exchange.deadlines[_SPANS[span]] = 0.0
-                call.exchange.expire(time.monotonic())
+                call.exchange.expire()
 
 
 _OVER: Final = (ConsumerState.ENDED, ConsumerState.REFUSED, ConsumerState.FAILED)

@@ -35,7 +35,8 @@ from statemachine.messages import NamespaceResponse, NamespaceType
 from statemachine.provider import Limits, ProviderKernel
 from transport.contract import SelfService
 from transport.descriptors import DescriptorBundle, Inspector
-from transport.request import _Exchange, _perform
+from transport.exchange import Exchange
+from transport.request import perform
 from transport.trace import Entry, Recovery, Start, Turn, decode_line
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class Stage(ABC):
     @abstractmethod
     def release(self, name: str) -> None: ...
     @abstractmethod
-    def connect(self, exchange: _Exchange) -> None: ...
+    def connect(self, exchange: Exchange) -> None: ...
     @abstractmethod
     def enter(self, name: str, call: Call) -> None: ...
     @abstractmethod
@@ -191,7 +192,7 @@ class OnKernels(Stage):
     def release(self, name: str) -> None:
         self._adapter.release(name)
 
-    def connect(self, exchange: _Exchange) -> None:
+    def connect(self, exchange: Exchange) -> None:
         if self._is_there:
             put_through(exchange, self._adapter._connect())
         else:
@@ -372,8 +373,8 @@ class OnDaemon(Stage):
     def release(self, name: str) -> None:
         self._daemon.tell("release", name)
 
-    def connect(self, exchange: _Exchange) -> None:
-        _perform(exchange, do.Connect())
+    def connect(self, exchange: Exchange) -> None:
+        perform(exchange, do.Connect())
 
     def enter(self, name: str, call: Call) -> None:
         exchange = call.exchange

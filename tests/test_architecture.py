@@ -24,7 +24,7 @@ PACKAGES: Final = ("statemachine", "transport", "linux")
 
 FUNCTION_LINES_MAX: Final = 60
 
-CLOCK_READERS: Final = r"transport/(serve|request)\.py|linux/(cli\w*|demo)\.py"
+CLOCK_READERS: Final = r"transport/(exchange|request)\.py|linux/(cli\w*|demo)\.py"
 
 FORGES: Final = r"linux/forge(_child|_spawn|_exec)?\.py"
 """Where processes may come from."""

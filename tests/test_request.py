@@ -43,7 +43,7 @@ from statemachine.messages import (
     NamespaceType,
 )
 from statemachine.provider import Limits
-from transport import request as driver
+from transport import exchange
 from transport.descriptors import Descriptor, DescriptorBundle
 from transport.endpoint import listen
 from transport.request import (
@@ -355,9 +355,9 @@ def _unready_provider(path: Path) -> Iterator[None]:
 UNREACHABLE: Final[dict[str, tuple[Callable[[Path], AbstractContextManager[object]], str]]] = {
     "absent": (_nothing_there, "does not exist"),
     "no directory": (_no_directory, "does not exist"),
-    "bound, not listening": (_bound_only, "nobody listens"),
-    "stale socket": (_stale, "nobody listens"),
-    "plain file": (_plain_file, "nobody listens"),
+    "bound, not listening": (_bound_only, "no process listens"),
+    "stale socket": (_stale, "no process listens"),
+    "plain file": (_plain_file, "no process listens"),
     "backlog full": (_full_backlog, "backlog is full"),
     "silent": (_liar(_say_nothing), "no whole answer within the answer deadline"),
     "hangs up unheard": (_liar(_hang_up_unheard), "the"),
@@ -411,7 +411,7 @@ def test_the_fallback_is_loud_and_said_once(
     with situation(path), consumer.obtain(wanted) as handoff:
         handoff.end()
         assert audited == [Fallback(wanted.allocation_id, handoff.fallback, AUDIT_EVENT)]
-        warnings = [r for r in caplog.records if r.name == driver.__name__]
+        warnings = [r for r in caplog.records if r.name == exchange.__name__]
         assert [r.levelno for r in warnings] == [logging.WARNING]
         assert "namespace.handoff_failed" in warnings[0].getMessage()
         assert reason in warnings[0].getMessage()
@@ -778,7 +778,7 @@ def in_debt(
         liar = stack.enter_context(Liar(path, die))
         handoff = consumer.obtain(request)
         stack.callback(handoff.close)
-        assert handoff.is_in_debt
+        assert handoff.owes_end
         yield handoff, lambda: stack.enter_context(Liar(path))
 
 
@@ -801,7 +801,7 @@ def test_a_debt_is_paid_by_leaving_the_context(
         liar = revive()
         with handoff:
             pass
-        assert not handoff.is_in_debt
+        assert not handoff.owes_end
         assert liar.told(0) == [AllocationEnded(wanted.allocation_id)]
 
 
@@ -827,9 +827,9 @@ def test_a_debt_is_paid_in_the_background_of_an_event_loop(
     async def main() -> None:
         consumer = AsyncConsumer(path, SimulatedInspector(), service=service, patience=HASTY)
         async with await consumer.obtain(wanted) as handoff:
-            assert handoff.is_in_debt
+            assert handoff.owes_end
             with Liar(path) as revived:
-                while handoff.is_in_debt:
+                while handoff.owes_end:
                     await asyncio.sleep(0.002)
                 assert revived.told(0) == [AllocationEnded(wanted.allocation_id)]
             await handoff.end()
@@ -896,7 +896,7 @@ def test_an_own_set_that_does_not_die_is_reported(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(driver, "OWN_RELEASE_PAUSE_MAX_S", 0.005)
+    monkeypatch.setattr(exchange, "OWN_RELEASE_PAUSE_MAX_S", 0.005)
     with new_consumer(service=service).obtain(wanted) as handoff:
         own_node.start_process(wanted.allocation_id)
         own_node.hang(wanted.allocation_id)
