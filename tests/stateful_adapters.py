@@ -38,7 +38,7 @@ from statemachine.effects import Timer
 from statemachine.events import Event
 from statemachine.lifecycle import AllocationState
 from statemachine.provider import Limits, ProviderKernel
-from transport.serve import Provider, Spans
+from transport.serve import Spans
 
 FOREVER: Final = Spans(readiness_s=1e6, claim_s=1e6, release_s=1e6)
 """Nothing runs out unless it is told to."""
@@ -181,15 +181,11 @@ class OnSocketOfOurs(OnWorld):
         self.reins.wait_held(work)
 
     def is_running(self, timer: Timer, name: str) -> bool:
-        return self.served.ask_provider(lambda p: (timer, name) in p._clock.handles)
+        return self.served.ask_provider(lambda p: (timer, name) in p._timers._running)
 
     def expire(self, timer: Timer, name: str) -> None:
-        def run_out(provider: Provider) -> None:
-            provider._clock.handles[timer, name].cancel()
-            provider._expire(timer, name)
-
         wait_until(lambda: self.is_running(timer, name), f"{timer} of {name}")
-        self.served.ask_provider(run_out)
+        self.served.ask_provider(lambda provider: provider._timers.expire(timer, name))
 
     def wait_released(self, name: str) -> None:
         wait_until(lambda: self.served.state_of(name) is AllocationState.RELEASED)

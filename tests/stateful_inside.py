@@ -37,8 +37,10 @@ from statemachine.provider import Limits, ProviderKernel, event_of
 from transport.channel import Delivery, Lost, Received, Rejected
 from transport.contract import Observation, Sighting
 from transport.descriptors import DescriptorBundle, Inspector, NamespaceIdentity
-from transport.request import Patience, _Exchange
-from transport.serve import _OBSERVED, _adopted, _try_to_create, _try_to_release
+from transport.exchange import Exchange, Patience
+from transport.serve import event_of_adoption
+from transport.serve_watch import OBSERVED_STATES
+from transport.serve_work import try_to_create, try_to_release
 
 RETRIES_AT_ONCE: Final = 3
 """How often a release is tried again before that counts as time passing: dying takes two tries."""
@@ -248,7 +250,7 @@ class Inside:
         recovery = self._backend.recover()
         self.brain.remember(recovery.remembered)
         for adoption in recovery.adoptions:
-            self._feed(_adopted(adoption))
+            self._feed(event_of_adoption(adoption))
         self._feed(on.ProviderReady())
         return True
 
@@ -291,7 +293,7 @@ class Inside:
 
     def _see(self, observation: Observation) -> None:
         name = observation.allocation_id
-        if self.brain.state_of(name) not in _OBSERVED:
+        if self.brain.state_of(name) not in OBSERVED_STATES:
             return
         match observation.sighting:
             case Sighting.POPULATED:
@@ -311,9 +313,9 @@ class Inside:
                 continue
             job = lane.popleft()
             if isinstance(job, do.CreateNamespaces):
-                self._made[name] = _try_to_create(self._backend, job)
+                self._made[name] = try_to_create(self._backend, job)
             elif isinstance(job, do.ReleaseNamespaces):
-                self._feed(_try_to_release(self._backend, job))
+                self._feed(try_to_release(self._backend, job))
             return True
         return False
 
@@ -484,7 +486,7 @@ class InsideConsumer:
 
     def _begin(self, request: NamespaceRequest, event: Event) -> InsideHandoff:
         brain = self._brain(request)
-        exchange = _Exchange(brain, self._inspector, None, Patience(), None, "")
+        exchange = Exchange(brain, self._inspector, None, Patience(), None, "")
         exchange.feed(event)
         return InsideHandoff(exchange, self._connect, self._work)
 
@@ -495,7 +497,7 @@ class InsideHandoff:
     is_degraded = False
 
     def __init__(
-        self, exchange: _Exchange, connect: Callable[[], Pipe], work: Callable[[], None]
+        self, exchange: Exchange, connect: Callable[[], Pipe], work: Callable[[], None]
     ) -> None:
         self.exchange = exchange
         self._connect = connect
@@ -547,8 +549,8 @@ class InsideHandoff:
                 return
 
 
-def put_through(exchange: _Exchange, end: Pipe) -> None:
-    """Let a consumer's call be answered by a pipe; as `_Exchange.connected`, which has a socket."""
+def put_through(exchange: Exchange, end: Pipe) -> None:
+    """Let a consumer's call be answered by a pipe; as `Exchange.connected`, which has a socket."""
     exchange.channel = end  # type: ignore[assignment]
     exchange.unreachable = None
     exchange.feed(on.Connected())

@@ -470,7 +470,7 @@ def test_a_process_further_down_keeps_it_alive(life: Life, allocation_id: str) -
 
 def assert_still_alive(life: Life, name: str) -> None:
     """Say so once the provider has seen all there is to see by now."""
-    life.provider.ask_provider(lambda provider: provider._observe())
+    life.provider.ask_provider(lambda provider: provider._watcher.observe())
     assert life.state_of(name) is AllocationState.HANDED_OFF
 
 
@@ -592,7 +592,7 @@ def test_without_a_grace_a_first_helper_is_the_end(life: Life, allocation_id: st
 
 
 def graces_of(life: Life) -> list[str]:
-    return life.provider.ask_provider(lambda provider: list(provider._clock.graces))
+    return life.provider.ask_provider(lambda provider: list(provider._watcher._graces))
 
 
 @pytest.mark.clause("END-7")
@@ -869,7 +869,7 @@ def test_a_peer_that_does_not_read_holds_up_nobody_else(
             deaf.send(AllocationEnded(f"unknown-{number:0>100}"))
         eventually(
             lambda: provider.ask_provider(
-                lambda p: any(x.channel.wants_write for x in p._peers.values())
+                lambda p: any(x.channel.wants_write for x in p._connections._open.values())
             )
         )
         other.send(request_for("x"))

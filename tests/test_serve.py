@@ -22,6 +22,7 @@ from serving import Serving
 
 from linux.simulated import SimulatedBackend, SimulatedFailure, SimulatedNode, Step
 from statemachine import events as on
+from statemachine.effects import Timer
 from statemachine.errors import (
     AllocationNotFound,
     CreationFailed,
@@ -38,11 +39,12 @@ from statemachine.messages import (
     NamespaceType,
 )
 from statemachine.provider import WAITING_MAX, Limits
-from transport import serve as driver
+from transport import serve_peers, serve_watch, serve_work
 from transport.contract import Observation, Recovery, Sighting
 from transport.descriptors import DescriptorBundle
 from transport.endpoint import SO_PASSRIGHTS, listen
 from transport.serve import Provider, Spans
+from transport.serve_timers import RETRY_MAX_S, Timers
 
 PID, NET, MOUNT = NamespaceType.PID, NamespaceType.NET, NamespaceType.MOUNT
 ALL: Final = (PID, NET, MOUNT)
@@ -299,11 +301,11 @@ def test_an_end_is_heard_though_its_sender_takes_no_answers_any_more(
     wait_until(lambda: node.is_clean, "the release")
 
 
-def test_whoever_takes_no_answers_is_dropped_after_the_farewell(
+def test_whoever_takes_no_answers_is_dropped_after_the_linger_time(
     path: Path, backend: SimulatedBackend
 ) -> None:
     with (
-        Serving(path, backend, spans=Spans(farewell_s=0.02)) as serving,
+        Serving(path, backend, spans=Spans(linger_s=0.02)) as serving,
         serving.connect() as line,
     ):
         line.sock.shutdown(socket.SHUT_RD)
@@ -462,7 +464,7 @@ def test_an_error_that_fits_into_no_frame_is_shortened(path: Path, node: Simulat
     node.hook = fail
     with served(path, SimulatedBackend(node)) as serving, serving.connect() as line:
         line.say(wanted("a"))
-        assert line.hear() == CreationFailed("x" * driver.ERROR_CHARACTERS_MAX)
+        assert line.hear() == CreationFailed("x" * serve_peers.ERROR_CHARACTERS_MAX)
         assert is_open(line)
 
 
@@ -852,7 +854,7 @@ def test_it_stops_without_waiting_for_what_is_kept_for_a_while(
 def test_it_can_be_stopped_while_it_recovers(
     path: Path, node: SimulatedNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "STOP_TIMEOUT_S", 0.02)
+    monkeypatch.setattr(serve_work, "STOP_TIMEOUT_S", 0.02)
     with recovering(path, node) as (serving, _), serving.connect() as line:
         line.say(wanted("a"))
         serving.wait_for(on.RequestReceived)
@@ -864,7 +866,7 @@ def test_it_can_be_stopped_while_it_recovers(
 def test_work_that_hangs_does_not_keep_it_from_stopping(
     path: Path, node: SimulatedNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "STOP_TIMEOUT_S", 0.02)
+    monkeypatch.setattr(serve_work, "STOP_TIMEOUT_S", 0.02)
     gate = node.hook = Gate(Step.ANCHOR)
     with served(path, SimulatedBackend(node)) as serving, serving.connect() as line:
         line.say(wanted("a"))
@@ -921,7 +923,7 @@ def test_a_claim_in_time_keeps_it(path: Path, node: SimulatedNode) -> None:
         with serving.connect() as line:
             line.say(wanted("a"))
             assert line.hear() == handed("a")
-            assert serving.ask(lambda: not serving.provider._clock.handles)
+            assert serving.ask(lambda: not serving.provider._timers._running)
 
 
 def test_a_dead_init_ends_it(serving: Serving, node: SimulatedNode) -> None:
@@ -953,9 +955,9 @@ def test_a_grace_lets_one_program_follow_another(path: Path, node: SimulatedNode
         line.hear()
         node.start_process("a")
         node.end_process("a")
-        wait_until(lambda: serving.ask(lambda: "a" in serving.provider._clock.graces))
+        wait_until(lambda: serving.ask(lambda: "a" in serving.provider._watcher._graces))
         node.start_process("a")
-        wait_until(lambda: serving.ask(lambda: "a" not in serving.provider._clock.graces))
+        wait_until(lambda: serving.ask(lambda: "a" not in serving.provider._watcher._graces))
         assert serving.state_of("a") is HANDED_OFF
 
 
@@ -1002,7 +1004,7 @@ def test_a_change_without_proof_is_looked_at_again(path: Path, node: SimulatedNo
 def test_a_change_without_use_ends_nothing(
     path: Path, node: SimulatedNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "LOOK_AGAIN_S", 0.001)
+    monkeypatch.setattr(serve_watch, "LOOK_AGAIN_S", 0.001)
     looked = threading.Event()
 
     class Unused(Blurred):
@@ -1065,13 +1067,11 @@ def test_a_drain_says_what_it_waits_for(path: Path, node: SimulatedNode) -> None
         serving.wait_for(on.NamespacesReleased)
 
 
-def test_the_pauses_between_tries_double_up_to_a_limit(path: Path, node: SimulatedNode) -> None:
-    with closing(SimulatedBackend(node)) as backend, listen(path) as listener:
-        provider = Provider(listener, backend)
-        spans = [provider._span_of(driver.Timer.RETRY, "a") for _ in range(40)]
-        provider._pool.shutdown()
+def test_the_pauses_between_tries_double_up_to_a_limit() -> None:
+    timers = Timers(Spans(), lambda _: None)
+    spans = [timers._span_of(Timer.RETRY, "a") for _ in range(40)]
     assert spans[:4] == [0.001, 0.002, 0.004, 0.008]
-    assert spans[-1] == driver.RETRY_MAX_S
+    assert spans[-1] == RETRY_MAX_S
 
 
 # --- A backend with bugs -----------------------------------------------------------------------
@@ -1169,7 +1169,7 @@ def test_a_release_with_a_bug_is_tried_again(path: Path, node: SimulatedNode) ->
 def test_a_backend_that_cannot_observe_is_asked_again_after_a_pause(
     path: Path, node: SimulatedNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "BACKEND_PAUSE_S", 0.02)
+    monkeypatch.setattr(serve_watch, "BACKEND_PAUSE_S", 0.02)
     failures = iter(range(3))
 
     class Blind(SimulatedBackend):
@@ -1189,7 +1189,7 @@ def test_a_backend_that_cannot_observe_is_asked_again_after_a_pause(
 def test_tidying_up_with_a_bug_is_tried_again(
     path: Path, node: SimulatedNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "BACKEND_PAUSE_S", 0.01)
+    monkeypatch.setattr(serve_work, "BACKEND_PAUSE_S", 0.01)
     tries: list[int] = []
 
     class Untidy(SimulatedBackend):
