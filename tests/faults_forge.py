@@ -13,13 +13,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from faults import Call, Doorkeeper, Fault
+from faults import Call, Fault, FaultInjector
 
 from linux import forge_child
-from transport.calls import guarded_by
+from transport.calls import hook_syscalls
 
 
-class ForgeDoorkeeper(Doorkeeper):
+class ForgeFaultInjector(FaultInjector):
     """One that asks anew what to do whenever the forge may have begun something new."""
 
     def __init__(self, plan: Path, log: Path) -> None:
@@ -51,7 +51,7 @@ class ForgeDoorkeeper(Doorkeeper):
 def main() -> None:
     _, plan, log, number = sys.argv
     sys.argv = [sys.argv[0], number]
-    with guarded_by(ForgeDoorkeeper(Path(plan), Path(log))):
+    with hook_syscalls(ForgeFaultInjector(Path(plan), Path(log))):
         forge_child.main()
 
 

@@ -24,7 +24,7 @@ from linux.journal import JournalBusy, JournalCorrupt, read_journal
 from linux.survey import PROCESSES_SHOWN_MAX, states_of
 from statemachine.errors import CreationFailed, FdPassing
 from statemachine.messages import NamespaceRequest
-from transport.calls import guarded_by
+from transport.calls import hook_syscalls
 from transport.contract import Sighting, Standing
 
 pytestmark = pytest.mark.needs_root
@@ -100,7 +100,7 @@ def test_the_intent_is_journaled_before_anything_is_made(
         passed.append(f"{getattr(function, '__name__', '')} {args}")
         return function(*args, **kwargs)
 
-    with guarded_by(note):
+    with hook_syscalls(note):
         world.program_now.create_namespaces(request_for(allocation_id))
     intent = next(i for i, call in enumerate(passed) if "INSERT INTO allocation" in call)
     made = next(i for i, call in enumerate(passed) if f"{allocation_id}.scope" in call)

@@ -200,7 +200,7 @@ def test_a_socket_somebody_listens_on_is_left_alone(listener: Listener, path: Pa
     inode = path.stat().st_ino
     with pytest.raises(SocketUnavailable) as caught:
         listen(path)
-    assert caught.value.reason == f"somebody else listens on {path}"
+    assert caught.value.reason == f"another process listens on {path}"
     assert path.stat().st_ino == inode
     accept(listener).close()  # The question was a connection.
     with connect(path):
@@ -212,14 +212,14 @@ def test_a_full_backlog_is_somebody_listening(path: Path) -> None:
         stack.enter_context(begin_connect(path))
         with pytest.raises(BlockingIOError):
             begin_connect(path)
-        with pytest.raises(SocketUnavailable, match="somebody else listens"):
+        with pytest.raises(SocketUnavailable, match="another process listens"):
             listen(path)
 
 
 def test_a_datagram_socket_in_use_is_left_alone(path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
         other.bind(str(path))
-        with pytest.raises(SocketUnavailable, match="somebody else listens"):
+        with pytest.raises(SocketUnavailable, match="another process listens"):
             listen(path)
         with pytest.raises(SocketUnavailable, match="wrong type"):
             begin_connect(path)
@@ -367,7 +367,7 @@ def test_connecting_where_nobody_listens_says_so(path: Path) -> None:
     leave_stale_socket(path)
     with pytest.raises(SocketUnavailable) as caught:
         begin_connect(path)
-    assert caught.value.reason == f"nobody listens on {path}"
+    assert caught.value.reason == f"no process listens on {path}"
 
 
 @pytest.mark.needs_root

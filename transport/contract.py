@@ -1,7 +1,7 @@
-"""What the provider's driver asks of a backend, and nothing about how a backend does it.
+"""`Backend`: the interface between the provider's driver and what makes namespaces on a node.
 
-`linux.LinuxBackend` and `linux.SimulatedBackend` keep this contract; one suite holds both to it.
-Whoever brings a backend of their own can run the same suite.
+`linux.LinuxBackend` and `linux.SimulatedBackend` keep this contract; one suite holds both to it,
+and can be run against any other backend.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Recovery:
 
 class SelfService(NamespaceProvider, DescriptorSource, Protocol):
     """
-    Whoever can make namespaces and give out their descriptors.
+    Makes namespaces and gives out their descriptors.
 
     `create_namespaces` and `release_namespaces` may take their time, and are called from any
     thread; two calls for one allocation never overlap.
@@ -121,8 +121,8 @@ class Backend(SelfService, Protocol):
         """
         Note durably that an allocation is over. Quick.
 
-        A creation that is under way fails at its end at the latest. Whoever recovers after a crash
-        finds remains, never a living allocation.
+        A creation that is under way fails at its end at the latest. A recovery after a crash finds
+        remains, never a living allocation.
         """
         ...
 
