@@ -310,16 +310,13 @@ def _name_of(function: Callable[..., Any], args: tuple[Any, ...]) -> str:
 _UNTOLD: Final = ("linux/syscalls.py", "transport/calls.py")
 """Who only makes calls for others."""
 
-_CONSUMERS: Final = ("transport/exchange.py", "transport/request.py", "transport/request_async.py")
-"""Who makes calls for a consumer."""
-
 
 @cache
 def _place_of(code: CodeType) -> tuple[str, bool]:
     """A function's name, if it is one that counts; and whether only consumers have it."""
     path = code.co_filename
     place = "" if path.endswith(_UNTOLD) else f"{Path(path).stem}.{code.co_qualname}"
-    return place, path.endswith(_CONSUMERS)
+    return place, "/transport/request/" in path
 
 
 def _caller(frame: FrameType | None) -> tuple[str, str]:

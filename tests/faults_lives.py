@@ -40,12 +40,12 @@ from linux.simulated import SimulatedBackend, SimulatedNode
 from statemachine.errors import NamespaceError
 from statemachine.lifecycle import AllocationState
 from statemachine.messages import AllocationEnded, NamespaceRequest
-from transport import calls, exchange
+from transport import calls
 from transport.channel import Channel, Delivery
 from transport.contract import SelfService
 from transport.descriptors import NamespaceIdentity
 from transport.endpoint import begin_connect, listen
-from transport.request import AsyncConsumer, AsyncHandoff
+from transport.request import AsyncConsumer, AsyncHandoff, exchange
 from transport.serve import Provider
 
 SETTLING_S: Final = 0.004

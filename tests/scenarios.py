@@ -36,8 +36,8 @@ from statemachine.effects import Effect, Timer
 from statemachine.events import Event
 from statemachine.lifecycle import ConsumerState
 from statemachine.messages import NamespaceRequest, NamespaceType
-from transport.exchange import Exchange, Fallback
-from transport.request import perform
+from transport.request.blocking import perform
+from transport.request.exchange import Exchange, Fallback
 
 FOLDER: Final = Path(__file__).resolve().parent.parent / "specs" / "scenarios"
 SCENARIOS: Final = tuple(sorted(FOLDER.glob("[0-9][0-9]-*.md")))

@@ -35,8 +35,8 @@ from statemachine.messages import NamespaceResponse, NamespaceType
 from statemachine.provider import Limits, ProviderKernel
 from transport.contract import SelfService
 from transport.descriptors import DescriptorBundle, Inspector
-from transport.exchange import Exchange
-from transport.request import perform
+from transport.request.blocking import perform
+from transport.request.exchange import Exchange
 from transport.trace import Entry, Recovery, Start, Turn, decode_line
 
 if TYPE_CHECKING:

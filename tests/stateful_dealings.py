@@ -42,8 +42,8 @@ from statemachine.messages import (
 from transport.channel import Channel, Delivery, Rejected
 from transport.contract import SelfService
 from transport.descriptors import DescriptorBundle, Inspector
-from transport.exchange import Exchange, Fallback, Patience
-from transport.request import perform
+from transport.request.blocking import perform
+from transport.request.exchange import Exchange, Fallback, Patience
 
 PID: Final = NamespaceType.PID
 MOUNT: Final = NamespaceType.MOUNT

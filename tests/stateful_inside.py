@@ -37,10 +37,10 @@ from statemachine.provider import Limits, ProviderKernel, event_of
 from transport.channel import Delivery, Lost, Received, Rejected
 from transport.contract import Observation, Sighting
 from transport.descriptors import DescriptorBundle, Inspector, NamespaceIdentity
-from transport.exchange import Exchange, Patience
+from transport.request.exchange import Exchange, Patience
 from transport.serve import event_of_adoption
-from transport.serve_watch import OBSERVED_STATES
-from transport.serve_work import try_to_create, try_to_release
+from transport.serve.watch import OBSERVED_STATES
+from transport.serve.work import try_to_create, try_to_release
 
 RETRIES_AT_ONCE: Final = 3
 """How often a release is tried again before that counts as time passing: dying takes two tries."""

@@ -43,16 +43,9 @@ from statemachine.messages import (
     NamespaceType,
 )
 from statemachine.provider import Limits
-from transport import exchange
 from transport.descriptors import Descriptor, DescriptorBundle
 from transport.endpoint import listen
-from transport.request import (
-    AUDIT_EVENT,
-    AsyncConsumer,
-    Consumer,
-    Fallback,
-    Patience,
-)
+from transport.request import AUDIT_EVENT, AsyncConsumer, Consumer, Fallback, Patience, exchange
 from transport.serve import Spans
 
 PID, NET, MOUNT = NamespaceType.PID, NamespaceType.NET, NamespaceType.MOUNT

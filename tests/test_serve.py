@@ -39,12 +39,11 @@ from statemachine.messages import (
     NamespaceType,
 )
 from statemachine.provider import WAITING_MAX, Limits
-from transport import serve_peers, serve_watch, serve_work
 from transport.contract import Observation, Recovery, Sighting
 from transport.descriptors import DescriptorBundle
 from transport.endpoint import SO_PASSRIGHTS, listen
-from transport.serve import Provider, Spans
-from transport.serve_timers import RETRY_MAX_S, Timers
+from transport.serve import Provider, Spans, peers, watch, work
+from transport.serve.timers import RETRY_MAX_S, Timers
 
 PID, NET, MOUNT = NamespaceType.PID, NamespaceType.NET, NamespaceType.MOUNT
 ALL: Final = (PID, NET, MOUNT)
@@ -464,7 +463,7 @@ def test_an_error_that_fits_into_no_frame_is_shortened(path: Path, node: Simulat
     node.hook = fail
     with served(path, SimulatedBackend(node)) as serving, serving.connect() as line:
         line.say(wanted("a"))
-        assert line.hear() == CreationFailed("x" * serve_peers.ERROR_CHARACTERS_MAX)
+        assert line.hear() == CreationFailed("x" * peers.ERROR_CHARACTERS_MAX)
         assert is_open(line)
 
 
@@ -854,7 +853,7 @@ def test_it_stops_without_waiting_for_what_is_kept_for_a_while(
 def test_it_can_be_stopped_while_it_recovers(
     path: Path, node: SimulatedNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serve_work, "STOP_TIMEOUT_S", 0.02)
+    monkeypatch.setattr(work, "STOP_TIMEOUT_S", 0.02)
     with recovering(path, node) as (serving, _), serving.connect() as line:
         line.say(wanted("a"))
         serving.wait_for(on.RequestReceived)
@@ -866,7 +865,7 @@ def test_it_can_be_stopped_while_it_recovers(
 def test_work_that_hangs_does_not_keep_it_from_stopping(
     path: Path, node: SimulatedNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serve_work, "STOP_TIMEOUT_S", 0.02)
+    monkeypatch.setattr(work, "STOP_TIMEOUT_S", 0.02)
     gate = node.hook = Gate(Step.ANCHOR)
     with served(path, SimulatedBackend(node)) as serving, serving.connect() as line:
         line.say(wanted("a"))
@@ -1004,7 +1003,7 @@ def test_a_change_without_proof_is_looked_at_again(path: Path, node: SimulatedNo
 def test_a_change_without_use_ends_nothing(
     path: Path, node: SimulatedNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serve_watch, "LOOK_AGAIN_S", 0.001)
+    monkeypatch.setattr(watch, "LOOK_AGAIN_S", 0.001)
     looked = threading.Event()
 
     class Unused(Blurred):
@@ -1169,7 +1168,7 @@ def test_a_release_with_a_bug_is_tried_again(path: Path, node: SimulatedNode) ->
 def test_a_backend_that_cannot_observe_is_asked_again_after_a_pause(
     path: Path, node: SimulatedNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serve_watch, "BACKEND_PAUSE_S", 0.02)
+    monkeypatch.setattr(watch, "BACKEND_PAUSE_S", 0.02)
     failures = iter(range(3))
 
     class Blind(SimulatedBackend):
@@ -1189,7 +1188,7 @@ def test_a_backend_that_cannot_observe_is_asked_again_after_a_pause(
 def test_tidying_up_with_a_bug_is_tried_again(
     path: Path, node: SimulatedNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serve_work, "BACKEND_PAUSE_S", 0.01)
+    monkeypatch.setattr(work, "BACKEND_PAUSE_S", 0.01)
     tries: list[int] = []
 
     class Untidy(SimulatedBackend):

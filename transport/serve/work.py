@@ -14,8 +14,8 @@ from statemachine import events as on
 from statemachine.errors import AllocationNotFound, CreationFailed
 from statemachine.events import Event
 
-from .contract import Backend, Recovery
-from .serve_timers import BACKEND_PAUSE_S
+from ..contract import Backend, Recovery
+from .timers import BACKEND_PAUSE_S
 
 WORKERS_MAX: Final = 8
 """Most pieces of backend work at a time: more than cores, because images may be slow to mount."""

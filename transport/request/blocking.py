@@ -3,9 +3,6 @@
 A call to `obtain` opens one connection, carries one allocation on it, and returns a `Handoff` that
 holds the descriptors. The connection stays open as long as the handoff does, because the provider
 announces the end on it.
-
-`AsyncConsumer`, the form for an asyncio event loop, is here by name as well. It is imported when it
-is asked for: a caller that blocks does not pay for asyncio.
 """
 
 from __future__ import annotations
@@ -14,7 +11,7 @@ import select
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from statemachine import effects as do
 from statemachine.effects import Effect
@@ -22,39 +19,12 @@ from statemachine.messages import NamespaceRequest, NamespaceResponse
 
 from .exchange import (
     ANSWER_TIMEOUT_S,
-    AUDIT_EVENT,
     CONNECT_PAUSE_S,
     SETTLE_TIMEOUT_S,
-    Audit,
     BaseConsumer,
     BaseHandoff,
     Exchange,
-    Fallback,
-    Patience,
 )
-
-if TYPE_CHECKING:
-    from .request_async import AsyncConsumer, AsyncHandoff
-
-__all__ = [
-    "ANSWER_TIMEOUT_S",
-    "AUDIT_EVENT",
-    "AsyncConsumer",
-    "AsyncHandoff",
-    "Audit",
-    "Consumer",
-    "Fallback",
-    "Handoff",
-    "Patience",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name in ("AsyncConsumer", "AsyncHandoff"):
-        from . import request_async
-
-        return getattr(request_async, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class Handoff(BaseHandoff):

@@ -15,8 +15,8 @@ from statemachine import events as on
 from statemachine.events import Event
 from statemachine.lifecycle import AllocationState
 
-from .contract import Backend, Sighting
-from .serve_timers import BACKEND_PAUSE_S
+from ..contract import Backend, Sighting
+from .timers import BACKEND_PAUSE_S
 
 LOOK_AGAIN_S: Final = 0.05
 """When to look again at a cgroup that changed and does not prove its use: some scheduler ticks."""

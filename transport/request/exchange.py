@@ -2,8 +2,8 @@
 
 An `Exchange` feeds a `ConsumerKernel` and performs at once what it decides: sends, receives,
 verifies descriptors, keeps deadlines. What takes time (connecting, self-service) it leaves in
-`slow`, and waiting to its driver: `transport.request` blocks, `transport.request_async`
-awaits. A driver for another event loop needs nothing else.
+`slow`, and waiting to its driver: `blocking` or `asynchronous`. A driver for another event loop
+needs nothing else.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from statemachine.messages import (
     objection_to_id,
 )
 
-from .channel import Channel, Delivery, Lost, Received, Rejected
-from .descriptors import DescriptorBundle, Inspector, NamespaceIdentity, verify_bundle
-from .endpoint import begin_connect
+from ..channel import Channel, Delivery, Lost, Received, Rejected
+from ..descriptors import DescriptorBundle, Inspector, NamespaceIdentity, verify_bundle
+from ..endpoint import begin_connect
 
 if TYPE_CHECKING:
-    from .contract import SelfService
+    from ..contract import SelfService
 
 CONNECT_TIMEOUT_S: Final = 1.0
 """How long a consumer tries to reach the provider before it serves itself."""

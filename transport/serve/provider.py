@@ -1,13 +1,7 @@
 """The provider's driver: `Provider` feeds the kernel in one event loop, and performs its effects.
 
 Frames become events, effects become backend work and frames. The loop itself never waits: backend
-work runs in threads, and a peer that sends slowly or does not read costs a timer. Each part has a
-module of its own:
-
-    serve_peers     connections: accepting, reading, writing, closing
-    serve_timers    the kernel's timers, and how long they run
-    serve_watch     what the backend sees of living allocations
-    serve_work      backend work in threads, in order for each allocation
+work runs in threads, and a peer that sends slowly or does not read costs a timer.
 """
 
 from __future__ import annotations
@@ -27,14 +21,12 @@ from statemachine.events import Event
 from statemachine.messages import AllocationEnded
 from statemachine.provider import Limits, ProviderKernel
 
-from .contract import Adoption, Backend, Standing
-from .endpoint import Listener
-from .serve_peers import Connections
-from .serve_timers import Spans, Timers
-from .serve_watch import Watcher
-from .serve_work import BackendWork
-
-__all__ = ["Observer", "Provider", "Spans", "event_of_adoption"]
+from ..contract import Adoption, Backend, Standing
+from ..endpoint import Listener
+from .peers import Connections
+from .timers import Spans, Timers
+from .watch import Watcher
+from .work import BackendWork
 
 Observer: TypeAlias = Callable[[Event, tuple[Effect, ...]], None]
 """Told of every event and of what the kernel decided; must not raise."""

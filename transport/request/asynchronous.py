@@ -17,7 +17,7 @@ from statemachine.effects import Effect
 from statemachine.lifecycle import ConsumerState
 from statemachine.messages import NamespaceRequest, NamespaceResponse
 
-from .channel import Channel
+from ..channel import Channel
 from .exchange import (
     ANSWER_TIMEOUT_S,
     CONNECT_PAUSE_S,

@@ -20,10 +20,10 @@ from statemachine.events import Event
 from statemachine.messages import Message
 from statemachine.provider import event_of
 
-from .channel import Delivery, Lost, Rejected
-from .descriptors import DescriptorBundle
-from .endpoint import Accepted, Listener
-from .serve_timers import Spans
+from ..channel import Delivery, Lost, Rejected
+from ..descriptors import DescriptorBundle
+from ..endpoint import Accepted, Listener
+from .timers import Spans
 
 ACCEPT_PAUSE_S: Final = 0.1
 """Pause in accepting when there is no descriptor left at all: that takes time to pass."""
