@@ -266,6 +266,11 @@ class LinuxBackend:
             on_close=on_close,
         )
 
+    @property
+    def settings(self) -> NodeSettings:
+        """Where things are."""
+        return self._settings
+
     # --- The seed's two ------------------------------------------------------------------------
 
     def create_namespaces(self, request: NamespaceRequest) -> NamespaceResponse:

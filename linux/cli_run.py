@@ -26,9 +26,9 @@ from transport.request import Consumer, Handoff
 from .cgroups import WORKLOAD_SLICE, CgroupUnavailable, Scope, find_cgroup2
 from .cli_consumer import (
     END_TIMEOUT_S,
-    OwnNamespaces,
     consumer_of,
     obtain,
+    own_namespaces,
     request_of,
     signals_taken,
 )
@@ -36,6 +36,7 @@ from .cli_exit import SIGNAL_BASE, ExitCode, Failure, Interrupted, tell
 from .features import Features
 from .forge_spawn import restore_foreground, spawn_within
 from .namespaces import KernelInspector, has_dead_init
+from .self_service import OwnNamespaces
 from .survey import states_of
 from .syscalls import SyscallError
 
@@ -102,7 +103,7 @@ def _run(options: argparse.Namespace) -> int:
     with _children_noticed(), signals_taken(PASSED_ON) as taken, ExitStack() as stack:
         own = None
         if options.fallback != "never":
-            own = stack.enter_context(closing(OwnNamespaces(options, features)))
+            own = stack.enter_context(closing(own_namespaces(options, features)))
         consumer = consumer_of(options, KernelInspector(features), own)
         handoff = stack.enter_context(_obtain(consumer, wanted, own, taken))
         stack.callback(_end, handoff, features)

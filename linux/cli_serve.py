@@ -37,11 +37,11 @@ from transport.serve import Observer, Provider, Spans
 
 from .backend import LinuxBackend, NodeSettings
 from .cgroups import CgroupUnavailable, find_cgroup2
-from .cli_consumer import make_directory
 from .cli_exit import ExitCode
 from .cli_trace import TraceFile
 from .forge_plan import ForgeError
 from .journal import JournalError
+from .self_service import make_directory
 from .simulated import SimulatedBackend, SimulatedNode
 from .survey import READY_NAME
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, TypeAlias
 
-from transport.descriptors import Inspector
 from transport.request import AsyncConsumer, AsyncHandoff, Consumer
 
 
@@ -23,6 +21,9 @@ class Awaited:
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._inner, name)
         return self._blocking(found) if asyncio.iscoroutinefunction(found) else found
+
+    def __repr__(self) -> str:
+        return repr(self._inner)
 
     def _blocking(self, verb: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
@@ -47,8 +48,9 @@ class Awaited:
 class Awaiting(Awaited):
     """`AsyncConsumer`, in a loop that runs while something is asked of it."""
 
-    def __init__(self, path: Path, inspector: Inspector, **options: Any) -> None:
-        super().__init__(asyncio.Runner(), AsyncConsumer(path, inspector, **options))
+    def __init__(self, *arguments: Any, form: Any = AsyncConsumer, **options: Any) -> None:
+        super().__init__(asyncio.Runner(), form(*arguments, **options))
+        self._is_closed = False
         self.faults: list[str] = []
         self._runner.get_loop().set_exception_handler(
             lambda loop, context: self.faults.append(repr(context))
@@ -58,9 +60,11 @@ class Awaiting(Awaited):
         return Awaited(self._runner, self._inner.handoff_of(allocation_id))
 
     def close(self) -> None:
-        self._runner.run(self._inner.close())
-        self._runner.close()
-        assert not self.faults, self.faults
+        if not self._is_closed:
+            self._is_closed = True
+            self._runner.run(self._inner.close())
+            self._runner.close()
+            assert not self.faults, self.faults
 
 
 Form: TypeAlias = type[Consumer] | type[Awaiting]

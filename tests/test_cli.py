@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +14,6 @@ import pytest
 from programs import (
     MOUNT,
     PID,
-    ROOT,
     Daemon,
     environment,
     identities_of,
@@ -25,6 +23,7 @@ from programs import (
     warm_daemon_in,
 )
 
+import statemachine
 from linux import backend, cli
 from linux.cli_exit import ExitCode
 from statemachine.messages import HANDOFF_SOCKET_PATH
@@ -75,8 +74,7 @@ def test_help_loads_none_of_the_packages_it_helps_with() -> None:
 
 
 def test_version_is_the_projects() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert nshandoff("--version").stdout == f"nshandoff {project['version']}\n"
+    assert nshandoff("--version").stdout == f"nshandoff {statemachine.__version__}\n"
 
 
 def test_defaults_are_those_of_the_modules_they_are_for() -> None:

@@ -1313,10 +1313,11 @@ def test_an_interrupted_caller_tells_the_provider(path: Path) -> None:
         raise KeyboardInterrupt
 
     def silent(line: Line) -> None:
-        # Only now is it certain that the consumer waits for the answer.
         line.hear()
+        wait_until(lambda: sys._current_frames()[caller].f_code.co_name == "_wait")
         os.kill(os.getpid(), signal.SIGUSR1)
 
+    caller = threading.get_ident()
     before = signal.signal(signal.SIGUSR1, interrupt)
     request = NamespaceRequest("interrupted", (NamespaceType.PID,))
     try:

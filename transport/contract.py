@@ -6,9 +6,8 @@ and can be run against any other backend.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from statemachine.messages import NamespaceRequest, NamespaceResponse
 from statemachine.roles import NamespaceProvider
@@ -33,8 +32,7 @@ class Sighting(Enum):
     """The process that holds its namespaces is dead."""
 
 
-@dataclass(frozen=True, slots=True)
-class Observation:
+class Observation(NamedTuple):
     """One sighting of one allocation."""
 
     allocation_id: str
@@ -53,8 +51,7 @@ class Standing(Enum):
     """Half made, half released, or dead meanwhile: to be released."""
 
 
-@dataclass(frozen=True, slots=True)
-class Adoption:
+class Adoption(NamedTuple):
     """One allocation that a backend found after a restart."""
 
     standing: Standing
@@ -64,8 +61,7 @@ class Adoption:
     """What was answered; None for remains."""
 
 
-@dataclass(frozen=True, slots=True)
-class Recovery:
+class Recovery(NamedTuple):
     """Everything a backend found after a restart."""
 
     adoptions: tuple[Adoption, ...] = ()

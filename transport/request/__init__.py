@@ -28,10 +28,12 @@ __all__ = [
     "Patience",
 ]
 
+# Not for mypy, which would take any name for one that is there.
+if not TYPE_CHECKING:
 
-def __getattr__(name: str) -> Any:
-    if name in ("AsyncConsumer", "AsyncHandoff"):
-        from . import asynchronous
+    def __getattr__(name: str) -> Any:
+        if name in ("AsyncConsumer", "AsyncHandoff"):
+            from . import asynchronous
 
-        return getattr(asynchronous, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            return getattr(asynchronous, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -305,7 +305,8 @@ class Exchange:
         try:
             sock = begin_connect(self.path)
         except SocketUnavailable as error:
-            self.not_connected(error)
+            # Anew: a fallback may be kept for long, and this one has the frames it came through.
+            self.not_connected(SocketUnavailable(error.reason))
         except BlockingIOError:
             if self.clock() < deadline:
                 return False
