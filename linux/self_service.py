@@ -57,7 +57,12 @@ class OwnNamespaces:
         return bool(self._made)
 
     def create_namespaces(self, request: NamespaceRequest) -> NamespaceResponse:
-        """As `LinuxBackend.create_namespaces`."""
+        """
+        As `LinuxBackend.create_namespaces`.
+
+        Raises:
+            CreationFailed: likewise, or the directory for images cannot be made.
+        """
         backend = self._backend()
         if request.uenv_image is not None:
             base = backend.settings.uenv_base

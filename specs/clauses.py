@@ -111,7 +111,7 @@ def citations() -> dict[str, list[Place]]:
     topics = {clause.topic for clause in clauses().values()}
     found: dict[str, list[Place]] = {}
     for package in ("statemachine", "transport", "linux"):
-        for path in sorted((ROOT / package).glob("*.py")):
+        for path in sorted((ROOT / package).rglob("*.py")):
             text = path.read_text(encoding="utf-8")
             names = _names_by_line(ast.parse(text), text.count("\n") + 2)
             for number, line in enumerate(text.splitlines(), 1):

@@ -96,6 +96,11 @@ class Line:
         self.heard.append(message)
         return message
 
+    def ask(self, what: Message | bytes) -> Message | None:
+        """Say something, and take the next message for the answer."""
+        self.say(what)
+        return self.hear()
+
     def hear_rest(self) -> list[Message]:
         """Everything until the other end hangs up."""
         rest = []

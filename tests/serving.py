@@ -86,6 +86,11 @@ class Serving:
         """Have it stop; returns at once."""
         self.loop.call_soon_threadsafe(self.provider.stop)
 
+    def end(self) -> None:
+        """Have it stop, and wait until it has."""
+        self.stop()
+        self.join()
+
     def join(self) -> None:
         """Wait until it has stopped; complain about whatever it complained about."""
         self._thread.join(DEADLINE_S)

@@ -18,7 +18,7 @@ from typing import Final
 
 import pytest
 from forging import ALL, ORDERS
-from served import Served, Wire, served
+from served import Served, Wire
 from worlds import (
     IMAGE,
     LIGHT,
@@ -26,24 +26,19 @@ from worlds import (
     NET,
     PID,
     LinuxWorld,
-    SimulatedWorld,
     eventually,
     real,
-    simulated,
 )
 
 from linux.cgroups import Scope
 from linux.forge import spawn_within
 from linux.journal import Entry
 from linux.namespaces import CLONE_FLAGS
-from linux.simulated import Step
 from statemachine import effects as do
 from statemachine import events as on
 from statemachine.errors import (
     AllocationNotFound,
     CreationFailed,
-    FdPassing,
-    SocketUnavailable,
 )
 from statemachine.lifecycle import AllocationState
 from statemachine.messages import (
@@ -136,12 +131,6 @@ def idle_life(tmp_path: Path, cgroup2: Path, image_root: Path) -> Iterator[Life]
 def life(idle_life: Life) -> Life:
     idle_life.start()
     return idle_life
-
-
-@pytest.fixture
-def world() -> Iterator[SimulatedWorld]:
-    with simulated() as world:
-        yield world
 
 
 # --- The hand-off ------------------------------------------------------------------------------
@@ -727,262 +716,3 @@ def test_a_process_survives_the_provider(life: Life, allocation_id: str) -> None
     life.drop()
     assert process.poll() is None
     life.restart()
-
-
-# --- Nobody waits for somebody else ------------------------------------------------------------
-
-
-class Gate:
-    """Holds up one step of one allocation until it is opened, at the latest with its context."""
-
-    def __init__(self, world: SimulatedWorld, step: Step, name: str) -> None:
-        self._opened: Final = threading.Event()
-        self.is_reached: Final = threading.Event()
-        self._place: Final = (step, name)
-        world.node.hook = self._pass
-
-    def open(self) -> None:
-        self._opened.set()
-
-    def __enter__(self) -> Gate:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.open()
-
-    def _pass(self, step: Step, name: str) -> None:
-        if (step, name) == self._place:
-            self.is_reached.set()
-            assert self._opened.wait(LONG_S)
-
-
-def request_for(name: str) -> NamespaceRequest:
-    return NamespaceRequest(name, ALL)
-
-
-def response_to(name: str) -> NamespaceResponse:
-    return NamespaceResponse(name, ALL, None)
-
-
-@pytest.mark.clause("PEER-8")
-@pytest.mark.parametrize("step", [Step.ANCHOR, Step.PUBLISH])
-def test_a_slow_creation_holds_up_nobody_else(
-    world: SimulatedWorld, tmp_path: Path, step: Step
-) -> None:
-    path = tmp_path / "s.sock"
-    with (
-        served(path, world.backend),
-        Gate(world, step, "slow") as gate,
-        Wire(path) as slow,
-        Wire(path) as quick,
-    ):
-        slow.send(request_for("slow"))
-        assert gate.is_reached.wait(LONG_S)
-        quick.send(request_for("quick"))
-        assert quick.take() == response_to("quick")
-        quick.send(AllocationEnded("quick"))
-        assert quick.take() == AllocationEnded("quick")
-        assert slow.hears_nothing()
-        gate.open()
-        assert slow.take() == response_to("slow")
-
-
-def test_a_slow_release_holds_up_nobody_else(world: SimulatedWorld, tmp_path: Path) -> None:
-    path = tmp_path / "s.sock"
-    with (
-        served(path, world.backend),
-        Gate(world, Step.KILL, "slow") as gate,
-        Wire(path) as slow,
-        Wire(path) as quick,
-    ):
-        slow.send(request_for("slow"))
-        assert slow.take() == response_to("slow")
-        slow.send(AllocationEnded("slow"))
-        assert gate.is_reached.wait(LONG_S)
-        quick.send(request_for("quick"))
-        assert quick.take() == response_to("quick")
-        assert slow.hears_nothing()
-        gate.open()
-        assert slow.take() == AllocationEnded("slow")
-
-
-def test_answers_of_a_connection_come_in_order(world: SimulatedWorld, tmp_path: Path) -> None:
-    path = tmp_path / "s.sock"
-    with (
-        served(path, world.backend),
-        Gate(world, Step.ANCHOR, "slow") as gate,
-        Wire(path) as wire,
-    ):
-        wire.send(request_for("slow"), request_for("quick"), AllocationEnded("unknown"))
-        assert gate.is_reached.wait(LONG_S)
-        assert wire.hears_nothing()
-        gate.open()
-        answers = [wire.take() for _ in range(3)]
-    assert answers == [response_to("slow"), response_to("quick"), AllocationNotFound("unknown")]
-
-
-def test_an_end_during_the_creation_undoes_it(world: SimulatedWorld, tmp_path: Path) -> None:
-    path = tmp_path / "s.sock"
-    with (
-        served(path, world.backend) as provider,
-        Gate(world, Step.PUBLISH, "x") as gate,
-        Wire(path) as asker,
-        Wire(path) as ender,
-    ):
-        asker.send(request_for("x"))
-        assert gate.is_reached.wait(LONG_S)
-        ender.send(AllocationEnded("x"))
-        eventually(lambda: provider.state_of("x") is AllocationState.ENDED)
-        gate.open()
-        assert isinstance(asker.take(), CreationFailed)
-        assert ender.take() == AllocationEnded("x")
-    assert world.leftovers() == []
-
-
-@pytest.mark.clause("PEER-7")
-def test_a_frame_that_does_not_come_whole_ends_its_connection(
-    world: SimulatedWorld, tmp_path: Path
-) -> None:
-    path = tmp_path / "s.sock"
-    with (
-        served(path, world.backend, spans=Spans(partial_frame_s=0.05)),
-        Wire(path) as slow,
-        Wire(path) as other,
-    ):
-        slow.socket.send(encode_frame(encode_message(request_for("x")))[:-1])
-        answer = slow.take()
-        assert isinstance(answer, FdPassing)
-        assert "not whole within 0.05 s" in answer.reason
-        assert slow.hears_the_end()
-        other.send(request_for("x"))
-        assert other.take() == response_to("x")
-
-
-@pytest.mark.clause("PEER-8")
-def test_a_peer_that_does_not_read_holds_up_nobody_else(
-    world: SimulatedWorld, tmp_path: Path
-) -> None:
-    path = tmp_path / "s.sock"
-    limits = Limits(open_per_connection=10_000)
-    with served(path, world.backend, limits) as provider, Wire(path) as deaf, Wire(path) as other:
-        for number in range(3_000):
-            deaf.send(AllocationEnded(f"unknown-{number:0>100}"))
-        eventually(
-            lambda: provider.ask_provider(
-                lambda p: any(x.channel.wants_write for x in p._connections._open.values())
-            )
-        )
-        other.send(request_for("x"))
-        assert other.take() == response_to("x")
-        assert deaf.take() == AllocationNotFound(f"unknown-{0:0>100}")
-
-
-# --- Limits ------------------------------------------------------------------------------------
-
-
-@pytest.mark.clause("PEER-2")
-def test_a_user_who_is_not_allowed_is_turned_away(world: SimulatedWorld, tmp_path: Path) -> None:
-    path = tmp_path / "s.sock"
-    limits = Limits(allowed_uids=frozenset({54_321}))
-    with served(path, world.backend, limits), Wire(path) as wire:
-        assert isinstance(wire.take(), SocketUnavailable)
-        assert wire.hears_the_end()
-
-
-@pytest.mark.clause("PEER-4")
-def test_too_many_open_messages_are_refused_in_order(world: SimulatedWorld, tmp_path: Path) -> None:
-    path = tmp_path / "s.sock"
-    with (
-        served(path, world.backend, Limits(open_per_connection=2)),
-        Gate(world, Step.ANCHOR, "slow") as gate,
-        Wire(path) as wire,
-    ):
-        wire.send(request_for("slow"), request_for("second"), request_for("third"))
-        assert gate.is_reached.wait(LONG_S)
-        gate.open()
-        answers = [wire.take() for _ in range(3)]
-    assert answers[:2] == [response_to("slow"), response_to("second")]
-    assert isinstance(answers[2], CreationFailed)
-    assert "unanswered messages of one connection, at most 2" in answers[2].reason
-
-
-@pytest.mark.clause("PEER-4")
-def test_too_many_allocations_are_refused_until_one_ends(
-    world: SimulatedWorld, tmp_path: Path
-) -> None:
-    path = tmp_path / "s.sock"
-    with served(path, world.backend, Limits(allocations_per_uid=1)), Wire(path) as wire:
-        wire.send(request_for("a"), request_for("b"))
-        assert wire.take() == response_to("a")
-        refusal = wire.take()
-        assert isinstance(refusal, CreationFailed)
-        assert "live allocations of one user, at most 1" in refusal.reason
-        wire.send(AllocationEnded("a"))
-        assert wire.take() == AllocationEnded("a")
-        wire.send(request_for("b"))
-        assert wire.take() == response_to("b")
-
-
-@pytest.mark.clause("PEER-4")
-def test_too_many_connections_are_turned_away(world: SimulatedWorld, tmp_path: Path) -> None:
-    path = tmp_path / "s.sock"
-    with served(path, world.backend, Limits(connections_per_uid=1)), Wire(path) as first:
-        first.send(request_for("a"))
-        assert first.take() == response_to("a")
-        with Wire(path) as second:
-            assert isinstance(second.take(), CreationFailed)
-            assert second.hears_the_end()
-
-
-@pytest.mark.clause("LIFE-13")
-def test_requests_wait_until_the_provider_is_ready(tmp_path: Path) -> None:
-    with simulated() as world:
-        is_recovered = threading.Event()
-        recover = world.backend.recover
-
-        def slow() -> object:
-            assert is_recovered.wait(LONG_S)
-            return recover()
-
-        world.backend.recover = slow  # type: ignore[method-assign, assignment]
-        path = tmp_path / "s.sock"
-        provider = Served(path, world.backend)
-        eventually(path.exists)
-        with Wire(path) as wire:
-            wire.send(request_for("x"))
-            assert wire.hears_nothing()
-            is_recovered.set()
-            assert wire.take() == response_to("x")
-        provider.stop()
-
-
-def test_a_provider_that_is_not_ready_in_time_says_so(tmp_path: Path) -> None:
-    with simulated() as world:
-        is_recovered = threading.Event()
-        recover = world.backend.recover
-
-        def slow() -> object:
-            assert is_recovered.wait(LONG_S)
-            return recover()
-
-        world.backend.recover = slow  # type: ignore[method-assign, assignment]
-        path = tmp_path / "s.sock"
-        provider = Served(path, world.backend, spans=Spans(readiness_s=0.05))
-        eventually(path.exists)
-        with Wire(path) as wire:
-            wire.send(request_for("x"))
-            assert isinstance(wire.take(), SocketUnavailable)
-        is_recovered.set()
-        provider.wait_ready()
-        provider.stop()
-
-
-@pytest.mark.clause("CRASH-12")
-def test_a_stopped_provider_leaves_the_allocations_alive(
-    world: SimulatedWorld, tmp_path: Path
-) -> None:
-    path = tmp_path / "s.sock"
-    with served(path, world.backend), Wire(path) as wire:
-        wire.send(request_for("x"))
-        assert wire.take() == response_to("x")
-    assert world.leftovers() == ["x"]
