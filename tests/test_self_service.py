@@ -41,7 +41,7 @@ def scope(cgroup2: Path, allocation_id: str) -> Path:
     return cgroup2 / "workload.slice" / f"{allocation_id}.scope"
 
 
-@pytest.mark.clause("SELF-12")
+@pytest.mark.clause("SELF-2", "SELF-12")
 @pytest.mark.needs_root
 def test_basic_a_path_is_enough(
     new_consumer: NewConsumer, nowhere: Path, allocation_id: str, scope: Path
