@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, Final, TypeAlias
 
 from transport.request import AsyncConsumer, AsyncHandoff, Consumer
@@ -36,13 +35,8 @@ class Awaited:
         self._runner.run(self._inner.__aenter__())
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._runner.run(self._inner.__aexit__(kind, error, trace))
+    def __exit__(self, *exc_info: object) -> None:
+        self._runner.run(self._inner.__aexit__(*exc_info))
 
 
 class Awaiting(Awaited):
@@ -79,10 +73,5 @@ class Stopwatch:
         self._start = time.monotonic()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.seconds = time.monotonic() - self._start

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import select
 import socket
 import threading
 import time
@@ -101,6 +102,10 @@ class Line:
         self.say(what)
         return self.hear()
 
+    def hears_nothing(self) -> bool:
+        """Whether nothing has arrived by now."""
+        return not select.select([self.sock], [], [], 0)[0]
+
     def hear_rest(self) -> list[Message]:
         """Everything until the other end hangs up."""
         rest = []
@@ -125,12 +130,7 @@ class Line:
     def __enter__(self) -> Line:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.hang_up()
 
     def _read(self, size: int) -> bytes | None:

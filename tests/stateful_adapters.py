@@ -17,7 +17,7 @@ from typing import Final
 
 from handoffs import Ability, Adapter, Handoffs, History, Voice, Work
 from liar import wait_until
-from served import Served
+from serving import Serving
 from stateful_dealings import Counterpart, OnPipes, OnSockets
 from stateful_inside import (
     ConsumerBrain,
@@ -163,29 +163,30 @@ class OnSocketOfOurs(OnWorld):
         return self.served.turns
 
     def serve(self) -> None:
-        self.served = Served(self.path, self.reins, spans=FOREVER)
-        if Work.RECOVER not in self._held:
-            self.wait_ready()
+        is_held = Work.RECOVER in self._held
+        serving = Serving(self.path, self.reins, spans=FOREVER, waits_ready=not is_held)
+        self.served = serving.__enter__()
 
     def wait_ready(self) -> None:
         self.served.wait_ready()
 
     def stop(self) -> None:
         self.past += self.served.turns
-        self.served.stop()
+        self.served.end()
 
     def release(self, name: str) -> None:
-        self.served.ask_provider(lambda provider: provider._feed(on.ReleaseRequested(name)))
+        self.served.ask(lambda: self.served.provider._feed(on.ReleaseRequested(name)))
 
     def wait_held(self, work: Work) -> None:
         self.reins.wait_held(work)
 
     def is_running(self, timer: Timer, name: str) -> bool:
-        return self.served.ask_provider(lambda p: (timer, name) in p._timers._running)
+        timers = self.served.provider._timers
+        return self.served.ask(lambda: (timer, name) in timers._running)
 
     def expire(self, timer: Timer, name: str) -> None:
         wait_until(lambda: self.is_running(timer, name), f"{timer} of {name}")
-        self.served.ask_provider(lambda provider: provider._timers.expire(timer, name))
+        self.served.ask(lambda: self.served.provider._timers.expire(timer, name))
 
     def wait_released(self, name: str) -> None:
         wait_until(lambda: self.served.state_of(name) is AllocationState.RELEASED)
@@ -194,7 +195,7 @@ class OnSocketOfOurs(OnWorld):
         with ExitStack() as stack:
             stack.callback(self._folder.cleanup)
             stack.callback(self.world.close)
-            stack.callback(self.served.stop)
+            stack.callback(self.served.end)
 
 
 class InProcess(OnWorld):

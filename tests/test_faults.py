@@ -31,7 +31,7 @@ from faults_lives import (
     simulated_stage,
     whole_life,
 )
-from served import Wire
+from liar import Line
 from test_architecture import Module, modules
 
 from linux.cgroups import Scope, ScopeWatch
@@ -244,13 +244,13 @@ def test_a_connection_that_cannot_be_listened_to_is_told_so_at_once(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refused = _refuse_once(monkeypatch, stage, "add_reader", "Connection.start")
-    with Wire(stage.path) as wire:
+    with Line.to(stage.path) as line:
         stage.loop.run_until_complete(asyncio.sleep(0.01))
-        answer = wire.take()
+        answer = line.hear()
         assert refused
         assert isinstance(answer, SocketUnavailable)
         assert "Cannot allocate memory" in answer.reason
-        assert wire.hears_the_end()
+        assert line.hear() is None
     assert stage.tell(end_by_consumer).outcome == "served"
 
 

@@ -18,7 +18,8 @@ from typing import Final
 
 import pytest
 from forging import ALL, ORDERS
-from served import Served, Wire
+from liar import Line
+from serving import Serving
 from worlds import (
     IMAGE,
     LIGHT,
@@ -67,17 +68,16 @@ class Life:
         self.world: Final = world
         self.path: Final = directory / "s.sock"
         self.consumer: Final = Consumer(self.path, world.inspector)
-        self.provider: Served
+        self.provider: Serving
         self._stack: Final = ExitStack()
 
     def start(self, limits: Limits | None = None, **spans: float) -> None:
-        self.provider = Served(self.path, self.world.backend, limits, Spans(**spans))
-        self._stack.callback(self.provider.stop)
-        self.provider.wait_ready()
+        serving = Serving(self.path, self.world.backend, limits=limits, spans=Spans(**spans))
+        self.provider = self._stack.enter_context(serving)
 
     def drop(self) -> None:
         """Stop the provider, which releases nothing, and close what it had open."""
-        self.provider.stop()
+        self.provider.end()
         self.world.backend.close()
 
     def restart(self, **spans: float) -> None:
@@ -174,10 +174,10 @@ def test_the_same_request_gets_the_same_namespaces(life: Life, allocation_id: st
 @pytest.mark.clause("LIFE-4")
 def test_askers_that_meet_get_one_set(life: Life, allocation_id: str) -> None:
     with ExitStack() as stack:
-        wires = [stack.enter_context(Wire(life.path)) for _ in range(5)]
+        wires = [stack.enter_context(Line.to(life.path)) for _ in range(5)]
         for wire in wires:
-            wire.send(NamespaceRequest(allocation_id, LIGHT))
-        answers = {wire.take() for wire in wires}
+            wire.say(NamespaceRequest(allocation_id, LIGHT))
+        answers = {wire.hear() for wire in wires}
     assert answers == {NamespaceResponse(allocation_id, LIGHT, None)}
     assert len(life.provider.effects(do.CreateNamespaces)) == 1
 
@@ -386,12 +386,12 @@ ENDS: Final = (
 def test_one_end_is_announced_once_and_everything_released(
     life: Life, allocation_id: str, end: Callable[[Life, Handoff], None]
 ) -> None:
-    with Wire(life.path) as other:
-        other.send(NamespaceRequest(allocation_id, LIGHT, IMAGE))
-        other.take()
+    with Line.to(life.path) as other:
+        other.say(NamespaceRequest(allocation_id, LIGHT, IMAGE))
+        other.hear()
         handoff = life.obtain(allocation_id, LIGHT, IMAGE)
         end(life, handoff)
-        assert other.take() == AllocationEnded(allocation_id)
+        assert other.hear() == AllocationEnded(allocation_id)
         assert handoff.wait_ended(LONG_S)
         assert life.is_released(allocation_id)
         assert life.world.leftovers() == []
@@ -399,14 +399,14 @@ def test_one_end_is_announced_once_and_everything_released(
 
 
 def test_an_end_that_is_asked_for_is_answered_once(life: Life, allocation_id: str) -> None:
-    with Wire(life.path) as wire:
-        wire.send(NamespaceRequest(allocation_id, LIGHT))
-        wire.take()
-        wire.send(AllocationEnded(allocation_id))
-        assert wire.take() == AllocationEnded(allocation_id)
+    with Line.to(life.path) as wire:
+        wire.say(NamespaceRequest(allocation_id, LIGHT))
+        wire.hear()
+        wire.say(AllocationEnded(allocation_id))
+        assert wire.hear() == AllocationEnded(allocation_id)
         # Asked once more, it is answered once more: nothing else was on its way.
-        wire.send(AllocationEnded(allocation_id))
-        assert wire.take() == AllocationEnded(allocation_id)
+        wire.say(AllocationEnded(allocation_id))
+        assert wire.hear() == AllocationEnded(allocation_id)
         assert wire.hears_nothing()
 
 
@@ -423,13 +423,13 @@ def test_an_end_kills_what_runs(life: Life, allocation_id: str) -> None:
 def test_many_reasons_to_end_are_one_end(life: Life, allocation_id: str) -> None:
     handoff = life.obtain(allocation_id)
     with life.spawn(handoff, "sleep", "infinity") as process, ExitStack() as stack:
-        wires = [stack.enter_context(Wire(life.path)) for _ in range(3)]
+        wires = [stack.enter_context(Line.to(life.path)) for _ in range(3)]
         life.world.kill_init(allocation_id)
         process.kill()
         for wire in wires:
-            wire.send(AllocationEnded(allocation_id))
+            wire.say(AllocationEnded(allocation_id))
         process.wait()
-        assert [wire.take() for wire in wires] == [AllocationEnded(allocation_id)] * 3
+        assert [wire.hear() for wire in wires] == [AllocationEnded(allocation_id)] * 3
         assert handoff.wait_ended(LONG_S)
     released = [e for e, _ in life.provider.turns if isinstance(e, on.NamespacesReleased)]
     assert released == [on.NamespacesReleased(allocation_id)]
@@ -459,7 +459,7 @@ def test_a_process_further_down_keeps_it_alive(life: Life, allocation_id: str) -
 
 def assert_still_alive(life: Life, name: str) -> None:
     """Say so once the provider has seen all there is to see by now."""
-    life.provider.ask_provider(lambda provider: provider._watcher.observe())
+    life.provider.ask(life.provider.provider._watcher.observe)
     assert life.state_of(name) is AllocationState.HANDED_OFF
 
 
@@ -528,12 +528,12 @@ def test_a_zombie_in_the_cgroup_alone_does_not_keep_it(life: Life, allocation_id
 
 @pytest.mark.clause("END-16")
 def test_an_end_that_overtakes_the_creation_undoes_it(life: Life, allocation_id: str) -> None:
-    with Wire(life.path) as asker, Wire(life.path) as ender:
-        asker.send(NamespaceRequest(allocation_id, ALL, IMAGE))
+    with Line.to(life.path) as asker, Line.to(life.path) as ender:
+        asker.say(NamespaceRequest(allocation_id, ALL, IMAGE))
         eventually(lambda: life.state_of(allocation_id) is not AllocationState.UNKNOWN)
-        ender.send(AllocationEnded(allocation_id))
-        assert ender.take() == AllocationEnded(allocation_id)
-        assert isinstance(asker.take(), CreationFailed | NamespaceResponse)
+        ender.say(AllocationEnded(allocation_id))
+        assert ender.hear() == AllocationEnded(allocation_id)
+        assert isinstance(asker.hear(), CreationFailed | NamespaceResponse)
     assert life.world.leftovers() == []
 
 
@@ -581,7 +581,7 @@ def test_without_a_grace_a_first_helper_is_the_end(life: Life, allocation_id: st
 
 
 def graces_of(life: Life) -> list[str]:
-    return life.provider.ask_provider(lambda provider: list(provider._watcher._graces))
+    return life.provider.ask(lambda: list(life.provider.provider._watcher._graces))
 
 
 @pytest.mark.clause("END-7")
@@ -611,8 +611,8 @@ def draining(idle_life: Life, allocation_id: str) -> Iterator[Handoff]:
     idle_life.start(release_s=0.1)
     handoff = idle_life.obtain(allocation_id)
     idle_life.world.entangle(allocation_id)
-    with Wire(idle_life.path) as operator:
-        operator.send(AllocationEnded(allocation_id))
+    with Line.to(idle_life.path) as operator:
+        operator.say(AllocationEnded(allocation_id))
         eventually(lambda: idle_life.state_of(allocation_id) is AllocationState.ENDED)
         yield handoff
     idle_life.world.disentangle(allocation_id)
@@ -629,8 +629,8 @@ def entry_of(life: Life, name: str) -> Entry:
 @pytest.mark.clause("END-9")
 def test_what_does_not_die_is_named(idle_life: Life, draining: Handoff, allocation_id: str) -> None:
     zombie = str(idle_life.world._entangled[allocation_id].pid)
-    drain = idle_life.provider.ask_provider
-    eventually(lambda: zombie in drain(lambda p: p.kernel.drain_of(allocation_id)))
+    ask, kernel = idle_life.provider.ask, idle_life.provider.provider.kernel
+    eventually(lambda: zombie in ask(lambda: kernel.drain_of(allocation_id)))
     eventually(lambda: zombie in (entry_of(idle_life, allocation_id).why or ""))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from types import TracebackType
 from typing import Any, Final
 
 from statemachine import effects as do
@@ -65,12 +64,7 @@ class AsyncHandoff(BaseHandoff):
     async def __aenter__(self) -> AsyncHandoff:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         try:
             await self.settle()
         finally:
@@ -150,12 +144,7 @@ class AsyncConsumer(BaseConsumer[AsyncHandoff]):
     async def __aenter__(self) -> AsyncConsumer:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         await self.close()
 
     @property

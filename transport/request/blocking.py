@@ -10,7 +10,6 @@ from __future__ import annotations
 import select
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, Final
 
 from statemachine import effects as do
@@ -92,12 +91,7 @@ class Handoff(BaseHandoff):
     def __enter__(self) -> Handoff:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         try:
             self.settle()
         finally:
@@ -193,12 +187,7 @@ class Consumer(BaseConsumer[Handoff]):
     def __enter__(self) -> Consumer:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
 
