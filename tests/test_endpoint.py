@@ -170,7 +170,9 @@ def test_the_group_is_what_was_asked_for(path: Path) -> None:
 
 def test_closing_removes_the_path(path: Path) -> None:
     listener = listen(path)
+    assert repr(listener) == f"<Listener on {path}: listening>"
     listener.close()
+    assert repr(listener) == f"<Listener on {path}: closed>"
     assert not path.exists()
     listener.close()
     for use in (listener.fileno, listener.accept):
