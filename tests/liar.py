@@ -182,7 +182,7 @@ class Liar:
         self.lines: list[Line] = []
 
     def stop_listening(self) -> None:
-        """Accept no more; whoever calls now is refused."""
+        """Accept no more; further connections are refused."""
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
 

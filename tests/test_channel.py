@@ -102,13 +102,13 @@ def wire_to(*, accepts_descriptors: bool) -> Iterator[Wire]:
 
 @pytest.fixture
 def consumer() -> Iterator[Wire]:
-    """A consumer's channel, and the socket of whoever plays its provider."""
+    """A consumer's channel, and the raw socket in place of its provider's."""
     yield from wire_to(accepts_descriptors=True)
 
 
 @pytest.fixture
 def provider() -> Iterator[Wire]:
-    """A provider's channel, and the socket of whoever plays its consumer."""
+    """A provider's channel, and the raw socket in place of its consumer's."""
     yield from wire_to(accepts_descriptors=False)
 
 
@@ -939,7 +939,7 @@ def test_a_packet_longer_than_the_read_is_truncated() -> None:
         assert receive_once(theirs, 6, 0) == (b"packet", [], False)
 
 
-def test_sending_to_nobody_is_an_error_and_no_signal() -> None:
+def test_sending_to_a_closed_peer_is_an_error_and_no_signal() -> None:
     signals: list[int] = []
     before = signal.signal(signal.SIGPIPE, lambda number, frame: signals.append(number))
     ours, theirs = socket.socketpair()
