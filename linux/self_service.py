@@ -95,6 +95,7 @@ class OwnNamespaces:
     def _backend(self) -> LinuxBackend:
         from .backend import IMAGE_ROOT, UENV_BASE, LinuxBackend, NodeSettings
 
+        # Two allocations may be served at once, each in a thread.
         with self._guard:
             if not self._made:
                 image_root, uenv_base = self._image_root or IMAGE_ROOT, self._uenv_base or UENV_BASE

@@ -215,6 +215,7 @@ class _LoopDriver:
 
         Only waiting to get into a full backlog makes nothing.
         """
+        # From here on `follow` begins nothing.
         self._is_closing = True
         if self._task is None:
             return
@@ -238,6 +239,7 @@ class _LoopDriver:
         self._stop_timer()
         if exchange.deadlines:
             self._timer = self._loop.call_at(min(exchange.deadlines.values()), self._on_time)
+        # One at a time, because effects are performed in their order.
         if exchange.slow and self._task is None and not self._is_closing:
             self._task = self._loop.create_task(self._work(exchange.slow.popleft()))
         self._moved.set()
@@ -307,6 +309,7 @@ _PERFORMERS: Final[dict[type[Effect], Callable[[_LoopDriver, Any], Coroutine[Any
 
 async def _undisturbed(work: Coroutine[Any, Any, None]) -> None:
     """Await work to its end; a cancellation that comes meanwhile is passed on afterwards."""
+    # Half-way, descriptors would be left open and the provider with a set that is not wanted.
     task = asyncio.ensure_future(work)
     cancellation: asyncio.CancelledError | None = None
     while not task.done():

@@ -194,8 +194,10 @@ class Consumer(BaseConsumer[Handoff]):
 def _run(exchange: Exchange, is_done: Callable[[], bool], timeout_s: float | None = None) -> bool:
     """Drive an exchange until it is done, or the time is over; say whether it is done."""
     deadline = None if timeout_s is None else exchange.clock() + timeout_s
+    # What has arrived since the last call counts, even if there is no time to wait.
     exchange.read()
     while not is_done():
+        # What the kernel has decided is done, whatever the time.
         if exchange.slow:
             perform(exchange, exchange.slow.popleft())
             continue

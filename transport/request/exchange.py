@@ -352,6 +352,7 @@ class Exchange:
                 self.inspector.inspect(descriptor.fileno()) for _, descriptor in self.bundle
             )
         except BaseException:
+            # Also when interrupted: the kernel does not know of this set, and would not end it.
             self.release_own()
             raise
         return response
@@ -399,6 +400,7 @@ class Exchange:
 
     def _close_channel(self, effect: do.CloseChannel) -> None:
         self._drop_channel()
+        # The kernel gave up the call that is under way, too; it will not hear of its outcome.
         for other in tuple(self.slow):
             if isinstance(other, do.Connect):
                 self.slow.remove(other)
@@ -410,6 +412,7 @@ class Exchange:
 
     def _deliver(self, effect: do.DeliverDescriptors) -> None:
         # Keeps FD-12.
+        # What self-service made is in `bundle` already.
         if not effect.is_degraded:
             self.bundle, self._arrived = self._arrived, None
             self.identities = self._arrived_identities

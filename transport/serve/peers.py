@@ -95,6 +95,7 @@ class Connection:
             self._close_write(error.reason)
             return False
         except OSError as error:
+            # The event loop cannot watch for room (no memory), so the rest would wait for ever.
             self._close_write(f"the rest cannot be sent: {error.strerror}")
             return False
         return True
@@ -129,6 +130,7 @@ class Connection:
 
     def _read(self) -> None:
         for received in self.channel.receive():
+            # Feeding the one before may have closed the connection, or refused all that follows.
             if self.read_closed:
                 return
             match received:
@@ -160,6 +162,7 @@ class Connection:
 
     def _time_frame(self) -> None:
         """Give the frame that has begun to arrive its deadline, once."""
+        # Once: begun anew with every byte, it would let a peer keep a frame open for ever.
         if self.read_closed:
             return
         if not self.channel.is_mid_frame:
@@ -202,6 +205,7 @@ class Connection:
     def _start_linger(self, reason: str) -> None:
         if self._linger is not None:
             self._linger.cancel()
+        # A peer that never reads would hold its connection, and what waits for it, for ever.
         self._linger = self._loop.call_later(self._spans.linger_s, self.drop, reason)
 
 
@@ -278,6 +282,7 @@ class Connections:
             except OSError as error:
                 _turn_away(accepted, f"the provider cannot listen to it: {error.strerror}")
                 continue
+            # Numbers are never used twice: an effect for a connection that is gone finds none.
             self._next_number += 1
             self._open[connection.number] = connection
             self._feed(on.ConnectionOpened(connection.number, accepted.credentials.uid))

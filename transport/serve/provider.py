@@ -152,6 +152,7 @@ class Provider:
     ) -> None:
         recovery = await self._work.recover()
         if self._stopping.is_set():
+            # What was found stays as it is, for the next provider to adopt.
             return
         if on_recovered is not None:
             on_recovered(recovery.remembered)
@@ -167,8 +168,10 @@ class Provider:
     async def _wind_up(self, starting: asyncio.Task[None]) -> None:
         # Keeps CRASH-12.
         self.stop()
+        # First the path, so that who connects now is refused at once, and the next one can start.
         self._connections.stop_accepting()
         self._feed(on.ProviderStopping())
+        # Connections stay open meanwhile: what is under way was asked for on them.
         left = await self._work.finish(starting)
         self._has_hung = bool(left)
         self._watcher.stop()
@@ -215,6 +218,7 @@ class Provider:
 
     def _release(self, effect: do.ReleaseNamespaces) -> None:
         # Keeps END-14.
+        # Before the release is even queued: it may wait for a creation, and the end be announced.
         name = effect.allocation_id
         try:
             self._backend.record_ended(name)
@@ -237,6 +241,7 @@ class Provider:
         if connection is None:
             return
         name = effect.response.allocation_id
+        # Opened for every hand-over anew, and owned by the channel: none is kept here.
         try:
             is_sent = connection.send(effect.response, self._backend.bundle_of(name))
         except Exception as error:

@@ -88,6 +88,7 @@ class Watcher:
             loop.call_later(BACKEND_PAUSE_S, self._resume_observing)
             return
         for observation in observations:
+            # One sighting can end the allocation that the next is of.
             if self._is_observed(observation.allocation_id):
                 _SIGHTINGS[observation.sighting](self, observation.allocation_id)
 
@@ -157,6 +158,7 @@ class Watcher:
 
     def _end_grace(self, name: str) -> None:
         # Keeps END-4, END-7.
+        # Read again: the sighting may be old, and a process may have come since.
         self._graces.pop(name, None)
         if self._is_over(name):
             self._feed(on.ScopeEmptied(name))

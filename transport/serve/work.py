@@ -42,6 +42,7 @@ class BackendWork:
         self._backend: Final = backend
         self._report: Final = report
         self._stopping: Final = stopping
+        # Not the loop's own: what hangs must keep neither others nor the end of the loop waiting.
         self._pool = ThreadPoolExecutor(WORKERS_MAX, thread_name_prefix="backend")
         self._last: Final[dict[str, asyncio.Task[None]]] = {}
         """The last piece of each allocation that has any; it waits for those before it."""
@@ -83,6 +84,7 @@ class BackendWork:
         clock = asyncio.get_running_loop().time
         deadline = clock() + STOP_TIMEOUT_S
         left = {starting, *([self._tidying] if self._tidying else [])}
+        # Work that ends can bring about more: a release after a creation, say.
         while left := {task for task in (*left, *self._last.values()) if not task.done()}:
             timeout_s = deadline - clock()
             if timeout_s <= 0:
@@ -98,6 +100,7 @@ class BackendWork:
 
     def _add(self, name: str, job: Callable[[], Event]) -> None:
         # Keeps END-9.
+        # Tasks wait for one another, not threads: a thread that waits is a worker less for others.
         work = self._do(name, self._last.get(name), job)
         self._last[name] = asyncio.get_running_loop().create_task(work)
 
@@ -107,6 +110,7 @@ class BackendWork:
         if before is not None:
             await asyncio.wait({before})
         event = await asyncio.get_running_loop().run_in_executor(self._pool, job)
+        # Unless more was added meanwhile, which waits for this very task.
         if self._last.get(name) is asyncio.current_task():
             del self._last[name]
         self._report(event)
