@@ -89,14 +89,19 @@ class Name(NamedTuple):
 
 def modules(package: str) -> list[Path]:
     """List the modules of a package that somebody imports, in the order of their names."""
-    found = sorted((ROOT / package).glob("*.py"))
+    found = sorted((ROOT / package).rglob("*.py"))
     return [path for path in found if not path.stem.startswith((*PROGRAMS, "__init__"))]
+
+
+def module_of(path: Path) -> str:
+    """Return the dotted name of a module; of one outside the project, its last two parts."""
+    parts = path.with_suffix("").parts
+    return ".".join(parts[len(ROOT.parts) :] if path.is_relative_to(ROOT) else parts[-2:])
 
 
 def names(path: Path) -> Iterator[Name]:
     """Find the public names of a module, in their order: its own, and those of its classes."""
-    module = f"{path.parent.name}.{path.stem}"
-    yield from _names(module, "", ast.parse(path.read_text(encoding="utf-8")).body)
+    yield from _names(module_of(path), "", ast.parse(path.read_text(encoding="utf-8")).body)
 
 
 def _names(module: str, prefix: str, body: list[ast.stmt]) -> Iterator[Name]:
@@ -173,7 +178,7 @@ def reference(package: str) -> str:
     for path in modules(package):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         opening = (ast.get_docstring(tree) or "").partition("\n\n")[0].replace("\n", " ")
-        lines += ["", f"### {package}.{path.stem}", "", opening, ""]
+        lines += ["", f"### {module_of(path)}", "", opening, ""]
         lines += [line for name in names(path) for line in _entry(name)]
     return "\n".join(lines)
 
