@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from statemachine.errors import CreationFailed
 from statemachine.messages import NamespaceRequest, NamespaceResponse
+from transport.calls import syscall
 from transport.descriptors import DescriptorBundle
 
 from .features import Features
@@ -134,5 +135,5 @@ def make_directory(path: Path) -> None:
     if path.is_dir():
         return
     make_directory(path.parent)
-    path.mkdir(exist_ok=True)
-    path.chmod(DIRECTORY_MODE)  # mkdir let the umask take bits away
+    syscall(path.mkdir, exist_ok=True)
+    syscall(path.chmod, DIRECTORY_MODE)  # mkdir let the umask take bits away
