@@ -45,6 +45,9 @@ from .messages import (
 from .provider import Limits, ProviderKernel, Snapshot
 from .roles import NamespaceConsumer, NamespaceProvider
 
+__version__ = "0.1.0"
+"""The project's version; that of the other packages is this one."""
+
 __all__ = [
     "HANDOFF_SOCKET_PATH",
     "AllocationEnded",
@@ -71,5 +74,6 @@ __all__ = [
     "ServiceState",
     "Snapshot",
     "SocketUnavailable",
+    "__version__",
     "objection",
 ]

@@ -111,6 +111,12 @@ def module_of(path: Path) -> str:
     return ".".join(parts[len(ROOT.parts) :] if path.is_relative_to(ROOT) else parts[-2:])
 
 
+def module_of(path: Path) -> str:
+    """Return the dotted name of a module; of one outside the project, its last two parts."""
+    parts = path.with_suffix("").parts
+    return ".".join(parts[len(ROOT.parts) :] if path.is_relative_to(ROOT) else parts[-2:])
+
+
 def names(path: Path) -> Iterator[Name]:
     """Find the public names of a module, in their order: its own, and those of its classes."""
     yield from _names(module_of(path), "", ast.parse(path.read_text(encoding="utf-8")).body)

@@ -98,8 +98,10 @@ _CODEC: Final = "transport/codec.py"
 _FRAMING: Final = "transport/framing.py"
 _CHANNEL: Final = "transport/channel.py"
 _DESCRIPTORS: Final = "transport/descriptors.py"
-_SERVE: Final = "transport/serve.py"
-_REQUEST: Final = "transport/request.py"
+_SERVE: Final = "transport/serve/provider.py"
+_PEERS: Final = "transport/serve/peers.py"
+_WORK: Final = "transport/serve/work.py"
+_EXCHANGE: Final = "transport/request/exchange.py"
 _BACKEND: Final = "linux/backend.py"
 
 _INTEND: Final = 'self._journal.intend(Entry(life.name, life.token, "requested", life.request))'
@@ -790,7 +792,7 @@ CANARIES: Final = (
         "what an effect brings about is fed before the next effect is performed",
         "transitions and event loops make it easy to be called from within",
         _driver("test_all_of_an_events_effects_come_before_what_they_bring_about"),
-        (Change(_SERVE, "        if self._is_pumping:\n            return\n", ""),),
+        (Change(_SERVE, "        if self._is_feeding:\n            return\n", ""),),
     ),
     Canary(
         "work for one allocation is done side by side",
@@ -798,7 +800,7 @@ CANARIES: Final = (
         _driver("test_a_release_waits_for_the_creation_before_it"),
         (
             Change(
-                _SERVE,
+                _WORK,
                 "        if before is not None:\n            await asyncio.wait({before})\n",
                 "",
             ),
@@ -810,9 +812,9 @@ CANARIES: Final = (
         _driver("test_bytes_that_trickle_in_buy_no_more_time"),
         (
             Change(
-                _SERVE,
-                "        elif peer.deadline is None:\n",
-                "        else:\n            self._stop_deadline(peer)\n",
+                _PEERS,
+                "        elif self._frame_deadline is None:\n",
+                "        else:\n            self._stop_frame_deadline()\n",
             ),
         ),
     ),
@@ -828,9 +830,9 @@ CANARIES: Final = (
         _liar("test_a_lie_is_caught_and_the_consumer_serves_itself"),
         (
             Change(
-                _REQUEST,
-                "                self.arrived_identities = verify_bundle(bundle, self.inspector)\n",
-                "                self.arrived_identities = tuple(\n"
+                _EXCHANGE,
+                "self._arrived_identities = verify_bundle(bundle, self.inspector)\n",
+                "self._arrived_identities = tuple(\n"
                 "                    self.inspector.inspect(each.fileno()) for _, each in bundle\n"
                 "                )\n",
             ),

@@ -26,7 +26,7 @@ from statemachine.lifecycle import AllocationState
 from statemachine.messages import NamespaceRequest
 from tests.support.forging import new_token, pids_with_token
 from tests.support.scarcity import descriptors_left
-from transport.calls import guarded_by
+from transport.calls import hook_syscalls
 from transport.contract import Sighting, Step
 
 pytestmark = pytest.mark.needs_root
@@ -75,7 +75,7 @@ def test_the_intent_is_journaled_before_anything_is_made(
         passed.append(f"{getattr(function, '__name__', '')} {args}")
         return function(*args, **kwargs)
 
-    with guarded_by(note):
+    with hook_syscalls(note):
         world.program_now.create_namespaces(request_for(allocation_id))
     intent = next(i for i, call in enumerate(passed) if "INSERT INTO allocation" in call)
     made = next(i for i, call in enumerate(passed) if f"{allocation_id}.scope" in call)

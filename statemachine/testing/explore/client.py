@@ -17,7 +17,7 @@ from ...errors import (
     FdPassing,
     SocketUnavailable,
 )
-from ...events import Event
+from ...events import ConsumerInput
 from ...lifecycle import ConsumerState, NoticeState
 from ...messages import (
     AllocationEnded,
@@ -173,7 +173,7 @@ class ClientDraft:
 
     # --- The caller ----------------------------------------------------------------------------
 
-    def join(self, request: int, event: Event) -> None:
+    def join(self, request: int, event: ConsumerInput) -> None:
         self._disown()
         is_counted = self.setting.bounds.wishes is not None
         if self.client.wishes:
@@ -197,7 +197,7 @@ class ClientDraft:
 
     # --- The driver ----------------------------------------------------------------------------
 
-    def tell(self, event: Event) -> None:
+    def tell(self, event: ConsumerInput) -> None:
         """Feed the kernel, and perform what it says."""
         kernels = self.setting.kernels
         step = kernels.step_consumer(self.client.kernel, event)
@@ -362,16 +362,17 @@ def is_provided(setting: Setting, ground: Ground, index: int) -> bool:
     return is_held or any(isinstance(m, NamespaceRequest) for m in coming)
 
 
-def _spoilt(request: NamespaceRequest, fate: int) -> Event:
-    return {
+def _spoilt(request: NamespaceRequest, fate: int) -> ConsumerInput:
+    said: dict[int, ConsumerInput] = {
         CUT: on.FrameRejected("descriptors were cut off"),
         MISMATCHED: on.ResponseMismatched("fd_types is another"),
         NOT_FOUND: on.NotFoundReceived(AllocationNotFound(request.allocation_id)),
         FAILED_TO_PASS: on.PassingFailed(FdPassing("no descriptor is left")),
-    }[fate]
+    }
+    return said[fate]
 
 
-_EXPIRIES: Final[dict[Timer, Callable[[], Event]]] = {
+_EXPIRIES: Final[dict[Timer, Callable[[], ConsumerInput]]] = {
     Timer.ANSWER: on.AnswerOverdue,
     Timer.NOTICE: on.NoticeOverdue,
     Timer.REDIAL: on.NoticeDue,

@@ -15,7 +15,7 @@ from ... import effects as do
 from ... import events as on
 from ...effects import Effect, Timer
 from ...errors import CreationFailed, FdPassing
-from ...events import Event
+from ...events import ProviderInput
 from ...lifecycle import AllocationState, ServiceState
 from ...messages import (
     AllocationEnded,
@@ -261,7 +261,7 @@ class GroundDraft:
         self.forks: list[Ground] | None = [] if has_forks else None
         self.last: type = object
         """What was done last, or has just happened."""
-        self.events: deque[Event] = deque()
+        self.events: deque[ProviderInput] = deque()
 
     def make(self, move: Move) -> None:
         """
@@ -313,13 +313,13 @@ class GroundDraft:
 
     # --- The provider's program ----------------------------------------------------------------
 
-    def feed(self, event: Event) -> None:
+    def feed(self, event: ProviderInput) -> None:
         """Feed the kernel, and perform what it says, until nothing follows from it any more."""
         self.events.append(event)
         while self.events:
             self._turn(self.events.popleft())
 
-    def _turn(self, event: Event) -> None:
+    def _turn(self, event: ProviderInput) -> None:
         before = self.view.states
         try:
             step = self.kernels.step_provider(self.provider, event)
@@ -656,7 +656,7 @@ class GroundDraft:
         self._note_read(event)
         self.feed(event)
 
-    def _note_read(self, event: Event) -> None:
+    def _note_read(self, event: ProviderInput) -> None:
         if isinstance(event, on.EndReceived):
             state = self.view.states[self._index(event.allocation_id)]
             self.setting.see(f"an end is read of what is {state.value}")
@@ -773,7 +773,7 @@ def _who(link: Link) -> str:
     return f"S{link.number}" if link.client == STRANGER else f"C{max(link.client - 1, 0)}"
 
 
-_EXPIRIES: Final[dict[Timer, Callable[[str], Event]]] = {
+_EXPIRIES: Final[dict[Timer, Callable[[str], ProviderInput]]] = {
     Timer.CLAIM: on.ClaimExpired,
     Timer.RELEASE: on.ReleaseOverdue,
     Timer.RETRY: on.RetryDue,

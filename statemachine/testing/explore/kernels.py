@@ -24,7 +24,7 @@ from ...errors import (
     ProtocolError,
     RemoteProtocolError,
 )
-from ...events import Event
+from ...events import ConsumerInput, ProviderInput
 from ...lifecycle import AllocationState, ConsumerState, NoticeState, ServiceState
 from ...messages import (
     AllocationEnded,
@@ -108,8 +108,8 @@ class Kernels:
         self._index = {name: i for i, name in enumerate(self.names)}
         self._providers: Numbers[tuple[Snapshot, Any]] = Numbers()
         self._consumers: Numbers[tuple[Snapshot, Any]] = Numbers()
-        self._provider_steps: dict[tuple[int, Event], Step] = {}
-        self._consumer_steps: dict[tuple[int, Event], Step | None] = {}
+        self._provider_steps: dict[tuple[int, ProviderInput], Step] = {}
+        self._consumer_steps: dict[tuple[int, ConsumerInput], Step | None] = {}
         self._renamed: dict[tuple[int, Swap, str | tuple[int, ...]], int] = {}
 
     def index_of(self, name: str) -> int:
@@ -147,7 +147,7 @@ class Kernels:
             started = model.Provider(limits=model.Limits(**limits), remembered=names)
         return self._number_provider(kernel, started)
 
-    def step_provider(self, number: int, event: Event) -> Step:
+    def step_provider(self, number: int, event: ProviderInput) -> Step:
         """
         Feed the provider's kernel.
 
@@ -162,7 +162,7 @@ class Kernels:
         self.decided = step.effects
         return step
 
-    def _take_provider_step(self, number: int, event: Event) -> Step:
+    def _take_provider_step(self, number: int, event: ProviderInput) -> Step:
         before, known = self._providers.things[number]
         kernel = self._provider.restore(before, self._limits)
         self.rows.clear()
@@ -178,7 +178,7 @@ class Kernels:
         return Step(self._number_provider(kernel, known), effects, rows)
 
     def _follow_provider(
-        self, known: Any, event: Event, effects: tuple[Effect, ...], kernel: ProviderKernel
+        self, known: Any, event: ProviderInput, effects: tuple[Effect, ...], kernel: ProviderKernel
     ) -> Any:
         """Have the model take the same step, and compare."""
         try:
@@ -217,7 +217,7 @@ class Kernels:
         started = model.Consumer(request) if self._has_model else None
         return self._number_consumer(self._consumer(request), started)
 
-    def step_consumer(self, number: int, event: Event) -> Step | None:
+    def step_consumer(self, number: int, event: ConsumerInput) -> Step | None:
         """
         Feed a consumer's kernel.
 
@@ -235,7 +235,7 @@ class Kernels:
             step.uses += 1
         return step
 
-    def _take_consumer_step(self, number: int, event: Event) -> Step | None:
+    def _take_consumer_step(self, number: int, event: ConsumerInput) -> Step | None:
         before, known = self._consumers.things[number]
         kernel = self._consumer.restore(before)
         self.rows.clear()
@@ -317,7 +317,7 @@ class Kernels:
 
 
 def _follow_consumer(
-    known: Any, event: Event, effects: tuple[Effect, ...], kernel: ConsumerKernel
+    known: Any, event: ConsumerInput, effects: tuple[Effect, ...], kernel: ConsumerKernel
 ) -> Any:
     """Have the model take the same step, and compare."""
     try:
@@ -332,7 +332,7 @@ def _follow_consumer(
     return after
 
 
-def _is_impossible(known: Any, event: Event) -> bool:
+def _is_impossible(known: Any, event: ConsumerInput) -> bool:
     try:
         model.consumer_step(known, event)
     except model.Impossible as impossible:
