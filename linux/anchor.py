@@ -1,21 +1,18 @@
-"""What keeps an allocation's namespaces alive, and how is it recognised again?
+"""Anchor: the process that keeps an allocation's namespaces alive, and how to find it again.
 
-A PID namespace lives as long as its first process, so every allocation has an *anchor*: a small
-process that does nothing, outlives the provider, and is killed to end the allocation. While it
-lives, all the allocation's namespaces can be opened from it; the provider holds one pidfd per
-allocation and nothing else.
+A PID namespace lives as long as its first process. So every allocation has an *anchor*: a small
+process that does nothing, outlives the provider, and is killed to end the allocation. All the
+allocation's namespaces can be opened from it, so the provider holds one pidfd per allocation.
 
-The anchor runs an existing program (`sleep infinity`). It is started with SIGCHLD ignored, which
-survives the exec, and makes the Linux kernel reap the orphans that come to a PID namespace's
-init: no line of code of ours runs in it.
+The anchor executes `sleep infinity`, with SIGCHLD ignored. That survives the exec and makes the
+Linux kernel reap the orphans which a PID namespace's init inherits.
 
-A provider that starts again must find its anchors, and must never take another process for one.
-So an anchor has two names that outlive the provider:
+A provider that starts again has to find its anchors without mistaking another process for one. Two
+things outlive the provider:
 
-    identity    what the journal holds: boot, pid, and what tells this process from a later one
-                with the same pid
-    token       a text in the anchor's environment, and nothing else is in there; all anchors of
-                one instance are in one cgroup, so even one that no journal mentions is found
+    identity    in the journal: boot, pid, and what tells this process from a later one of that pid
+    token       the only variable in the anchor's environment. All anchors of a provider instance
+                are in one cgroup, so even one without a journal entry is found.
 
 Anchors are started in `forge`.
 """
@@ -52,16 +49,16 @@ _NAMESPACE_LINKS: Final = ("pid", "net", "mnt")
 # the first one is field 3, and the start time is field 22.
 _STAT_START_TIME: Final = 22 - 3
 
-# What /proc answers about a process that has gone, or is going: as good as no answer.
+# What /proc answers about a process that has gone, or is going.
 _GONE: Final = frozenset({errno.ENOENT, errno.ESRCH})
 
-# What pidfd_open says about a number that no process has. Since 6.15 a thread that leads no
-# process is ENOENT, before it was EINVAL: either way the number has passed on.
+# What pidfd_open says about a number that no process has. If a thread has it that leads no process,
+# that is EINVAL, and ENOENT since 6.15.
 _NO_PROCESS: Final = frozenset({errno.ESRCH, errno.ENOENT, errno.EINVAL})
 
 
 def boot_id() -> str:
-    """Name the current boot of this machine; no pid or inode means anything across two of them."""
+    """Return the id of the current boot; no pid or inode means anything after another one."""
     path = "/proc/sys/kernel/random/boot_id"
     with calling("read(2)", path):
         return syscall(Path(path).read_text, encoding="ascii").strip()
@@ -70,7 +67,7 @@ def boot_id() -> str:
 @dataclass(frozen=True, slots=True)
 class AnchorIdentity:
     """
-    What tells one anchor from every other process, written down before it is forgotten.
+    What tells one anchor from every other process, in a form that can be stored.
 
     Source:
         pidfd_open(2), "pidfs"; proc_pid_stat(5). A start time alone is weak: a forced reuse of a
@@ -78,18 +75,18 @@ class AnchorIdentity:
     """
 
     boot_id: str
-    """The boot in which all the rest is valid."""
+    """The boot in which the rest is valid."""
     pid: int
-    """The process' number, as the provider sees it."""
+    """As the provider sees it."""
     pidfs_inode: int | None
     """Unique for the whole boot; None where the Linux kernel does not have it (before 6.9)."""
     start_time: int
     """Clock ticks after the boot."""
     namespaces: Mapping[str, int] = field(default_factory=dict)
-    """Inode of each namespace, by its name in /proc: a second opinion, since inodes are reused."""
+    """Inode of each namespace, by its name in /proc. Not proof by itself: inodes are reused."""
 
     def as_json(self) -> dict[str, object]:
-        """Give the identity as plain values, for the journal."""
+        """Return it as plain values, for the journal."""
         return {
             "boot_id": self.boot_id,
             "pid": self.pid,
@@ -101,7 +98,7 @@ class AnchorIdentity:
     @classmethod
     def from_json(cls, plain: Mapping[str, object]) -> AnchorIdentity:
         """
-        Read what `as_json` gave.
+        Read what `as_json` returned.
 
         Raises:
             ValueError: it is something else; the text names the field.
@@ -121,13 +118,13 @@ class AnchorIdentity:
 
 class Anchor:
     """
-    One anchor, held by its pidfd: whatever becomes of the pid, this is still the same process.
+    One anchor, held by a pidfd, which refers to the same process even when the pid is reused.
 
-    Closing it (or leaving the context) forgets the anchor and lets it live; `kill` ends it.
+    Closing it (or leaving the context) closes the pidfd and lets the process live; `kill` ends it.
 
     Args:
-        pid: Its number, for people and for /proc.
-        pidfd: The anchor owns it.
+        pid: For texts and for /proc.
+        pidfd: This object owns it.
         token: The value of `ANCHOR_VARIABLE` in its environment.
     """
 
@@ -144,12 +141,12 @@ class Anchor:
         """
         Say whether the anchor has not ended; a zombie has.
 
-        Args:
-            patience_ms: How long to wait for its end, if it is alive; 0 only looks.
+        One that was killed is alive until every process of its PID namespace is reaped. The parent
+        of a process that joined from outside may never do that, so never wait for it without a
+        limit.
 
-        One that was killed is alive until the last process of its PID namespace is gone. If a
-        process from outside joined that namespace and was not yet reaped by its parent, that can
-        take for ever: release is never a wait for this.
+        Args:
+            patience_ms: How long to wait for its end, if it is alive; 0 does not wait.
 
         Raises:
             ValueError: the anchor is closed.
@@ -160,9 +157,9 @@ class Anchor:
 
     def kill(self) -> None:
         """
-        Kill the anchor, and with it every process of its PID namespace; return at once.
+        Kill the anchor, and with it every process of its PID namespace; does not wait.
 
-        One that is gone already is no failure.
+        One that has ended already is no failure.
 
         Raises:
             SyscallError: no permission (EPERM); the anchor lives on.
@@ -176,10 +173,10 @@ class Anchor:
 
     def identity(self, features: Features) -> AnchorIdentity:
         """
-        Write down which process this is.
+        Return what tells this process from every other.
 
         Args:
-            features: Without `pidfs_inodes`, what older kernels offer instead is all there is.
+            features: Without `pidfs_inodes` it has start time and namespaces only.
 
         Raises:
             SyscallError: ESRCH, the anchor has ended.
@@ -187,13 +184,13 @@ class Anchor:
         inode = _inode_of(self.pidfd) if features.pidfs_inodes else None
         start_time = _start_time(self.pid)
         namespaces = _namespace_inodes(self.pid)
-        # Asked last: as the anchor lives now, its number was its own all the while.
+        # Asked last: if the anchor lives now, the pid was its own while the rest was read.
         if start_time is None or len(namespaces) < len(_NAMESPACE_LINKS) or not self.is_alive():
             raise SyscallError("pidfd", errno.ESRCH, f"anchor {self.pid}")
         return AnchorIdentity(boot_id(), self.pid, inode, start_time, namespaces)
 
     def close(self) -> None:
-        """Forget the anchor, which lives on; may be called again."""
+        """Close the pidfd; the process lives on. Idempotent."""
         self.pidfd.close()
 
     def __enter__(self) -> Anchor:
@@ -213,21 +210,21 @@ class Anchor:
 
 def adopt(identity: AnchorIdentity, token: str, features: Features) -> Anchor | None:
     """
-    Find the anchor that an identity was written of.
+    Find the anchor that has an identity.
 
     Args:
-        identity: From `Anchor.identity`, in this life of the provider or an earlier one.
+        identity: From `Anchor.identity`, in this provider process or an earlier one.
         token: What its environment must say.
         features: Without `pidfs_inodes`, the pidfs inode of the identity is ignored.
 
     Returns:
-        The anchor, which the caller owns; or None, only if it is proven that it has ended: its
-        number is free, or belongs to another process now, or the machine has booted since. What
-        cannot be proven counts as alive, because releasing a living allocation is the greater
-        harm. An anchor that was killed and cannot end yet is alive.
+        The anchor, which the caller owns. None only if it is proven that it has ended: its pid is
+        free, or belongs to another process now, or the machine was booted since. Without proof it
+        counts as alive, because to release a living allocation is the greater harm. An anchor that
+        was killed and cannot end yet is alive.
 
     Raises:
-        SyscallError: it could not be found out (no descriptor left, no permission).
+        SyscallError: the process cannot be read (no descriptor left, no permission).
     """
     # Keeps CRASH-8.
     if identity.boot_id != boot_id():
@@ -238,8 +235,8 @@ def adopt(identity: AnchorIdentity, token: str, features: Features) -> Anchor | 
     with ExitStack() as undo:
         undo.enter_context(pidfd)
         anchor = Anchor(identity.pid, pidfd, token)
-        # The pidfd came first: if its process lives at the end, all that was read in between was
-        # read of this one process.
+        # The pidfd came first: if its process lives at the end, everything that was read in between
+        # was read from this one process.
         if _is_other(anchor, identity, features) or not anchor.is_alive():
             return None
         undo.pop_all()
@@ -248,22 +245,22 @@ def adopt(identity: AnchorIdentity, token: str, features: Features) -> Anchor | 
 
 def find_anchors(cgroup: Path) -> dict[str, Anchor]:
     """
-    Find every living anchor that was born in a cgroup, also those that no journal mentions.
+    Find every living anchor in a cgroup, also those without a journal entry.
 
-    One that is just being started has no environment yet and is missed: ask when no forge works
-    in that cgroup.
+    One that is just being started has no environment yet and is missed: call this when no forge
+    works in that cgroup.
 
-    The cgroup is read again after the processes were opened, so that a number which passed on to
-    a stranger in between is not taken for an anchor's, whatever the stranger's environment says.
+    The cgroup is read again after the processes were opened. So a pid that was reused in between by
+    a process elsewhere is not taken for an anchor, whatever that process has in its environment.
 
     Args:
-        cgroup: The anchors' cgroup; its children are not looked at.
+        cgroup: The anchors' cgroup; its children are not read.
 
     Returns:
         The anchors by their tokens; the caller owns them. Empty if there is no such cgroup.
 
     Raises:
-        SyscallError: it could not be found out; nothing stays open.
+        SyscallError: the cgroup or a process cannot be read; nothing stays open.
     """
     # Keeps CRASH-7.
     with ExitStack() as undo:
@@ -291,10 +288,10 @@ def token_of(pid: int) -> str | None:
     Read the token in a process' environment.
 
     Returns:
-        The token; or None if the process is no anchor, has gone, or is going.
+        The token; None if the process is no anchor, has gone, or is going.
 
     Raises:
-        SyscallError: no permission to look.
+        SyscallError: no permission to read it.
     """
     return _token_in(_read_proc(pid, "environ") or b"")
 
@@ -313,7 +310,7 @@ def _is_other(anchor: Anchor, identity: AnchorIdentity, features: Features) -> b
 
 
 def _has_other_token(anchor: Anchor) -> bool:
-    # An anchor that is being killed has no environment any more, which proves nothing.
+    # An anchor that is being killed has an empty environment, which proves nothing.
     environment = _read_proc(anchor.pid, "environ")
     return bool(environment) and _token_in(environment or b"") != anchor.token
 
@@ -351,7 +348,7 @@ def _open_anchor(pid: int) -> Anchor | None:
 def _members(cgroup: Path) -> list[int]:
     path = cgroup / "cgroup.procs"
     try:
-        # A process of an outer PID namespace is listed as 0: it has no number for us.
+        # A process of an outer PID namespace is listed as 0.
         return [
             pid for pid in map(int, syscall(path.read_text, encoding="ascii").split()) if pid > 0
         ]

@@ -1,40 +1,34 @@
-"""`LinuxBackend`: an allocation on a real node, made step by step and undone step by step.
+"""`LinuxBackend`: make, watch and release allocations on this node (cgroup, namespaces, image).
 
-What an allocation needs is a plan: a tuple of steps, decided before anything is done. Each step
-that was done leaves behind how to undo it. Releasing is trying to undo whatever is left, as often
-as it takes: a step that cannot be undone yet says why, and the others go on.
+Here is how each step of `transport.contract` is done on Linux; `linux.steps` runs them. What cannot
+be undone yet is tried again by the next `release_namespaces`.
 
-Intent is journaled before the first step, the result is published after the last one. What a
-crashed provider leaves is recognised by a token that no two incarnations share: it stands in the
-journal, in the anchor's environment, and on the cgroup. What does not carry our token is not ours.
+Each incarnation of an allocation has a token of its own, which no other ever has. It is in the
+journal, in the anchor's environment and on the cgroup, and so tells after a crash what belongs to
+which allocation. Nothing without a token of ours is touched.
 
-The same class serves a consumer that makes its own namespaces (`LinuxBackend.for_self_service`):
-the same steps, no journal, and everything ends with the consumer's process.
+A consumer that makes its own namespaces uses the same class (`LinuxBackend.for_self_service`):
+without a journal, and everything ends with the consumer's process.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import logging
 import os
-import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal, NamedTuple, TypeAlias
+from types import MappingProxyType
+from typing import Final, Literal, TypeAlias
 
-from statemachine.errors import AllocationNotFound, CreationFailed, FdPassing
-from statemachine.messages import (
-    NamespaceRequest,
-    NamespaceResponse,
-    mount_path_below,
-    objection,
-)
+from statemachine.errors import AllocationNotFound, FdPassing
+from statemachine.lifecycle import AllocationState
+from statemachine.messages import NamespaceRequest
 from transport.calls import syscall
-from transport.contract import Adoption, Observation, Recovery, Sighting, Standing
+from transport.contract import Adoption, Observation, Recovery, Sighting, Step
 from transport.descriptors import Descriptor, DescriptorBundle
 
 from .anchor import Anchor, AnchorIdentity, adopt, boot_id, find_anchors
@@ -49,9 +43,10 @@ from .cgroups import (
 from .features import Features
 from .forge.client import Forge
 from .forge.plan import AnchorPlan, ForgeError
-from .journal import Entry, Journal, JournalError, State
+from .journal import Entry, Journal, JournalError
 from .mounts import ImageError, ImageStore
 from .namespaces import open_bundle
+from .steps import StepwiseAllocation, StepwiseBackend
 from .survey import states_of, zombies_below
 from .syscalls import SyscallError, calling
 
@@ -62,31 +57,27 @@ UENV_BASE: Final = Path("/run/pact/uenv")
 """Where images appear inside an allocation."""
 
 STATE_DIR: Final = Path("/run/pact/state")
-"""Where the provider keeps its journal. Of the same life as the namespaces: gone after a reboot."""
+"""Where the provider keeps its journal. Gone after a reboot, as the namespaces are."""
 
 HOLD_TIME_S: Final = 60.0
 """How long an image stays mounted after its last user."""
 
 SELF_SERVICE_SLICE: Final = "self-service.slice"
-"""Mirrors the cgroup layout for a consumer whose scope's name is taken by the provider's set."""
+"""Holds the scope of a consumer's own allocation where the provider's has taken the name."""
 
 DYING_PATIENCE_MS: Final = 5
-"""How long the first try to end an init looks on while it dies."""
+"""How long the first try to end an init waits for its end."""
 
 SURVEY_AFTER_TRIES: Final = 6
-"""From which try to end an init on to ask who keeps it: before, it has not had time to die."""
-
-_log: Final = logging.getLogger(__name__)
+"""From which try on a living init is explained by the processes that it may wait for."""
 
 
 class Overtaken(Exception):
     """The allocation ended while it was being created."""
 
 
-Failure: TypeAlias = SyscallError | ForgeError | ImageError | JournalError | Overtaken
-"""What a step can fail with; what fails on this node names its call, errno and path."""
-
 _FAILURES: Final = (SyscallError, ForgeError, ImageError, JournalError, Overtaken)
+"""What a step can fail with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,21 +94,11 @@ class NodeSettings:
     """How long an image stays mounted after its last user."""
 
 
-class Undo(NamedTuple):
-    """How to undo one step, tried until it says None; else it says what is in its way."""
-
-    step: str
-    """The step that was done."""
-    attempt: Callable[[], str | None]
-    """Tries to undo it; says what stands in the way, or None."""
-
-
 @dataclass(slots=True)
-class _Life:
-    """One allocation on this node."""
+class _Allocation(StepwiseAllocation):
+    """One incarnation of an allocation, and what it has on this node."""
 
-    request: NamespaceRequest
-    token: str
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Of this incarnation, and of no other ever."""
     scope: Scope | None = None
     image: Descriptor | None = None
@@ -125,29 +106,8 @@ class _Life:
     anchor: Anchor | None = None
     events: Descriptor | None = None
     """`cgroup.events`, while the allocation is watched."""
-    is_watched: bool = False
-    is_journaled: bool = False
-    """Whether the journal has an entry that says so."""
-    undo: list[Undo] = field(default_factory=list)
     tries: int = 0
     """How often the init has been killed."""
-    is_released: bool = False
-    """Whether the end is journaled and undoing has begun."""
-    why: str | None = None
-    """What the last try to undo found in its way."""
-
-    @property
-    def name(self) -> str:
-        return self.request.allocation_id
-
-
-class Step(NamedTuple):
-    """One step of a plan: what it is called in errors, and how it is done."""
-
-    name: str
-    """For texts."""
-    act: Callable[[LinuxBackend, _Life], None]
-    """Does it."""
 
 
 _WatchKey: TypeAlias = tuple[Literal["scope", "anchor", "again"], str]
@@ -155,7 +115,7 @@ _WatchKey: TypeAlias = tuple[Literal["scope", "anchor", "again"], str]
 _AGAIN: Final[_WatchKey] = ("again", "")
 
 
-class LinuxBackend:
+class LinuxBackend(StepwiseBackend[_Allocation]):
     """
     Makes, watches and releases allocations on this node; fulfils `transport.contract.Backend`.
 
@@ -172,6 +132,12 @@ class LinuxBackend:
         clock: Callable[[], float],
         on_close: Callable[[], None],
     ) -> None:
+        super().__init__(
+            str(settings.uenv_base),
+            _FAILURES,
+            has_scopes=settings.cgroup2 is not None,
+            has_journal=journal is not None,
+        )
         self._settings: Final = settings
         self._journal: Final = journal
         self._anchors: Final = anchors
@@ -179,14 +145,10 @@ class LinuxBackend:
         self._images: Final = ImageStore(settings.image_root, settings.hold_time_s, clock, features)
         self._forge: Final = Forge(cgroup=anchors, tied=journal is None, features=features)
         self._watch: Final = ScopeWatch[_WatchKey]()
-        # Always readable. To watch it is to be called again at once, for what is in `_again`.
+        # Always readable: while it is watched, `observe` is called at once, to look at `_again`.
         with calling("eventfd(2)"):
             self._nudge: Final = Descriptor(syscall(os.eventfd, 1, os.EFD_CLOEXEC))
         self._again: Final[set[str]] = set()
-        self._guard: Final = threading.Lock()
-        self._over: Final[set[str]] = set()
-        """Allocations that have ended and are not released."""
-        self._lives: Final[dict[str, _Life]] = {}
         self._on_close: Final = on_close
 
     @classmethod
@@ -255,7 +217,7 @@ class LinuxBackend:
         def on_close() -> None:
             if root is not None:
                 remove_slices(root)
-                _remove_mirror(root)
+                _remove_own_slice(root)
 
         return cls(
             settings,
@@ -266,53 +228,122 @@ class LinuxBackend:
             on_close=on_close,
         )
 
-    # --- The seed's two ------------------------------------------------------------------------
+    @property
+    def settings(self) -> NodeSettings:
+        """Where things are."""
+        return self._settings
 
-    def create_namespaces(self, request: NamespaceRequest) -> NamespaceResponse:
-        """
-        Make an allocation: scope, image, anchor with namespaces.
+    # --- The steps of a creation ---------------------------------------------------------------
 
-        Raises:
-            CreationFailed: a step failed; the reason names it, with call, errno and path. The
-                steps before it are undone; what cannot go at once is in `why_alive`, and
-                `release_namespaces` goes on with it.
-        """
-        # Keeps LIFE-8.
-        reason = objection(request)
-        if reason is not None:
-            raise CreationFailed(reason)
-        life = _Life(request, uuid.uuid4().hex)
-        self._begin(life)
-        for step in (_INTEND, *plan(request, has_scopes=self._has_scopes), _PUBLISH):
-            try:
-                step.act(self, life)
-            except _FAILURES as error:
-                self._abandon(life)
-                raise CreationFailed(f"{step.name}: {error}") from error
-        return self._response_to(request)
+    def _new(self, request: NamespaceRequest) -> _Allocation:
+        return _Allocation(request)
 
-    def release_namespaces(self, allocation_id: str) -> None:
-        """
-        Try once to release an allocation; never waits.
+    def _perform(self, step: Step, allocation: _Allocation) -> str | None:
+        return _WORK[step](self, allocation)
 
-        Raises:
-            AllocationNotFound: there is none, or nothing is left of it.
-        """
-        # Keeps END-8, END-10.
-        life = self._lives.get(allocation_id)
-        if life is None:
-            with self._guard:  # it failed by itself, and ended after that
-                self._over.discard(allocation_id)
-            raise AllocationNotFound(allocation_id)
-        self._end(life)
-        life.why = _attempt(life.undo)
+    def _intend(self, allocation: _Allocation) -> None:
+        # Keeps CRASH-3.
+        assert self._journal is not None
+        name, token = allocation.name, allocation.token
+        self._journal.intend(Entry(name, token, AllocationState.REQUESTED, allocation.request))
+
+    def _make_scope(self, allocation: _Allocation) -> None:
+        # Keeps NODE-2.
+        root = self._settings.cgroup2
+        assert root is not None
         try:
-            if life.undo:
-                self._note(life, "ended", why=life.why)
-            else:
-                self._strike_out(life)
-        except JournalError as error:
-            life.why = life.why or f"strike it out of the journal: {error}"
+            allocation.scope = Scope.create(root, allocation.name, allocation.token)
+        except ScopeError as error:
+            if error.errno != errno.EEXIST or self._has_journal:
+                raise
+            # The provider's own set for this allocation is there, or about to be. The consumer does
+            # not wait for its end, and what the consumer starts must not be killed with it.
+            own = _make_own_slice(root)
+            allocation.scope = Scope.create(own, allocation.name, allocation.token)
+
+    def _mount_image(self, allocation: _Allocation) -> None:
+        image = allocation.request.uenv_image
+        assert image is not None
+        allocation.image = self._images.acquire(image, allocation.token)
+
+    def _make_anchor(self, allocation: _Allocation) -> None:
+        # Keeps NODE-6.
+        request = allocation.request
+        image, allocation.image = allocation.image, None
+        base = None if request.uenv_image is None else self._uenv_base
+        path = self._response_to(request).uenv_mount_path
+        scope = None if allocation.scope is None else str(allocation.scope.path)
+        anchor_plan = AnchorPlan(allocation.token, request.namespaces, base, path, scope)
+        allocation.anchor = self._forge.make(anchor_plan, image)
+
+    def _publish(self, allocation: _Allocation) -> None:
+        assert self._journal is not None
+        assert allocation.anchor is not None
+        identity = allocation.anchor.identity(self._features)
+        with self._guard:
+            if allocation.name in self._over:
+                raise Overtaken("the allocation has ended meanwhile")
+            self._journal.publish(
+                allocation.name,
+                AllocationState.CREATED,
+                mount_path=self._response_to(allocation.request).uenv_mount_path,
+                anchor=identity.as_json(),
+                scope_path=None if allocation.scope is None else str(allocation.scope.path),
+            )
+
+    # --- The steps of a release ----------------------------------------------------------------
+
+    def _stop(self, allocation: _Allocation) -> None:
+        self._watch.remove(("scope", allocation.name))
+        self._watch.remove(("anchor", allocation.name))
+        for descriptor in (allocation.events, allocation.image):
+            if descriptor is not None:
+                descriptor.close()
+
+    def _end_init(self, allocation: _Allocation) -> str | None:
+        anchor = allocation.anchor
+        if anchor is None:
+            return None
+        anchor.kill()
+        # An init takes a millisecond or two to die, most of it for its mounts. The first try waits
+        # for that, because it nearly always saves a second one.
+        if anchor.is_alive(patience_ms=0 if allocation.tries else DYING_PATIENCE_MS):
+            allocation.tries += 1
+            if allocation.tries < SURVEY_AFTER_TRIES:
+                return f"init {anchor.pid} is being killed"
+            return zombies_below(anchor.pid)
+        anchor.close()
+        allocation.anchor = None
+        return None
+
+    def _release_image(self, allocation: _Allocation) -> str | None:
+        # Keeps NODE-14.
+        if allocation.anchor is not None:
+            return "the image is mounted in the namespace of a living init"
+        self._images.release(allocation.token)
+        return None
+
+    def _remove_scope(self, allocation: _Allocation) -> str | None:
+        scope = allocation.scope
+        if scope is None or scope.is_gone():
+            return None
+        scope.kill()
+        if not scope.remove():
+            return f"processes in {scope.path}: {states_of(scope.processes())}"
+        return None
+
+    def _forget(self, allocation: _Allocation) -> None:
+        assert self._journal is not None
+        self._journal.forget(allocation.name)
+
+    def _note(
+        self, allocation: _Allocation, state: AllocationState, *, why: str | None = None
+    ) -> None:
+        if self._journal is not None and allocation.is_journaled:
+            self._journal.publish(allocation.name, state, why=why)
+
+    def _note_why(self, allocation: _Allocation) -> None:
+        self._note(allocation, AllocationState.ENDED, why=allocation.why)
 
     # --- The rest of the contract --------------------------------------------------------------
 
@@ -324,11 +355,11 @@ class LinuxBackend:
             AllocationNotFound: there is no such allocation.
             FdPassing: its init is dead, or no descriptor is left.
         """
-        life = self._life(allocation_id)
-        if life.anchor is None or life.is_released:
+        allocation = self._find(allocation_id)
+        if allocation.anchor is None or allocation.is_released:
             raise AllocationNotFound(allocation_id)
         try:
-            return open_bundle(life.anchor, life.request.namespaces, self._features)
+            return open_bundle(allocation.anchor, allocation.request.namespaces, self._features)
         except SyscallError as error:
             raise FdPassing(str(error)) from error
 
@@ -339,61 +370,39 @@ class LinuxBackend:
         Raises:
             AllocationNotFound: there is no such allocation.
         """
-        scope = self._life(allocation_id).scope
+        scope = self._find(allocation_id).scope
         return None if scope is None else scope.path
 
-    def why_alive(self, allocation_id: str) -> str | None:
-        """Say what the last try to release found in its way; None when nothing is left."""
-        # Keeps END-9.
-        life = self._lives.get(allocation_id)
-        if life is None:
-            return None
-        return life.why or "its release has not been tried"
-
-    def record_handed_off(self, allocation_id: str) -> None:
-        """
-        Journal that an allocation was handed over.
-
-        If the journal cannot be written, a later provider takes it for one that was not handed over
-        yet: it is adopted and handed over all the same.
-        """
-        life = self._lives.get(allocation_id)
-        if life is not None and not life.is_released:
-            try:
-                self._note(life, "handed_off")
-            except JournalError as error:
-                _log.warning("the hand-off of %s is not journaled: %s", allocation_id, error)
-
-    def record_ended(self, allocation_id: str) -> None:
-        """Journal that an allocation is over; a creation under way will not be published."""
-        # Keeps END-14, CRASH-5.
-        with self._guard:
-            self._over.add(allocation_id)
-            life = self._lives.get(allocation_id)
-            if life is not None:
-                self._note_end(life)
-
     def watch(self, allocation_id: str) -> None:
-        """Begin to observe an allocation's scope and its anchor; nothing of what is released."""
-        life = self._life(allocation_id)
-        if life.is_released:
-            # Whatever is added now would not be taken off any more.
+        """
+        Begin to observe an allocation's scope and its anchor; nothing once its release has begun.
+
+        Raises:
+            AllocationNotFound: there is no such allocation.
+            ValueError: it is watched already. Nothing has changed in both cases.
+        """
+        allocation = self._find(allocation_id)
+        if allocation.is_released:
+            # What is added now would never be taken off again.
             return
-        life.is_watched = True
+        if allocation.is_watched:
+            raise ValueError(f"{allocation_id} is watched already")
+        allocation.is_watched = True
         try:
-            self._watch_scope(life)
+            self._watch_scope(allocation)
         except SyscallError:
             # It is gone already, which the next look tells; or no descriptor is left for it.
-            self._call_again(life.name)
-        if life.anchor is not None:
-            self._watch.add(("anchor", life.name), life.anchor.pidfd.fileno(), ScopeWatch.DEATH)
+            self._call_again(allocation.name)
+        if allocation.anchor is not None:
+            key: _WatchKey = ("anchor", allocation.name)
+            self._watch.add(key, allocation.anchor.pidfd.fileno(), ScopeWatch.DEATH)
 
     def fileno(self) -> int:
         """Lend the descriptor that is readable when there is something to observe."""
         return self._watch.fileno()
 
     def observe(self) -> list[Observation]:
-        """Say what has been seen since the last call; an event is a hint, the state decides."""
+        """Say what has been seen since the last call; an event only says where to read again."""
         seen: list[Observation] = []
         for kind, name in self._watch.poll():
             if kind == "anchor":
@@ -405,21 +414,21 @@ class LinuxBackend:
 
     def is_over(self, allocation_id: str) -> bool:
         """Read whether the scope was used and is empty."""
-        life = self._lives.get(allocation_id)
-        if life is None or life.scope is None:
+        allocation = self._allocations.get(allocation_id)
+        if allocation is None or allocation.scope is None:
             return False
         try:
-            if life.scope.is_over():
+            if allocation.scope.is_over():
                 return True
         except ScopeError:
             self._call_again(allocation_id)
             return False
-        if life.is_watched and life.events is None:
+        if allocation.is_watched and allocation.events is None:
             self._call_again(allocation_id)
         return False
 
     def tidy(self) -> float | None:
-        """Unmount images whose last user left long enough ago."""
+        """Unmount the images whose hold time is over; return the seconds until the next one."""
         return self._images.tidy()
 
     def close(self) -> None:
@@ -436,117 +445,11 @@ class LinuxBackend:
             stack.callback(self._nudge.close)
             stack.callback(self._watch.close)
             with self._guard:
-                for life in self._lives.values():
-                    for descriptor in (life.image, life.events, life.anchor):
+                for allocation in self._allocations.values():
+                    for descriptor in (allocation.image, allocation.events, allocation.anchor):
                         if descriptor is not None:
                             stack.callback(descriptor.close)
-                self._lives.clear()
-
-    # --- Steps ---------------------------------------------------------------------------------
-
-    def _begin(self, life: _Life) -> None:
-        with self._guard:
-            if life.name in self._lives:
-                raise CreationFailed(f"allocation {life.name} is alive already")
-            self._lives[life.name] = life
-
-    def _intend(self, life: _Life) -> None:
-        # Keeps CRASH-3.
-        if self._journal is not None:
-            self._journal.intend(Entry(life.name, life.token, "requested", life.request))
-            life.is_journaled = True
-
-    def _make_scope(self, life: _Life) -> None:
-        # Keeps NODE-2.
-        root = self._settings.cgroup2
-        assert root is not None
-        try:
-            life.scope = Scope.create(root, life.name, life.token)
-        except ScopeError as error:
-            if error.errno != errno.EEXIST or self._journal is not None:
-                raise
-            # The provider's own set for this allocation is still there, or coming. The consumer
-            # does not wait for it, and what it starts must not be killed with it.
-            life.scope = Scope.create(_mirror(root), life.name, life.token)
-        life.undo.append(Undo("remove the scope", lambda: _undo_scope(life)))
-
-    def _mount_image(self, life: _Life) -> None:
-        image = life.request.uenv_image
-        assert image is not None
-        life.image = self._images.acquire(image, life.token)
-        life.undo.append(Undo("let go of the image", lambda: self._undo_image(life)))
-
-    def _make_anchor(self, life: _Life) -> None:
-        image, life.image = life.image, None
-        base = path = None
-        if life.request.uenv_image is not None:
-            base = str(self._settings.uenv_base)
-            path = mount_path_below(base, life.request.uenv_image)
-        scope = None if life.scope is None else str(life.scope.path)
-        anchor_plan = AnchorPlan(life.token, life.request.namespaces, base, path, scope)
-        life.anchor = self._forge.make(anchor_plan, image)
-        life.undo.append(Undo("end the init", lambda: _undo_anchor(life)))
-
-    def _publish(self, life: _Life) -> None:
-        if self._journal is None:
-            return
-        assert life.anchor is not None
-        identity = life.anchor.identity(self._features)
-        with self._guard:
-            if life.name in self._over:
-                raise Overtaken("the allocation has ended meanwhile")
-            self._journal.publish(
-                life.name,
-                "created",
-                mount_path=self._response_to(life.request).uenv_mount_path,
-                anchor=identity.as_json(),
-                scope_path=None if life.scope is None else str(life.scope.path),
-            )
-
-    def _undo_image(self, life: _Life) -> str | None:
-        # Keeps NODE-14.
-        if life.anchor is not None:
-            return "the image is mounted in the namespace of a living init"
-        self._images.release(life.token)
-        return None
-
-    # --- Ending --------------------------------------------------------------------------------
-
-    def _abandon(self, life: _Life) -> None:
-        """Undo what was done of a plan; what cannot go yet stays, for `release_namespaces`."""
-        self._end(life)
-        life.why = _attempt(life.undo)
-        if not life.undo:
-            with suppress(JournalError):
-                self._strike_out(life)
-
-    def _end(self, life: _Life) -> None:
-        # Keeps END-8.
-        if life.is_released:
-            return
-        with self._guard:
-            self._note_end(life)
-            life.is_released = True
-        self._watch.remove(("scope", life.name))
-        self._watch.remove(("anchor", life.name))
-        for descriptor in (life.events, life.image):
-            if descriptor is not None:
-                descriptor.close()
-
-    def _note_end(self, life: _Life) -> None:
-        try:
-            self._note(life, "ended")
-        except JournalError as error:
-            # What runs is ended all the same. A provider that starts before it is gone, and can
-            # read what could not be written, finds it half gone: remains.
-            _log.warning("the end of %s is not journaled: %s", life.name, error)
-
-    def _strike_out(self, life: _Life) -> None:
-        if self._journal is not None and life.is_journaled:
-            self._journal.forget(life.name)
-        with self._guard:
-            self._over.discard(life.name)
-            self._lives.pop(life.name, None)
+                self._allocations.clear()
 
     # --- Recovering ----------------------------------------------------------------------------
 
@@ -554,14 +457,14 @@ class LinuxBackend:
         """
         Find what an earlier provider left: adopt what is alive and whole, mark the rest.
 
-        An anchor in our own cgroup that no journal entry knows belongs to nobody, and is ended.
+        An anchor in our own cgroup that no journal entry has the token of is killed.
         """
         # Keeps CRASH-2, CRASH-3, CRASH-4.
         if self._journal is None:
             return Recovery()
         strays = {} if self._anchors is None else find_anchors(self._anchors)
         adoptions = tuple(
-            self._adopt(entry, strays.pop(entry.incarnation, None))
+            self._recover(entry, strays.pop(entry.incarnation, None))
             for entry in self._journal.entries()
         )
         for anchor in strays.values():
@@ -569,90 +472,58 @@ class LinuxBackend:
             anchor.close()
         return Recovery(adoptions, self._journal.remembered())
 
-    def _adopt(self, entry: Entry, found: Anchor | None) -> Adoption:
-        """Rebuild a life from what the journal says and the Linux kernel confirms."""
-        life = _Life(entry.request, entry.incarnation, is_journaled=True)
-        self._lives[life.name] = life
-        self._adopt_scope(life)
-        if entry.request.uenv_image is not None:
-            life.undo.append(Undo("let go of the image", lambda: self._undo_image(life)))
-        self._adopt_anchor(life, entry, found)
-        is_whole = life.anchor is not None and (life.scope is not None or not self._has_scopes)
-        if not is_whole or entry.state not in _STANDINGS:
-            return Adoption(Standing.REMAINS, entry.request, None)
-        self._adopt_image(life)
-        return Adoption(_STANDINGS[entry.state], entry.request, self._response_to(entry.request))
-
-    def _adopt_scope(self, life: _Life) -> None:
+    def _recover(self, entry: Entry, found: Anchor | None) -> Adoption:
+        """Rebuild an allocation from what the journal says and the Linux kernel confirms."""
+        allocation = _Allocation(entry.request, token=entry.incarnation)
         root = self._settings.cgroup2
-        life.scope = None if root is None else Scope.open(root, life.name, life.token)
-        if life.scope is not None:
-            life.undo.append(Undo("remove the scope", lambda: _undo_scope(life)))
-
-    def _adopt_anchor(self, life: _Life, entry: Entry, found: Anchor | None) -> None:
-        life.anchor = found
+        if root is not None:
+            allocation.scope = Scope.open(root, allocation.name, allocation.token)
+        allocation.anchor = found
         if found is None and entry.anchor is not None:
             identity = AnchorIdentity.from_json(entry.anchor)
-            life.anchor = adopt(identity, life.token, self._features)
-        if life.anchor is not None:
-            life.undo.append(Undo("end the init", lambda: _undo_anchor(life)))
+            allocation.anchor = adopt(identity, allocation.token, self._features)
+        return self._adopt(
+            allocation,
+            entry.state,
+            has_scope=allocation.scope is not None,
+            has_init=allocation.anchor is not None,
+        )
 
-    def _adopt_image(self, life: _Life) -> None:
-        """Find the image's mount again, so that whoever asks for it next shares it."""
-        if life.request.uenv_image is not None:
-            # If it cannot be found (deleted, replaced), the allocation has it all the same; only
-            # the next allocation will have to mount it anew.
-            with suppress(*_FAILURES):
-                self._images.adopt(life.request.uenv_image, life.token)
+    def _adopt_image(self, image: str, allocation: _Allocation) -> None:
+        # If it cannot be found (deleted, replaced), this allocation has it all the same, and the
+        # next one mounts it anew.
+        with suppress(*_FAILURES):
+            self._images.adopt(image, allocation.token)
 
-    # --- Small things --------------------------------------------------------------------------
+    # --- Helpers -------------------------------------------------------------------------------
 
-    @property
-    def _has_scopes(self) -> bool:
-        return self._settings.cgroup2 is not None
-
-    def _life(self, allocation_id: str) -> _Life:
-        life = self._lives.get(allocation_id)
-        if life is None:
-            raise AllocationNotFound(allocation_id)
-        return life
-
-    def _note(self, life: _Life, state: State, *, why: str | None = None) -> None:
-        if self._journal is not None and life.is_journaled:
-            self._journal.publish(life.name, state, why=why)
-
-    def _response_to(self, request: NamespaceRequest) -> NamespaceResponse:
-        path = None
-        if request.uenv_image is not None:
-            path = mount_path_below(str(self._settings.uenv_base), request.uenv_image)
-        return NamespaceResponse(request.allocation_id, request.namespaces, path)
-
-    def _watch_scope(self, life: _Life) -> None:
+    def _watch_scope(self, allocation: _Allocation) -> None:
         with self._guard:  # against `_end`, in another thread
-            if life.scope is not None and life.events is None and not life.is_released:
+            is_due = allocation.events is None and not allocation.is_released
+            if allocation.scope is not None and is_due:
                 # Kept only once it is watched: what is kept is not tried again.
                 with ExitStack() as undo:
-                    events = undo.enter_context(life.scope.open_events())
-                    self._watch.add(("scope", life.name), events.fileno())
+                    events = undo.enter_context(allocation.scope.open_events())
+                    self._watch.add(("scope", allocation.name), events.fileno())
                     undo.pop_all()
-                life.events = events
+                allocation.events = events
 
     def _look_at_scope(self, name: str) -> Observation | None:
-        life = self._lives.get(name)
-        if life is None or life.scope is None or life.is_released:
+        allocation = self._allocations.get(name)
+        if allocation is None or allocation.scope is None or allocation.is_released:
             return None
         try:
-            if life.scope.is_over():
+            if allocation.scope.is_over():
                 return Observation(name, Sighting.EMPTIED)
-            self._watch_scope(life)
-            is_populated = life.scope.is_populated()
+            self._watch_scope(allocation)
+            is_populated = allocation.scope.is_populated()
         except SyscallError:
             # It is there and could not be read; no descriptor is left, perhaps.
             return Observation(name, Sighting.CHANGED)
         return Observation(name, Sighting.POPULATED if is_populated else Sighting.CHANGED)
 
     def _call_again(self, name: str) -> None:
-        """Have `observe` called at once, to look at a scope of which nothing need be heard."""
+        """Have `observe` called at once, to look at a scope that need not report anything."""
         self._again.add(name)
         self._watch.remove(_AGAIN)
         self._watch.add(_AGAIN, self._nudge.fileno(), ScopeWatch.DEATH)
@@ -663,27 +534,22 @@ class LinuxBackend:
         return names
 
 
-_STANDINGS: Final = {"created": Standing.CREATED, "handed_off": Standing.HANDED_OFF}
-
-_INTEND: Final = Step("journal the intent", LinuxBackend._intend)
-_SCOPE: Final = Step("make the scope", LinuxBackend._make_scope)
-_IMAGE: Final = Step("mount the image", LinuxBackend._mount_image)
-_ANCHOR: Final = Step("make the namespaces", LinuxBackend._make_anchor)
-_PUBLISH: Final = Step("publish the result", LinuxBackend._publish)
-
-
-def plan(request: NamespaceRequest, *, has_scopes: bool = True) -> tuple[Step, ...]:
-    """
-    Decide what to do for a request, in which order; pure.
-
-    The scope comes first: its name is what two makers of one allocation would collide on. The
-    image comes before the namespaces, because it is moved into them while they are made.
-    """
-    # Keeps NODE-6.
-    steps = [_SCOPE] if has_scopes else []
-    if request.uenv_image is not None:
-        steps.append(_IMAGE)
-    return (*steps, _ANCHOR)
+_WORK: Final[Mapping[Step, Callable[[LinuxBackend, _Allocation], str | None]]] = MappingProxyType(
+    {
+        Step.INTEND: LinuxBackend._intend,
+        Step.SCOPE: LinuxBackend._make_scope,
+        Step.IMAGE: LinuxBackend._mount_image,
+        Step.ANCHOR: LinuxBackend._make_anchor,
+        Step.PUBLISH: LinuxBackend._publish,
+        Step.RECORD_HANDOFF: lambda self, it: self._note(it, AllocationState.HANDED_OFF),
+        Step.RECORD_END: lambda self, it: self._note(it, AllocationState.ENDED),
+        Step.END_INIT: LinuxBackend._end_init,
+        Step.RELEASE_IMAGE: LinuxBackend._release_image,
+        Step.REMOVE_SCOPE: LinuxBackend._remove_scope,
+        Step.FORGET: LinuxBackend._forget,
+    }
+)
+"""How each step is done."""
 
 
 def instance_of(state_dir: Path) -> str:
@@ -692,59 +558,16 @@ def instance_of(state_dir: Path) -> str:
     return f"nshandoff-{digest[:16]}"
 
 
-def _attempt(undo: list[Undo]) -> str | None:
-    """Try every undo that is left, last step first; keep those that are in the way of something."""
-    left: list[Undo] = []
-    reasons: list[str] = []
-    for step in reversed(undo):
-        try:
-            reason = step.attempt()
-        except _FAILURES as error:
-            reason = str(error)
-        if reason is not None:
-            left.append(step)
-            reasons.append(f"{step.step}: {reason}")
-    undo[:] = reversed(left)
-    return "; ".join(reasons) or None
+def _make_own_slice(root: Path) -> Path:
+    path = root / SELF_SERVICE_SLICE
+    with calling("mkdir(2)", path):
+        syscall(path.mkdir, exist_ok=True)
+    return path
 
 
-def _undo_anchor(life: _Life) -> str | None:
-    anchor = life.anchor
-    if anchor is None:
-        return None
-    anchor.kill()
-    # An init takes a millisecond or two to die, most of it for its mounts. That is waited for once,
-    # because nearly always it saves a second try; whatever takes longer is never waited for.
-    if anchor.is_alive(patience_ms=0 if life.tries else DYING_PATIENCE_MS):
-        life.tries += 1
-        if life.tries < SURVEY_AFTER_TRIES:
-            return f"init {anchor.pid} is being killed"
-        return zombies_below(anchor.pid)
-    anchor.close()
-    life.anchor = None
-    return None
-
-
-def _undo_scope(life: _Life) -> str | None:
-    scope = life.scope
-    if scope is None or scope.is_gone():
-        return None
-    scope.kill()
-    if not scope.remove():
-        return f"processes in {scope.path}: {states_of(scope.processes())}"
-    return None
-
-
-def _mirror(root: Path) -> Path:
-    mirror = root / SELF_SERVICE_SLICE
-    with calling("mkdir(2)", mirror):
-        syscall(mirror.mkdir, exist_ok=True)
-    return mirror
-
-
-def _remove_mirror(root: Path) -> None:
-    mirror = root / SELF_SERVICE_SLICE
-    if syscall(mirror.is_dir):
-        remove_slices(mirror)
+def _remove_own_slice(root: Path) -> None:
+    path = root / SELF_SERVICE_SLICE
+    if syscall(path.is_dir):
+        remove_slices(path)
         with suppress(OSError):
-            syscall(mirror.rmdir)
+            syscall(path.rmdir)

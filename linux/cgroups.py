@@ -1,16 +1,16 @@
-"""Is anybody still in there? The cgroup of an allocation: its scope.
+"""cgroup v2 scopes: make an allocation's cgroup, see when it is empty, kill all in it, remove it.
 
 Every allocation has one cgroup v2 directory, `<cgroup2>/workload.slice/<allocation_id>.scope`. The
-provider makes it before it answers; the consumer fills it. From then on the scope is how the
-provider learns that the allocation is over, and how it kills what is left.
+provider makes it before it answers, and the consumer fills it. From then on the provider sees in it
+that the allocation is over, and kills by it what is left.
 
-Two rules shape this module. *Decide from state, never from an event*: events of a cgroup also come
-for freezing, late, or merged, so `ScopeWatch` only says where to look again. *Touch only what is
-provably ours*: each scope carries its owner's token as an extended attribute, which survives the
-owner, and nothing is killed or taken apart that does not carry our own.
+Two rules hold throughout. *Decide from state, never from an event*: events of a cgroup come also
+for freezing, late, or merged, so `ScopeWatch` only says where to read again. *Touch only what is
+provably ours*: a scope has its owner's token as an extended attribute, which survives the owner,
+and nothing is killed or removed that has another one.
 
-A consumer is root on its node and may nest, freeze, thread or remove what it was given. Nothing
-here blocks, recurses or follows names into it without a bound.
+A consumer is root on its node and may nest, freeze, make threaded or remove its cgroup. So nothing
+here blocks, recurses or follows names in it without a bound.
 
 Used by `linux.backend`, and by `linux.forge` for the scopes of self-service.
 """
@@ -24,7 +24,8 @@ import select
 import signal
 import threading
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Generic, Self, TypeVar
@@ -36,37 +37,37 @@ from transport.descriptors import Descriptor
 from .syscalls import SyscallError, calling, pidfd_open, pidfd_send_signal
 
 WORKLOAD_SLICE: Final = "workload.slice"
-"""Below here are the scopes of allocations."""
+"""Contains the scopes of allocations."""
 
 ANCHOR_SLICE: Final = "pact.slice"
-"""Below here are the anchors, one cgroup for each provider instance; never inside a scope."""
+"""Contains the anchors, in one cgroup for each provider instance; they are never in a scope."""
 
 OWNER_ATTRIBUTE: Final = "user.nshandoff.owner"
-"""Extended attribute of a scope: the token of whoever made it."""
+"""Extended attribute of a scope: its owner's token."""
 
 MADE_ATTRIBUTE: Final = "user.nshandoff.made"
-"""Extended attribute of a slice that one of us made, and that may go when it is empty."""
+"""Extended attribute of a slice that was made here, and may be removed when it is empty."""
 
 MAKE_ATTEMPTS_MAX: Final = 100
-"""How often a directory is made again when somebody removes what it stands on or in."""
+"""How often a directory is made again when it, or its parent, is removed meanwhile."""
 
 REMOVE_STEPS_MAX: Final = 10_000
-"""Directories that one `remove` visits at most; whoever nests faster than that is met again."""
+"""Directories that one `remove` visits at most; the rest is left for the next one."""
 
 KILL_ROUNDS_MAX: Final = 16
-"""How often a kill by pid looks again for processes that were born meanwhile."""
+"""How often a kill by pid looks again for processes that were started meanwhile."""
 
 KILL_BATCH_MAX: Final = 64
-"""How many pidfds a kill by pid holds at a time."""
+"""How many pidfds a kill by pid opens at a time."""
 
 LEAVING_ATTEMPTS_MAX: Final = 250
-"""How often to try to remove a cgroup whose last process has died; microseconds should do."""
+"""How often to try to remove a cgroup whose last process has died; microseconds should suffice."""
 
 LEAVING_PAUSE_MS: Final = 2
 """Pause between two attempts."""
 
 EVENTS_BYTES_MAX: Final = 4096
-"""More than `cgroup.events` ever holds; one read of it re-arms its poll."""
+"""More than `cgroup.events` ever contains; one read re-arms its poll."""
 
 _GONE: Final = (errno.ENOENT, errno.ENODEV)
 _BUSY: Final = (errno.EBUSY, errno.ENOTEMPTY)
@@ -80,23 +81,15 @@ class CgroupUnavailable(Exception):
 
 
 class ScopeError(SyscallError):
-    """
-    A step on a cgroup failed; the text names the call, the error, the path and what may help.
+    """A call on a cgroup failed. Nothing that the failing operation made is left."""
 
-    Nothing that the failing step made is left behind.
-    """
 
-    def __init__(self, call: str, number: int, path: Path, advice: str = "") -> None:
-        super().__init__(call, number, path)
-        self.advice: Final = advice
-
-    def __str__(self) -> str:
-        return f"{super().__str__()}; {self.advice}" if self.advice else super().__str__()
+_calling: Final = partial(calling, kind=ScopeError)
 
 
 def find_cgroup2(mountinfo: str | Path = Path("/proc/self/mountinfo")) -> Path:
     """
-    Find where cgroup v2 is mounted, by filesystem type: on hybrid nodes it is anywhere.
+    Find where cgroup v2 is mounted, by filesystem type: on hybrid nodes the path differs.
 
     Args:
         mountinfo: The text of a mountinfo file, or the path of one.
@@ -118,7 +111,7 @@ def find_cgroup2(mountinfo: str | Path = Path("/proc/self/mountinfo")) -> Path:
         if filesystem.split(" ")[0] != "cgroup2" or "rw" not in fields[5].split(","):
             continue
         root = Path(_unescape(fields[4]))
-        # Only a v2 hierarchy has this file at its top, so a mount that another one covers fails.
+        # Only a v2 hierarchy has this file at its top: not so if another mount covers this one.
         if syscall((root / "cgroup.controllers").exists):
             return root
     raise CgroupUnavailable(
@@ -128,10 +121,10 @@ def find_cgroup2(mountinfo: str | Path = Path("/proc/self/mountinfo")) -> Path:
 
 class Scope:
     """
-    The cgroup of one allocation. It holds no descriptor: thousands of scopes live at a time.
+    The cgroup of one allocation. It has no open descriptor, because there can be thousands.
 
-    Made by `create`, found again by `open`. A scope that somebody else removed counts as empty,
-    over and removed; one that somebody else put in its place is never touched.
+    Made by `create`, found again by `open`. A scope that another program removed counts as empty,
+    over and removed; one that another program made in its place is never touched.
     """
 
     def __init__(self, path: Path, owner: str) -> None:
@@ -142,16 +135,16 @@ class Scope:
     @classmethod
     def create(cls, root: Path, allocation_id: str, owner: str) -> Self:
         """
-        Make the allocation's scope and stamp it with its owner's token.
+        Make the allocation's scope and set its owner.
 
-        A scope that is already there is in use or a leftover. Only one that nobody owns and nothing
-        is in is replaced: whoever made it died before stamping it. Of several who make the same
-        scope at the same time exactly one succeeds.
+        A scope that is there already is replaced only if it has no owner and is empty: its maker
+        died before setting one. If several make the same scope at the same time, exactly one
+        succeeds.
 
         Args:
             root: The mount point of cgroup v2.
             allocation_id: The allocation; refused if it cannot be a directory's name.
-            owner: Token of this owner; what carries another one is never touched.
+            owner: This owner's token; a scope with another one is never touched.
 
         Raises:
             ScopeError: nothing was made, and what was there before is still there.
@@ -170,27 +163,27 @@ class Scope:
     @classmethod
     def open(cls, root: Path, allocation_id: str, owner: str) -> Self | None:
         """
-        Find the scope that an earlier life of this owner made.
+        Find the scope that this owner made, also in an earlier process.
 
         Returns:
-            The scope, if it carries the owner's token or none at all (the owner died before it
-            could stamp it); None if there is none or it is somebody else's.
+            The scope, if it has the owner's token or none at all (the owner died before setting
+            it); None if there is none or another owner has it.
         """
         path = _scope_path(root, allocation_id)
-        if not _is_there(path) or _read_stamp(path) not in (owner, None):
+        if not _is_there(path) or _read_owner(path) not in (owner, None):
             return None
         return cls(path, owner)
 
     def owner(self) -> str | None:
-        """Return the token the scope carries now; None if it carries none, or is gone."""
-        return _read_stamp(self.path)
+        """Return the token of its owner; None if it has none, or is gone."""
+        return _read_owner(self.path)
 
     def is_gone(self) -> bool:
-        """Tell whether the scope was removed, or replaced by somebody else's."""
+        """Say whether the scope was removed, or replaced by one of another owner."""
         return not _is_there(self.path) or self.owner() not in (self._token, None)
 
     def is_populated(self) -> bool:
-        """Tell whether a live process, frozen or not, is in the scope or below; zombies are not."""
+        """Say whether a live process, frozen or not, is in the scope or below; no zombie counts."""
         # Keeps END-5, END-6.
         populated = "populated 1" in self._read("cgroup.events").splitlines()
         self._was_seen_populated |= populated
@@ -198,12 +191,12 @@ class Scope:
 
     def was_used(self) -> bool:
         """
-        Tell whether anything ever ran in the scope, even if nobody looked while it did.
+        Say whether a process ever ran in the scope, even if it has not been seen.
 
-        CPU time is what proves it: the Linux kernel counts it for every process in the scope and
-        keeps it after the process. Freezing, which also makes an event, does not move it. The last
-        stretch is counted when the process is off the CPU, which can be a moment after the scope
-        is empty: who is told False after an event asks again a little later.
+        CPU time proves it: the Linux kernel counts it for every process in the scope and keeps it
+        after the process has ended. Freezing, which also makes an event, does not change it. The
+        last of it is counted when the process leaves the CPU, which can be a moment after the scope
+        is empty: after an event and False, ask again a little later.
         """
         for line in self._read("cpu.stat").splitlines():
             name, _, value = line.partition(" ")
@@ -213,10 +206,10 @@ class Scope:
 
     def is_over(self) -> bool:
         """
-        Tell whether the allocation's processes have come and gone.
+        Say whether the allocation's processes have all ended, after there were some.
 
-        True only if the scope is empty in two readings and was in use before, or if somebody
-        removed it: nothing can run in it any more. An empty scope that was never used is not over.
+        True only if the scope is empty in two readings and was used before, or if it was removed:
+        nothing can run in it any more. An empty scope that was never used is not over.
 
         Source: protocol, "Conventions on the node".
         """
@@ -229,11 +222,11 @@ class Scope:
 
     def kill(self) -> None:
         """
-        Send SIGKILL to every process in the scope and below it. It does not wait for their death.
+        Send SIGKILL to every process in the scope and below it; does not wait for their end.
 
-        Safe to repeat, and meant to be: a process may enter meanwhile. The Linux kernel kills the
-        cgroup as one. Where it cannot (before 5.14, or the consumer made it threaded), the cgroup
-        is frozen, and stays frozen, so that no process outruns the signals.
+        To be repeated until the scope is empty: a process may enter meanwhile. The Linux kernel
+        kills the whole cgroup at once. Where it cannot (the consumer made it threaded), the cgroup
+        is frozen, and stays frozen, so that no process can start others faster than it is killed.
 
         Raises:
             ScopeError: the scope is populated but not provably ours (nothing was killed), or the
@@ -241,15 +234,15 @@ class Scope:
         """
         # Keeps NODE-4, END-11.
         with (
-            _retelling("cgroup.kill", self.path, *_GONE),
+            _calling("cgroup.kill", self.path, *_GONE),
             _open_directory(self.path) as directory,
         ):
-            # Asked of the descriptor: what is checked and what is killed are the same cgroup.
-            stamp = _read_stamp(directory.fileno())
-            if stamp == self._token:
+            # Read by the descriptor, so that the cgroup that is checked is the one that is killed.
+            owner = _read_owner(directory.fileno())
+            if owner == self._token:
                 self._kill_all(directory)
-            elif stamp is None and self.is_populated():
-                advice = "it carries no owner, so what runs in it is left alone; end it by hand"
+            elif owner is None and self.is_populated():
+                advice = "it has no owner, so what runs in it is not killed; end it by hand"
                 raise ScopeError("cgroup.kill", errno.EPERM, self.path, advice)
 
     def remove(self) -> bool:
@@ -268,7 +261,7 @@ class Scope:
         if self.owner() is None:
             return _remove_unowned(self.path, self._token)
         with (
-            _retelling("rmdir(2)", self.path, *_GONE),
+            _calling("rmdir(2)", self.path, *_GONE),
             _open_directory(self.path) as directory,
             _Cursor(directory) as cursor,
         ):
@@ -280,15 +273,15 @@ class Scope:
         """
         List the pids of the processes in the scope and below it, in ascending order.
 
-        A process that this pid namespace cannot see has no pid here and is left out.
+        A process that this PID namespace cannot see has no pid here and is left out.
         """
-        with _retelling("open(2)", self.path, *_GONE), _open_directory(self.path) as directory:
+        with _calling("open(2)", self.path, *_GONE), _open_directory(self.path) as directory:
             return self._processes_in(directory)
         return []
 
     def open_procs(self) -> Descriptor:
         """
-        Open the file that a process enters the scope by, for writing "0" or a pid.
+        Open `cgroup.procs`: a process enters the scope by writing "0" or its pid to it.
 
         Returns:
             The descriptor, owned by the caller.
@@ -300,10 +293,10 @@ class Scope:
 
     def open_events(self) -> Descriptor:
         """
-        Open what `ScopeWatch` watches.
+        Open `cgroup.events`, for `ScopeWatch`.
 
-        It has not been read, so a watch reports it once at the beginning: nothing that happened
-        before is missed.
+        It has not been read, so the watch reports it once at the beginning, and nothing that
+        happened before is missed.
 
         Returns:
             The descriptor, owned by the caller.
@@ -314,17 +307,17 @@ class Scope:
         return self._open("cgroup.events", os.O_RDONLY)
 
     def _open(self, name: str, flags: int) -> Descriptor:
-        with _retelling("open(2)", self.path / name):
+        with _calling("open(2)", self.path / name):
             return Descriptor(syscall(os.open, self.path / name, flags | os.O_CLOEXEC))
 
     def _read(self, name: str) -> str:
-        with _retelling("read(2)", self.path / name, *_GONE):
+        with _calling("read(2)", self.path / name, *_GONE):
             return syscall((self.path / name).read_text)
         return ""
 
     def _processes_in(self, directory: Descriptor) -> list[int]:
         found: set[int] = set()
-        with _retelling("read(2)", self.path, *_GONE), _Cursor(directory) as cursor:
+        with _calling("read(2)", self.path, *_GONE), _Cursor(directory) as cursor:
             for cgroup in cursor.walk():
                 found.update(_members(cgroup))
         return sorted(found - {0})
@@ -333,48 +326,47 @@ class Scope:
         try:
             _write_in(directory, "cgroup.kill", "1")
         except OSError as error:
-            # ENOENT: a Linux kernel without the file, or no cgroup any more.
-            # EOPNOTSUPP: the consumer made the scope itself threaded.
+            # ENOENT: the cgroup was removed. EOPNOTSUPP: the consumer made it threaded.
             if error.errno not in (*_GONE, errno.EOPNOTSUPP):
                 raise
-            with suppress(OSError):  # without freezing it takes more rounds, no more than that
+            with suppress(OSError):  # without freezing it only takes more rounds
                 _write_in(directory, "cgroup.freeze", "1")
-        # Always, because cgroup.kill signals the leading thread alone: where that has left and
-        # others have stayed, they live on (measured on 6.18).
+        # Always, because cgroup.kill signals the leading thread alone. If that has ended or moved
+        # away, the other threads of its process stay alive (measured on 6.18).
         self._kill_each(directory)
 
     def _kill_each(self, directory: Descriptor) -> None:
         killed: set[int] = set()
         for _ in range(KILL_ROUNDS_MAX):
-            newcomers = sorted(set(self._processes_in(directory)) - killed)
-            if not newcomers:
+            fresh = sorted(set(self._processes_in(directory)) - killed)
+            if not fresh:
                 return
-            for start in range(0, len(newcomers), KILL_BATCH_MAX):
-                self._kill_members(directory, newcomers[start : start + KILL_BATCH_MAX])
-            killed.update(newcomers)
+            for start in range(0, len(fresh), KILL_BATCH_MAX):
+                self._kill_members(directory, fresh[start : start + KILL_BATCH_MAX])
+            killed.update(fresh)
 
     def _kill_members(self, directory: Descriptor, pids: list[int]) -> None:
         with ExitStack() as stack:
             pidfds: dict[int, Descriptor] = {}
             for pid in pids:
-                with _retelling("pidfd_open(2)", self.path, errno.ESRCH):
+                with _calling("pidfd_open(2)", self.path, errno.ESRCH):
                     pidfds[pid] = stack.enter_context(pidfd_open(pid))
-            # The pidfds came first. If a pid is still listed now, it is its pidfd's process that is
-            # listed, or that process is dead and the signal hits nobody.
+            # The pidfds were opened first: a pid that is still listed now is listed for the process
+            # of its pidfd, or that process is dead and the signal has no effect.
             for pid in pidfds.keys() & set(self._processes_in(directory)):
-                with _retelling("pidfd_send_signal(2)", self.path, errno.ESRCH):
+                with _calling("pidfd_send_signal(2)", self.path, errno.ESRCH):
                     pidfd_send_signal(pidfds[pid], signal.SIGKILL)
 
 
 class ScopeWatch(Generic[Key]):
     """
-    Tells which scopes to look at again, and which anchors have died: one descriptor for all.
+    One descriptor that reports changes of many scopes, and the deaths of anchors.
 
-    One epoll, because a plain read-readiness watch of `cgroup.events` is always ready and spins.
-    Put `fileno()` into an event loop as readable (a nested epoll works) and call `poll` when it is.
+    It is an epoll, because `cgroup.events` is always readable: waiting for that would spin. Add
+    `fileno()` to an event loop as readable (a nested epoll works) and call `poll` when it is.
 
-    Whatever it watches belongs to the caller, who calls `remove` *before* closing it. Usable from
-    any thread.
+    The watched descriptors belong to the caller, who calls `remove` *before* closing one. Usable
+    from any thread.
     """
 
     CHANGES: Final = select.EPOLLPRI
@@ -392,22 +384,22 @@ class ScopeWatch(Generic[Key]):
         self._fds: Final[dict[Key, int]] = {}
 
     def fileno(self) -> int:
-        """Return the epoll's number; it is readable while `poll` has something to return."""
+        """Lend the epoll's descriptor; it is readable while `poll` has something to return."""
         return self._epoll.fileno()
 
     def add(self, key: Key, fd: int, mask: int = CHANGES) -> None:
         """
-        Watch a descriptor; `poll` will name it by its key.
+        Watch a descriptor; `poll` returns its key.
 
         Args:
             key: Names it; in use for one descriptor at a time.
-            fd: What to watch; stays the caller's.
+            fd: What to watch; borrowed until `remove`.
             mask: `CHANGES` or `DEATH`.
 
         Raises:
             ValueError: the key or the descriptor is already watched, or the mask is neither.
-            SyscallError: the user's limit of watches is reached (ENOSPC), or there is no memory for
-                another (ENOMEM); nothing more is watched than before.
+            SyscallError: the user's limit of watches is reached (ENOSPC), or there is no memory
+                (ENOMEM). In all cases the same is watched as before.
         """
         if mask not in (self.CHANGES, self.DEATH):
             raise ValueError(f"a watch has the mask CHANGES or DEATH, not {mask:#x}")
@@ -419,7 +411,7 @@ class ScopeWatch(Generic[Key]):
             self._keys[fd], self._masks[fd], self._fds[key] = key, mask, fd
 
     def remove(self, key: Key) -> None:
-        """Stop watching; nothing happens if the key is not watched."""
+        """Stop watching; nothing if the key is not watched."""
         with self._guard:
             fd = self._fds.pop(key, None)
             if fd is not None:
@@ -428,10 +420,10 @@ class ScopeWatch(Generic[Key]):
 
     def poll(self) -> list[Key]:
         """
-        Name what has something new, without waiting.
+        Return the keys of what has changed since the last call; does not wait.
 
-        A scope that was removed is named once more; so is a process that died. Neither is heard of
-        again, so that a caller who is slow to `remove` it does not spin.
+        A scope that was removed is reported once more, and so is a process that died. Neither is
+        reported again, so that a caller that is slow to `remove` it does not spin.
         """
         with self._guard:
             with calling("epoll_wait(2)"):
@@ -460,16 +452,16 @@ class ScopeWatch(Generic[Key]):
         self.close()
 
     def _disarm(self, fd: int) -> None:
-        # ENOENT: disarmed before. EBADF: closed too early, which takes it out of the epoll too.
+        # ENOENT: disarmed before. EBADF: closed too early, which also removes it from the epoll.
         with suppress(OSError):
             syscall(self._epoll.unregister, fd)
 
 
 def anchor_cgroup(root: Path, instance: str) -> Path:
     """
-    Make the cgroup in which one provider instance keeps its anchors, or find it again.
+    Make the cgroup for the anchors of one provider instance, unless it is there.
 
-    Its `cgroup.procs` is a list of anchors that survives every crash of the provider.
+    Its `cgroup.procs` lists the anchors, whatever happens to the provider.
 
     Args:
         root: The mount point of cgroup v2.
@@ -496,8 +488,8 @@ def remove_anchor_cgroup(root: Path, instance: str) -> bool:
     """
     path = _anchor_path(root, instance)
     for _ in range(LEAVING_ATTEMPTS_MAX):
-        # A process that has just died (the last anchor, the forge) is in no list any more, and yet
-        # keeps its cgroup from being removed until it has left the CPU for the last time.
+        # A process that has just died (the last anchor, the forge) is not listed any more, but its
+        # cgroup cannot be removed until it has left the CPU for the last time.
         if _remove_directory(path) or _lists_members(path):
             break
         select.poll().poll(LEAVING_PAUSE_MS)
@@ -513,9 +505,9 @@ def _lists_members(path: Path) -> bool:
 
 def remove_slices(root: Path) -> None:
     """
-    Remove the two slices if they are empty and one of us made them.
+    Remove the two slices if they are empty and were made here.
 
-    A slice that was there before, or that somebody still uses, stays.
+    A slice that was there before, or is still used, stays.
     """
     for path in (root / WORKLOAD_SLICE, root / ANCHOR_SLICE):
         if _read_attribute(path, MADE_ATTRIBUTE) is not None:
@@ -528,10 +520,10 @@ def _open_directory(path: Path) -> Descriptor:
 
 class _Cursor:
     """
-    A place in a tree of cgroups, moved one step at a time.
+    A position in a tree of cgroups, moved one level at a time.
 
-    It holds one descriptor however deep the tree is, and no path, because a consumer can nest
-    deeper than a path, a stack or a descriptor table reaches.
+    It has one open descriptor, however deep the tree is, and no path, because a consumer can nest
+    deeper than a path, a stack or a descriptor table allows.
     """
 
     def __init__(self, start: Descriptor) -> None:
@@ -550,7 +542,7 @@ class _Cursor:
         self._here.close()
 
     def walk(self) -> Iterator[Descriptor]:
-        """Visit every cgroup, parents first. Each descriptor is good until the next step."""
+        """Visit every cgroup, parents first. Each descriptor is valid until the next iteration."""
         pending = [self._children()]
         yield self._here
         while pending:
@@ -566,7 +558,7 @@ class _Cursor:
                     self._enter("..")
 
     def remove_below(self) -> bool:
-        """Remove every cgroup below the first, leaves first; False once one turns out in use."""
+        """Remove every cgroup below the first, leaves first; False as soon as one is in use."""
         for _ in range(REMOVE_STEPS_MAX):
             children = self._children()
             if not children:
@@ -609,7 +601,7 @@ def _anchor_path(root: Path, instance: str) -> Path:
 
 
 def _directory_name(name: str) -> str:
-    # Asked again here, whoever asked before: this is where a name becomes a path.
+    # Checked here whatever was checked before, because here a name becomes a path.
     objection = objection_to_id(name)
     if objection is not None:
         raise ScopeError("mkdir(2)", errno.EINVAL, Path(ascii(name)), objection)
@@ -623,18 +615,20 @@ def _make_scope_directory(path: Path, owner: str) -> None:
         except ScopeError as error:
             if error.errno != errno.EEXIST:
                 raise
-            _make_way(path, owner)
+            _remove_leftover(path, owner)
         else:
             if _claim(path, owner):
                 return
-    raise ScopeError("mkdir(2)", errno.EEXIST, path, "somebody else keeps making it; find out who")
+    raise ScopeError(
+        "mkdir(2)", errno.EEXIST, path, "another program keeps making it; find out which"
+    )
 
 
-def _make_way(path: Path, owner: str) -> None:
-    """Remove a scope that stands in the way and is nobody's; explain the one that is not."""
-    stamp = _read_stamp(path)
-    if stamp is not None:
-        advice = f"it belongs to owner {stamp}; release that allocation first"
+def _remove_leftover(path: Path, owner: str) -> None:
+    """Remove a scope without an owner that is in the way; refuse one that is in use."""
+    other = _read_owner(path)
+    if other is not None:
+        advice = f"it belongs to owner {other}; release that allocation first"
         raise ScopeError("mkdir(2)", errno.EEXIST, path, advice)
     if not _remove_unowned(path, owner):
         advice = "it has no owner but is in use; end what runs in it, then remove it"
@@ -642,11 +636,11 @@ def _make_way(path: Path, owner: str) -> None:
 
 
 def _remove_unowned(path: Path, owner: str) -> bool:
-    """Remove a scope that carries no owner; False while something is in it."""
+    """Remove a scope that has no owner; False while something is in it."""
     if _is_in_use(path):
         return False
-    # It is claimed first: somebody may be about to stamp what looks abandoned, and only who owns
-    # a scope may remove it.
+    # It is claimed first: only the owner of a scope may remove it, and its maker may be about to
+    # claim it.
     if not _claim(path, owner) or _remove_directory(path):
         return True
     with suppress(OSError):
@@ -655,52 +649,45 @@ def _remove_unowned(path: Path, owner: str) -> bool:
 
 
 def _is_in_use(path: Path) -> bool:
-    with _retelling("read(2)", path, *_GONE):
+    with _calling("read(2)", path, *_GONE):
         events = syscall((path / "cgroup.events").read_text)
         return "populated 1" in events or any(entry.is_dir() for entry in syscall(path.iterdir))
     return False
 
 
 def _claim(path: Path, owner: str) -> bool:
-    """Stamp a scope that has no owner; False if another was faster, or it is gone."""
+    """Set the owner of a scope that has none; False if another was faster, or it is gone."""
     try:
-        # XATTR_CREATE: of two who meet at one directory, exactly one becomes its owner.
+        # XATTR_CREATE: of two that claim one directory, exactly one becomes its owner.
         syscall(os.setxattr, path, OWNER_ATTRIBUTE, owner.encode(), os.XATTR_CREATE)
     except OSError as error:
         if error.errno in (*_GONE, errno.EEXIST):
             return False
         _remove_directory(path)
-        raise _retold("setxattr(2)", error, path) from error
+        raise ScopeError.of("setxattr(2)", error, path) from error
     return True
 
 
 def _make_in_slice(path: Path, *, exist_ok: bool = True) -> None:
     for _ in range(MAKE_ATTEMPTS_MAX):
         _make_slice(path.parent)
-        try:
+        # ENOENT: the slice, which was empty, was removed between the two calls.
+        with _calling("mkdir(2)", path, errno.ENOENT):
             syscall(path.mkdir, mode=0o755, exist_ok=exist_ok)
-        except FileNotFoundError:
-            continue  # somebody removed the slice, which was empty, between our two steps
-        except OSError as error:
-            raise _retold("mkdir(2)", error, path) from error
-        return
-    raise ScopeError("mkdir(2)", errno.ENOENT, path, "somebody keeps removing the slice")
+            return
+    raise ScopeError("mkdir(2)", errno.ENOENT, path, "another program keeps removing the slice")
 
 
 def _make_slice(path: Path) -> None:
-    try:
+    with _calling("mkdir(2)", path, errno.EEXIST):
         syscall(path.mkdir, mode=0o755)
-    except FileExistsError:
-        return
-    except OSError as error:
-        raise _retold("mkdir(2)", error, path) from error
-    # Gone again, or a Linux kernel without these attributes: then it just stays when it is empty.
-    with suppress(OSError):
-        syscall(os.setxattr, path, MADE_ATTRIBUTE, b"1")
+        # If it is gone again, or the Linux kernel lacks these attributes, it is only not removed.
+        with suppress(OSError):
+            syscall(os.setxattr, path, MADE_ATTRIBUTE, b"1")
 
 
 def _expect_usable(path: Path) -> None:
-    with _retelling("read(2)", path / "cgroup.type"):
+    with _calling("read(2)", path / "cgroup.type"):
         kind = syscall((path / "cgroup.type").read_text).strip()
     if kind != "domain":
         advice = f"its type is {kind!r}: a cgroup beside or above it was made threaded; remove that"
@@ -714,26 +701,23 @@ def _remove_directory(path: Path) -> bool:
         if error.errno in _BUSY:
             return False
         if error.errno not in _GONE:
-            raise _retold("rmdir(2)", error, path) from error
+            raise ScopeError.of("rmdir(2)", error, path) from error
     return True
 
 
 def _is_there(path: Path) -> bool:
-    with _retelling("stat(2)", path):
+    with _calling("stat(2)", path):
         return syscall(path.is_dir)
 
 
-def _read_stamp(path: Path | int) -> str | None:
+def _read_owner(path: Path | int) -> str | None:
     return _read_attribute(path, OWNER_ATTRIBUTE)
 
 
 def _read_attribute(path: Path | int, name: str) -> str | None:
-    try:
+    with _calling("getxattr(2)", str(path), *_GONE, errno.ENODATA, errno.EOPNOTSUPP):
         return syscall(os.getxattr, path, name).decode("utf-8", "replace")
-    except OSError as error:
-        if error.errno in (*_GONE, errno.ENODATA, errno.EOPNOTSUPP):
-            return None
-        raise _retold("getxattr(2)", error, Path(str(path))) from error
+    return None
 
 
 def _members(directory: Descriptor) -> set[int]:
@@ -745,7 +729,7 @@ def _members(directory: Descriptor) -> set[int]:
             return set()
         if error.errno != errno.EOPNOTSUPP:
             raise
-    # A threaded cgroup only lists threads. A thread that ended meanwhile has no process any more.
+    # A threaded cgroup lists threads only. One that ended meanwhile has no process any more.
     threads = _read_in(directory, "cgroup.threads").split()
     return {pid for pid in map(_process_of_thread, threads) if pid is not None}
 
@@ -765,13 +749,13 @@ def _read_in(directory: Descriptor, name: str) -> str:
 
 
 def _write_in(directory: Descriptor, name: str, text: str) -> None:
-    # Unbuffered: one write, and its error arrives here instead of in close().
+    # Unbuffered: one write, and its error is raised here instead of in close().
     with syscall(open, name, "wb", buffering=0, opener=_opener_in(directory)) as file:
         syscall(file.write, text.encode())
 
 
 def _opener_in(directory: Descriptor) -> Callable[[str, int], int]:
-    # Without O_CREAT and O_TRUNC, which open() adds: in a cgroup one does not make files.
+    # Without O_CREAT and O_TRUNC, which open() adds: files cannot be made in a cgroup.
     def opener(name: str, flags: int) -> int:
         access = flags & (os.O_ACCMODE | os.O_CLOEXEC)
         return os.open(name, access, dir_fd=directory.fileno())
@@ -780,31 +764,15 @@ def _opener_in(directory: Descriptor) -> Callable[[str, int], int]:
 
 
 def _rearm(fd: int) -> bool:
-    """Read the events file, which is what makes its next change count; False once it is gone."""
+    """Read the events file, so that its next change is reported; False once it is gone."""
     try:
         syscall(os.pread, fd, EVENTS_BYTES_MAX, 0)
     except OSError as error:
-        # Any other error (no memory) passes, and what was not read is reported again.
+        # After any other error (no memory) the file is reported again.
         return error.errno not in (*_GONE, errno.EBADF)
     return True
 
 
 def _unescape(field: str) -> str:
-    """Undo the octal escapes that mountinfo has for blanks and backslashes."""
+    """Decode the octal escapes that mountinfo has for blanks and backslashes."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
-
-
-def _retold(call: str, error: OSError, path: Path) -> ScopeError:
-    return ScopeError(call, error.errno or errno.EIO, path)
-
-
-@contextmanager
-def _retelling(call: str, path: Path, *tolerated: int) -> Iterator[None]:
-    """Turn an OSError of the body into a `ScopeError`, or into nothing if it is tolerated."""
-    try:
-        yield
-    except ScopeError:
-        raise  # said already, and better
-    except OSError as error:
-        if error.errno not in tolerated:
-            raise _retold(call, error, path) from error

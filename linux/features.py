@@ -1,12 +1,12 @@
-"""Which of the newer kernel interfaces may be used here?
+"""Detect which Linux kernel features beyond 5.14 can be used here.
 
-The floor is Linux 5.14 (RHEL 9, SLES 15). Above it there are interfaces that do better what the
-floor can do in a second way; each has a flag here, and every place that has two ways asks the
-flag. `Features.probe` finds out by trying, never by reading a version, because distributions
-carry features back and security modules take them away.
+Linux 5.14 (RHEL 9, SLES 15) is the oldest supported kernel. A newer interface that does better what
+5.14 can do in another way has a flag here, and the code that knows both ways asks the flag.
+`Features.probe` tries each interface. It reads no version, because distributions backport features
+and security modules forbid some.
 
-`OLDEST` is the floor itself. Giving it to any part of `linux` makes that part behave as on the
-oldest kernel, which is how the second ways are tested on a new one.
+`OLDEST` has no feature. Given to any part of `linux` it makes that part work as on 5.14, which is
+how the older ways are tested on a new kernel.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from .syscalls import Ioctl
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What the running kernel can do beyond Linux 5.14; each flag names its release and use."""
+    """What the running kernel can do beyond Linux 5.14, each with the release that brought it."""
 
     pidfs_inodes: bool = False
-    """6.9: a pidfd's inode number names its process for as long as the machine is up."""
+    """6.9: the inode number of a pidfd identifies its process until the next boot."""
     pidfd_namespaces: bool = False
     """6.11: a process' namespaces can be opened from its pidfd, without /proc."""
     mount_namespace_ids: bool = False
-    """6.11: a mount namespace tells an id that is never used twice."""
+    """6.11: a mount namespace has an id that is never used twice."""
     detached_clone: bool = False
-    """6.15: a mount that is attached nowhere can be copied."""
+    """6.15: a detached mount can be cloned."""
     namespace_ids: bool = False
-    """6.18: any namespace tells an id that is never used twice."""
+    """6.18: any namespace has an id that is never used twice."""
     proc_by_pidns: bool = False
-    """6.18: a /proc of another PID namespace can be made from outside."""
+    """6.18: a /proc of another PID namespace can be mounted from outside."""
 
     @classmethod
     def probe(cls) -> Features:
         """
         Try every interface on the running kernel, with the caller's own capabilities.
 
-        Nothing stays behind: no descriptor, no mount. What fails for any reason counts as absent,
-        because the second way then serves, or fails with a reason of its own.
+        Leaves no descriptor and no mount. What fails for any reason counts as absent, because the
+        older way then works, or fails with a reason of its own.
         """
         # Keeps NODE-16.
         return cls(
@@ -61,7 +61,7 @@ class Features:
 
 
 OLDEST: Final = Features()
-"""The oldest kernel that is supported, Linux 5.14: none of them."""
+"""Linux 5.14, the oldest supported kernel: none of them."""
 
 
 def _works(attempt: Callable[[ExitStack], bool]) -> bool:
@@ -111,7 +111,7 @@ def _try_detached_clone(stack: ExitStack) -> bool:
 
 
 def _try_proc_by_pidns(stack: ExitStack) -> bool:
-    # Kernels without the parameter answer EINVAL when it is set; no superblock is needed to see.
+    # A kernel without the parameter answers EINVAL when it is set, before there is a superblock.
     context = stack.enter_context(syscalls.fsopen("proc"))
     syscalls.fsconfig_fd(context, "pidns", _own_namespace(stack, "pid"))
     return True

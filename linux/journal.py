@@ -1,17 +1,16 @@
-"""What did this provider promise before it died? The one file that survives it.
+"""The provider's journal: a SQLite file of its live allocations, for recovery after a crash.
 
-A provider that is killed and started again must know which allocations it was making, which it had
-handed over and which had ended. So every step is written down *before* it is taken (`intend`) and
-again once it is done (`publish`); what is over is struck out and its id remembered (`forget`).
-On its next start the provider compares these entries with what the Linux kernel still has.
+An allocation is written down before anything is made for it (`intend`) and again when it reaches
+another state (`publish`); a released one is removed and its id remembered (`forget`). A provider
+that starts again compares the entries with what the Linux kernel still has.
 
-The journal survives the provider's process, not the machine: namespaces do not survive that either,
-and the boot id written beside the entries voids all of them after a reboot. This is why SQLite runs
-with `synchronous=OFF`: pages handed to the Linux kernel outlive the process that wrote them, and
-waiting for the disk would protect entries that a reboot makes worthless.
+The journal has to survive the provider's process and not the machine, since namespaces do not
+survive a reboot either: the boot id beside the entries makes them void then. Therefore SQLite runs
+with `synchronous=OFF`. Pages that the Linux kernel has been given outlive the process; waiting for
+the disk would only protect entries that a reboot makes worthless.
 
 Only this module imports `sqlite3`. `linux.backend` writes the journal; `nshandoff list` reads it
-with `read_journal`, which never takes a lock that the provider needs.
+with `read_journal`, which takes no lock that the provider needs.
 """
 
 from __future__ import annotations
@@ -26,34 +25,35 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Literal, Self, TypeAlias, TypedDict, Unpack, get_args
+from typing import Final, Self, TypeAlias, TypedDict, Unpack
 
+from statemachine.lifecycle import AllocationState
 from statemachine.messages import NamespaceRequest, NamespaceType
+from statemachine.provider import REMEMBERED_MAX
 from transport.calls import syscall
 from transport.descriptors import Descriptor
 
 JOURNAL_NAME: Final = "journal.sqlite3"
 """The journal's file in the state directory."""
 LOCK_NAME: Final = "lock"
-"""The file whose lock a provider holds as long as it lives; the holder's pid stands in it."""
-
-REMEMBERED_MAX: Final = 1024
-"""How many ended allocations are remembered by id; the oldest end is forgotten first."""
+"""The file that a provider keeps locked while it runs; it contains the provider's pid."""
 
 SCHEMA_VERSION: Final = 1
 """`PRAGMA user_version` of the files this module writes, and the only one it reads."""
 
 HEADER_BYTES: Final = 100
-"""Every SQLite database begins with so many bytes, unless it is blank and has none."""
+"""Length of the header of a SQLite database; one that is blank has none."""
 
 READ_ATTEMPTS_MAX: Final = 32
-"""How often a reader starts again when a provider opens or closes the journal under it."""
+"""How often a reader starts again when a provider opens or closes the journal meanwhile."""
 
-State: TypeAlias = Literal["requested", "created", "handed_off", "ended"]
-"""Where an allocation stands, as far as the node needs to know."""
-
-STATES: Final[tuple[State, ...]] = get_args(State)
-"""The states an entry can be in; an entry only ever moves to the right."""
+STATES: Final = (
+    AllocationState.REQUESTED,
+    AllocationState.CREATED,
+    AllocationState.HANDED_OFF,
+    AllocationState.ENDED,
+)
+"""The states that an entry can have; it only ever moves to the right. Stored by their values."""
 
 _SCHEMA: Final = """
     CREATE TABLE boot (boot_id TEXT NOT NULL);
@@ -101,24 +101,25 @@ class JournalCorrupt(JournalError):
     """
     The file is no journal of ours, or a damaged one. It is left exactly as it was found.
 
-    It may be the only record of live allocations, so deleting it is an operator's decision.
+    It may be the only record of live allocations: whether to delete it is the operator's decision.
     """
 
     # Keeps CRASH-11.
 
 
 class JournalUnavailable(JournalError):
-    """The journal cannot be opened or written (permission, space, I/O); the last entry stands."""
+    """The journal cannot be opened or written (permission, space, I/O); it is unchanged."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What is written down about one live allocation."""
+    """One live allocation, as the journal has it."""
 
     allocation_id: str
     incarnation: str
     """The token that tells this life of the id from earlier and later ones."""
-    state: State
+    state: AllocationState
+    """One of `STATES`."""
     request: NamespaceRequest
     """What was asked for, so that a repeated request can be recognised after a restart."""
     mount_path: str | None = None
@@ -135,18 +136,18 @@ class EntryFields(TypedDict, total=False):
     """The fields of an entry that become known later, by name."""
 
     mount_path: str | None
-    """Where its image is mounted, inside."""
+    """As `Entry.mount_path`."""
     anchor: Mapping[str, object] | None
-    """Who its anchor is, as `AnchorIdentity.as_json` says it."""
+    """As `AnchorIdentity.as_json` gives it."""
     scope_path: str | None
-    """Its scope."""
+    """As `Entry.scope_path`."""
     why: str | None
-    """Why it is not released yet."""
+    """As `Entry.why`."""
 
 
 @dataclass(frozen=True, slots=True)
 class JournalView:
-    """One consistent look at a journal."""
+    """The content of a journal at one moment."""
 
     boot_id: str | None
     """The boot the entries belong to; None where there is no journal yet."""
@@ -160,13 +161,13 @@ class Journal:
     """
     The provider's own journal: open for writing, and locked against a second provider.
 
-    Every change is one transaction and is there for the next provider as soon as the call returns,
-    whatever becomes of this process. Usable from any thread.
+    Every change is one transaction, and visible to the next provider as soon as the call returns,
+    even if this process is killed then. Usable from any thread.
 
     Args:
         state_dir: Where the journal lives; made (mode 0700) if absent.
-        boot_id: This boot's id. Entries of another boot are struck out and offered as `voided`;
-            their ids are remembered as ended, which after a reboot is the truth.
+        boot_id: This boot's id. Entries of another boot are removed and returned as `voided`;
+            their ids are remembered as ended, which after a reboot they are.
 
     Raises:
         JournalBusy: another process holds `state_dir`.
@@ -175,7 +176,7 @@ class Journal:
     """
 
     voided: Final[tuple[Entry, ...]]
-    """The entries that a reboot made void, as found when the journal was opened."""
+    """The entries of another boot that were found when the journal was opened."""
 
     def __init__(self, state_dir: Path, boot_id: str) -> None:
         self._path: Final = state_dir / JOURNAL_NAME
@@ -194,11 +195,11 @@ class Journal:
 
     def intend(self, entry: Entry) -> None:
         """
-        Write down an allocation before anything is done for it.
+        Add an allocation, before anything is made for it.
 
         Raises:
             ValueError: the id already has an entry; it is unchanged.
-            JournalUnavailable: nothing was written, so nothing may be done.
+            JournalUnavailable: nothing was written, so nothing may be made.
         """
         with self._transaction() as database:
             if _find(database, entry.allocation_id) is not None:
@@ -209,21 +210,24 @@ class Journal:
                 _encode_entry(entry),
             )
 
-    def publish(self, allocation_id: str, state: State, **fields: Unpack[EntryFields]) -> None:
+    def publish(
+        self, allocation_id: str, state: AllocationState, **fields: Unpack[EntryFields]
+    ) -> None:
         """
-        Write down what an allocation has become. Fields that are not named stay as they are.
+        Set the state of an allocation, and the given fields; all others stay as they are.
 
         Raises:
             KeyError: the allocation has no entry.
-            ValueError: the entry is further on than `state`; it is unchanged.
-            JournalUnavailable: nothing was written; the entry still says what it said.
+            ValueError: the entry's state comes after `state`.
+            JournalUnavailable: it cannot be written. The entry is unchanged in every case.
         """
         with self._transaction() as database:
             entry = _find(database, allocation_id)
             if entry is None:
                 raise KeyError(allocation_id)
             if STATES.index(state) < STATES.index(entry.state):
-                raise ValueError(f"{allocation_id!r} is {entry.state}; it cannot become {state}")
+                reason = f"is {entry.state.value}; it cannot become {state.value}"
+                raise ValueError(f"{allocation_id!r} {reason}")
             _, _, *columns = _encode_entry(replace(entry, state=state, **fields))
             syscall(
                 database.execute,
@@ -233,12 +237,12 @@ class Journal:
             )
 
     def forget(self, allocation_id: str) -> None:
-        """Strike out an allocation that is released, and remember its id; if it has an entry."""
+        """Remove a released allocation and remember its id; nothing if it has no entry."""
         with self._transaction() as database:
-            struck = syscall(
+            removed = syscall(
                 database.execute, "DELETE FROM allocation WHERE allocation_id = ?", (allocation_id,)
             )
-            if struck.rowcount:
+            if removed.rowcount:
                 _remember(database, allocation_id)
 
     def entries(self) -> tuple[Entry, ...]:
@@ -247,13 +251,13 @@ class Journal:
             return _read_entries(database)
 
     def remembered(self) -> tuple[str, ...]:
-        """Return the ids of ended allocations (at most `REMEMBERED_MAX`), the oldest end first."""
+        """Return the ids of released allocations, at most `REMEMBERED_MAX`, the oldest first."""
         # Keeps CRASH-6.
         with self._transaction() as database:
             return _read_remembered(database)
 
     def close(self) -> None:
-        """Close the journal and let go of the state directory. Idempotent."""
+        """Close the journal and unlock the state directory. Idempotent."""
         with self._guard:
             self._database.close()
             self._lock.close()
@@ -291,17 +295,17 @@ class Journal:
 
 def read_journal(state_dir: Path) -> JournalView:
     """
-    Look at a journal without touching it, whether its provider lives, died or was never there.
+    Read a journal without changing anything, whether its provider runs or not.
 
     For processes other than the provider, which asks its own `Journal`: within one process SQLite
     would let the two share one state, and the reader's "read only" would become the writer's.
 
     Returns:
-        One consistent view; an empty one where there is no journal.
+        A consistent view; an empty one where there is no journal.
 
     Raises:
         JournalCorrupt: the file is damaged or not ours.
-        JournalUnavailable: it cannot be opened, or never stood still long enough to be read.
+        JournalUnavailable: it cannot be opened, or changes faster than it can be read.
     """
     path = state_dir / JOURNAL_NAME
     failure = JournalUnavailable(path, "it changes faster than it can be read")
@@ -313,26 +317,29 @@ def read_journal(state_dir: Path) -> JournalView:
         try:
             view = _read_by(path, _SHARED if is_shared else _AT_REST)
         except JournalUnavailable as error:
-            failure = error  # a provider that closes just now takes its log away under us
+            failure = error  # a provider that closes just now removes its log meanwhile
             continue
         except JournalCorrupt:
             if is_shared or _is_at_rest(path, before):
                 raise
             continue
-        # "Immutable" was our word for it: had a provider come, the view could be a mixture.
+        # We told SQLite that the file is immutable. If a provider has opened it since, the view can
+        # be a mixture of two states.
         if is_shared or _is_at_rest(path, before):
             return view
     raise failure
 
 
 _SHARED: Final = "mode=ro&readonly_shm=1"
-"""Beside a provider, or after one that was killed: its log is part of the journal.
+"""
+For a journal with a log: its provider runs or was killed, and the log is part of the journal.
 
-Even in mode=ro SQLite would open, and if need be create, the index of the log for writing.
+Without `readonly_shm` SQLite would open the index of the log for writing even in mode=ro, and
+create it if it is missing.
 """
 
 _AT_REST: Final = "mode=ro&immutable=1"
-"""After a provider that closed its journal: one file, and nobody writes to it."""
+"""For a journal that its provider closed: one file, which nothing writes to."""
 
 
 def _read_by(path: Path, options: str) -> JournalView:
@@ -341,7 +348,7 @@ def _read_by(path: Path, options: str) -> JournalView:
         database = syscall(sqlite3.connect, f"{path.absolute().as_uri()}?{options}", uri=True)
         try:
             database.isolation_level = None
-            syscall(database.execute, "BEGIN")  # all reads below see one and the same moment
+            syscall(database.execute, "BEGIN")  # all reads below see one state
             if _is_new(database, path):
                 return JournalView(boot_id=None)
             return JournalView(
@@ -354,8 +361,8 @@ def _read_by(path: Path, options: str) -> JournalView:
 
 
 def _is_shared(path: Path) -> bool:
-    # SQLite removes the index before the log when it closes, and creates it after the log. With
-    # only one of the two there is nothing in the log that is not in the file as well.
+    # SQLite creates the index after the log, and removes it before the log when it closes. While
+    # only one of the two exists, everything in the log is in the file as well.
     return all(syscall(Path(f"{path}{suffix}").exists) for suffix in ("-wal", "-shm"))
 
 
@@ -395,8 +402,8 @@ def _hold(lock: Descriptor, path: Path) -> None:
         raise JournalBusy(path, _holder_of(lock)) from None
     except OSError as error:
         raise JournalUnavailable(path, error.strerror or str(error)) from error
-    # The file stays when we go: removing a lock file lets two providers lock two files of one name.
-    # The pid in it is for people; what excludes a second provider is the lock alone.
+    # The file is never removed: that would let two providers lock two files of one name. The pid
+    # in it is for people; only the lock keeps a second provider out.
     syscall(os.ftruncate, lock.fileno(), 0)
     syscall(os.pwrite, lock.fileno(), f"{os.getpid()}\n".encode(), 0)
 
@@ -409,7 +416,7 @@ def _holder_of(lock: Descriptor) -> int | None:
 def _open_for_writing(path: Path) -> sqlite3.Connection:
     _expect_header(path)
     with _typed_errors(path):
-        # check_same_thread: our own lock does better, it admits any thread but one at a time.
+        # check_same_thread is off because our own lock admits one thread at a time, any of them.
         database = syscall(sqlite3.connect, path, check_same_thread=False, isolation_level=None)
         try:
             _prepare(database, path)
@@ -434,14 +441,14 @@ def _prepare(database: sqlite3.Connection, path: Path) -> None:
 
 
 def _expect_header(path: Path) -> None:
-    # SQLite takes what is shorter than its header for a blank database, and writes over it.
+    # SQLite takes a file that is shorter than its header for a blank database and overwrites it.
     fingerprint = _fingerprint(path)
     if fingerprint is not None and 0 < fingerprint[0] < HEADER_BYTES:
         raise JournalCorrupt(path, "it is too short to be a database")
 
 
 def _is_new(database: sqlite3.Connection, path: Path) -> bool:
-    """Tell a journal of ours (False) from a database that is still blank (True); refuse others."""
+    """Say whether the database is blank; refuse one that is neither blank nor a journal."""
     version = int(syscall(database.execute, "PRAGMA user_version").fetchone()[0])
     if version == SCHEMA_VERSION:
         return False
@@ -458,7 +465,7 @@ def _transaction(database: sqlite3.Connection) -> Iterator[None]:
         yield
         syscall(database.execute, "COMMIT")
     except BaseException:
-        # SQLite itself rolls back when, for example, the disk is full.
+        # SQLite rolls back by itself when, for example, the disk is full.
         if database.in_transaction:
             syscall(database.execute, "ROLLBACK")
         raise
@@ -469,7 +476,7 @@ def _typed_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.ProgrammingError:
-        raise  # used after close(): our own mistake
+        raise  # used after close(): a mistake of the caller's
     except sqlite3.Error as error:
         primary_code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if primary_code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
@@ -480,7 +487,7 @@ def _typed_errors(path: Path) -> Iterator[None]:
 
 
 def _remember(database: sqlite3.Connection, allocation_id: str) -> None:
-    # REPLACE gives an id that ended again a new, last position.
+    # REPLACE moves an id that ended again to the last position.
     syscall(database.execute, "REPLACE INTO ended (allocation_id) VALUES (?)", (allocation_id,))
     syscall(
         database.execute,
@@ -518,14 +525,14 @@ _Row: TypeAlias = tuple[str, str, str, str, str | None, str | None, str | None, 
 
 
 class _UnreadableEntry(Exception):
-    """A row that this module cannot have written."""
+    """A row has a value that this module never writes."""
 
 
 def _encode_entry(entry: Entry) -> _Row:
     return (
         entry.allocation_id,
         entry.incarnation,
-        entry.state,
+        entry.state.value,
         _encode_request(entry.request),
         entry.mount_path,
         None if entry.anchor is None else json.dumps(dict(entry.anchor)),
@@ -540,7 +547,7 @@ def _decode_entry(row: _Row) -> Entry:
         return Entry(
             allocation_id=allocation_id,
             incarnation=incarnation,
-            state=STATES[STATES.index(state)],
+            state=STATES[STATES.index(AllocationState(state))],
             request=_decode_request(request),
             mount_path=mount_path,
             anchor=None if anchor is None else dict(json.loads(anchor)),

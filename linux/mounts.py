@@ -1,15 +1,14 @@
-"""Where does an allocation's image come from, and when is it gone again?
+"""Mount squashfs (uenv) images through loop devices, once for all allocations that share one.
 
 A uenv image is a squashfs file below the image root. However many allocations ask for it, it has
 one loop device and one superblock on the node. The store keeps a *master* of each image: a mount
-that is attached nowhere, in nobody's mount table, and so in nobody's way. Every allocation gets a
-mount of its own made from it, equally detached, which the forge attaches inside the allocation's
-mount namespace and nowhere else.
+that is attached nowhere, so that it is in no mount table. Every allocation gets a mount of its own
+made from it, also detached, which the forge attaches inside the allocation's mount namespace.
 
-Nothing is ever unmounted. An allocation's mount goes with its namespace, the master goes when the
-hold time after the last user is over, and with the last of them the Linux kernel frees the loop
-device, because it was told to (AUTOCLEAR) in the same call that made it. So a provider that is
-killed at any point leaves nothing behind that nobody uses.
+Nothing is ever unmounted. An allocation's mount goes with its namespace, and the master is closed
+when the hold time after the last user is over. With the last of them the Linux kernel frees the
+loop device: that was set up (AUTOCLEAR) in the same call that made it. So a provider that is killed
+at any point leaves nothing but what is in use.
 
 Used by `linux.backend`.
 """
@@ -26,7 +25,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self
 
 from transport.calls import syscall
 from transport.descriptors import Descriptor
@@ -58,13 +57,13 @@ IMAGE_FSTYPE: Final = "squashfs"
 """The filesystem that an image holds."""
 
 RESOLVE_ATTEMPTS_MAX: Final = 16
-"""How often an image is looked up again when somebody renames directories meanwhile (EAGAIN)."""
+"""How often an image is looked up again when directories are renamed meanwhile (EAGAIN)."""
 
 LOOP_ATTEMPTS_MAX: Final = 128
-"""How often a free loop device is asked for again when somebody else takes it first."""
+"""How often a free loop device is asked for again when another program takes it first."""
 
 LOOP_TAG: Final = b"nshandoff:"
-"""How the name of every loop device of ours begins: a restarted provider adopts only these."""
+"""Prefix of the names of our loop devices: a restarted provider adopts only these."""
 
 LOOP_NAME_BYTES_MAX: Final = 63
 """Longest name a loop device can have, without the final NUL (`LO_NAME_SIZE`)."""
@@ -85,7 +84,7 @@ _LOOP_CONFIG: Final = struct.Struct(f"=2I {_LOOP_INFO.size}s 64x")
 _ATTRIBUTES: Final = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
 
 _LOST_RACES: Final = (errno.EBUSY, errno.EAGAIN, errno.ENXIO, errno.ENODEV)
-"""What one meets when a loop device that was free is not, or is gone."""
+"""What calls on a loop device fail with if it is not free any more, or gone."""
 
 _RESOLVE: Final = "resolve image"
 
@@ -98,50 +97,27 @@ _ADVICE: Final = {
 
 
 class ImageError(SyscallError):
-    """
-    An image cannot be used; the text names the step, the call, the error, the path and what helps.
-
-    Nothing that the failing step made is left behind.
-    """
+    """An image cannot be used. Nothing that the failing operation made is left."""
 
     # Keeps NODE-15.
 
     def __init__(self, step: str, call: str, number: int, path: str, advice: str = "") -> None:
-        super().__init__(call, number, path)
+        """
+        Describe one failure.
+
+        Args:
+            step: what was being done, in words.
+            call: as in `SyscallError`, and so the rest.
+        """
+        super().__init__(call, number, path, advice)
         self.step: Final = step
-        self.advice: Final = advice
 
     def __str__(self) -> str:
-        text = f"{self.step}: {super().__str__()}"
-        return f"{text}; {self.advice}" if self.advice else text
-
-
-@dataclass(frozen=True, slots=True)
-class ImageStatus:
-    """What the store has of one image."""
-
-    image: str
-    """The image, as it was first asked for."""
-    device: str
-    """Its loop device."""
-    users: tuple[str, ...]
-    """Whoever acquired it and has not released it."""
-    free_since: float | None
-    """When its last user left, on the store's clock; None while it has one."""
-
-
-@dataclass(frozen=True, slots=True)
-class LingeringImage:
-    """An image that the store has dropped and somebody still holds mounted."""
-
-    image: str
-    """The image, below the image root."""
-    device: str
-    """The loop device that still backs it."""
+        return f"{self.step}: {super().__str__()}"
 
 
 class _ImageKey(NamedTuple):
-    """What makes two files the same image: a file that was changed in place is another one."""
+    """What identifies an image: a file that was changed in place is another one."""
 
     device: int
     inode: int
@@ -155,21 +131,19 @@ class _Image:
     key: _ImageKey
     users: set[str] = field(default_factory=set)
     borrowers: int = 0
-    """Calls that are using it right now."""
+    """How many calls are using it now."""
     free_since: float | None = None
     making: threading.Lock = field(default_factory=threading.Lock)
-    """Held while the master is made, so that an image that is slow stops nobody else."""
+    """Held while the master is made, so that a slow image does not block the others."""
     master: Descriptor | None = None
     device: str = ""
-    backing_file: str = ""
-    """The image's path as the Linux kernel has it, by which the loop device is known again."""
 
 
 def resolve_image(root: Path, image: str) -> Descriptor:
     """
-    Open an image for reading, wherever below the root its path really leads.
+    Open an image for reading; its path must not leave the image root.
 
-    Nothing but a regular file is ever opened: opening a FIFO waits, opening a device acts.
+    Only a regular file is opened, because opening a FIFO waits and opening a device has effects.
 
     Args:
         root: The image root; it may be reached by any path.
@@ -191,7 +165,7 @@ def resolve_image(root: Path, image: str) -> Descriptor:
             if not stat.S_ISREG(_status_of(found).st_mode):
                 advice = f"it is no regular file; a uenv image is a {IMAGE_FSTYPE} file"
                 raise ImageError(_RESOLVE, "openat2(2)", errno.EINVAL, subject, advice)
-            # O_PATH opened nothing yet. By this name it is the very file that was looked at.
+            # O_PATH has not opened it yet. This path leads to the same file.
             return _open(f"/proc/self/fd/{found.fileno()}")
     except ImageError:
         raise
@@ -203,16 +177,15 @@ def resolve_image(root: Path, image: str) -> Descriptor:
 
 class ImageStore:
     """
-    The images of this node that are in use or were until just now.
+    The images of this node that are in use, or were until the hold time began.
 
-    A *user* is whatever name the caller gives to one who needs an image: an allocation's
-    incarnation. Usable from any thread; an image that is slow to mount delays only those who want
-    that image.
+    A *user* is a name that the caller chooses: the token of an allocation's incarnation. Usable
+    from any thread; an image that is slow to mount delays only the users of that image.
 
     Args:
         root: The image root.
         hold_time_s: Seconds that an image is kept after its last user has left, 0.0 or more.
-        clock: Tells the time in seconds; only differences count. Never goes back.
+        clock: Monotonic seconds; only differences count.
         features: What the running Linux kernel can do.
     """
 
@@ -227,27 +200,26 @@ class ImageStore:
         self._features: Final = features
         self._guard: Final = threading.Lock()
         self._images: Final[dict[_ImageKey, _Image]] = {}
-        self._dropped: Final[list[_Image]] = []
         self._is_closed = False
 
     def acquire(self, image: str, user: str) -> Descriptor:
         """
-        Give a user a mount of an image: read-only, without set-uid programs and devices.
+        Mount an image for a user: read-only, nosuid and nodev.
 
-        The first user of an image has it put on a loop device and mounted; all later ones get
-        another mount of the same superblock. A user who acquires it again gets another mount and
-        still counts once.
+        For the first user the image is put on a loop device and mounted; all later ones get another
+        mount of the same superblock. A user that acquires it again gets another mount and still
+        counts once.
 
         Args:
             image: A path below the image root.
-            user: Who needs it, until `release`.
+            user: Uses it until `release`.
 
         Returns:
             A detached mount, to be attached once with move_mount(2); the caller owns it.
 
         Raises:
-            ImageError: the image cannot be used, with what the Linux kernel says about it. The
-                user has no more images than before.
+            ImageError: the image cannot be used, with what the Linux kernel says about it. Nothing
+                has changed.
             ValueError: the store is closed.
         """
         with resolve_image(self._root, image) as file, self._borrowed(file, image, user) as entry:
@@ -258,14 +230,14 @@ class ImageStore:
 
     def adopt(self, image: str, user: str) -> bool:
         """
-        Take over an image that a user got from an earlier life of this provider.
+        Adopt an image that a user got from an earlier process of this provider.
 
-        The user's own mount is in its namespace and needs nothing. What is taken over is the
-        superblock, so that whoever comes next shares it.
+        The user's own mount stays as it is. What is adopted is the superblock, so that the next
+        user shares it.
 
         Returns:
-            True if the image is in the store now, with this user; False if nothing is left to be
-            taken over, because the mount is gone or another file has the image's name today.
+            True if the image is in the store now, with this user; False if there is nothing to
+            adopt, because the mount is gone or another file has the image's name now.
 
         Raises:
             ImageError: it is there and cannot be mounted again. Nothing has changed.
@@ -288,9 +260,9 @@ class ImageStore:
 
     def release(self, user: str) -> None:
         """
-        Note that a user needs no image any more. Idempotent; its mounts are its own affair.
+        Remove a user from all images; its mounts stay. Idempotent.
 
-        An image without users is held for the hold time and then dropped by `tidy`.
+        An image without users is dropped by `tidy` when the hold time is over.
         """
         with self._guard:
             for entry in self._images.values():
@@ -303,8 +275,7 @@ class ImageStore:
         Drop every image that has had no user for the hold time.
 
         Returns:
-            Seconds until the next image is due, if nobody acquires it before; None if none is
-            waiting.
+            Seconds until the next one is due, if it is not acquired before; None if none is.
         """
         # Keeps NODE-14.
         with self._guard:
@@ -319,42 +290,12 @@ class ImageStore:
         _drop(due)
         return min((left_s for left_s in waiting.values() if left_s > 0), default=None)
 
-    def users(self) -> tuple[str, ...]:
-        """List everybody who has an image, in alphabetical order."""
-        with self._guard:
-            return tuple(sorted(set().union(*(e.users for e in self._images.values()))))
-
-    def images(self) -> tuple[ImageStatus, ...]:
-        """List the images that are mounted, the oldest first."""
-        with self._guard:
-            return tuple(
-                ImageStatus(entry.name, entry.device, tuple(sorted(entry.users)), entry.free_since)
-                for entry in self._images.values()
-                if entry.master is not None
-            )
-
-    def lingering(self) -> tuple[LingeringImage, ...]:
-        """
-        List the images that were dropped and are still mounted somewhere.
-
-        The Linux kernel takes up to a few milliseconds to free a loop device; what stays longer is
-        held by somebody: a process that was given the mount namespace and still has it.
-        """
-        with self._guard:
-            in_use = {entry.device for entry in self._images.values()}
-            self._dropped[:] = [
-                entry
-                for entry in self._dropped
-                if entry.device not in in_use and _backing_file(entry.device) == entry.backing_file
-            ]
-            return tuple(LingeringImage(entry.name, entry.device) for entry in self._dropped)
-
     def close(self) -> None:
-        """Drop all images at once, used or not. Idempotent; mounts that were given out stay."""
+        """Drop all images at once, used or not. Idempotent; mounts that were acquired stay."""
         with self._guard:
             self._is_closed = True
             idle = [entry for entry in self._images.values() if not entry.borrowers]
-            self._forget(idle)  # a borrower drops its own when it is done
+            self._forget(idle)  # one that is borrowed is dropped by its borrower
         _drop(idle)
 
     def __enter__(self) -> Self:
@@ -370,7 +311,7 @@ class ImageStore:
 
     @contextmanager
     def _borrowed(self, file: Descriptor, image: str, user: str) -> Iterator[_Image]:
-        """Enter a user, and keep the image while the body uses it; a body that fails undoes it."""
+        """Add a user, and keep the image while the body uses it; if the body fails, remove it."""
         with _step("look at image", image):
             key = _key_of(file)
         with self._guard:
@@ -406,13 +347,11 @@ class ImageStore:
     def _forget(self, entries: list[_Image]) -> None:
         for entry in entries:
             self._images.pop(entry.key, None)
-            if entry.master is not None:
-                self._dropped.append(entry)
 
     def _another_mount(self, entry: _Image) -> Descriptor:
         assert entry.master is not None
         if not self._features.detached_clone:
-            # The superblock is the device's: mounting it once more does not make a second one.
+            # The superblock belongs to the device: mounting that again does not make another.
             return _mount(entry.name, entry.device)
         with _step("share image", entry.name):
             return open_tree(entry.master, "", OPEN_TREE_CLONE | AT_EMPTY_PATH)
@@ -451,7 +390,7 @@ def _key_of(file: Descriptor) -> _ImageKey:
 def _make_master(entry: _Image, file: Descriptor) -> None:
     with _step("set up loop device", entry.name):
         device, loop = _configure_loop(file, entry.name)
-    with loop:  # until the mount holds it: a device that nobody holds frees itself
+    with loop:  # until it is mounted: a device that is not in use frees itself
         _mount_master(entry, device)
 
 
@@ -466,9 +405,7 @@ def _remake_master(entry: _Image, file: Descriptor) -> None:
 
 
 def _mount_master(entry: _Image, device: str) -> None:
-    master = _mount(entry.name, device)
-    entry.device, entry.backing_file = device, _backing_file(device)
-    entry.master = master
+    entry.master, entry.device = _mount(entry.name, device), device
 
 
 def _mount(image: str, device: str) -> Descriptor:
@@ -480,20 +417,21 @@ def _mount(image: str, device: str) -> Descriptor:
             fsconfig_create(context)
             return fsmount(context, _ATTRIBUTES)
         except SyscallError as error:
-            said = ", ".join(read_fs_log(context))
-            advice = said or f"it is no readable {IMAGE_FSTYPE} image"
-            raise _retold("mount image", error, image, advice) from error
+            log = ", ".join(read_fs_log(context))
+            advice = log or f"it is no readable {IMAGE_FSTYPE} image"
+            number = error.errno or errno.EIO
+            raise SyscallError(error.call, number, error.path, advice) from error
 
 
 def _configure_loop(file: Descriptor, image: str) -> tuple[str, Descriptor]:
-    """Put a file on a free loop device; the device is freed when its last holder closes it."""
+    """Put a file on a free loop device, which is freed when it is closed everywhere."""
     config = _loop_config(file, image)
     with _open(_LOOP_CONTROL) as control:
         for _ in range(LOOP_ATTEMPTS_MAX - 1):
             try:
                 return _try_configure(control, config)
             except SyscallError as error:
-                # To ask for a free device reserves nothing; somebody was faster.
+                # Asking for a free device does not reserve it; another program was faster.
                 if error.errno not in _LOST_RACES:
                     raise
         return _try_configure(control, config)
@@ -519,12 +457,11 @@ def _loop_config(file: Descriptor, image: str) -> bytes:
 
 
 def _find_loop(file: Descriptor) -> tuple[str, Descriptor] | None:
-    """Find the loop device that an earlier life of ours put the file on, and hold it."""
+    """Find and open the loop device on which an earlier process of ours put the file."""
     status = _status_of(file)
-    for path in sorted(_SYS_BLOCK.glob("loop*/loop/backing_file")):
-        device = f"/dev/{path.parent.parent.name}"
-        # Looked at from afar first: to open a stranger's device keeps it from being freed.
-        if not _is_file(_backing_file(device), status):
+    for device, path in loop_devices():
+        # Compared by path first: a device of another program that is opened cannot be freed.
+        if not _is_file(path, status):
             continue
         with suppress(SyscallError), ExitStack() as stack:  # freed since it was listed
             loop = stack.enter_context(_open(device))
@@ -534,17 +471,36 @@ def _find_loop(file: Descriptor) -> tuple[str, Descriptor] | None:
     return None
 
 
+def loop_devices() -> Iterator[tuple[str, str]]:
+    """List the loop devices in use, each with its file; that of a deleted one ends in (deleted)."""
+    for folder in sorted(_SYS_BLOCK.glob("loop*/loop")):
+        with suppress(OSError):  # freed since it was listed
+            file = syscall((folder / "backing_file").read_text, errors="surrogateescape")
+            yield f"/dev/{folder.parent.name}", file.rstrip("\n")
+
+
+def image_on(device: str) -> bytes | None:
+    """Read from a loop device of ours which image is on it, truncated; None if it is not ours."""
+    with suppress(OSError):  # freed since it was listed
+        # Ours free themselves. No other is opened, since that could keep it from being freed.
+        folder = _SYS_BLOCK / Path(device).name / "loop"
+        if syscall((folder / "autoclear").read_text).strip() == "1":
+            with _open(device) as loop:
+                name: bytes = _read_status(loop)[9].rstrip(b"\0")
+            return name.removeprefix(LOOP_TAG) if name.startswith(LOOP_TAG) else None
+    return None
+
+
 def _is_file(path: str, status: os.stat_result) -> bool:
     try:
-        return os.path.samestat(syscall(Path(path).stat), status)
+        # An image that was deleted is the same image.
+        return os.path.samestat(syscall(Path(path.removesuffix(" (deleted)")).stat), status)
     except OSError:
         return False
 
 
 def _is_ours(loop: Descriptor, status: os.stat_result) -> bool:
-    buffer = bytearray(_LOOP_INFO.size)
-    ioctl(loop, Ioctl.LOOP_GET_STATUS64, buffer)
-    device, inode, _, offset, _, _, _, _, flags, name, *_ = _LOOP_INFO.unpack(buffer)
+    device, inode, _, offset, _, _, _, _, flags, name, *_ = _read_status(loop)
     wanted = LO_FLAGS_READ_ONLY | LO_FLAGS_AUTOCLEAR
     return (
         (device, inode, offset) == (status.st_dev, status.st_ino, 0)
@@ -553,17 +509,10 @@ def _is_ours(loop: Descriptor, status: os.stat_result) -> bool:
     )
 
 
-def _backing_file(device: str) -> str:
-    path = _SYS_BLOCK / Path(device).name / "loop" / "backing_file"
-    try:
-        # An image that was deleted is still the same image.
-        return (
-            syscall(path.read_text, errors="surrogateescape")
-            .rstrip("\n")
-            .removesuffix(" (deleted)")
-        )
-    except OSError:
-        return ""  # the device is free, or gone
+def _read_status(loop: Descriptor) -> tuple[Any, ...]:
+    buffer = bytearray(_LOOP_INFO.size)
+    ioctl(loop, Ioctl.LOOP_GET_STATUS64, buffer)
+    return _LOOP_INFO.unpack(buffer)
 
 
 def _open(path: str) -> Descriptor:
@@ -577,7 +526,7 @@ def _status_of(file: Descriptor) -> os.stat_result:
 
 
 def _drop(entries: list[_Image]) -> None:
-    """Close the masters; outside the store's lock, because unmounting takes its time."""
+    """Close the masters; without the store's lock, because unmounting takes a while."""
     for entry in entries:
         master, entry.master = entry.master, None
         if master is not None:
@@ -589,11 +538,8 @@ def _step(step: str, image: str) -> Iterator[None]:
     try:
         yield
     except ImageError:
-        raise  # a step inside this one has said it already, and better
+        raise  # it names the step inside this one
     except SyscallError as error:
-        raise _retold(step, error, image) from error
-
-
-def _retold(step: str, error: SyscallError, image: str, advice: str = "") -> ImageError:
-    subject = f"{image!a}" if error.path is None else f"{image!a} by {error.path}"
-    return ImageError(step, error.call, error.errno or errno.EIO, subject, advice)
+        subject = f"{image!a}" if error.path is None else f"{image!a} by {error.path}"
+        number = error.errno or errno.EIO
+        raise ImageError(step, error.call, number, subject, error.advice) from error

@@ -1,8 +1,8 @@
-"""Which namespace is this descriptor, and how is it opened from an anchor?
+"""Open an anchor's namespaces, and identify the namespace behind a descriptor.
 
-The seed's three types meet the Linux kernel's flags here and nowhere else. Descriptors are opened
-from an anchor when they are handed over, not before: an allocation costs the provider one
-descriptor, not four.
+Only this module translates between the protocol's three namespace types and the Linux kernel's
+flags. Namespaces are opened from an anchor when they are handed over, not before, so that an
+allocation costs the provider one descriptor instead of four.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CLONE_FLAGS: Final[Mapping[NamespaceType, int]] = MappingProxyType(
 KINDS: Final[Mapping[int, NamespaceType]] = MappingProxyType(
     {flag: kind for kind, flag in CLONE_FLAGS.items()}
 )
-"""What NS_GET_NSTYPE's answer means, for the types that are handed off."""
+"""What NS_GET_NSTYPE answers for each type that is handed over."""
 
 PROC_NAMES: Final[Mapping[NamespaceType, str]] = MappingProxyType(
     {NamespaceType.PID: "pid", NamespaceType.NET: "net", NamespaceType.MOUNT: "mnt"}
@@ -60,17 +60,17 @@ def open_namespace(anchor: Anchor, kind: NamespaceType, features: Features) -> D
     """
     Open one of the namespaces an anchor is in.
 
-    Ask only for a type that the anchor was made with: of any other type it is in the node's own
-    namespace, like every process.
+    Open only a type that the anchor was made with: of any other type the anchor is in the node's
+    own namespace.
 
     Args:
-        anchor: Lent; must be alive.
+        anchor: Borrowed; must be alive.
         kind: Which one.
-        features: Without `pidfd_namespaces` it is found in /proc.
+        features: Without `pidfd_namespaces` it is opened in /proc.
 
     Returns:
         The namespace; the caller owns it. It stays usable when the anchor has ended, except a PID
-        namespace, in which nothing can be started any more.
+        namespace, in which no process can be started any more.
 
     Raises:
         SyscallError: the anchor has ended (ESRCH), or no descriptor is left (EMFILE).
@@ -105,12 +105,13 @@ def has_dead_init(namespace: Descriptor, features: Features) -> bool:
     """
     Say whether it is proven that a PID namespace's first process has ended.
 
-    Its descriptor does not tell by itself: it can be opened, passed on and entered, and only then
-    does every fork fail, with ENOMEM.
+    Opening, passing and entering such a namespace still works; only then every fork fails, with
+    ENOMEM.
 
     Args:
-        namespace: A PID namespace; lent.
-        features: Without `pidfd_namespaces` (the same release brought both) nothing can be proven.
+        namespace: A PID namespace; borrowed.
+        features: Without `pidfd_namespaces` (the same release brought both) nothing can be proven,
+            and the answer is False.
 
     Source:
         ioctl_nsfs(2), NS_GET_PID_FROM_PIDNS.
@@ -126,10 +127,10 @@ def has_dead_init(namespace: Descriptor, features: Features) -> bool:
 
 class KernelInspector:
     """
-    The Linux kernel's word on what a descriptor is: an `Inspector` for received bundles.
+    An `Inspector` that asks the Linux kernel which namespace a received descriptor refers to.
 
     Args:
-        features: Decides what an identity is made of. Compare only identities that were made with
+        features: Decides what an identity consists of. Compare only identities that were made with
             the same features.
     """
 
@@ -141,10 +142,10 @@ class KernelInspector:
         Say which namespace a descriptor refers to.
 
         Args:
-            fd: Lent. Anything may stand behind it: a peer chose it.
+            fd: Borrowed. It may refer to anything: a peer chose it.
 
         Raises:
-            FdPassing: it is no namespace, or of a type that is never handed off.
+            FdPassing: it is no namespace, or of a type that is never handed over.
 
         Source:
             ioctl_nsfs(2), NS_GET_NSTYPE.
@@ -160,7 +161,7 @@ class KernelInspector:
             raise FdPassing(f"it is no namespace: {error}") from error
 
     def own(self, kind: NamespaceType) -> NamespaceIdentity | None:
-        """Say which namespace of a type this process is in; None if /proc does not tell."""
+        """Say which namespace of a type this process is in; None if /proc cannot be read."""
         try:
             path = f"/proc/self/ns/{PROC_NAMES[kind]}"
             with syscalls.openat2(syscalls.AT_FDCWD, path, os.O_RDONLY) as namespace:
@@ -173,7 +174,7 @@ class KernelInspector:
             return (_namespace_id(fd, Ioctl.NS_GET_ID),)
         if self._features.mount_namespace_ids and kind is NamespaceType.MOUNT:
             return (_namespace_id(fd, Ioctl.NS_GET_MNTNS_ID),)
-        # The inode is used again when the namespace has gone, but not while this is open.
+        # The inode is not reused while this is open.
         with calling("fstat(2)"):
             status = syscall(os.fstat, fd)
         return (status.st_dev, status.st_ino)
@@ -184,11 +185,11 @@ def _open_in_proc(anchor: Anchor, kind: NamespaceType) -> Descriptor:
     try:
         namespace = syscalls.openat2(syscalls.AT_FDCWD, path, os.O_RDONLY)
     except SyscallError as error:
-        # An anchor that is a zombie, or gone, has no such link: say it as the other way does.
+        # A zombie has no such link, nor has a process that is gone. The pidfd says ESRCH then.
         if error.errno == errno.ENOENT:
             raise SyscallError(error.call, errno.ESRCH, path) from error
         raise
-    # Asked afterwards: as the anchor lives now, the number in the path was its own.
+    # Asked afterwards: if the anchor lives now, the pid in the path was its own.
     if not anchor.is_alive():
         namespace.close()
         raise SyscallError("openat2(2)", errno.ESRCH, path)

@@ -1,8 +1,7 @@
-"""What an operator wants to know: which allocations there are, and why one is still alive.
+"""List the allocations, images and processes of a node, and why an allocation is still alive.
 
-Reads the state directory and the Linux kernel, never the daemon: it works while the provider is
-down, and changes nothing. What it says of one moment was true in parts of the one before, because
-nothing stands still meanwhile.
+Reads the state directory and the Linux kernel and asks no provider: it works while the provider is
+down, and changes nothing. It reads one thing after the other, while things go on changing.
 
     survey_node                  all of it, for `nshandoff list`
     states_of, zombies_below     reasons, for `linux.backend` as well
@@ -19,22 +18,23 @@ from pathlib import Path
 from typing import Final
 
 from statemachine.errors import FdPassing
+from statemachine.lifecycle import AllocationState
 from transport.calls import syscall
-from transport.descriptors import Descriptor, NamespaceIdentity
+from transport.descriptors import NamespaceIdentity
 
 from .anchor import Anchor, AnchorIdentity, adopt, boot_id
 from .cgroups import CgroupUnavailable, Scope, find_cgroup2
 from .features import Features
 from .journal import LOCK_NAME, Entry, read_journal
-from .mounts import LOOP_TAG
+from .mounts import image_on, loop_devices
 from .namespaces import KernelInspector, open_namespace
-from .syscalls import Ioctl, SyscallError, ioctl
+from .syscalls import SyscallError
 
 PROCESSES_SHOWN_MAX: Final = 8
 """Most processes named in a reason."""
 
 READY_NAME: Final = "ready"
-"""File in the state directory that is there while a provider serves requests."""
+"""File in the state directory that exists while a provider serves requests."""
 
 _STATE_WORDS: Final = {
     "D": "in uninterruptible sleep",
@@ -44,22 +44,16 @@ _STATE_WORDS: Final = {
     "S": "sleeping",
 }
 
-_SYS_BLOCK: Final = Path("/sys/block")
-
-# struct loop_info64 (linux/loop.h): how long it is, and where the name is in it.
-_LOOP_STATUS_BYTES: Final = 232
-_LOOP_NAME: Final = slice(56, 120)
-
 _CANNOT_READ: Final = (SyscallError, FdPassing)
 
 
 @dataclass(frozen=True, slots=True)
 class ProviderSeen:
-    """A provider that runs."""
+    """A running provider."""
 
     pid: int
     socket: str
-    """Where it listens, if that is known."""
+    """Where it listens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,46 +72,45 @@ class ProcessSeen:
 
     pid: int
     state: str
-    """The letter that /proc has for it."""
+    """As in /proc: R, S, D, Z, T."""
     command: str
     """Its short name."""
 
 
 @dataclass(frozen=True, slots=True)
 class AllocationSeen:
-    """One allocation, as the journal has it and as the Linux kernel has it."""
+    """One allocation: what the journal and the Linux kernel say of it."""
 
     entry: Entry
-    """What the journal says of it."""
     init_pid: int | None
-    """The process that keeps its namespaces; None if it has ended or was never made."""
+    """The process that holds its namespaces; None if it has ended or was never started."""
     namespaces: tuple[NamespaceSeen, ...]
     """In request order; empty without a living init."""
     scope: Path | None
     """Its cgroup, if there is one."""
     processes: tuple[ProcessSeen, ...]
-    """Who runs in it."""
+    """The processes in that cgroup."""
     why: str | None
-    """Why it is not what it should be: ended and still there, or alive without an init."""
+    """Why it is ended and not released, or alive without an init; None if it is neither."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageSeen:
-    """One image that is on a loop device of ours."""
+    """One image on a loop device of a provider."""
 
     image: str
-    """As it was asked for; cut off if it is long."""
+    """As it was requested; truncated if it is long."""
     device: str
     """The loop device."""
     file: str
     """The image's path, as the Linux kernel has it."""
     users: tuple[str, ...]
-    """Allocations of this state directory that asked for it."""
+    """Allocations of this state directory that requested it."""
 
 
 @dataclass(frozen=True, slots=True)
 class NodeSeen:
-    """What there is on this node of one provider, whether it runs or not."""
+    """What one provider has on this node, whether it runs or not."""
 
     provider: ProviderSeen | None
     """None if none runs that serves requests."""
@@ -131,7 +124,7 @@ class NodeSeen:
 
 def survey_node(state_dir: Path, features: Features) -> NodeSeen:
     """
-    Look at everything that a provider has on this node.
+    Collect everything that a provider has on this node.
 
     Args:
         state_dir: The provider's; there may be none.
@@ -139,7 +132,7 @@ def survey_node(state_dir: Path, features: Features) -> NodeSeen:
 
     Raises:
         JournalError: the journal cannot be read.
-        SyscallError: the Linux kernel does not let us look (no permission, no descriptor left).
+        SyscallError: something cannot be read (no permission, no descriptor left).
     """
     view = read_journal(state_dir)
     is_void = view.boot_id != boot_id()
@@ -154,7 +147,7 @@ def survey_node(state_dir: Path, features: Features) -> NodeSeen:
 
 
 def states_of(pids: Iterable[int]) -> str:
-    """Name processes with the state each is in, for a person to read."""
+    """List processes with the state of each, as text."""
     told = [f"{pid} ({_STATE_WORDS.get(state, state)})" for pid, state, _ in _read_all(pids)]
     return _shortened(told) or "none that can be seen"
 
@@ -163,9 +156,9 @@ def zombies_below(init: int) -> str:
     """
     Say why an init that was killed is still there.
 
-    It waits in the Linux kernel for every process of its namespace. One whose parent is outside,
-    and has not reaped it, keeps it waiting for as long as that parent likes. Which namespace a
-    zombie was in cannot be read any more, so all that may be meant are named.
+    It waits in the Linux kernel until every process of its namespace is reaped, which a parent
+    outside may never do. Which namespace a zombie was in cannot be read any more, so all zombies of
+    inner PID namespaces are named.
     """
     suspects = [
         f"{pid} (child of {parent})"
@@ -177,7 +170,7 @@ def zombies_below(init: int) -> str:
 
 
 def _see_provider(state_dir: Path) -> ProviderSeen | None:
-    """Read the readiness file; believed if its author still has the lock of the directory open."""
+    """Read the readiness file; it counts only if its author has the directory's lock file open."""
     try:
         plain = json.loads(syscall((state_dir / READY_NAME).read_text, encoding="utf-8"))
         provider = ProviderSeen(int(plain["pid"]), str(plain["socket"]))
@@ -229,7 +222,7 @@ def _find_anchor(entry: Entry, features: Features) -> Anchor | None:
 def _see_namespaces(entry: Entry, anchor: Anchor, features: Features) -> Iterator[NamespaceSeen]:
     inspector = KernelInspector(features)
     for kind in entry.request.namespaces:
-        # An init that is dying has lost them already.
+        # A dying init has none any more.
         with suppress(*_CANNOT_READ), open_namespace(anchor, kind, features) as namespace:
             identity = inspector.inspect(namespace.fileno())
             yield NamespaceSeen(identity, syscall(os.fstat, namespace.fileno()).st_ino)
@@ -243,7 +236,7 @@ def _see_processes(pids: Iterable[int]) -> Iterator[ProcessSeen]:
 
 
 def _why(entry: Entry, anchor: Anchor | None, scope: Scope | None) -> str | None:
-    if entry.state == "ended":
+    if entry.state is AllocationState.ENDED:
         reasons = []
         pids = [] if scope is None else scope.processes()
         if scope is not None and pids:
@@ -251,26 +244,15 @@ def _why(entry: Entry, anchor: Anchor | None, scope: Scope | None) -> str | None
         if anchor is not None:
             reasons.append(zombies_below(anchor.pid))
         return "; ".join(reasons) or "nothing of it is left; a provider will note that"
-    if entry.state != "requested" and anchor is None:
+    if entry.state is not AllocationState.REQUESTED and anchor is None:
         return "its init is dead; a provider will release it"
     return None
 
 
 def _see_images(entries: list[Entry]) -> Iterator[ImageSeen]:
-    for folder in sorted(_SYS_BLOCK.glob("loop*/loop")):
-        device = f"/dev/{folder.parent.name}"
-        try:
-            # Ours free themselves. Others are not even opened: that would keep them from it.
-            if syscall((folder / "autoclear").read_text).strip() != "1":
-                continue
-            file = syscall((folder / "backing_file").read_text, errors="surrogateescape").rstrip(
-                "\n"
-            )
-            name = _loop_name(device)
-        except OSError:
-            continue  # freed since it was listed
-        if name.startswith(LOOP_TAG):
-            image = name.removeprefix(LOOP_TAG)
+    for device, file in loop_devices():
+        image = image_on(device)
+        if image is not None:
             yield ImageSeen(os.fsdecode(image), device, file, _users_of(image, entries))
 
 
@@ -279,13 +261,6 @@ def _users_of(image: bytes, entries: list[Entry]) -> tuple[str, ...]:
     return tuple(
         name for wanted, name in asked if wanted and os.fsencode(wanted)[: len(image)] == image
     )
-
-
-def _loop_name(device: str) -> bytes:
-    status = bytearray(_LOOP_STATUS_BYTES)
-    with Descriptor(syscall(os.open, device, os.O_RDONLY | os.O_CLOEXEC)) as loop:
-        ioctl(loop, Ioctl.LOOP_GET_STATUS64, status)
-    return bytes(status[_LOOP_NAME]).rstrip(b"\0")
 
 
 def _shortened(told: list[str]) -> str:
@@ -301,19 +276,19 @@ def _all_pids() -> Iterator[int]:
 
 
 def _read_all(pids: Iterable[int]) -> Iterator[tuple[int, str, int]]:
-    """Read the state and the parent of each process that is still there."""
+    """Read pid, state and parent of each process that is still there."""
     for pid in pids:
         try:
             stat = syscall(Path(f"/proc/{pid}/stat").read_text, encoding="utf-8", errors="replace")
         except OSError:
             continue
-        # The name in parentheses may hold anything, parentheses included.
+        # The name in parentheses may contain anything, also parentheses.
         state, parent, *_ = stat.rpartition(")")[2].split()
         yield pid, state, int(parent)
 
 
 def _depth_of(pid: int) -> int:
-    """Say in how many PID namespaces a process is, from this one down."""
+    """Count the PID namespaces that a process is in, from this one down."""
     try:
         status = syscall(Path(f"/proc/{pid}/status").read_text, encoding="utf-8", errors="replace")
     except OSError:

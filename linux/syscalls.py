@@ -1,13 +1,11 @@
-"""What does the Linux kernel let us ask for that Python does not?
+"""Linux system calls that Python's standard library lacks: namespaces, mounts, ioctls, pidfds.
 
-One function per system call, named as in its man page, and nothing above that: no policy, no
-retries but the one that EINTR asks for. A call that fails raises `SyscallError`, which says call,
-errno and path; a call that opens something returns a `Descriptor`, close-on-exec, which the caller
-owns. No other module may import `ctypes`.
+One function per system call, named as in its man page, without policy; only EINTR is retried. A
+call that fails raises `SyscallError`, which says call, errno and path. A call that opens something
+returns a `Descriptor`, close-on-exec, which the caller owns. No other module may import `ctypes`.
 
-Every call releases the interpreter's lock while it is in the kernel, and reads errno from the
-thread that made it, so any thread may call anything. What some of them do to the *other* threads
-is the kernel's rule, and is said where it matters.
+Every call releases the interpreter's lock while it is in the kernel and reads errno from its own
+thread, so any thread may make any call. Where one affects *other* threads, its docstring says so.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from errno import EINTR, EINVAL, ENODATA, ETIMEDOUT, errorcode
-from typing import Final, Protocol, TypeAlias
+from typing import Final, Protocol, Self, TypeAlias
 
 from transport.calls import syscall
 from transport.descriptors import Descriptor
@@ -49,7 +47,6 @@ UMOUNT_NOFOLLOW: Final = 0x8
 OPEN_TREE_CLONE: Final = 0x1
 OPEN_TREE_CLOEXEC: Final = os.O_CLOEXEC
 MOVE_MOUNT_F_EMPTY_PATH: Final = 0x4
-MOVE_MOUNT_T_SYMLINKS: Final = 0x10
 FSOPEN_CLOEXEC: Final = 0x1
 FSMOUNT_CLOEXEC: Final = 0x1
 FSCONFIG_SET_FLAG: Final = 0
@@ -63,17 +60,12 @@ MOUNT_ATTR_NOEXEC: Final = 0x8
 
 # fcntl.h and linux/openat2.h: how a path is looked up.
 AT_FDCWD: Final = -100
-AT_SYMLINK_NOFOLLOW: Final = 0x100
 AT_EMPTY_PATH: Final = 0x1000
-AT_RECURSIVE: Final = 0x8000
-RESOLVE_NO_XDEV: Final = 0x01
 RESOLVE_NO_MAGICLINKS: Final = 0x02
-RESOLVE_NO_SYMLINKS: Final = 0x04
 RESOLVE_BENEATH: Final = 0x08
-RESOLVE_IN_ROOT: Final = 0x10
 
 FS_LOG_LINE_BYTES_MAX: Final = 4096
-"""Longest line that is read from a filesystem context's log; the kernel's own are far shorter."""
+"""Longest line that is read from a filesystem context's log; real ones are far shorter."""
 
 FS_LOG_LINES_MAX: Final = 32
 """Most lines that are read from it; the kernel keeps eight."""
@@ -87,7 +79,7 @@ class Ioctl(IntEnum):
     NS_GET_MNTNS_ID = 0x8008B705
     """Of a mount namespace: its 64-bit id, never used twice (6.11)."""
     NS_GET_PID_FROM_PIDNS = 0x8004B706
-    """Of a PID namespace: our number for the process that has the number `arg` in it (6.11)."""
+    """Of a PID namespace: the pid, as we see it, of the process that has pid `arg` in it (6.11)."""
     NS_GET_ID = 0x8008B70D
     """Of any namespace: its 64-bit id, never used twice (6.18)."""
     PIDFD_GET_MNT_NAMESPACE = 0xFF03
@@ -96,12 +88,10 @@ class Ioctl(IntEnum):
     """Of a pidfd: its process' network namespace (6.11); `arg` must be 0."""
     PIDFD_GET_PID_NAMESPACE = 0xFF05
     """Of a pidfd: its process' PID namespace (6.11); `arg` must be 0."""
-    LOOP_CLR_FD = 0x4C01
-    """Of a loop device: let go of the backing file, at once or when the last user has gone."""
     LOOP_GET_STATUS64 = 0x4C05
     """Of a loop device: a `struct loop_info64` about its backing file."""
     LOOP_CONFIGURE = 0x4C0A
-    """Of a loop device: take a backing file and all settings, in one go (5.8)."""
+    """Of a loop device: set the backing file and everything else in one call (5.8)."""
     LOOP_CTL_GET_FREE = 0x4C82
     """Of /dev/loop-control: the number of a loop device that was free a moment ago."""
     SIOCGIFFLAGS = 0x8913
@@ -131,7 +121,7 @@ class HasFileno(Protocol):
     """Anything that has a descriptor: a `Descriptor`, a socket, a file."""
 
     def fileno(self) -> int:
-        """Give the descriptor's number; the object keeps it."""
+        """Return the descriptor's number; the object still owns it."""
         ...
 
 
@@ -139,38 +129,40 @@ FileDescriptor: TypeAlias = int | HasFileno
 """A descriptor that the callee borrows."""
 
 Path: TypeAlias = str | bytes | os.PathLike[str]
-"""A path as any call here takes it."""
+"""A path, as all calls here take it."""
 
 
 class SyscallError(OSError):
     """
-    A system call said no.
+    A system call failed.
 
-    Unlike an `OSError` of the standard library it knows which call it was, and it is one class for
-    every errno: look at `errno`, not at the class.
+    Unlike an `OSError` of the standard library it names the call, and it is one class for every
+    errno: look at `errno`, not at the class.
     """
 
     # Keeps ERR-8, ERR-2.
 
-    def __init__(self, call: str, number: int, path: Path | None = None) -> None:
+    def __init__(self, call: str, number: int, path: Path | None = None, advice: str = "") -> None:
         """
         Describe one failure.
 
         Args:
-            call: the call as its man page is called, `mount(2)`.
+            call: the call, named as its man page, `mount(2)`.
             number: the errno.
             path: what it was about, if that has a path.
+            advice: what may help, for an operator.
         """
         super().__init__(number, os.strerror(number))
         self.call: Final = call
         self.path: Final = None if path is None else os.fsdecode(path)
+        self.advice: Final = advice
 
     @classmethod
-    def of(cls, call: str, error: OSError, path: Path | None = None) -> SyscallError:
-        """Retell a failure of the standard library's; one that is ours already stays as it is."""
-        if isinstance(error, SyscallError):
+    def of(cls, call: str, error: OSError, path: Path | None = None) -> Self:
+        """Make one from another `OSError`; an error of this class is returned as it is."""
+        if isinstance(error, cls):
             return error
-        # A socket's own TimeoutError has no errno.
+        # The TimeoutError of a socket has no errno.
         number = error.errno or (ETIMEDOUT if isinstance(error, TimeoutError) else EINVAL)
         return cls(call, number, error.filename if path is None else path)
 
@@ -181,27 +173,39 @@ class SyscallError(OSError):
 
     def __str__(self) -> str:
         subject = f": {self.path}" if self.path is not None else ""
-        return f"{self.call}: {self.name} ({self.strerror}){subject}"
+        advice = f"; {self.advice}" if self.advice else ""
+        return f"{self.call}: {self.name} ({self.strerror}){subject}{advice}"
 
-    def __reduce__(self) -> tuple[type[SyscallError], tuple[str, int | None, str | None]]:
-        return type(self), (self.call, self.errno, self.path)
+    def __reduce__(self) -> tuple[type[SyscallError], tuple[str, int | None, str | None, str]]:
+        return type(self), (self.call, self.errno, self.path, self.advice)
 
 
 @contextmanager
-def calling(call: str, path: Path | None = None) -> Iterator[None]:
+def calling(
+    call: str, path: Path | None = None, *tolerated: int, kind: type[SyscallError] = SyscallError
+) -> Iterator[None]:
     """
     Turn an `OSError` of the body into a `SyscallError` that names `call` and `path`.
 
-    For calls that Python does wrap (`os.mkdir`, `os.open`), so that a failure reads alike whichever
-    way the call was made.
+    For calls that Python does wrap (`os.mkdir`, `os.open`), so that a failure reads the same
+    whichever way the call was made.
+
+    Args:
+        call: the call, named as its man page.
+        path: what it is about.
+        tolerated: errnos that end the body without an error.
+        kind: the class to raise; an error of this class passes as it is.
 
     Raises:
-        SyscallError: the body raised an `OSError`.
+        SyscallError: the body raised an `OSError` that is not tolerated.
     """
     try:
         yield
     except OSError as error:
-        raise SyscallError.of(call, error, path) from error
+        if isinstance(error, kind):
+            raise
+        if error.errno not in tolerated:
+            raise kind.of(call, error, path) from error
 
 
 # --- namespaces -------------------------------------------------------------------------------
@@ -343,8 +347,8 @@ def fsmount(context: FileDescriptor, attributes: int) -> Descriptor:
         attributes: MOUNT_ATTR flags.
 
     Returns:
-        The mount, in nobody's mount table; closing it while it is detached unmounts it. The caller
-        owns it.
+        The mount, attached nowhere; closing it while it is detached unmounts it. The caller owns
+        it.
     """
     return _open(
         _SystemCall.FSMOUNT,
@@ -356,9 +360,9 @@ def fsmount(context: FileDescriptor, attributes: int) -> Descriptor:
 
 def read_fs_log(context: FileDescriptor) -> list[str]:
     """
-    Read what a filesystem had to say while it was being configured.
+    Read the log of a filesystem context.
 
-    Never raises: it is asked after a failure, and must not hide that one.
+    Never raises: it is called after a failure, and must not hide that one.
 
     Returns:
         The log's lines, oldest first, without the letter that tells their severity; they are
@@ -387,7 +391,7 @@ def openat2(
     directory: FileDescriptor, path: Path, flags: int, *, resolve: int = 0, mode: int = 0
 ) -> Descriptor:
     """
-    Open a path with a say in how it is looked up.
+    Open a path, and restrict how it is looked up.
 
     Args:
         directory: where a relative path begins, or AT_FDCWD; borrowed.
@@ -415,7 +419,7 @@ def openat2(
 
 def ioctl(fd: FileDescriptor, request: int, arg: int | bytearray = 0) -> int:
     """
-    Ask a driver something.
+    Make an ioctl(2) request.
 
     Args:
         fd: borrowed.
@@ -438,13 +442,13 @@ def ioctl(fd: FileDescriptor, request: int, arg: int | bytearray = 0) -> int:
 
 
 def ioctl_descriptor(fd: FileDescriptor, request: int, arg: int = 0) -> Descriptor:
-    """Ask a driver for a descriptor; close-on-exec as the requests here make it. Caller owns it."""
+    """Make a request that returns a descriptor, close-on-exec; the caller owns it."""
     return Descriptor(ioctl(fd, request, arg))
 
 
 def pidfd_open(pid: int) -> Descriptor:
     """
-    Open a process, so that its number can be reused without anybody being mistaken for it.
+    Open a process; the pidfd refers to it even when its pid is reused.
 
     Returns:
         A descriptor that the caller owns.
@@ -459,7 +463,7 @@ def pidfd_open(pid: int) -> Descriptor:
 
 
 def pidfd_send_signal(pidfd: FileDescriptor, signal: int) -> None:
-    """Send a signal to the one process that the pidfd was opened for; ESRCH once it is reaped."""
+    """Send a signal to the process behind a pidfd; ESRCH once it is reaped."""
     _system_call(
         _SystemCall.PIDFD_SEND_SIGNAL,
         _fd(pidfd),
@@ -469,7 +473,7 @@ def pidfd_send_signal(pidfd: FileDescriptor, signal: int) -> None:
     )
 
 
-# --- how a call is made -----------------------------------------------------------------------
+# --- making a call --------------------------------------------------------------------
 
 _CValue: TypeAlias = (
     ctypes.c_int
@@ -482,8 +486,8 @@ _CValue: TypeAlias = (
     | ctypes.Array[ctypes.c_char]
 )
 
-# CDLL, not PyDLL: the lock is released. use_errno keeps errno per thread, safe from the calls that
-# the interpreter makes in between.
+# CDLL, not PyDLL, releases the interpreter's lock. use_errno keeps errno per thread, so that calls
+# of the interpreter do not overwrite it.
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
@@ -540,7 +544,7 @@ def _fd(fd: FileDescriptor) -> ctypes.c_int:
 
 
 def _text(call: str, text: Path | None) -> ctypes.c_char_p:
-    """Make a C string. One with a NUL inside would be cut there, and name something else."""
+    """Make a C string. A NUL inside is refused: the string would be cut there."""
     if text is None:
         return ctypes.c_char_p(None)
     try:

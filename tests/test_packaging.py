@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import subprocess
 import sys
@@ -75,6 +76,39 @@ def test_only_this_project_provides_the_names_here() -> None:
 def test_the_packages_come_from_one_place() -> None:
     found = {Path(str(importlib.import_module(name).__file__)).parents[1] for name in PACKAGES}
     assert found == {ROOT}
+
+
+def test_the_version_is_the_same_wherever_it_is_asked_for(wheel: Path) -> None:
+    versions = {importlib.import_module(name).__version__ for name in PACKAGES}
+    assert versions == {wheel.name.split("-")[1]}
+
+
+@pytest.mark.parametrize("name", ["transport", "linux"])
+def test_a_package_offers_what_mypy_is_told(name: str) -> None:
+    package = importlib.import_module(name)
+    (block,) = (
+        node
+        for node in ast.parse(Path(str(package.__file__)).read_text(encoding="utf-8")).body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    )
+    told = {
+        alias.name: "." * node.level + str(node.module)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert sorted(told) == sorted(package.__all__)
+    for public, home in told.items():
+        assert getattr(package, public) is getattr(importlib.import_module(home, name), public)
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        _ = package.Nothing
+
+
+def test_importing_a_package_imports_none_of_its_modules() -> None:
+    program = "import sys, transport, linux; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    ours = {name for name in run.stdout.split() if name.partition(".")[0] in PACKAGES}
+    assert ours == {"transport", "linux"}
 
 
 def test_a_clash_with_python_statemachine_would_be_seen(

@@ -1,9 +1,9 @@
-"""The command `nshandoff`: `command` has its verbs, and a module each what they do.
+"""The command `nshandoff`.
 
-command    which verbs there are, what they take, what they exit with
-exits      exit codes, and failures that end in one
-consumer   what the verbs that are consumers share
-serve run request list trace verify
+command    the command line: verbs, options, exit codes
+exits      exit codes, and the errors that lead to them
+consumer   what the verbs that act as a consumer share
+serve, run, request, list, trace, verify: a module for each verb
 """
 
 from __future__ import annotations

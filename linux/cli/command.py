@@ -1,4 +1,4 @@
-"""The command `nshandoff`: which verbs there are, what they take, what they exit with.
+"""The command line of `nshandoff`: verbs, options and exit codes.
 
     serve     be this node's provider                     cli.serve
     run       run a command inside an allocation          cli.run
@@ -9,21 +9,21 @@
     verify    run the campaign that verifies this tree    cli.verify
     demo      two allocations' lives, checked             demo
 
-A verb's module is imported when the verb is used: it takes ten times as long as this one, and who
-asks for help wants it at once. For the same reason the defaults are written down here a second
-time; a test compares them with the constants they repeat.
+The module of a verb is imported when the verb is used, because that takes ten times as long as this
+module, and `--help` should be quick. For the same reason the defaults are repeated here; a test
+compares them with the constants.
 
 EXIT CODES
     0     done
-    1     asked and answered: no (the allocation cannot be created, or is not known)
+    1     the answer is no: the allocation cannot be created, or is not known
     2     the command line makes no sense; nothing was done
     3     this node, or this user on it, cannot
-    4     the provider cannot be had, and self-service was not allowed
+    4     the provider cannot be reached, and self-service was not allowed
     125   run: nshandoff itself failed, for any reason, wrong usage among them
     126   run: the command cannot be executed
     127   run: there is no such command
     128+N ended by signal N, or run: the command was; 130 is Ctrl-C
-    else  run: the command's own
+    else  run: the exit code of the command
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from typing import Any, Final
 from .exits import PROGRAM, SIGNAL_BASE, ExitCode, Failure, Interrupted, tell
 
 DISTRIBUTION: Final = "namespace-handoff"
-"""What the package is called where it is installed from."""
+"""The name of the distribution on a package index."""
 
 DEFAULT_PATHS: Final = {
     "socket": "/run/pact/handoff.sock",
@@ -59,17 +59,17 @@ _EPILOG: Final = "exit codes:" + (__doc__ or "").partition("EXIT CODES")[2].rstr
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """
-    Be the command.
+    Run the command.
 
     Args:
         arguments: Without the program's name; None for this process's own.
 
     Returns:
-        What to exit with; the table is in this module's head.
+        The exit code; the table is in this module's docstring.
 
     Raises:
-        SystemExit: help was asked for (0), or the command line makes no sense (2, and 125 for
-            `run`). It has been said already.
+        SystemExit: help was requested (0), or the command line makes no sense (2, and 125 for
+            `run`), which has been printed.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -153,7 +153,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _demo(words: list[str]) -> int:
-    # It has a command line of its own, which only it knows.
+    # It parses its options itself.
     from ..demo.command import main as demo
 
     return demo(words)
@@ -170,7 +170,7 @@ _VERBS: Final = {
 }
 
 
-# --- What they take ----------------------------------------------------------------------------
+# --- Their options -----------------------------------------------------------------------------
 
 
 def _add_serve(verbs: Any) -> None:
@@ -184,7 +184,7 @@ def _add_serve(verbs: Any) -> None:
     _add_places(serve)
     _add_state_dir(serve)
     _add_span(serve, "hold_time", "how long an unused image stays mounted")
-    _add_span(serve, "claim_timeout", "life of what nobody uses or waits for")
+    _add_span(serve, "claim_timeout", "life of an allocation that is not used or claimed")
     _add_span(serve, "release_deadline", "an end is announced by then")
     _add_span(serve, "empty_grace", "how long a used cgroup must stay empty")
     serve.add_argument(
@@ -251,7 +251,7 @@ def _add_request(verbs: Any) -> None:
 
 def _add_end(verbs: Any) -> None:
     end = verbs.add_parser(
-        "end", help="end an allocation", description="End an allocation, whoever asked for it."
+        "end", help="end an allocation", description="End an allocation of any consumer."
     )
     end.add_argument("id", metavar="ID", help="the allocation's id")
     _add_socket(end)
@@ -272,23 +272,23 @@ def _add_trace(verbs: Any) -> None:
     trace = verbs.add_parser("trace", help="check or draw a provider's trace", description=about)
     whats = trace.add_subparsers(dest="what", metavar="WHAT", required=True)
     about = (
-        "Let the provider's rules go through the trace once more. Exit code 1 names the first line "
-        "that cannot have happened, and what could have."
+        "Check the trace against the provider's rules. Exit code 1: prints the first line that "
+        "cannot have happened, and what could have."
     )
-    check = whats.add_parser("check", help="could this have happened?", description=about)
+    check = whats.add_parser("check", help="check that it can have happened", description=about)
     check.add_argument("file", metavar="FILE", help="the trace")
     about = "Print the trace as a Mermaid sequence diagram."
     show = whats.add_parser("show", help="a sequence diagram", description=about)
     show.add_argument("file", metavar="FILE", help="the trace")
-    about = "only what concerns this one, and the connections that do"
+    about = "only what concerns this allocation"
     show.add_argument("--allocation", metavar="ID", help=about)
 
 
 def _add_verify(verbs: Any) -> None:
     about = (
-        "Run the verification campaign of a source tree, which takes minutes, and write a page of "
-        "what it has to show. Interrupted, it goes on where it was as long as the sources are the "
-        "same. Exit code 1: something was found."
+        "Run the verification campaign of a source tree, which takes minutes, and write a report. "
+        "Interrupted, it goes on where it was as long as the sources are the same. Exit code 1: "
+        "something was found."
     )
     verify = verbs.add_parser("verify", help="verify a source tree", description=about)
     about = "the tree (default: the current directory, or where this is installed from)"
@@ -370,7 +370,7 @@ def _add_backend(parser: argparse.ArgumentParser) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Takes only whole option names, and knows what its verb fails with."""
+    """Accepts no abbreviated options, and has the exit code for wrong usage of its verb."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings, allow_abbrev=False)
@@ -382,7 +382,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Version(argparse.Action):
-    """Looks the version up only when it is asked for."""
+    """Looks the version up only when it is requested."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from importlib.metadata import PackageNotFoundError, version
@@ -396,12 +396,12 @@ class _Version(argparse.Action):
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
-    """Read the command line; what follows the first `--` is a command's, and left alone."""
+    """Parse the command line; for `run`, what follows the first `--` is not parsed."""
     is_run = words[:1] == ["run"]
     cut = words.index("--") if is_run and "--" in words else len(words)
     options = build_parser().parse_args(words[:cut])
     if is_run:
-        # With words of the command before it, that `--` was the command's own.
+        # If words of the command came before it, that `--` is the command's.
         options.command += words[cut if options.command else cut + 1 :]
     return options
 
@@ -413,7 +413,7 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-_seconds.__name__ = "number of seconds"  # argparse names what a text is not
+_seconds.__name__ = "number of seconds"  # argparse uses the name in its errors
 
 
 def _number(text: str) -> int:

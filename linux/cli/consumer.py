@@ -1,8 +1,4 @@
-"""What do the verbs that act as a consumer have in common?
-
-The request they make of their options, the consumer that carries it, and the namespaces that they
-make themselves when the provider cannot be had. Used by `run` and `request`.
-"""
+"""What `nshandoff run` and `request` share: the request, the consumer, self-service, signals."""
 
 from __future__ import annotations
 
@@ -11,7 +7,6 @@ import logging
 import os
 import secrets
 import signal
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,30 +22,25 @@ from statemachine.errors import (
 )
 from statemachine.messages import (
     NamespaceRequest,
-    NamespaceResponse,
     NamespaceType,
     objection,
     objection_to_id,
 )
 from transport.contract import SelfService
-from transport.descriptors import DescriptorBundle, Inspector
+from transport.descriptors import Inspector
 from transport.request import Consumer, Handoff
 
-from ..backend import LinuxBackend, NodeSettings
-from ..cgroups import CgroupUnavailable, find_cgroup2
 from ..features import Features
 from ..namespaces import KernelInspector
+from ..self_service import OwnNamespaces
 from ..simulated import SimulatedInspector
-from .exits import PROGRAM, ExitCode, Failure, Interrupted, tell
+from .exits import PROGRAM, ExitCode, Failure, Interrupted
 
 INTERRUPTIONS: Final = frozenset({signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM})
-"""What tells a command to stop, as long as it has nobody to pass it on to."""
+"""Signals that tell the command to stop, while there is no other to pass them on to."""
 
 END_TIMEOUT_S: Final = 5.0
-"""How long an end may take to be confirmed; a provider does it within its release deadline."""
-
-DIRECTORY_MODE: Final = 0o755
-"""Permissions of a directory that is made because it is missing."""
+"""How long the confirmation of an end may take; a provider has its release deadline for that."""
 
 _KINDS: Final = {kind.value.lower(): kind for kind in NamespaceType}
 
@@ -64,10 +54,10 @@ _REFUSALS: Final = {
 
 def request_of(options: argparse.Namespace) -> NamespaceRequest:
     """
-    Make a request of the options `--id`, `--namespaces` and `--uenv`; without an id, a new one.
+    Make a request from the options `--id`, `--namespaces` and `--uenv`; without `--id`, a new id.
 
     Raises:
-        Failure: USAGE, it breaks a rule of the protocol; the text names field and rule.
+        Failure: USAGE, it breaks a rule of the protocol, which the text names.
     """
     names = [name.strip() for name in options.namespaces.split(",") if name.strip()]
     unknown = [name for name in names if name.lower() not in _KINDS]
@@ -87,10 +77,10 @@ def request_of(options: argparse.Namespace) -> NamespaceRequest:
 
 def id_of(options: argparse.Namespace) -> str:
     """
-    Take the allocation's id from the options.
+    Return the allocation's id from the options.
 
     Raises:
-        Failure: USAGE, it cannot be one.
+        Failure: USAGE, it is not valid.
     """
     fault = objection_to_id(options.id)
     if fault is not None:
@@ -103,16 +93,21 @@ def consumer_of(
     inspector: Inspector,
     service: SelfService | None = None,
 ) -> Consumer:
-    """Make the consumer that the options describe; it warns on standard error."""
+    """Make the consumer for the options; its warnings go to standard error."""
     logging.basicConfig(format=f"{PROGRAM}: %(levelname)s: %(message)s")
     return Consumer(options.socket, inspector, service=service)
 
 
 def inspector_of(options: argparse.Namespace, features: Features) -> Inspector:
-    """Choose who is asked what a received descriptor is."""
+    """Choose what identifies a received descriptor."""
     if getattr(options, "backend", "linux") == "simulated":
         return SimulatedInspector()
     return KernelInspector(features)
+
+
+def own_namespaces(options: argparse.Namespace, features: Features) -> OwnNamespaces:
+    """Make the self-service that the options `--image-root` and `--uenv-base` describe."""
+    return OwnNamespaces(features, Path(options.image_root), Path(options.uenv_base))
 
 
 def obtain(
@@ -122,17 +117,17 @@ def obtain(
     taken: set[signal.Signals],
 ) -> Handoff:
     """
-    Obtain namespaces; a signal that tells the command to stop interrupts the wait for them.
+    Obtain namespaces; a signal that tells the command to stop interrupts that.
 
-    Once the command has begun to make its own, the signal waits until they are made, because what
-    is half made is hard to undo.
+    Once the command has begun to make its own, the signal is handled after they are made, because
+    what is half made is hard to undo.
 
     Returns:
         The handoff; the caller owns it.
 
     Raises:
         Failure: there are no namespaces.
-        Interrupted: a signal came; own namespaces are released, the provider may have made some.
+        Interrupted: a signal came; own namespaces are released, those of the provider may not be.
     """
     try:
         with interruptible(taken, lambda: own is None or not own.is_begun) as postponed:
@@ -147,89 +142,17 @@ def obtain(
 
 
 def failure_of(error: NamespaceError) -> Failure:
-    """Say one of the protocol's errors as the command does."""
+    """Turn an error of the protocol into one of the command."""
     return Failure(_REFUSALS[type(error)], str(error), type(error).__name__)
-
-
-class OwnNamespaces:
-    """
-    Namespaces that the command makes itself, and that end with it: a `SelfService`.
-
-    Nothing is looked up or started before it is needed, which is when the provider cannot be had.
-
-    Args:
-        options: With `image_root` and `uenv_base`.
-        features: What the Linux kernel can do.
-    """
-
-    def __init__(self, options: argparse.Namespace, features: Features) -> None:
-        self._options: Final = options
-        self._features: Final = features
-        self._backend: LinuxBackend | None = None
-
-    @property
-    def is_begun(self) -> bool:
-        """Whether any were asked for."""
-        return self._backend is not None
-
-    def create_namespaces(self, request: NamespaceRequest) -> NamespaceResponse:
-        """As `LinuxBackend.create_namespaces`."""
-        return self._made().create_namespaces(request)
-
-    def bundle_of(self, allocation_id: str) -> DescriptorBundle:
-        """As `LinuxBackend.bundle_of`."""
-        return self._made().bundle_of(allocation_id)
-
-    def scope_of(self, allocation_id: str) -> Path | None:
-        """As `LinuxBackend.scope_of`."""
-        return self._made().scope_of(allocation_id)
-
-    def release_namespaces(self, allocation_id: str) -> None:
-        """As `LinuxBackend.release_namespaces`."""
-        self._made().release_namespaces(allocation_id)
-
-    def why_alive(self, allocation_id: str) -> str | None:
-        """As `LinuxBackend.why_alive`."""
-        return self._made().why_alive(allocation_id)
-
-    def close(self) -> None:
-        """End what was made, if anything was."""
-        if self._backend is not None:
-            self._backend.close()
-
-    def _made(self) -> LinuxBackend:
-        if self._backend is None:
-            base = Path(self._options.uenv_base)
-            settings = NodeSettings(_cgroup2_if_any(), Path(self._options.image_root), base)
-            self._backend = LinuxBackend.for_self_service(
-                settings, clock=time.monotonic, features=self._features
-            )
-            if self._options.uenv is not None:
-                _make_base(base)
-        return self._backend
-
-
-def make_directory(path: Path) -> None:
-    """
-    Make a directory, and those it is in, with `DIRECTORY_MODE`; nothing happens if it is there.
-
-    Raises:
-        OSError: it is not there and cannot be made.
-    """
-    if path.is_dir():
-        return
-    make_directory(path.parent)
-    path.mkdir(exist_ok=True)
-    path.chmod(DIRECTORY_MODE)  # mkdir let the umask take bits away
 
 
 @contextmanager
 def signals_taken(numbers: Iterable[signal.Signals]) -> Iterator[set[signal.Signals]]:
     """
-    Block signals, while the body runs: it takes them when it is ready for them, or never.
+    Block signals while the body runs, which waits for them when it is ready (sigwaitinfo).
 
     Returns:
-        Those that are blocked: not the ones that were ignored when the command started (nohup).
+        The blocked ones: without those that were ignored when the command started (nohup).
     """
     taken = {number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, taken)
@@ -237,7 +160,7 @@ def signals_taken(numbers: Iterable[signal.Signals]) -> Iterator[set[signal.Sign
         yield taken
     finally:
         while signal.sigtimedwait(taken, 0) is not None:
-            pass  # it came when there was nothing left to be told
+            pass  # it came too late
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
@@ -246,11 +169,11 @@ def interruptible(
     taken: set[signal.Signals], is_interruptible: Callable[[], bool] = lambda: True
 ) -> Iterator[list[int]]:
     """
-    Turn the signals that tell a command to stop into `Interrupted`, while the body runs.
+    Turn the signals that tell a command to stop into `Interrupted` while the body runs.
 
     Args:
         taken: What `signals_taken` blocks, and blocks again afterwards.
-        is_interruptible: Asked when a signal comes; False postpones it.
+        is_interruptible: Called when a signal comes; False postpones it.
 
     Returns:
         The signals that were postponed.
@@ -274,18 +197,3 @@ def interruptible(
 
 def _new_id() -> str:
     return f"run-{os.getpid()}-{secrets.token_hex(4)}"
-
-
-def _cgroup2_if_any() -> Path | None:
-    try:
-        return find_cgroup2()
-    except CgroupUnavailable as error:
-        tell(f"WARNING: {error}; there will be no cgroup for the processes")
-        return None
-
-
-def _make_base(base: Path) -> None:
-    try:
-        make_directory(base)
-    except OSError as error:
-        raise CreationFailed(f"make {base}: {error.strerror}") from error

@@ -1,7 +1,7 @@
-"""How does the command tell that it could not do what it was told?
+"""Exit codes of `nshandoff`, and the exceptions that lead to them.
 
-With one line on standard error and an exit code. Every verb raises `Failure`; `cli.main` prints
-and returns. Imports next to nothing, so that `--help` stays quick.
+A verb raises `Failure`; `cli.main` prints it in one line on standard error and returns its exit
+code. Imports next to nothing, so that `--help` stays quick.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ from enum import IntEnum
 from typing import Final
 
 PROGRAM: Final = "nshandoff"
-"""The command's name, in front of everything it says on standard error."""
+"""The command's name, the prefix of everything that it prints on standard error."""
 
 SIGNAL_BASE: Final = 128
-"""What is added to a signal's number to make the exit code of whoever it ended."""
+"""A process that a signal ended has the exit code of this plus the signal's number."""
 
 
 class ExitCode(IntEnum):
-    """What the command exits with, unless it passes on the exit status of another."""
+    """The exit codes, unless the exit code of another command is passed on."""
 
     OK = 0
     """Done."""
     NO = 1
-    """Asked and answered; the answer is no."""
+    """The answer is no."""
     USAGE = 2
     """The command line makes no sense; nothing was done."""
     ENVIRONMENT = 3
     """This node, or this user on it, cannot."""
     UNAVAILABLE = 4
-    """The provider cannot be had, and self-service was not allowed."""
+    """The provider cannot be reached, and self-service was not allowed."""
     RUN_FAILED = 125
-    """`run` itself failed, for whatever reason; the command was not executed."""
+    """`run` itself failed; the command was not executed."""
     NOT_EXECUTABLE = 126
     """`run`: the command cannot be executed."""
     NOT_FOUND = 127
@@ -40,12 +40,12 @@ class ExitCode(IntEnum):
 
 class Failure(Exception):
     """
-    The command cannot go on, and says why.
+    The command cannot go on.
 
     Args:
-        code: What to exit with.
-        text: One sentence for a person.
-        kind: The kind of error, if it has a name of its own.
+        code: The exit code.
+        text: The reason, one sentence.
+        kind: The name of the error's class, if it is one of the protocol's or the node's.
     """
 
     def __init__(self, code: ExitCode, text: str, kind: str = "") -> None:
@@ -59,7 +59,7 @@ class Failure(Exception):
 
 
 class Interrupted(BaseException):
-    """A signal told the command to stop; not an `Exception`, so that nobody takes it for one."""
+    """A signal told the command to stop; not an `Exception`, so that no handler catches it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -67,5 +67,5 @@ class Interrupted(BaseException):
 
 
 def tell(text: str) -> None:
-    """Say something to the person at the terminal; standard output belongs to the results."""
+    """Print a line on standard error; standard output is for results."""
     print(f"{PROGRAM}: {text}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""`nshandoff list`: which allocations there are, and why one is still alive."""
+"""`nshandoff list`: list the allocations, and why one is still alive."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
+
+from statemachine.lifecycle import AllocationState
 
 from ..features import Features
 from ..journal import JournalError
@@ -23,12 +25,12 @@ COLUMN_GAP: Final = "  "
 
 def list_allocations(options: argparse.Namespace) -> ExitCode:
     """
-    Show the allocations of a state directory.
+    Print the allocations of a state directory.
 
     Raises:
         Failure: ENVIRONMENT, the journal or the Linux kernel cannot be read.
     """
-    # Who reads only the first lines has seen enough; Python would complain of it.
+    # End quietly if the reader closes the pipe, as `head` does.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     state_dir = Path(options.state_dir)
     try:
@@ -43,7 +45,7 @@ def list_allocations(options: argparse.Namespace) -> ExitCode:
 
 
 def as_json(node: NodeSeen, state_dir: Path) -> dict[str, Any]:
-    """Say what was seen as plain values."""
+    """Return what was found as plain values."""
     provider = node.provider
     return {
         "schema": SCHEMA,
@@ -62,7 +64,7 @@ def _allocation_as_json(seen: AllocationSeen) -> dict[str, Any]:
     entry = seen.entry
     return {
         "allocation_id": entry.allocation_id,
-        "state": entry.state,
+        "state": entry.state.value,
         "requested": [kind.value for kind in entry.request.namespaces],
         "namespaces": [
             {
@@ -85,7 +87,7 @@ def _allocation_as_json(seen: AllocationSeen) -> dict[str, Any]:
 
 
 def as_text(node: NodeSeen, state_dir: Path) -> list[str]:
-    """Say what was seen as lines for a person."""
+    """Return what was found as lines of text."""
     provider = node.provider
     lines = [
         f"provider {provider.pid} serves {provider.socket}"
@@ -115,10 +117,10 @@ def _allocation_as_row(seen: AllocationSeen) -> tuple[str, ...]:
     entry = seen.entry
     living = [f"{one.identity.kind.value}:{one.inode}" for one in seen.namespaces]
     asked = [kind.value for kind in entry.request.namespaces]
-    init = str(seen.init_pid or ("-" if entry.state == "requested" else "dead"))
+    init = str(seen.init_pid or ("-" if entry.state is AllocationState.REQUESTED else "dead"))
     image = entry.request.uenv_image or "-"
     processes = str(len(seen.processes)) if seen.scope is not None else "-"
-    return entry.allocation_id, entry.state, init, processes, " ".join(living or asked), image
+    return entry.allocation_id, entry.state.value, init, processes, " ".join(living or asked), image
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:

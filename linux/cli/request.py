@@ -1,4 +1,4 @@
-"""`nshandoff request` and `nshandoff end`: one step of the protocol at a time, by hand."""
+"""`nshandoff request` and `nshandoff end`: request or end an allocation by hand."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..namespaces import KernelInspector
 from .consumer import (
     END_TIMEOUT_S,
     INTERRUPTIONS,
-    OwnNamespaces,
     consumer_of,
     failure_of,
     id_of,
     inspector_of,
     interruptible,
     obtain,
+    own_namespaces,
     request_of,
     signals_taken,
 )
@@ -33,23 +33,23 @@ SCHEMA: Final = 1
 """Version of what `--json` prints; keys are added without a new one, never changed."""
 
 LOOK_S: Final = 1.0
-"""How long one wait for the end lasts; a signal that comes between two is noticed after it."""
+"""How long to wait for the end at a time; a signal is noticed after that at the latest."""
 
 
 def request(options: argparse.Namespace) -> ExitCode:
     """
-    Obtain namespaces, show them, and hold the descriptors until told otherwise.
+    Obtain namespaces, print them, and keep the descriptors until a signal or the end.
 
     Raises:
         Failure: the command line makes no sense, or there are no namespaces.
-        Interrupted: a signal came before there were any.
+        Interrupted: a signal came before.
     """
     wanted = request_of(options)
     features = Features.probe()
     with signals_taken(INTERRUPTIONS) as taken, ExitStack() as stack:
         own = None
         if options.fallback != "never" and options.backend == "linux":
-            own = stack.enter_context(closing(OwnNamespaces(options, features)))
+            own = stack.enter_context(closing(own_namespaces(options, features)))
         consumer = consumer_of(options, inspector_of(options, features), own)
         handoff = stack.enter_context(obtain(consumer, wanted, own, taken))
         show = _show_json if options.json else _show
@@ -79,7 +79,7 @@ def end(options: argparse.Namespace) -> ExitCode:
 
 
 def describe(handoff: Handoff) -> dict[str, Any]:
-    """Say what was received, and what the Linux kernel says it is, as plain values."""
+    """Return what was received, as the Linux kernel identifies it, as plain values."""
     fallback = handoff.fallback
     return {
         "schema": SCHEMA,
@@ -89,7 +89,7 @@ def describe(handoff: Handoff) -> dict[str, Any]:
         "descriptors": [
             {
                 "type": identity.kind.value,
-                # Older Linux kernels have no id: then it is the device and the inode below.
+                # Older Linux kernels have no id; device and inode identify it then.
                 "namespace_id": identity.key[0] if len(identity.key) == 1 else None,
                 "device": (status := os.fstat(descriptor.fileno())).st_dev,
                 "inode": status.st_ino,
@@ -120,7 +120,7 @@ def _show(received: dict[str, Any]) -> None:
 
 
 def _let_go(handoff: Handoff, *, ends: bool) -> None:
-    """End what is to be ended, and say what becomes of the allocation."""
+    """End the allocation if that was requested, and print what becomes of it."""
     name = handoff.request.allocation_id
     if handoff.is_ended:
         tell(f"{name} has ended")
@@ -128,17 +128,16 @@ def _let_go(handoff: Handoff, *, ends: bool) -> None:
         is_confirmed = handoff.end(END_TIMEOUT_S)
         tell(f"{name} has ended" if is_confirmed else f"the end of {name} was not confirmed")
     elif handoff.is_degraded:
-        tell(f"{name} was made here and ends here")
+        tell(f"{name} was made by self-service and ends now")
     else:
-        tell(f"told to let go of {name}; it lives on")
+        tell(f"{name} stays alive")
 
 
 def _expect_provider(path: str) -> None:
     """
-    Find out at once whether somebody listens.
+    Fail at once if nothing listens on the socket.
 
-    `Consumer.end` goes on calling until its time is over: right for a consumer that owes an end,
-    tedious for somebody who has mistyped a path.
+    `Consumer.end` tries to connect until its timeout, which is too long after a mistyped path.
     """
-    with suppress(BlockingIOError):  # it listens, and has much to do
+    with suppress(BlockingIOError):  # it listens, and is busy
         begin_connect(path).close()

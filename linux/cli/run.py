@@ -1,12 +1,12 @@
-"""`nshandoff run`: a command inside an allocation, as if it had been started here.
+"""`nshandoff run`: run a command inside an allocation.
 
-The command gets this one's standard streams, environment, working directory, terminal and signals;
-this one gets its exit status. The allocation lives exactly as long as the command does: whatever
-else is left in its cgroup is killed when the command exits.
+The command gets the standard streams, environment, working directory, terminal and signals of
+`nshandoff`, which returns the command's exit code. The allocation lives as long as the command:
+what else is left in its cgroup is killed when the command exits.
 
-From the moment there is a command, signals are not handled but taken: all that matter are blocked,
-and one loop waits for the next of them (sigwaitinfo). So none comes at a bad moment and none is
-missed, among them SIGCHLD, which says that the command exited or stopped.
+Once the command runs, signals have no handlers. All that matter are blocked, and one loop waits for
+the next of them (sigwaitinfo). So none is missed and none interrupts anything else, also SIGCHLD,
+which says that the command exited or stopped.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from ..cgroups import WORKLOAD_SLICE, CgroupUnavailable, Scope, find_cgroup2
 from ..features import Features
 from ..forge.spawn import restore_foreground, spawn_within
 from ..namespaces import KernelInspector, has_dead_init
+from ..self_service import OwnNamespaces
 from ..survey import states_of
 from ..syscalls import SyscallError
 from .consumer import (
     END_TIMEOUT_S,
-    OwnNamespaces,
     consumer_of,
     obtain,
+    own_namespaces,
     request_of,
     signals_taken,
 )
@@ -52,24 +53,24 @@ PASSED_ON: Final = (
     signal.SIGTSTP,
     signal.SIGCHLD,
 )
-"""Signals that are the command's when this one gets them; but for the last, which is about it."""
+"""Signals that are passed on to the command, except SIGCHLD, which is about the command."""
 
 SI_KERNEL: Final = 0x80
-"""What sigwaitinfo(2) says of a signal that the Linux kernel sent: here, the terminal's."""
+"""`si_code` of a signal that the Linux kernel sent: here, that of a terminal."""
 
 WITHDRAW_TIMEOUT_S: Final = 2.0
 """How long an interrupted command may take to withdraw its request."""
 
 _TERMINAL: Final = 0
-"""The terminal, if any, is the one on standard input."""
+"""The terminal is that on standard input, if there is one."""
 
 
-class Child(Protocol):
-    """What is needed of a running command."""
+class RunningCommand(Protocol):
+    """The running command, a `subprocess.Popen`."""
 
     pid: int
     returncode: int | None
-    """Set here when the command has exited; else its maker would wait for it in the end."""
+    """Set here when the command has exited, so that `Popen` does not wait for it."""
 
 
 def run(options: argparse.Namespace) -> int:
@@ -77,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
     Run a command in an allocation that lives as long as it does.
 
     Returns:
-        What to exit with: the command's exit status, or as a shell names what became of it.
+        The exit code: the command's, or 128 plus the signal that ended it.
 
     Raises:
         Failure: RUN_FAILED, NOT_FOUND or NOT_EXECUTABLE; no command runs, the allocation is ended.
@@ -88,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
     except Failure as failure:
         if failure.code in (ExitCode.NOT_EXECUTABLE, ExitCode.NOT_FOUND):
             raise
-        # One code for whatever is not the command's, as env(1) has it.
+        # One exit code for everything that is not the command's, as in env(1).
         raise Failure(ExitCode.RUN_FAILED, failure.text, failure.kind) from failure
     except (OSError, CgroupUnavailable) as error:
         raise Failure(ExitCode.RUN_FAILED, str(error), type(error).__name__) from error
@@ -97,19 +98,19 @@ def run(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace) -> int:
     wanted = request_of(options)
     if not options.command:
-        raise Failure(ExitCode.USAGE, "no command; it stands behind the options and a --")
+        raise Failure(ExitCode.USAGE, "no command; it comes after the options and --")
     features = Features.probe()
     with _children_noticed(), signals_taken(PASSED_ON) as taken, ExitStack() as stack:
         own = None
         if options.fallback != "never":
-            own = stack.enter_context(closing(OwnNamespaces(options, features)))
+            own = stack.enter_context(closing(own_namespaces(options, features)))
         consumer = consumer_of(options, KernelInspector(features), own)
         handoff = stack.enter_context(_obtain(consumer, wanted, own, taken))
         stack.callback(_end, handoff, features)
         scope = _scope_of(handoff, own)
         with _foreground() as has_terminal:
             child = _start(options.command, handoff, scope, has_terminal=has_terminal)
-            return _attend(child, taken, has_terminal=has_terminal)
+            return _wait_for(child, taken, has_terminal=has_terminal)
 
 
 def _obtain(
@@ -118,7 +119,7 @@ def _obtain(
     own: OwnNamespaces | None,
     taken: set[signal.Signals],
 ) -> Handoff:
-    """Obtain namespaces; when that is interrupted, see to it that there are none."""
+    """Obtain namespaces; if that is interrupted, withdraw the request."""
     try:
         return obtain(consumer, wanted, own, taken)
     except Interrupted:
@@ -138,9 +139,9 @@ def _scope_of(handoff: Handoff, own: OwnNamespaces | None) -> Path | None:
 
 def _start(
     command: Sequence[str], handoff: Handoff, scope: Path | None, *, has_terminal: bool
-) -> Child:
+) -> RunningCommand:
     with ExitStack() as stack:
-        # Whose scope it is does not matter for entering it.
+        # A scope is entered without its owner's token.
         procs = None if scope is None else stack.enter_context(Scope(scope, "").open_procs())
         try:
             return spawn_within(
@@ -160,7 +161,7 @@ def _directory() -> str | None:
     try:
         return str(Path.cwd())
     except FileNotFoundError:
-        return None  # removed under us: then the root, as everything that is nowhere
+        return None  # it was removed; then the root
 
 
 # --- While the command runs --------------------------------------------------------------------
@@ -168,7 +169,7 @@ def _directory() -> str | None:
 
 @contextmanager
 def _children_noticed() -> Iterator[None]:
-    """Have SIGCHLD come, and an exit status stay: neither does where it is ignored."""
+    """Reset SIGCHLD: if it is ignored, it does not come and exit statuses are lost."""
     before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         yield
@@ -178,13 +179,13 @@ def _children_noticed() -> Iterator[None]:
 
 @contextmanager
 def _foreground() -> Iterator[bool]:
-    """Say whether there is a terminal to hand on; take it back when the body is done."""
+    """Say whether there is a terminal to pass on; take it back after the body."""
     has_terminal = os.isatty(_TERMINAL) and _owns_terminal()
     try:
         yield has_terminal
     finally:
         if has_terminal:
-            with suppress(SyscallError):  # it has been hung up
+            with suppress(SyscallError):  # the terminal was closed
                 restore_foreground(_TERMINAL)
 
 
@@ -192,41 +193,42 @@ def _owns_terminal() -> bool:
     try:
         return os.tcgetpgrp(_TERMINAL) == os.getpgrp()
     except OSError:
-        return False  # a terminal, but not the one of this session
+        return False  # not the terminal of this session
 
 
-def _attend(child: Child, taken: set[signal.Signals], *, has_terminal: bool) -> int:
-    """Pass signals on to the command until it exits; say how it did, as a shell would."""
+def _wait_for(child: RunningCommand, taken: set[signal.Signals], *, has_terminal: bool) -> int:
+    """Pass signals on to the command until it exits; return its exit code."""
     while True:
         pid, status = os.waitpid(child.pid, os.WNOHANG | os.WUNTRACED)
         if pid and os.WIFSTOPPED(status):
-            _stop_as_well(child, os.WSTOPSIG(status), has_terminal=has_terminal)
+            _stop_too(child, os.WSTOPSIG(status), has_terminal=has_terminal)
         elif pid:
             child.returncode = os.waitstatus_to_exitcode(status)
             return child.returncode if child.returncode >= 0 else SIGNAL_BASE - child.returncode
         else:
-            told = signal.sigwaitinfo(taken)
-            if told.si_signo != signal.SIGCHLD:
-                _pass_on(told, child, has_terminal=has_terminal)
+            received = signal.sigwaitinfo(taken)
+            if received.si_signo != signal.SIGCHLD:
+                _pass_on(received, child, has_terminal=has_terminal)
 
 
-def _pass_on(told: signal.struct_siginfo, child: Child, *, has_terminal: bool) -> None:
-    """Pass a signal on: the terminal's to the whole job, as it would; others to the command."""
-    if told.si_signo == signal.SIGCONT and has_terminal and _owns_terminal():
-        # This one is in the foreground now, so that it may.
+def _pass_on(received: signal.struct_siginfo, child: RunningCommand, *, has_terminal: bool) -> None:
+    """Pass a signal on: one of the terminal to the process group, others to the command."""
+    if received.si_signo == signal.SIGCONT and has_terminal and _owns_terminal():
+        # Allowed, because this process is in the foreground now.
         os.tcsetpgrp(_TERMINAL, child.pid)
-    is_for_all = told.si_code == SI_KERNEL or told.si_signo == signal.SIGCONT
-    # Not reaped yet, so both numbers are still the command's. It may have left its group.
+    is_for_all = received.si_code == SI_KERNEL or received.si_signo == signal.SIGCONT
+    # It is not reaped, so pid and process group are still its own. It may have left its group.
     with suppress(ProcessLookupError):
-        (os.killpg if is_for_all else os.kill)(child.pid, told.si_signo)
+        (os.killpg if is_for_all else os.kill)(child.pid, received.si_signo)
 
 
-def _stop_as_well(child: Child, cause: int, *, has_terminal: bool) -> None:
+def _stop_too(child: RunningCommand, cause: int, *, has_terminal: bool) -> None:
     """
-    The command was stopped: stop, too, so that the shell takes over; `fg` comes as SIGCONT.
+    Stop when the command was stopped, so that the shell takes over; `fg` sends SIGCONT.
 
-    Where no shell would ever continue it (an orphaned process group) the Linux kernel ignores
-    Ctrl-Z. It sees a parent for the command, and so does not: that is made good here.
+    In an orphaned process group, which no shell would continue, the Linux kernel ignores Ctrl-Z.
+    The command's group is never orphaned, because this process is its parent; so it is continued
+    here.
     """
     if has_terminal:
         with suppress(SyscallError):
@@ -238,15 +240,15 @@ def _stop_as_well(child: Child, cause: int, *, has_terminal: bool) -> None:
         os.kill(os.getpid(), signal.SIGCONT)
 
 
-# --- When it is over ---------------------------------------------------------------------------
+# --- At the end --------------------------------------------------------------------------------
 
 
 def _end(handoff: Handoff, features: Features) -> None:
-    """End the allocation, and say so if it does not end at once."""
+    """End the allocation, and print a line if that takes longer."""
     name = handoff.request.allocation_id
     is_confirmed = handoff.end(END_TIMEOUT_S)
     if handoff.is_degraded:
-        return  # what the consumer cannot release it has warned of
+        return  # the consumer warns of what it cannot release
     if not is_confirmed:
         tell(f"{name}: the provider did not confirm the end within {END_TIMEOUT_S:g} s")
     elif (left := _what_is_left(handoff, features)) is not None:
@@ -258,7 +260,7 @@ def _what_is_left(handoff: Handoff, features: Features) -> str | None:
     scope = _scope_of(handoff, None)
     if scope is not None and scope.is_dir():
         return f"processes in {scope}: {states_of(Scope(scope, '').processes())}"
-    # Nobody proves anything about an init on Linux kernels before 6.11.
+    # Linux kernels before 6.11 do not tell whether an init is dead.
     is_provable = features.pidfd_namespaces and NamespaceType.PID in handoff.bundle.types
     if is_provable and not has_dead_init(handoff.bundle[NamespaceType.PID], features):
         return "the init of its PID namespace is being killed"

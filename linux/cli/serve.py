@@ -1,10 +1,10 @@
-"""`nshandoff serve`: the provider as a program.
+"""`nshandoff serve`: run the provider.
 
-Puts backend, endpoint and driver together, tells what happens as JSON lines on standard error, and
-says when it is ready: in a file, and to systemd.
+Starts backend, endpoint and driver, logs events as JSON lines on standard error, and says when it
+is ready: in a file, and to systemd.
 
-The state directory is locked first, so that of two providers the second changes nothing. Then the
-endpoint is opened, so that nobody is refused; then what is alive is adopted, while requests wait.
+The state directory is locked first, so that a second provider changes nothing. Then the endpoint is
+opened, so that no consumer is refused, and requests wait while living allocations are adopted.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from statemachine import effects as do
 from statemachine import events as on
 from statemachine.effects import Effect
 from statemachine.errors import SocketUnavailable
-from statemachine.events import Event
-from statemachine.lifecycle import PROVIDER, AllocationState
+from statemachine.events import ProviderInput
+from statemachine.lifecycle import ALLOCATION, AllocationState
 from statemachine.provider import Limits, ProviderKernel
 from transport.contract import Backend
 from transport.endpoint import listen
@@ -39,32 +39,32 @@ from ..backend import LinuxBackend, NodeSettings
 from ..cgroups import CgroupUnavailable, find_cgroup2
 from ..forge.plan import ForgeError
 from ..journal import JournalError
+from ..self_service import make_directory
 from ..simulated import SimulatedBackend, SimulatedNode
 from ..survey import READY_NAME
-from .consumer import make_directory
 from .exits import ExitCode
 from .trace import TraceFile
 
 NOTIFY_VARIABLE: Final = "NOTIFY_SOCKET"
-"""Where systemd waits for word, if it does."""
+"""The environment variable with systemd's socket, sd_notify(3)."""
 
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 _log: Final = logging.getLogger(__name__)
 
 _START_FAULTS: Final = (SocketUnavailable, JournalError, CgroupUnavailable, ForgeError, OSError)
-"""What can keep a provider from starting and is no mistake of ours."""
+"""Errors of the node that keep a provider from starting."""
 
 
 def serve(options: argparse.Namespace) -> ExitCode:
     """
-    Be this node's provider until told to stop.
+    Run this node's provider until it is told to stop.
 
     Returns:
-        OK after a stop; ENVIRONMENT if it could not start, which has been said.
+        OK after a stop; ENVIRONMENT if it could not start, which has been logged.
     """
     _log_json_lines()
-    _tell("starting", pid=os.getpid(), socket=options.socket, backend=options.backend)
+    _log_event("starting", pid=os.getpid(), socket=options.socket, backend=options.backend)
     try:
         with ExitStack() as stack:
             _serve(options, stack)
@@ -74,17 +74,17 @@ def serve(options: argparse.Namespace) -> ExitCode:
     except Exception:
         _log.exception("the provider cannot go on", extra=_as("failed"))
         return ExitCode.ENVIRONMENT
-    _tell("stopped")
+    _log_event("stopped")
     return ExitCode.OK
 
 
 def _serve(options: argparse.Namespace, stack: ExitStack) -> None:
-    """Put the provider together and let it run; whatever was opened is closed by the stack."""
+    """Start the provider and run it; the stack closes what was opened."""
     state_dir, path = Path(options.state_dir), Path(options.socket)
     make_directory(path.parent)
     backend = _backend(options, stack)
     readiness = Readiness(state_dir / READY_NAME, path)
-    readiness.withdraw()  # that of a provider which was killed: the lock is ours now
+    readiness.withdraw()  # that of a provider that was killed
     listener = listen(path, mode=options.mode, gid=options.group)
     stack.callback(listener.close)
     limits = Limits(allowed_uids=frozenset({os.geteuid(), *options.allow_uid}))
@@ -107,7 +107,7 @@ def _serve(options: argparse.Namespace, stack: ExitStack) -> None:
 
 
 def _both(first: Observer, second: Observer) -> Observer:
-    def observe(event: Event, effects: tuple[Effect, ...]) -> None:
+    def observe(event: ProviderInput, effects: tuple[Effect, ...]) -> None:
         first(event, effects)
         second(event, effects)
 
@@ -117,10 +117,10 @@ def _both(first: Observer, second: Observer) -> Observer:
 async def _run(provider: Provider, readiness: Readiness, trace: TraceFile | None) -> None:
     def announce() -> None:
         readiness.announce()
-        _tell("ready", allocations=len(provider.kernel.states))
+        _log_event("ready", allocations=len(provider.kernel.states))
 
     def stop(number: signal.Signals) -> None:
-        _tell("stopping", signal=number.name)
+        _log_event("stopping", signal=number.name)
         readiness.withdraw()
         readiness.notify("STOPPING=1")
         provider.stop()
@@ -130,8 +130,8 @@ async def _run(provider: Provider, readiness: Readiness, trace: TraceFile | None
         loop.add_signal_handler(number, stop, number)
     await provider.run(announce, on_recovered=None if trace is None else trace.recovered)
     if provider.has_hung:
-        # The socket is closed and what is alive stays alive. Closing the backend could wait for
-        # the very work that hangs (an image on a file server that is gone, say).
+        # The socket is closed, and allocations stay alive. Closing the backend could wait for the
+        # work that hangs (an image on a file server that is gone, for example).
         _log.warning("backend work hangs and is left to the kernel", extra=_as("stopped"))
         logging.shutdown()
         os._exit(ExitCode.OK)
@@ -156,16 +156,16 @@ def _backend(options: argparse.Namespace, stack: ExitStack) -> Backend:
     return stack.enter_context(closing(backend))
 
 
-# --- Saying that it is ready -------------------------------------------------------------------
+# --- Readiness ---------------------------------------------------------------------------------
 
 
 class Readiness:
     """
-    Says whether requests are served: in a file, and to systemd if it started this process.
+    Shows whether requests are served: by a file, and to systemd if that started this process.
 
     Args:
-        file: There while requests are served, and after a crash.
-        path: The socket that is written into it.
+        file: Exists while requests are served, and after a crash.
+        path: The socket, whose path is written into it.
 
     Source:
         sd_notify(3).
@@ -174,22 +174,22 @@ class Readiness:
     def __init__(self, file: Path, path: Path) -> None:
         self._file: Final = file
         self._content: Final = json.dumps({"pid": os.getpid(), "socket": str(path.absolute())})
-        # Not for the processes that are started from here.
+        # Taken out of the environment of child processes.
         self._address: Final = os.environ.pop(NOTIFY_VARIABLE, "")
 
     def announce(self) -> None:
-        """Say that requests are served."""
+        """Make the file, and notify systemd."""
         draft = self._file.with_name(f".{self._file.name}.{os.getpid()}")
         draft.write_text(f"{self._content}\n", encoding="utf-8")
         draft.replace(self._file)
         self.notify("READY=1")
 
     def withdraw(self) -> None:
-        """Take the file away; nothing happens if there is none."""
+        """Remove the file, if it is there."""
         self._file.unlink(missing_ok=True)
 
-    def notify(self, word: str) -> None:
-        """Tell systemd; nothing happens without it. That it cannot be told is no reason to end."""
+    def notify(self, state: str) -> None:
+        """Notify systemd, if it started this process; a failure is only logged."""
         if not self._address:
             return
         address = self._address
@@ -198,20 +198,20 @@ class Readiness:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.setblocking(False)
             try:
-                sock.sendto(word.encode(), address)
+                sock.sendto(state.encode(), address)
             except OSError as error:
                 _log.warning("%s: %s", self._address, error, extra=_as("notify_failed"))
 
 
-# --- Saying what happens -----------------------------------------------------------------------
+# --- Logging -----------------------------------------------------------------------------------
 
 
 class EventLog:
     """
-    Writes down every event of a provider, with the row it made an allocation take: an `Observer`.
+    Logs every event of a provider, with the transition of its allocation: an `Observer`.
 
-    An event's name here is its class', in snake case. An event that moves further allocations (the
-    readiness, on which requests have waited) is written down once more for each of these.
+    The name of an event in the log is that of its class in snake case. An event that moves further
+    allocations (readiness, after which waiting requests are handled) is logged again for each.
     """
 
     kernel: ProviderKernel
@@ -219,10 +219,10 @@ class EventLog:
     def __init__(self) -> None:
         self._states: dict[str, AllocationState] = {}
         self._delays: dict[str, str] = {}
-        """What was last said to be in the way of a release."""
+        """The reason that was last logged for a release that is not finished."""
 
-    def __call__(self, event: Event, effects: tuple[Effect, ...]) -> None:
-        """Write down one event."""
+    def __call__(self, event: ProviderInput, effects: tuple[Effect, ...]) -> None:
+        """Log one event."""
         name = _allocation_of(event)
         if self._is_repetition(event):
             return
@@ -231,8 +231,8 @@ class EventLog:
             if self.kernel.state_of(other) is not self._states.get(other, _UNKNOWN):
                 self._write(event, effects, other)
 
-    def _is_repetition(self, event: Event) -> bool:
-        """Say whether it is just another try to release what cannot be released yet."""
+    def _is_repetition(self, event: ProviderInput) -> bool:
+        """Say whether it is another try to release, with the same reason as before."""
         if isinstance(event, on.NamespacesReleased):
             self._delays.pop(event.allocation_id, None)
         if isinstance(event, on.ReleaseDelayed):
@@ -241,20 +241,20 @@ class EventLog:
             return before == event.reason
         return isinstance(event, on.RetryDue)
 
-    def _write(self, event: Event, effects: tuple[Effect, ...], name: str) -> None:
+    def _write(self, event: ProviderInput, effects: tuple[Effect, ...], name: str) -> None:
         fields: dict[str, Any] = {"allocation_id": name} if name else {}
         if name:
             fields |= self._row(event, name)
         fields |= _details_of(event)
         fields["effects"] = [_word_for(effect) for effect in effects]
-        _tell(_snake(type(event).__name__), **fields)
+        _log_event(_snake(type(event).__name__), **fields)
 
-    def _row(self, event: Event, name: str) -> dict[str, str]:
+    def _row(self, event: ProviderInput, name: str) -> dict[str, str]:
         before = self._states.pop(name, _UNKNOWN)
         after = self.kernel.state_of(name)
         if after not in (_UNKNOWN, AllocationState.RELEASED):
             self._states[name] = after
-        if before is after and PROVIDER.row(type(event), before) is None:
+        if before is after and ALLOCATION.row(type(event), before) is None:
             return {}
         return {"from": before.value, "to": after.value}
 
@@ -263,10 +263,10 @@ _UNKNOWN: Final = AllocationState.UNKNOWN
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object per record: time, level, event, message, and whatever fields it brings."""
+    """One JSON object per record: time, level, event, message, and the fields of the record."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Write one line."""
+        """Format one line."""
         moment = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
         line: dict[str, Any] = {
             "time": moment.isoformat(timespec="milliseconds"),
@@ -286,13 +286,13 @@ def _log_json_lines() -> None:
     lines = logging.StreamHandler()
     lines.setFormatter(JsonLines())
     logging.basicConfig(handlers=[lines])
-    _log.setLevel(logging.INFO)  # of what others have to say, only what is wrong
+    _log.setLevel(logging.INFO)  # of other loggers only warnings
     logging.captureWarnings(True)
-    # Whoever read them may be gone; that is no reason to end, nor to say so in the same place.
+    # The reader of standard error may be gone; that must not raise, nor be logged there.
     logging.raiseExceptions = False
 
 
-def _tell(event: str, **fields: Any) -> None:
+def _log_event(event: str, **fields: Any) -> None:
     _log.info("", extra=_as(event, **fields))
 
 
@@ -304,7 +304,7 @@ def _snake(name: str) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
 
 
-def _allocation_of(something: Event | Effect) -> str:
+def _allocation_of(something: ProviderInput | Effect) -> str:
     """Name the allocation that an event or an effect concerns; empty if none."""
     for part in (something, *(getattr(something, x, None) for x in ("request", "response"))):
         name = getattr(part, "allocation_id", "")
@@ -313,8 +313,8 @@ def _allocation_of(something: Event | Effect) -> str:
     return ""
 
 
-def _details_of(event: Event) -> dict[str, Any]:
-    """Take from an event what says more about it."""
+def _details_of(event: ProviderInput) -> dict[str, Any]:
+    """Return further fields of an event."""
     fields = {field.name: getattr(event, field.name) for field in dataclasses.fields(event)}
     details = {name: fields[name] for name in ("connection", "uid", "reason") if fields.get(name)}
     if isinstance(event, on.ConnectionOpened):
@@ -329,7 +329,7 @@ def _details_of(event: Event) -> dict[str, Any]:
 
 
 def _word_for(effect: Effect) -> str:
-    """Name an effect, with what it says if it says something."""
+    """Return the name of an effect, with its timer or error."""
     word = _snake(type(effect).__name__)
     match effect:
         case do.StartTimer(timer=timer) | do.StopTimer(timer=timer):

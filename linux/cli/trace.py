@@ -1,7 +1,7 @@
-"""`nshandoff trace`: could this have happened, and what did it look like?
+"""`nshandoff trace`: check or draw a trace that `serve --trace FILE` wrote.
 
-A provider that was started with `--trace FILE` wrote down every event and what it decided. `check`
-feeds the events to a kernel of its own and compares: it needs no provider, no root and no Linux.
+A trace has every event of a provider and what the provider decided. `check` feeds the events to a
+kernel and compares its decisions: it needs no provider, no root and no Linux.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Final
 
 from statemachine.effects import Effect
-from statemachine.events import Event
+from statemachine.events import ProviderInput
 from statemachine.provider import Limits
 from transport.descriptors import Descriptor
 from transport.trace import (
@@ -40,7 +40,7 @@ _log: Final = logging.getLogger(__name__)
 
 def check(options: argparse.Namespace) -> ExitCode:
     """
-    Say whether a trace can have happened.
+    Check that a trace can have happened.
 
     Raises:
         Failure: ENVIRONMENT, the file cannot be read.
@@ -66,7 +66,7 @@ def show(options: argparse.Namespace) -> ExitCode:
     Raises:
         Failure: ENVIRONMENT, the file cannot be read; NO, it is no trace.
     """
-    # Who reads only the first lines has seen enough; Python would complain of it.
+    # End quietly if the reader closes the pipe, as `head` does.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     with _lines_of(options.file) as lines:
         entries = (entry for _, _, entry in read_lines(lines))
@@ -93,13 +93,13 @@ def _lines_of(path: str) -> Iterator[Iterator[bytes]]:
 
 class TraceFile:
     """
-    Writes down every event of a provider before its effects are performed: an `Observer`.
+    Writes every event of a provider to a file before its effects are performed: an `Observer`.
 
-    Each line is one `write`, without a buffer: what was performed stands in the file, whatever
-    kills the provider. A line that cannot be written is missing, and leaves a gap in the numbers.
+    Each line is one `write`, without a buffer, so that the file has everything that was performed
+    if the provider is killed. A line that cannot be written leaves a gap in the numbers.
 
     Args:
-        path: Appended to; made for this user alone if there is none.
+        path: Appended to; made with mode 0600 if it does not exist.
         limits: The kernel's.
 
     Raises:
@@ -115,12 +115,12 @@ class TraceFile:
         self._is_whole = size == 0 or os.pread(self._file.fileno(), 1, size - 1) == b"\n"
         self._write(Start(limits))
 
-    def __call__(self, event: Event, effects: tuple[Effect, ...]) -> None:
-        """Write down one event."""
+    def __call__(self, event: ProviderInput, effects: tuple[Effect, ...]) -> None:
+        """Write one event."""
         self._write(Turn(event, effects))
 
     def recovered(self, remembered: Iterable[str]) -> None:
-        """Write down what the backend remembers."""
+        """Write the names that the backend remembers."""
         self._write(Recovery(tuple(remembered)))
 
     def _write(self, entry: Entry) -> None:

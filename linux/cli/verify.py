@@ -1,8 +1,8 @@
-"""`nshandoff verify`: let a source tree show that it keeps its promises.
+"""`nshandoff verify`: run the verification campaign of a source tree.
 
-The suites are no part of the package, and nothing here imports them: they are a program of the tree
-they are about, which this process becomes (execv(2)). So its signals, its terminal and its exit
-code are that program's own.
+The suites are not part of the package, and nothing here imports them. They are a program in the
+source tree, which this process executes (execv(2)); so its signals, its terminal and its exit code
+are those of that program.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ CAMPAIGN: Final = Path("tests/campaign/verify.py")
 """The program, in a source tree."""
 
 EXTRA: Final = ("hypothesis", "pytest")
-"""What it imports that the command alone does not need: the extra `test`."""
+"""What it imports besides the package: the extra `test`."""
 
 HANDED_ON: Final = ("hours", "jobs", "seed", "output")
-"""Options with a value that mean the same to the program."""
+"""Options with a value that are passed on."""
 
 
 def verify(options: argparse.Namespace) -> NoReturn:
     """
-    Become the campaign of a source tree.
+    Execute the campaign of a source tree.
 
     Raises:
         Failure: ENVIRONMENT, there is no such tree, or what the suites need is not installed.
@@ -45,7 +45,7 @@ def verify(options: argparse.Namespace) -> NoReturn:
 
 
 def _tree_of(options: argparse.Namespace) -> Path:
-    """Find the source tree: the one named; or here; or where an editable install points to."""
+    """Find the source tree: by --tree, here, or where an editable install points to."""
     installed_from = Path(__file__).parents[2]
     candidates = [Path(options.tree)] if options.tree else [Path.cwd(), installed_from]
     for tree in candidates:

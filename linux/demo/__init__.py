@@ -1,1 +1,1 @@
-"""`nshandoff demo`: two allocations from request to release, checked; `command` lists the parts."""
+"""`nshandoff demo`: two allocations from request to release, checked; see `command`."""

@@ -1,8 +1,8 @@
-"""What has the demonstration taken from this machine, and has it given everything back?
+"""What the demonstration has on this machine, counted before and after it.
 
-Counted before the first step and after the last one. Others work on the same machine: what is
-machine-wide is counted only if it is the demonstration's own, by a path in its private folder, by
-its allocations' names, or by the Linux kernel's ids of its namespaces.
+Other programs work on the same machine. So what is machine-wide counts only if it is the
+demonstration's own: by a path in its private folder, by the names of its allocations, or by the
+Linux kernel's ids of its namespaces.
 """
 
 from __future__ import annotations
@@ -12,15 +12,13 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from statemachine.errors import FdPassing
 from transport.descriptors import Descriptor, NamespaceIdentity
 
 from ..features import Features
+from ..mounts import loop_devices
 from ..namespaces import PROC_NAMES, KernelInspector
-
-_SYS_BLOCK: Final = Path("/sys/block")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +26,7 @@ class Traces:
     """What on this machine would be the demonstration's."""
 
     folder: Path
-    """Its private folder: images, sockets and mount points are in there."""
+    """Its private folder, with images, sockets and mount points."""
     cgroups: tuple[Path, ...] = ()
     """The cgroups that it may have made."""
     namespaces: frozenset[NamespaceIdentity] = frozenset()
@@ -37,7 +35,7 @@ class Traces:
 
 @dataclass(frozen=True, slots=True)
 class Census:
-    """What there is at one moment; each a set of names, for people and for comparing."""
+    """What there is at one moment, each a set of names."""
 
     descriptors: frozenset[str]
     children: frozenset[str]
@@ -67,13 +65,7 @@ def mounts_of(*names: str) -> list[str]:
 
 def loop_devices_below(path: Path) -> list[str]:
     """List the loop devices whose file is this one, or in this folder."""
-    return sorted(device for device, file in _backing_files() if Path(file).is_relative_to(path))
-
-
-def _backing_files() -> Iterator[tuple[str, str]]:
-    for file in _SYS_BLOCK.glob("loop*/loop/backing_file"):
-        with suppress(OSError):  # freed between the two looks
-            yield file.parts[-3], file.read_text(encoding="utf-8").rstrip("\n")
+    return [device for device, file in loop_devices() if Path(file).is_relative_to(path)]
 
 
 def _descriptors() -> Iterator[str]:
@@ -100,7 +92,7 @@ def _members(namespaces: Collection[NamespaceIdentity]) -> Iterator[str]:
 
 
 def _is_zombie(pid: str) -> bool:
-    """Tell whether a process is dead, and only its parent has not taken note yet."""
+    """Say whether a process is dead and not reaped."""
     with suppress(OSError):
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
         return stat.rpartition(")")[2].split()[0] == "Z"

@@ -1,7 +1,7 @@
-"""What does the demonstration claim, and whom does it ask?
+"""The checks of the demonstration: what is claimed of a hand-over, and how it is verified.
 
-Each function asks the Linux kernel about one side of a handoff and holds the answers against what
-the protocol promises. Nothing is changed here, except that a process is started to be looked at.
+Each function asks the Linux kernel about one side of a hand-over and compares the answers with what
+the protocol promises. Nothing is changed, except that processes are started to be examined.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from transport.descriptors import Descriptor, Inspector, NamespaceIdentity
 from ..cgroups import Scope
 from ..forge.spawn import InitDead, spawn_within
 from ..namespaces import PROC_NAMES
-from .cast import CastError, Part
 from .census import loop_devices_below, mounts_of
+from .host import IMAGE, IMAGE_TEXT, Host
+from .processes import DemoAllocation, DemoError
 from .report import Report
-from .stage import IMAGE, IMAGE_TEXT, Stage
 
 LOOKS_MAX: Final = 300
-"""How often one looks whether the Linux kernel has freed what it frees in the background."""
+"""How often to look whether the Linux kernel has freed what it frees in the background."""
 
 PAUSE_MS: Final = 5
 """Pause between two looks."""
@@ -32,16 +32,18 @@ PAUSE_MS: Final = 5
 T = TypeVar("T")
 
 
-def claim_types(report: Report, part: Part, inspector: Inspector) -> None:
-    """Ask each descriptor of an allocation what it is (NS_GET_NSTYPE)."""
-    found = [inspector.inspect(fd).kind.value for fd in part.held.bundle.filenos()]
-    claim = f"{part.subject}: the types asked for, in that order"
-    report.check(f"{part.subject}.types", claim, part.types(), " ".join(found))
+def claim_types(report: Report, allocation: DemoAllocation, inspector: Inspector) -> None:
+    """Check the type of each descriptor of an allocation (NS_GET_NSTYPE)."""
+    found = [inspector.inspect(fd).kind.value for fd in allocation.held.bundle.filenos()]
+    claim = f"{allocation.subject}: the types asked for, in that order"
+    report.check(f"{allocation.subject}.types", claim, allocation.types(), " ".join(found))
 
 
-def claim_distinct(report: Report, parts: Sequence[Part], inspector: Inspector) -> None:
-    """Ask for the ids of all namespaces, and for our own."""
-    fds = [fd for part in parts for fd in part.held.bundle.filenos()]
+def claim_distinct(
+    report: Report, allocations: Sequence[DemoAllocation], inspector: Inspector
+) -> None:
+    """Check that all namespaces are different, and different from our own."""
+    fds = [fd for each in allocations for fd in each.held.bundle.filenos()]
     inheritable = [fd for fd in fds if os.get_inheritable(fd)]
     claim = "close-on-exec: no program inherits them"
     report.check("descriptors", claim, [], inheritable, f"{len(fds)} descriptors")
@@ -56,11 +58,11 @@ def claim_distinct(report: Report, parts: Sequence[Part], inspector: Inspector) 
         report.check("foreign", "none of them is one of ours", set(), shared, f"ours: {_ids(ours)}")
 
 
-def claim_mounts(report: Report, stage: Stage) -> None:
-    """Ask which loop devices there are, and what this node has mounted."""
-    marks = [str(stage.image_root), str(stage.uenv_base)]
-    if stage.image is not None:
-        devices = loop_devices_below(stage.image_root / IMAGE)
+def claim_mounts(report: Report, host: Host) -> None:
+    """Check the number of loop devices, and that the node has nothing mounted."""
+    marks = [str(host.image_root), str(host.uenv_base)]
+    if host.image is not None:
+        devices = loop_devices_below(host.image_root / IMAGE)
         found = " ".join(devices)
         report.check("loop", "both share one loop device for the image", 1, len(devices), found)
         marks += devices
@@ -69,28 +71,28 @@ def claim_mounts(report: Report, stage: Stage) -> None:
     report.check("mounts", "our own mount table shows nothing of it", [], shown, evidence)
 
 
-def claim_place(report: Report, part: Part) -> None:
-    """Ask which namespaces and which cgroup an allocation's resident is in."""
-    pid, bundle = part.settled.pid, part.held.bundle
+def claim_place(report: Report, allocation: DemoAllocation) -> None:
+    """Check in which namespaces and which cgroup the process inside is."""
+    pid, bundle = allocation.inner.pid, allocation.held.bundle
     kinds = [PROC_NAMES[kind] for kind in bundle.types]
     links = [Path(f"/proc/{pid}/ns/{kind}").stat().st_ino for kind in kinds]
     files = [os.fstat(fd).st_ino for fd in bundle.filenos()]
     claim = "it is in the namespaces that were handed over"
     report.check("inside.namespaces", claim, files, links, f"/proc/{pid}/ns: {' '.join(kinds)}")
-    if part.scope is not None:
-        members = Scope(part.scope, "").processes()
+    if allocation.scope is not None:
+        members = Scope(allocation.scope, "").processes()
         evidence = f"cgroup.procs: {' '.join(map(str, members))}"
         claim = "it is in the allocation's scope, alone"
         report.check("inside.scope", claim, [pid], members, evidence)
 
 
-def claim_init(report: Report, part: Part) -> None:
-    """Leave an orphan to the init of an allocation, and see what becomes of it."""
-    resident = part.settled
-    pid, lifeline = part.leave_orphan()
+def claim_init(report: Report, allocation: DemoAllocation) -> None:
+    """Check that the init of an allocation adopts and reaps an orphan."""
+    process = allocation.inner
+    pid, lifeline = allocation.leave_orphan()
     with lifeline:
-        parent = resident.ask(f"parent {pid}")
-    is_gone = resident.ask(f"gone {pid}")
+        parent = process.ask(f"parent {pid}")
+    is_gone = process.ask(f"gone {pid}")
     fate = "reaped" if is_gone else "a zombie"
     claim = "its init takes in orphans, and reaps them"
     evidence = f"pid {pid}: parent {parent}, then {fate}"
@@ -98,7 +100,7 @@ def claim_init(report: Report, part: Part) -> None:
 
 
 def claim_sight(report: Report, seen: dict[str, Any]) -> None:
-    """Hold what a resident sees against what it should."""
+    """Check what the process inside sees."""
     pid, pids, links = seen["pid"], seen["pids"], seen["interfaces"]
     evidence = f"pid 1: {seen['init']}; itself: {pid}"
     report.check("inside.init", "pid 1 is that init, and not ours", "sleep", seen["init"], evidence)
@@ -122,7 +124,7 @@ def claim_sight(report: Report, seen: dict[str, Any]) -> None:
 
 
 def claim_apart(report: Report, first: dict[str, Any], second: dict[str, Any]) -> None:
-    """Hold what the second resident sees against what the first one does."""
+    """Compare what the process in the second allocation sees with the first."""
     claim = "second: /proc shows only its own processes"
     report.check("second.proc", claim, [1, second["pid"]], second["pids"])
     if first["image"] is not None:
@@ -131,41 +133,43 @@ def claim_apart(report: Report, first: dict[str, Any], second: dict[str, Any]) -
         report.check("second.image", claim, device, other, f"st_dev {other} in both")
 
 
-def claim_same(report: Report, part: Part, again: Sequence[NamespaceIdentity]) -> None:
-    """Compare the ids of a second handoff with those of the first."""
-    claim = f"{part.subject}: same request, the very same namespaces"
-    first = list(part.held.identities)
-    report.check(f"{part.subject}.again", claim, first, list(again), f"ids {_ids(again)}")
+def claim_same(
+    report: Report, allocation: DemoAllocation, again: Sequence[NamespaceIdentity]
+) -> None:
+    """Compare the ids of a second hand-over with those of the first."""
+    claim = f"{allocation.subject}: same request, the very same namespaces"
+    first = list(allocation.held.identities)
+    report.check(f"{allocation.subject}.again", claim, first, list(again), f"ids {_ids(again)}")
 
 
-def claim_dead(report: Report, part: Part) -> None:
-    """Try to start something in an allocation that is released."""
+def claim_dead(report: Report, allocation: DemoAllocation) -> None:
+    """Check that nothing can be started in an allocation that is released."""
     found = "a process"
     try:
-        spawn_within(["true"], part.held.bundle).wait()
+        spawn_within(["true"], allocation.held.bundle).wait()
     except InitDead as error:
         found = error.name
     claim = "nothing starts in the ended PID namespace"
     report.check("dead", claim, "ENOMEM", found, f"fork(2): {found}")
 
 
-def claim_freed(report: Report, parts: Sequence[Part], stage: Stage) -> None:
-    """Ask what is left on the node when both are released and all descriptors are closed."""
-    scopes = [part.scope for part in parts if part.scope is not None]
+def claim_freed(report: Report, allocations: Sequence[DemoAllocation], host: Host) -> None:
+    """Check that nothing is left when both are released and all descriptors are closed."""
+    scopes = [each.scope for each in allocations if each.scope is not None]
     if scopes:
         left = [path.name for path in scopes if path.exists()]
         report.check("scopes", "both scopes are removed", [], left, "gone")
-    if stage.image is not None:
-        devices = settled(lambda: loop_devices_below(stage.image_root / IMAGE))
+    if host.image is not None:
+        devices = settled(lambda: loop_devices_below(host.image_root / IMAGE))
         report.check("freed", "the image's loop device is free again", [], devices, "gone")
 
 
 def init_of(namespace: Descriptor) -> int:
     """
-    Find the process that is the first of a PID namespace.
+    Find the init of a PID namespace.
 
     Raises:
-        CastError: there is none to be seen.
+        DemoError: it cannot be found.
     """
     inode = os.fstat(namespace.fileno()).st_ino
     for pid in filter(str.isdigit, os.listdir("/proc")):
@@ -173,11 +177,11 @@ def init_of(namespace: Descriptor) -> int:
             is_in_there = Path(f"/proc/{pid}/ns/pid").stat().st_ino == inode
             if is_in_there and _innermost_number(pid) == "1":
                 return int(pid)
-    raise CastError("the init of the PID namespace is not to be seen")
+    raise DemoError("the init of the PID namespace cannot be found")
 
 
 def settled(look: Callable[[], T]) -> T:
-    """Look until there is nothing to be seen any more, or it has been long enough."""
+    """Look until nothing is found, at most `LOOKS_MAX` times; return what was found last."""
     seen = look()
     for _ in range(LOOKS_MAX):
         if not seen:

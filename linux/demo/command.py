@@ -1,21 +1,21 @@
-"""`nshandoff demo`: two allocations from request to release, and what the Linux kernel says to it.
+"""`nshandoff demo`: show two allocations from request to release, checked with the Linux kernel.
 
-    command       this file: the command; prepares, plays, compares
-    story         what happens, one step after the other
-    claims        what is claimed of it, and whom it asks
-    stage         what can be shown on this machine, and how without root
-    cast          the provider, and the residents inside the allocations
-    inside        what a resident runs
-    report        what is said and checked
-    census        what is there before and after
+    command       this file: the command; prepares, runs the scenario, compares before and after
+    scenario      what happens, in order
+    claims        what is checked on the way
+    host          what this machine and user allow; without root, a user namespace
+    processes     the provider, and a process inside each allocation
+    inside        what the process inside executes
+    report        the output: lines of text, or JSON
+    census        what there is before and after
 
-Nothing here is a print of hope. A provider runs in a process of its own, a consumer asks it for
-namespaces as any consumer would (`transport.request`), and every line that begins with `ok` is an
-answer of the Linux kernel that was compared with what the protocol promises.
+A provider runs in a process of its own, and a consumer requests namespaces like any other
+(`transport.request`). Every line that begins with `ok` is a check against the Linux kernel: its
+answer was compared with what the protocol promises.
 
 EXIT CODES
     0     every check held
-    1     a check did not hold; which one, what was expected and what was found has been said
+    1     a check did not hold; it has been printed with what was expected and what was found
     2     the command line makes no sense
     3     this machine, or this user on it, cannot show it
     128+N stopped by signal N, and cleaned up: 130 is Ctrl-C
@@ -40,22 +40,22 @@ from typing import Final, TextIO
 
 from statemachine.errors import NamespaceError
 
-from .cast import CastError
 from .census import Census, Traces
 from .claims import settled
-from .report import Interrupted, Report
-from .stage import (
+from .host import (
     OUTSIDE_VARIABLE,
     PREFIX,
-    Stage,
-    StageError,
+    CannotShow,
+    Host,
     enter_user_namespace,
     is_root_here,
-    real_stage,
-    simulated_stage,
+    real_host,
+    simulated_host,
     why_no_user_namespace,
 )
-from .story import Story
+from .processes import DemoError
+from .report import Interrupted, Report
+from .scenario import Scenario
 
 _EXIT_FAILED: Final = 1
 _EXIT_CANNOT: Final = 3
@@ -64,17 +64,17 @@ _EXIT_SIGNAL: Final = 128
 
 def main(arguments: list[str], *, overrule: Mapping[str, object] | None = None) -> int:
     """
-    Be the command.
+    Run the command.
 
-    Without root it executes itself anew in a user namespace of its own, and does not return.
+    Without root it executes itself again in a user namespace of its own, and does not return.
 
     Args:
         arguments: Without the program's name and the verb.
-        overrule: Expectations in the place of the real ones, by the name of their check: how a
-            test sees that a check can fail.
+        overrule: Expected values that replace the real ones, by the name of their check; for
+            tests that a check can fail.
 
     Returns:
-        What to exit with; the table is in this module's head.
+        The exit code; the table is in this module's docstring.
     """
     options = _parse(arguments)
     out = None if options.json else sys.stdout
@@ -99,7 +99,7 @@ def main(arguments: list[str], *, overrule: Mapping[str, object] | None = None) 
             perform(report, is_simulated=is_simulated, why=why)
             seconds = time.monotonic() - began_s
             report.verdict(seconds)
-        except StageError as error:
+        except CannotShow as error:
             return _say_cannot(options, str(error))
         except Interrupted:
             return _say_interrupted(caught)
@@ -110,17 +110,17 @@ def main(arguments: list[str], *, overrule: Mapping[str, object] | None = None) 
 
 def perform(report: Report, *, is_simulated: bool, why: str | None = None) -> None:
     """
-    Play it all, and clean up whatever happens.
+    Run the whole demonstration, and clean up in every case.
 
-    What goes wrong on the way is a check that does not hold.
+    An error on the way counts as a check that does not hold.
 
     Args:
-        report: What is said and checked.
-        is_simulated: Whether on a simulated node instead of this one.
-        why: The reason for that, if it was not asked for.
+        report: Where results go.
+        is_simulated: Whether to use a simulated node instead of this one.
+        why: The reason for that, if it was not requested.
 
     Raises:
-        StageError: this machine cannot show it.
+        CannotShow: this machine cannot show it.
         Interrupted: the report was told to stop.
     """
     with ExitStack() as cleanup:
@@ -129,16 +129,16 @@ def perform(report: Report, *, is_simulated: bool, why: str | None = None) -> No
         before = Census.take(Traces(folder))
         _introduce(report)
         clock = time.monotonic
-        stage = simulated_stage(folder, why) if is_simulated else real_stage(folder, clock)
-        cleanup.callback(stage.close)
-        story = Story(stage, report, clock)
-        cleanup.callback(story.close)
+        host = simulated_host(folder, why) if is_simulated else real_host(folder, clock)
+        cleanup.callback(host.close)
+        scenario = Scenario(host, report, clock)
+        cleanup.callback(scenario.close)
         try:
-            story.tell()
-        except (NamespaceError, CastError, OSError) as error:
+            scenario.run()
+        except (NamespaceError, DemoError, OSError) as error:
             report.check("story", "the demonstration comes to its end", "no error", str(error))
-        traces = story.traces()
-    _compare(report, before, traces, stage)
+        traces = scenario.traces()
+    _compare(report, before, traces, host)
 
 
 # --- Before and after --------------------------------------------------------------------------
@@ -154,8 +154,8 @@ def _introduce(report: Report) -> None:
     report.fact("machine", f"{kernel}, {user}")
 
 
-def _compare(report: Report, before: Census, traces: Traces, stage: Stage) -> None:
-    """Count once more, and compare; what the Linux kernel frees in the background may take."""
+def _compare(report: Report, before: Census, traces: Traces, host: Host) -> None:
+    """Count again and compare, once the Linux kernel has freed what it frees in the background."""
     report.section("CENSUS", "what was there before, and what is there now")
 
     def grown() -> list[str]:
@@ -166,15 +166,15 @@ def _compare(report: Report, before: Census, traces: Traces, stage: Stage) -> No
     settled(grown)
     now = Census.take(traces)
     for sort, claim in _SORTS.items():
-        is_bare = sort in _BARE and stage.is_simulated
-        if is_bare or (sort == "cgroups" and stage.cgroup2 is None):
+        is_bare = sort in _BARE and host.is_simulated
+        if is_bare or (sort == "cgroups" and host.cgroup2 is None):
             continue
         then, here = (sorted(getattr(census, sort)) for census in (before, now))
         report.check(f"census.{sort}", claim, then, here, f"{len(then)} = {len(here)}")
 
 
 def _reap_orphans() -> None:
-    """In its own PID namespace this is the init, and the orphans of a provider come to it."""
+    """Reap orphans: in a PID namespace of its own this process is the init."""
     if os.getpid() == 1:
         with suppress(ChildProcessError):
             while os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG):
@@ -189,7 +189,7 @@ _SORTS: Final = {
     "loop_devices": "loop devices with our image",
     "cgroups": "cgroups of the allocations and their inits",
 }
-"""What is compared, and how each is called."""
+"""What is compared, with its description."""
 
 _BARE: Final = ("namespace_members", "mounts", "loop_devices", "cgroups")
 """What a simulated node cannot leave behind."""
@@ -229,7 +229,7 @@ def _say_cannot(options: argparse.Namespace, text: str) -> int:
 
 def _say_interrupted(caught: list[int]) -> int:
     if not caught:
-        # Nobody reads any more. What could not be written must not be tried again at the exit.
+        # The reader is gone. What could not be written must not be tried again at the exit.
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  it is the last one
         return _EXIT_SIGNAL + signal.SIGPIPE
     print("nshandoff: interrupted; everything is cleaned up", file=sys.stderr)
@@ -244,7 +244,7 @@ def _is_coloured(out: TextIO | None) -> bool:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Note SIGINT and SIGTERM while the body runs: it looks for itself when it can be stopped."""
+    """Record SIGINT and SIGTERM while the body runs, which checks when it can be stopped."""
     caught: list[int] = []
 
     def note(number: int, _: FrameType | None) -> None:

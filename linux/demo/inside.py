@@ -1,12 +1,11 @@
-"""What does a process see that was started inside an allocation?
+"""The program that the demonstration runs inside an allocation, to see what a process sees there.
 
-The program that `linux.demo` starts in there: `python -I -S inside.py [IMAGE_FOLDER]`. It
-imports nothing of ours, and knows of its namespaces only what the Linux kernel tells it. Each line
-on its standard input is a question, answered with one line of JSON; at the end of the input it
-exits, which is how the demonstration lets it end.
+`python -I -S inside.py [IMAGE_FOLDER]`. It imports nothing of ours, and learns everything about its
+namespaces from the Linux kernel. Each line on standard input is a question, answered with one line
+of JSON; at the end of the input it exits.
 
-    look          everything that can be seen from here
-    parent PID    which process is the parent of another
+    look          everything that it can see
+    parent PID    the parent of another process
     gone PID      whether a process vanishes, as it does when it has ended and was reaped
 """
 
@@ -24,13 +23,13 @@ from pathlib import Path
 from typing import Final
 
 LOOKS_MAX: Final = 1000
-"""How often a process is looked for until it should have vanished."""
+"""How often to look whether a process has vanished."""
 
 PAUSE_MS: Final = 5
 """Pause between two looks."""
 
 IMAGE_FILE: Final = "hello.txt"
-"""The file that the demonstration puts into its image."""
+"""The file in the demonstration's image."""
 
 _SIOCGIFFLAGS: Final = 0x8913
 _IFREQ: Final = struct.Struct("16sh22x")
@@ -38,7 +37,7 @@ _IFF_UP: Final = 0x1
 
 
 def look(image: Path | None) -> dict[str, object]:
-    """Tell what can be seen."""
+    """Return everything that can be seen."""
     return {
         "pid": os.getpid(),
         "init": _comm(1),
@@ -50,13 +49,13 @@ def look(image: Path | None) -> dict[str, object]:
 
 
 def parent_of(pid: int) -> int:
-    """Tell which process is the parent of another."""
+    """Return the parent of another process."""
     stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
     return int(stat.rpartition(")")[2].split()[1])
 
 
 def is_gone(pid: int) -> bool:
-    """Tell whether a process vanishes; one that ended and is not reaped does not."""
+    """Say whether a process vanishes; a zombie does not."""
     for _ in range(LOOKS_MAX):
         if not Path(f"/proc/{pid}").exists():
             return True
@@ -76,7 +75,7 @@ def _interface(name: str) -> str:
 
 
 def _talk_over_loopback() -> str:
-    """Connect to ourselves; what arrived, or the error."""
+    """Connect to ourselves; return what arrived, or the error."""
     try:
         with socket.create_server(("127.0.0.1", 0)) as server:
             with socket.create_connection(server.getsockname(), timeout=5) as caller:

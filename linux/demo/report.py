@@ -1,8 +1,7 @@
-"""What does the demonstration say, and what did it find out?
+"""The output of the demonstration: checks as lines of text while it runs, or as JSON at the end.
 
-A check is one claim, what it takes for the claim to hold, and what was really found. It is a line
-of text as soon as it is made, and an object in `--json` at the end. Nothing else decides how the
-demonstration exits.
+A check is one claim, the value that it takes for the claim to hold, and the value that was found.
+The exit code of the demonstration depends on the checks alone.
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ from dataclasses import asdict, dataclass
 from typing import Final, TextIO
 
 COLUMNS_MAX: Final = 88
-"""Widest line that is written: fits a terminal, a log and a page."""
+"""Longest line that is written."""
 
 CLAIM_COLUMNS: Final = 46
-"""Widest claim; the evidence stands behind it."""
+"""Width of the claims' column; the evidence comes after it."""
 
 _BOLD: Final = "1"
 _GREEN: Final = "32"
@@ -24,22 +23,22 @@ _FAINT: Final = "2"
 
 
 class Interrupted(Exception):
-    """Somebody wants the demonstration to stop; raised between two steps, never within one."""
+    """The demonstration is to stop; raised when something is written, never in between."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One claim and its proof."""
+    """One claim, and whether it holds."""
 
     name: str
     """Stable, for programs."""
     claim: str
-    """For people."""
+    """As text."""
     expected: object
     found: object
     """What was found, in the same form: the claim holds if the two are equal."""
     evidence: str
-    """What was found, for people."""
+    """What was found, as text."""
 
     @property
     def holds(self) -> bool:
@@ -49,13 +48,13 @@ class Check:
 
 class Report:
     """
-    What the demonstration has said so far.
+    What the demonstration has reported so far.
 
     Args:
-        out: Where lines go as they are said; None says nothing, for `--json`.
-        is_coloured: Whether `out` understands colours.
-        is_stopped: Asked before everything that is said; True raises `Interrupted`.
-        overrule: Expectations in the place of the real ones, by the name of their check.
+        out: Where lines are written; None for none, for `--json`.
+        is_coloured: Whether `out` is a terminal that understands colours.
+        is_stopped: Called before anything is written; True raises `Interrupted`.
+        overrule: Expected values that replace the real ones, by the name of their check.
     """
 
     def __init__(
@@ -70,8 +69,8 @@ class Report:
         self._is_coloured: Final = is_coloured
         self._is_stopped: Final = is_stopped
         self._overrule: Final = overrule or {}
-        self._told = ""
-        """Whose life the unfinished line tells."""
+        self._open_line = ""
+        """Which allocation the unfinished line is about."""
         self.checks: Final[list[Check]] = []
         self.lifecycles: Final[dict[str, list[str]]] = {}
         self.missing: Final[dict[str, str]] = {}
@@ -83,26 +82,21 @@ class Report:
         return [check for check in self.checks if not check.holds]
 
     def title(self, text: str) -> None:
-        """Say what this is."""
+        """Write the title."""
         self._line(self._paint(text, _BOLD))
 
     def section(self, name: str, text: str) -> None:
-        """Begin something new."""
+        """Begin a section."""
         self._line("")
         self._line(f"{self._paint(name, _BOLD)}  {text}")
 
     def fact(self, name: str, text: str) -> None:
-        """Say something that is neither right nor wrong."""
+        """Write something that is not checked."""
         self.facts[name] = text
         self._line(f"  {name:<10}{text}"[:COLUMNS_MAX])
 
-    def remark(self, text: str) -> None:
-        """Say a sentence."""
-        for line in _wrapped(text, COLUMNS_MAX - 2):
-            self._line(f"  {line}")
-
     def absent(self, what: str, why: str) -> None:
-        """Say what cannot be shown on this machine, and why."""
+        """Write what cannot be shown on this machine, and why."""
         self.missing[what] = why
         first, *others = _wrapped(f"{what}: {why}", COLUMNS_MAX - 6)
         self._line(self._paint(f"  --  {first}", _FAINT))
@@ -113,33 +107,33 @@ class Report:
         self, name: str, claim: str, expected: object, found: object, evidence: str | None = None
     ) -> None:
         """
-        Make a claim, and say whether it holds.
+        Check a claim, and write the result.
 
         Args:
-            name: Of the check, once per run.
-            claim: What is so if `found` equals `expected`.
-            expected: What it takes.
-            found: What the Linux kernel, or the provider, said when it was asked.
-            evidence: The same for people; None for `found` itself.
+            name: Of the check; used once per run.
+            claim: What is true if `found` equals `expected`.
+            expected: The value for that.
+            found: What the Linux kernel, or the provider, answered.
+            evidence: The same as text; None for `found` itself.
         """
         shown = _plain(found) if evidence is None else evidence
         check = Check(name, claim, self._overrule.get(name, expected), found, shown)
         self.checks.append(check)
-        self._say(check)
+        self._write_check(check)
 
-    def stage(self, subject: str, state: str) -> None:
-        """Say, as it happens, that an allocation has reached a state of its life."""
+    def state(self, subject: str, state: str) -> None:
+        """Write that an allocation has reached a state."""
         states = self.lifecycles.setdefault(subject, [])
         text = f"-> {state}" if states else state
         states.append(state)
-        if self._told == subject:
+        if self._open_line == subject:
             self._write(f" {text}")
             return
         self._line(f"  {self._paint('..', _FAINT)}  {subject:<8}{text}", end="")
-        self._told = subject
+        self._open_line = subject
 
     def verdict(self, seconds: float) -> None:
-        """Say how it all came out, with the time it took."""
+        """Write the overall result, with the time it took."""
         self._line("")
         failures = self.failures
         if not failures:
@@ -152,7 +146,7 @@ class Report:
             self._line(f"  {check.name}: {check.claim}")
 
     def as_json(self, seconds: float) -> dict[str, object]:
-        """Give everything as plain values."""
+        """Return everything as plain values."""
         return {
             "holds": bool(self.checks) and not self.failures,
             "seconds": round(seconds, 3),
@@ -166,7 +160,7 @@ class Report:
             ],
         }
 
-    def _say(self, check: Check) -> None:
+    def _write_check(self, check: Check) -> None:
         if check.holds:
             room = COLUMNS_MAX - CLAIM_COLUMNS - len("  ok    ")
             evidence = check.evidence
@@ -180,8 +174,8 @@ class Report:
         self._line(f"      found:    {_plain(check.found)}")
 
     def _line(self, text: str, end: str = "\n") -> None:
-        if self._told:
-            self._told = ""
+        if self._open_line:
+            self._open_line = ""
             self._write("\n")
         self._write(f"{text}{end}")
 

@@ -1,10 +1,10 @@
 """Where processes come from: anchors, and commands inside allocations.
 
     client    `Forge`, the provider's side
-    plan      what both sides say to each other
-    child     the forge itself, `python -m linux.forge.child`, and the steps that make an anchor
+    plan      the plan of an anchor, and the records of both sides
+    child     the forge itself, `python -m linux.forge.child`, and how an anchor is made
     spawn     `spawn_within`: a command inside an allocation
-    exec      what that command is for its first milliseconds
+    exec      what enters the cgroup and becomes that command
 
 Nothing is imported here, so that the forge's own process stays small.
 """

@@ -1,17 +1,12 @@
-"""How is an anchor made? The program of the forge, `python -m linux.forge.child FD`.
+"""The forge's program, `python -m linux.forge.child FD`: make anchors in new namespaces.
 
-One anchor after the other, each by the same list of steps: enter new namespaces, prepare them from
-the inside, leave a child behind in them, come home. That is why the forge is a process of its own,
-with one thread and few descriptors: a thread cannot move alone between mount namespaces without
-consequences for the others, and starting a child from a small process costs the same however large
-the provider has grown.
+It makes one anchor after the other, by the operations in `SETUP`: enter new namespaces, prepare
+them from inside, start a child in them, return to its own. If one fails, the forge returns, kills
+what it has started, and answers with the operation and the call, errno and path of the failure.
 
-    STEPS is the whole of it. A step that fails names itself; the forge comes home, kills what it
-    had started, and answers with the step and the call, errno and path that the step failed with.
-
-The forge ignores the signals that end a service or come from a terminal, and lives exactly as long
-as the other end of its socketpair is open. Its anchors outlive it, unless it is *tied*: then it
-ends them, and their scopes, before it goes.
+The forge ignores the signals that end a service or come from a terminal, and runs as long as the
+other end of its socketpair is open. Its anchors outlive it, unless it is *tied*: then it ends them,
+and their scopes, before it exits.
 """
 
 from __future__ import annotations
@@ -41,8 +36,8 @@ from ..features import Features
 from ..namespaces import CLONE_FLAGS, PROC_NAMES, open_namespace
 from ..syscalls import Ioctl, SyscallError, calling
 from .plan import (
-    COME_HOME,
     RECORD_BYTES_MAX,
+    RETURN,
     AnchorPlan,
     ForgeError,
     ForgeSettings,
@@ -53,10 +48,10 @@ from .plan import (
 )
 
 UNSHARE_ATTEMPTS_MAX: Final = 6
-"""How often namespaces are asked for when their number is at its limit."""
+"""How often unshare(2) is tried when the limit of namespaces is reached."""
 
 UNSHARE_PAUSE_MS: Final = 20
-"""Pause between two attempts: ended namespaces leave the count up to 70 ms after their end."""
+"""Pause between two attempts: a namespace counts for up to 70 ms after its end."""
 
 TIED_ATTEMPTS_MAX: Final = 100
 """How often a tied forge tries to remove a scope before it gives up on it."""
@@ -65,17 +60,17 @@ TIED_PAUSE_MS: Final = 20
 """Pause between two attempts."""
 
 UENV_BASE_OPTIONS: Final = "mode=0755,size=64k"
-"""The filesystem that holds the images' mount points: folders, and nothing else."""
+"""Options of the tmpfs for the images' mount points; it contains directories only."""
 
 _IMMUNE: Final = (signal.SIGCHLD, signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 """
-Ignored by the forge, and so by its anchors, whom the exec leaves what is ignored. For a PID
-namespace's init this only repeats the Linux kernel's rule; an anchor without one has no other
-protection. SIGCHLD ignored makes the Linux kernel reap: the forge's anchors, the anchors' orphans.
+Ignored by the forge, and by its anchors, since an exec keeps what is ignored. The init of a PID
+namespace is protected by the Linux kernel anyway; an anchor without one only by this. SIGCHLD
+ignored makes the Linux kernel reap the forge's anchors, and the orphans that anchors inherit.
 """
 
 _IGNORED_BY_PYTHON: Final = (signal.SIGPIPE, signal.SIGXFSZ)
-"""Ignored by every Python interpreter; an anchor gets them back."""
+"""Ignored by every Python interpreter; reset for an anchor."""
 
 # struct ifreq: the name, the flags, and room for the largest member of its union.
 _IFREQ: Final = struct.Struct("16sh22x")
@@ -87,19 +82,19 @@ _PROC_ATTRIBUTES: Final = (
 )
 
 UMASK: Final = 0o022
-"""Folders for mount points can be entered by everybody, whatever the owner's umask."""
+"""So that every user can enter the directories of mount points, whatever the owner's umask."""
 
 UNDO_LAST: Final = b"undo"
-"""The one request that is no plan: the last anchor did not arrive, end it."""
+"""The one request that is no plan: kill the last anchor, its descriptor did not arrive."""
 
 
 class Work:
     """
-    One anchor in the making: its plan, and what there is of it so far.
+    One anchor that is being made: its plan, and what there is of it so far.
 
     Args:
-        plan: What shall be made.
-        image: A detached mount for `plan.mount_path`; lent. None exactly if that is None.
+        plan: What to make.
+        image: A detached mount for `plan.mount_path`; borrowed. None exactly if that is None.
         settings: Those of the forge.
     """
 
@@ -109,17 +104,17 @@ class Work:
         self.settings: Final = settings
         self.anchor: Anchor | None = None
         self.is_away = False
-        """Whether the forge has left its own namespaces for this anchor's."""
+        """Whether the forge is in this anchor's namespaces instead of its own."""
 
     @property
     def features(self) -> Features:
-        """What the steps may use."""
+        """What the operations may use."""
         return self.settings.features
 
     @property
     def started(self) -> Anchor:
-        """The anchor, in the steps that come after its start."""
-        assert self.anchor is not None, "the anchor is started before this step"
+        """The anchor, in the operations that come after its start."""
+        assert self.anchor is not None, "the anchor is started before this"
         return self.anchor
 
     def has(self, *kinds: NamespaceType) -> bool:
@@ -133,7 +128,7 @@ class Work:
                 self.anchor.kill()
 
 
-# --- the steps --------------------------------------------------------------------------------
+# --- operations -------------------------------------------------------------------------------
 
 
 def _unshare(work: Work) -> None:
@@ -154,8 +149,8 @@ def _unshare(work: Work) -> None:
 
 
 def _separate_mounts(work: Work) -> None:
-    # Slave, not private: a mount that the node takes away must not live on in every allocation.
-    # Not shared either: what an allocation mounts must not appear on the node.
+    # Not private: a mount that is unmounted on the node must not stay in every allocation. Not
+    # shared: what is mounted in an allocation must not appear on the node.
     # Keeps NODE-9.
     syscalls.mount(None, "/", None, syscalls.MS_REC | syscalls.MS_SLAVE)
 
@@ -178,10 +173,10 @@ def _mount_image(work: Work) -> None:
     assert base is not None
     assert path is not None
     if work.image is None:
-        # It was sent, or the owner would not have asked: this process had no number for it.
+        # The owner has sent it, and this process had no descriptor left for it.
         raise SyscallError("recvmsg(2)", errno.EMFILE, path)
-    # On the node this is an empty folder, and stays one: the filesystem on top of it, the mount
-    # point and the image exist in this mount namespace alone.
+    # On the node this stays an empty directory: the tmpfs over it, the mount point and the image
+    # exist in this mount namespace only.
     _make_folders(base)
     syscalls.mount("uenv", base, "tmpfs", _HARDENED, UENV_BASE_OPTIONS)
     _make_folders(path)
@@ -192,8 +187,8 @@ def _mount_image(work: Work) -> None:
 
 
 def _start_anchor(work: Work) -> None:
-    # Forks, execs, and reports a failed exec as its own errno. The child of a failed exec was the
-    # first of its PID namespace, which is dead now: the next anchor begins with a new unshare.
+    # posix_spawn reports the errno of a failed exec. The child was the init of its PID namespace,
+    # which is dead then; the next anchor begins with a new unshare.
     # Keeps NODE-7.
     program = work.settings.program
     with calling("posix_spawn(3)", program):
@@ -211,14 +206,13 @@ def _start_anchor(work: Work) -> None:
 
 
 def _hold(pid: int) -> Descriptor:
-    """Open our child by its number. If that fails it is killed, provided that it is our child."""
+    """Open our child by its pid. If that fails it is killed, provided that it is our child."""
     with ExitStack() as undo:
         undo.callback(_kill_child, pid)
         pidfd = undo.enter_context(syscalls.pidfd_open(pid))
-        # The Linux kernel reaps our children at once, so one that died at its start could have
-        # left its number to a stranger before the pidfd was open. A stranger is nobody we could
-        # wait for: ECHILD. (Its environment does not tell: posix_spawn returns before the exec has
-        # set that up.)
+        # The Linux kernel reaps our children at once. If this one died at its start, another
+        # process may have got its pid before the pidfd was opened: for that one waitid fails with
+        # ECHILD. (The environment is no proof: posix_spawn returns before the exec sets it up.)
         with calling("waitid(2)", f"anchor {pid}"):
             syscall(os.waitid, os.P_PIDFD, pidfd.fileno(), os.WEXITED | os.WNOHANG)
         undo.pop_all()
@@ -252,8 +246,8 @@ def _mount_proc_from_outside(work: Work) -> None:
 
 
 def _mount_proc_from_inside() -> None:
-    # A /proc shows the PID namespace of whoever mounts it, and the forge is in none but the node's.
-    # Its next child, however, is in the anchor's.
+    # A /proc shows the PID namespace of the process that mounts it. The forge stays in the node's;
+    # its next child is in the anchor's.
     with calling("pipe(2)"):
         answer, question = map(Descriptor, syscall(os.pipe))
     with answer, question:
@@ -285,30 +279,30 @@ def _mount_proc_and_exit(question: Descriptor) -> NoReturn:
 _PROC_KINDS: Final = (NamespaceType.PID, NamespaceType.MOUNT)
 
 
-class Step(NamedTuple):
-    """One thing to do for an anchor."""
+class SetupOp(NamedTuple):
+    """One operation in the making of an anchor."""
 
     name: str
-    """What an error says was being done."""
+    """Names it in errors."""
     applies: Callable[[Work], bool]
     """Whether this anchor needs it."""
     act: Callable[[Work], None]
     """Does it; raises `SyscallError`."""
 
 
-STEPS: Final = (
-    Step("create the namespaces", lambda work: bool(work.plan.kinds), _unshare),
-    Step("separate the mounts", lambda work: work.has(NamespaceType.MOUNT), _separate_mounts),
-    Step("bring up lo", lambda work: work.has(NamespaceType.NET), _bring_up_lo),
-    Step("mount the image", lambda work: work.plan.mount_path is not None, _mount_image),
-    Step("start the anchor", lambda work: True, _start_anchor),
-    Step("mount /proc", lambda work: work.has(*_PROC_KINDS), _mount_proc),
+SETUP: Final = (
+    SetupOp("create the namespaces", lambda work: bool(work.plan.kinds), _unshare),
+    SetupOp("separate the mounts", lambda work: work.has(NamespaceType.MOUNT), _separate_mounts),
+    SetupOp("bring up lo", lambda work: work.has(NamespaceType.NET), _bring_up_lo),
+    SetupOp("mount the image", lambda work: work.plan.mount_path is not None, _mount_image),
+    SetupOp("start the anchor", lambda work: True, _start_anchor),
+    SetupOp("mount /proc", lambda work: work.has(*_PROC_KINDS), _mount_proc),
 )
 """
-All that is done for one anchor, in order.
+Everything that is done for one anchor, in order.
 
-A PID namespace without a mount namespace leaves /proc as it is, because it would change for the
-node: it shows the node's processes, under the node's numbers.
+With a PID namespace and no mount namespace /proc stays as it is, because mounting it would change
+the node's: it shows the node's processes.
 """
 
 
@@ -316,18 +310,18 @@ node: it shows the node's processes, under the node's numbers.
 
 
 @dataclass(frozen=True, slots=True)
-class Tie:
-    """An anchor that ends with the forge's owner."""
+class Tied:
+    """An anchor that ends with the forge's owner, and its scope."""
 
     anchor: Anchor
     scope: Scope | None
 
     def is_over(self) -> bool:
-        """Say whether there is nothing left to end."""
+        """Say whether nothing is left to end."""
         return not self.anchor.is_alive() and (self.scope is None or self.scope.is_gone())
 
     def end(self) -> bool:
-        """Kill whatever is left; True once the scope is gone."""
+        """Kill what is left; True once the scope is gone."""
         self.anchor.kill()
         if self.scope is None:
             return True
@@ -340,7 +334,7 @@ class ForgeProgram:
     The forge's side of the socketpair.
 
     Args:
-        owner: The socketpair's other end is the owner's.
+        owner: This side's end of the socketpair.
         settings: What the owner asked of this forge.
     """
 
@@ -351,12 +345,12 @@ class ForgeProgram:
             kind: syscalls.openat2(syscalls.AT_FDCWD, f"/proc/self/ns/{name}", os.O_RDONLY)
             for kind, name in PROC_NAMES.items()
         }
-        self._ties: list[Tie] = []
-        # Kept until the next request: the owner may be unable to receive the descriptor.
+        self._tied: list[Tied] = []
+        # Open until the next request, in case the owner could not receive the descriptor.
         self._last: Anchor | None = None
 
     def serve(self) -> None:
-        """Make anchors until the owner is gone."""
+        """Make anchors until the owner closes its end."""
         while True:
             try:
                 record, descriptors, _ = receive_once(self._owner, RECORD_BYTES_MAX, 1)
@@ -372,15 +366,15 @@ class ForgeProgram:
                 else:
                     self._answer(decode_plan(record), descriptors[0] if descriptors else None)
 
-    def end_ties(self) -> None:
-        """End every tied anchor with its scope, as far as that can be done in a bounded time."""
-        remaining = self._ties
+    def end_tied(self) -> None:
+        """End every tied anchor with its scope, as far as that is possible in a bounded time."""
+        remaining = self._tied
         for _ in range(TIED_ATTEMPTS_MAX):
-            remaining = [tie for tie in remaining if not _quietly(tie.end)]
+            remaining = [tied for tied in remaining if not _succeeds(tied.end)]
             if not remaining:
                 break
             _pause(TIED_PAUSE_MS)
-        for root in {tie.scope.path.parent.parent for tie in self._ties if tie.scope is not None}:
+        for root in {each.scope.path.parent.parent for each in self._tied if each.scope}:
             remove_slices(root)
 
     def _answer(self, plan: AnchorPlan, image: Descriptor | None) -> None:
@@ -390,25 +384,25 @@ class ForgeProgram:
             self._last = self._make(work)
         except ForgeError as error:
             send_once(self._owner, encode_failure(error.step, error.cause))
-            if error.step == COME_HOME:
+            if error.step == RETURN:
                 raise SystemExit(1) from error
             return
         try:
             send_once(self._owner, encode_success(self._last.pid), [self._last.pidfd.fileno()])
         except OSError:
-            # The owner went away meanwhile, and never heard of this anchor.
+            # The owner is gone, and does not know of this anchor.
             self._last.kill()
             raise
 
     def _make(self, work: Work) -> Anchor:
         try:
             try:
-                for step in STEPS:
-                    if step.applies(work):
-                        _perform(step.name, step.act, work)
+                for operation in SETUP:
+                    if operation.applies(work):
+                        _perform(operation.name, operation.act, work)
             finally:
                 if work.is_away:
-                    _perform(COME_HOME, self._go_home, work)
+                    _perform(RETURN, self._return, work)
             if self._settings.tied:
                 self._tie(work)
         except BaseException:
@@ -416,29 +410,29 @@ class ForgeProgram:
             raise
         return work.started
 
-    def _go_home(self, work: Work) -> None:
+    def _return(self, work: Work) -> None:
         for kind in work.plan.kinds:
             syscalls.setns(self._home[kind], CLONE_FLAGS[kind])
         work.is_away = False
 
     def _tie(self, work: Work) -> None:
-        self._ties = [tie for tie in self._ties if not self._untied(tie)]
+        self._tied = [tied for tied in self._tied if not self._is_over(tied)]
         scope = None
         if work.plan.scope is not None:
             path = Path(work.plan.scope)
-            # Whoever owns the scope now is who this forge works for. A scope of the same name that
-            # another owner makes later carries another stamp, and is left alone.
+            # The scope's owner now is the one that this forge works for. A scope of the same name
+            # that is made later by another owner is not touched.
             scope = Scope(path, Scope(path, "").owner() or "")
         anchor = work.started
         try:
             pidfd = anchor.pidfd.duplicate()
         except OSError as error:
             raise ForgeError("tie the anchor", SyscallError.of("fcntl(2)", error)) from error
-        self._ties.append(Tie(Anchor(anchor.pid, pidfd, anchor.token), scope))
+        self._tied.append(Tied(Anchor(anchor.pid, pidfd, anchor.token), scope))
 
-    def _untied(self, tie: Tie) -> bool:
-        if tie.is_over():
-            tie.anchor.close()
+    def _is_over(self, tied: Tied) -> bool:
+        if tied.is_over():
+            tied.anchor.close()
             return True
         return False
 
@@ -466,8 +460,8 @@ def _make_folders(path: str) -> None:
         syscall(Path(path).mkdir, mode=0o755, parents=True, exist_ok=True)
 
 
-def _quietly(act: Callable[[], bool]) -> bool:
-    """Do it; what fails now is tried again, as if it were not yet possible."""
+def _succeeds(act: Callable[[], bool]) -> bool:
+    """Try something; an error counts as not yet possible."""
     try:
         return act()
     except OSError:
@@ -485,7 +479,7 @@ def _enter_cgroup(path: str) -> None:
 
 
 def main() -> None:
-    """Be a forge: take the settings, say yes, make anchors until the owner is gone."""
+    """Run a forge: receive the settings, confirm, make anchors until the owner closes its end."""
     for number in _IMMUNE:
         signal.signal(number, signal.SIG_IGN)
     os.umask(UMASK)
@@ -503,11 +497,11 @@ def main() -> None:
         try:
             program.serve()
         except Exception:
-            # Said before the socket closes: the owner quotes it as soon as it notices.
+            # Printed before the socket closes, because the owner reads it as soon as that happens.
             sys.excepthook(*sys.exc_info())
             raise SystemExit(1) from None
         finally:
-            program.end_ties()
+            program.end_tied()
 
 
 if __name__ == "__main__":

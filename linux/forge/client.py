@@ -1,9 +1,8 @@
-"""How does an allocation get its anchor?
+"""`Forge`: start the helper process that makes anchors, and ask it for one.
 
-By asking the forge: a small process with one thread, made once, which makes anchors and nothing
-else. It costs the same whatever its owner has become (a daemon's fork copies page tables and
-descriptor tables, its mounts are copied into every allocation it makes in process), and only a
-process with one thread moves between namespaces without surprises.
+The forge is a small process with one thread that only makes anchors. If the provider forked them
+itself, every fork would copy its page tables and descriptor table, and every allocation its mounts.
+Besides, a thread that enters other namespaces affects the other threads of its process.
 
 Processes are created in the files of this folder and nowhere else.
 """
@@ -35,8 +34,8 @@ from ..features import Features
 from ..syscalls import SyscallError, calling
 from .child import UNDO_LAST
 from .plan import (
-    COME_HOME,
     RECORD_BYTES_MAX,
+    RETURN,
     AnchorPlan,
     ForgeError,
     ForgeSettings,
@@ -48,35 +47,35 @@ from .plan import (
 FORGE_TIMEOUT_S: Final = 10.0
 """How long the forge may take to start, to make an anchor, or to end. It needs a millisecond."""
 
-LAST_WORDS_BYTES_MAX: Final = 4096
-"""How much of what a dying forge printed is looked at; its last line says what went wrong."""
+STDERR_BYTES_MAX: Final = 4096
+"""How much of the standard error of a forge that died is read; the last line says why."""
 
 FORGE_COMMAND: Final = (sys.executable, "-P", "-m", "linux.forge.child")
-"""How a forge is started; the number of its socket comes last."""
+"""How a forge is started; the descriptor number of its socket is appended."""
 
-UNANNOUNCED_LOOKS_MAX: Final = 5
-"""How often the anchor of a forge that died is looked for."""
+UNREPORTED_SEARCHES_MAX: Final = 5
+"""How often to search for an anchor that a forge started before it died."""
 
-UNANNOUNCED_PAUSE_MS: Final = 2
-"""Pause between two looks: what has begun to be executed is executed by then."""
+UNREPORTED_PAUSE_MS: Final = 2
+"""Pause between two searches: an exec that has begun is done by then."""
 
 _PACKAGES: Final = str(Path(__file__).resolve().parents[2])
 
 
 class Forge:
     """
-    The owner's side of a forge. Any thread may use it; anchors are made one at a time.
+    The owner's side of a forge. Usable from any thread; anchors are made one at a time.
 
-    Ready when constructed: the forge starts with the first anchor, or with `start`. One that died
-    is replaced, without a word, when the next anchor is asked for; the anchors it made live on.
+    The process starts with the first anchor, or with `start`. One that died is replaced when the
+    next anchor is asked for; the anchors that it made stay alive.
 
     Args:
-        cgroup: Directory of the cgroup in which the anchors (and the forge) shall live, so that
-            `find_anchors` finds them whatever happens to their owner; None for the owner's own.
-            It must exist before the forge starts.
+        cgroup: Directory of the cgroup for the anchors and the forge, so that `find_anchors` finds
+            them whatever happens to their owner; None for the owner's own. It must exist before the
+            forge starts.
         tied: Whether the anchors, and their scopes, end when the owner closes this or dies. For
-            self-service, where nobody else would end them. (A forge that was killed can end
-            nothing.) Otherwise they outlive the owner.
+            self-service, where no provider ends them. (A forge that is killed ends nothing.)
+            Otherwise they outlive the owner.
         features: What the forge may use.
         command: Starts a program that is a forge.
     """
@@ -104,7 +103,7 @@ class Forge:
     @classmethod
     def start(cls, *, cgroup: Path | None, tied: bool = False, features: Features) -> Forge:
         """
-        Construct a forge and start it at once, so that whatever prevents it is known early.
+        Construct a forge and start its process, so that a failure is known early.
 
         Raises:
             ForgeError: it cannot be started; nothing is left.
@@ -116,7 +115,7 @@ class Forge:
 
     @property
     def pid(self) -> int | None:
-        """The forge's process, while there is one."""
+        """The pid of the forge's process; None while there is none."""
         child = self._child
         return None if child is None else child.pid
 
@@ -125,12 +124,12 @@ class Forge:
         Make an anchor, with its namespaces ready for use.
 
         Args:
-            plan: What it shall be.
-            image: A detached mount for `plan.mount_path`; given exactly if that is. Taken over,
-                and closed in every case: what holds on to it holds on to the image for ever.
+            plan: What to make.
+            image: A detached mount for `plan.mount_path`; given exactly if that is. Closed in every
+                case, because an open descriptor of it keeps the image mounted.
 
         Returns:
-            The anchor, living; the caller owns it.
+            The running anchor; the caller owns it.
 
         Raises:
             ForgeError: a step failed, or the forge took longer than `FORGE_TIMEOUT_S` (it is dead
@@ -149,7 +148,7 @@ class Forge:
 
     def close(self) -> None:
         """
-        End the forge; a tied one ends its anchors and their scopes first. May be called again.
+        End the forge; a tied one ends its anchors and their scopes first. Idempotent.
 
         Waits for it, at most `FORGE_TIMEOUT_S`; then it is killed.
         """
@@ -182,7 +181,7 @@ class Forge:
             answer = self._ask(encode_settings(self._settings()), None)
             decode_answer(answer.data)
         except OSError as error:
-            cause = SyscallError.of("execve(2)", error, self._last_words() or sys.executable)
+            cause = SyscallError.of("execve(2)", error, self._read_stderr() or sys.executable)
             self._end(patiently=False)
             raise ForgeError("start the forge", cause) from error
         except BaseException:
@@ -197,8 +196,8 @@ class Forge:
         with theirs:
             with calling("memfd_create(2)"):
                 self._stderr = Descriptor(syscall(os.memfd_create, "forge", os.MFD_CLOEXEC))
-            # A session of its own: Ctrl-C at the owner's terminal is not for the forge. No stream
-            # of the owner's: whoever waits for the end of one would wait for the forge too.
+            # In a session of its own, so that Ctrl-C at the owner's terminal does not reach it; and
+            # without the owner's streams, which it would keep open after the owner's end.
             self._child = syscall(
                 subprocess.Popen,
                 [*self._command, str(theirs.fileno())],
@@ -224,47 +223,47 @@ class Forge:
         try:
             pid = decode_answer(answer.data)
         except ForgeError as error:
-            if error.step == COME_HOME:
+            if error.step == RETURN:
                 self._end(patiently=True)
             raise
         if not answer.descriptors:
-            # The pidfd was sent; there was no number left for it here. The forge still has it.
-            with self._ending_what_is_unanswered(plan):
+            # The pidfd was sent, but no descriptor was left for it here. The forge still has it.
+            with self._ending_if_unanswered(plan):
                 self._ask(UNDO_LAST, None)
             raise ForgeError("receive the anchor", SyscallError("recvmsg(2)", errno.EMFILE))
         return Anchor(pid, answer.descriptors[0], plan.token)
 
     def _ask_for(self, plan: AnchorPlan, record: bytes, image: Descriptor | None) -> Reception:
-        """Ask for an anchor; ask a second forge if the first one turns out dead, or dies of it."""
-        with self._ending_what_is_unanswered(plan):
+        """Ask for an anchor; ask a second forge if the first one is dead, or dies of it."""
+        with self._ending_if_unanswered(plan):
             with suppress(ConnectionError):
                 return self._ask(record, image)
             self._end(patiently=False)
-            self._kill_unannounced(plan.token)
+            self._kill_unreported(plan.token)
             self._start()
             return self._ask(record, image)
 
     @contextmanager
-    def _ending_what_is_unanswered(self, plan: AnchorPlan) -> Iterator[None]:
-        """Should the body fail, end the forge, and the anchor that it may have started."""
+    def _ending_if_unanswered(self, plan: AnchorPlan) -> Iterator[None]:
+        """If the body fails, end the forge, and the anchor that it may have started."""
         try:
             yield
         except BaseException as error:
-            # Also when only the asking was interrupted: the answer would be taken for the next's.
-            words = self._last_words()
+            # Also if only this side was interrupted: the answer would be taken for the next one's.
+            stderr = self._read_stderr()
             self._end(patiently=False)
-            self._kill_unannounced(plan.token)
+            self._kill_unreported(plan.token)
             if isinstance(error, OSError):
-                cause = SyscallError.of("recvmsg(2)", error, words or "the forge")
+                cause = SyscallError.of("recvmsg(2)", error, stderr or "the forge")
                 raise ForgeError("ask the forge", cause) from error
             raise
 
     def _ask(self, record: bytes, descriptor: Descriptor | None) -> Reception:
         """
-        Ask, and take the answer.
+        Send a request and receive the answer.
 
         Raises:
-            ConnectionError: the forge is dead, before it did anything about it or afterwards.
+            ConnectionError: the forge has died, before it did anything for this or afterwards.
             TimeoutError: it did not answer.
         """
         assert self._socket is not None
@@ -274,13 +273,13 @@ class Forge:
             raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
         return answer
 
-    def _last_words(self) -> str:
-        """Say what the forge printed last: nothing, unless it died of a mistake."""
+    def _read_stderr(self) -> str:
+        """Return the last line that the forge printed: empty unless it died of a mistake."""
         if self._stderr is None:
             return ""
         size = syscall(os.fstat, self._stderr.fileno()).st_size
-        begin = max(0, size - LAST_WORDS_BYTES_MAX)
-        printed = syscall(os.pread, self._stderr.fileno(), LAST_WORDS_BYTES_MAX, begin)
+        begin = max(0, size - STDERR_BYTES_MAX)
+        printed = syscall(os.pread, self._stderr.fileno(), STDERR_BYTES_MAX, begin)
         return printed.decode("utf-8", "replace").strip().rpartition("\n")[2]
 
     def _end(self, *, patiently: bool) -> None:
@@ -299,15 +298,15 @@ class Forge:
             child.wait(FORGE_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             child.kill()
-            # Killed and still there: it hangs in the Linux kernel. Whoever waits for us is served
-            # better by an error now; subprocess reaps it at a later chance.
+            # If it is still there it hangs in the Linux kernel, and an error now is better than to
+            # wait. The subprocess module reaps it later.
             with suppress(subprocess.TimeoutExpired):
                 child.wait(FORGE_TIMEOUT_S)
 
-    def _kill_unannounced(self, token: str) -> None:
-        """Kill the anchor that a forge had started before it died, without having said so."""
-        for _ in range(UNANNOUNCED_LOOKS_MAX):
-            # It has its token once it is executed, which it may be about to be.
+    def _kill_unreported(self, token: str) -> None:
+        """Kill the anchor that a forge had started before it died without reporting it."""
+        for _ in range(UNREPORTED_SEARCHES_MAX):
+            # It has its token from its exec on, which may be about to happen.
             is_settled = True
             for pid in _pids_in(self._cgroup):
                 with suppress(SyscallError), syscalls.pidfd_open(pid) as pidfd:
@@ -319,7 +318,7 @@ class Forge:
                     is_settled = is_settled and found is not None
             if is_settled:
                 return
-            select.poll().poll(UNANNOUNCED_PAUSE_MS)
+            select.poll().poll(UNREPORTED_PAUSE_MS)
 
 
 def _find_program() -> str:
@@ -333,17 +332,17 @@ def _find_program() -> str:
 
 
 def _environment() -> dict[str, str]:
-    """Give the forge our environment, and the way to these packages wherever they lie."""
+    """Return our environment, with a PYTHONPATH that leads to these packages."""
     environment = {name: value for name, value in os.environ.items() if name != ANCHOR_VARIABLE}
     paths = [_PACKAGES, *(str(Path(entry).absolute()) for entry in sys.path if entry)]
     return {**environment, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def _pids_in(cgroup: Path | None) -> list[int]:
-    """List where an unannounced anchor can be: in the anchors' cgroup, else anywhere."""
+    """List the processes that can be an unreported anchor: in the anchors' cgroup, or anywhere."""
     if cgroup is None:
         return [int(entry.name) for entry in syscall(Path("/proc").iterdir) if entry.name.isdigit()]
     try:
         return [int(pid) for pid in syscall((cgroup / "cgroup.procs").read_text).split()]
     except OSError:
-        return []  # a cgroup that is gone has nobody in it
+        return []  # a cgroup that is gone is empty

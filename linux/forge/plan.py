@@ -1,9 +1,8 @@
-"""What is said between the forge and its owner?
+"""The plan of an anchor, and the records that a forge and its owner exchange.
 
-The plan of one anchor, what became of it, and the records in which both cross the socketpair: one
-JSON object per packet, with a descriptor beside it where there is one. Both ends are this program,
-started by each other, so the records are not a protocol: they need no version, and one that cannot
-be read is a bug.
+A record is one JSON object in one packet of a socketpair, with a descriptor where there is one.
+Both ends run the same version of this code, so the records have no version, and one that cannot be
+read is a bug.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ RECORD_BYTES_MAX: Final = 65_536
 """Longest record. Two paths of PATH_MAX fit, each byte of them escaped."""
 
 
-COME_HOME: Final = "come home"
-"""The one step whose failure ends the forge: it must not work where it is, and cannot leave."""
+RETURN: Final = "return to the node's namespaces"
+"""The operation whose failure ends the forge, which cannot work in an anchor's namespaces."""
 
 
 class ForgeError(Exception):
@@ -33,7 +32,7 @@ class ForgeError(Exception):
 
     Args:
         step: What was being done, in words.
-        cause: The call, errno and path that it failed with.
+        cause: The call, errno and path of the failure.
     """
 
     def __init__(self, step: str, cause: SyscallError) -> None:
@@ -48,26 +47,26 @@ class ForgeError(Exception):
 @dataclass(frozen=True, slots=True)
 class AnchorPlan:
     """
-    What one anchor shall be.
+    What one anchor is to be.
 
     Raises:
         ValueError: the plan contradicts itself.
     """
 
     token: str
-    """Goes into the anchor's environment; unique to this anchor for ever."""
+    """For the anchor's environment; no other anchor ever has it."""
     kinds: tuple[NamespaceType, ...]
-    """The namespaces to make for it; may be empty. All others it shares with the node."""
+    """The namespaces to make for it; may be empty. It shares all others with the node."""
     uenv_base: str | None = None
-    """Folder that inside the mount namespace shows the images and nothing else; None for none."""
+    """Directory that contains only images inside the mount namespace; None without an image."""
     mount_path: str | None = None
     """Where the image appears, below `uenv_base`; given exactly if `uenv_base` is."""
     scope: str | None = None
-    """The allocation's cgroup, which a tied forge removes with the anchor. Must exist already."""
+    """The allocation's cgroup, which a tied forge removes with the anchor; it must exist."""
 
     def __post_init__(self) -> None:
         if not self.token or "\0" in self.token:
-            raise ValueError(f"a token that no environment can hold: {self.token!r}")
+            raise ValueError(f"no environment can contain the token {self.token!r}")
         if (self.uenv_base is None) is not (self.mount_path is None):
             raise ValueError("uenv_base and mount_path belong together")
         if self.uenv_base is not None and self.mount_path is not None:
@@ -85,20 +84,20 @@ class ForgeSettings:
     features: Features
     """Which of the newer kernel interfaces it may use."""
     program: str
-    """Absolute path of what anchors execute."""
+    """Absolute path of the program that anchors execute."""
     cgroup: str | None
-    """The cgroup in which its anchors are born; None for the owner's."""
+    """The cgroup in which its anchors start; None for the owner's."""
     tied: bool
     """Whether its anchors end with its owner."""
 
 
 def encode_settings(settings: ForgeSettings) -> bytes:
-    """Write the record that a forge gets first."""
+    """Encode the first record that a forge receives."""
     return json.dumps(asdict(settings)).encode()
 
 
 def decode_settings(record: bytes) -> ForgeSettings:
-    """Read what `encode_settings` wrote."""
+    """Decode what `encode_settings` returned."""
     plain = json.loads(record)
     return ForgeSettings(**{**plain, "features": Features(**plain["features"])})
 
@@ -118,25 +117,25 @@ def encode_plan(plan: AnchorPlan) -> bytes:
 
 
 def decode_plan(record: bytes) -> AnchorPlan:
-    """Read what `encode_plan` wrote."""
+    """Decode what `encode_plan` returned."""
     plain = json.loads(record)
     return AnchorPlan(**{**plain, "kinds": tuple(map(NamespaceType, plain["kinds"]))})
 
 
 def encode_failure(step: str, cause: SyscallError) -> bytes:
-    """Write the answer that something failed."""
+    """Encode the answer that something failed."""
     plain = {"step": step, "call": cause.call, "errno": cause.errno, "path": cause.path}
     return json.dumps(plain).encode()
 
 
 def encode_success(pid: int) -> bytes:
-    """Write the answer that an anchor was made (or, to anything but a plan, a mere yes)."""
+    """Encode the answer that an anchor was made, or that another request was fulfilled."""
     return json.dumps({"pid": pid}).encode()
 
 
 def decode_answer(record: bytes) -> int:
     """
-    Read an answer.
+    Decode an answer.
 
     Returns:
         The anchor's pid.

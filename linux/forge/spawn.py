@@ -1,13 +1,12 @@
-"""How is a command started inside an allocation?
+"""`spawn_within`: start a command in an allocation's namespaces and cgroup.
 
-It must be our own child, in all of the allocation's namespaces, in its scope before it executes
+The command is our child, in all of the allocation's namespaces, in its scope before it executes
 anything, and without any descriptor of ours. Three rules of the Linux kernel decide how:
 
-*   Only a thread that does not share its root and working directory can enter a mount namespace,
-    so the entering is done by a thread made for this one command, which ends with it. It enters
-    the mount namespace last, with the descriptors of the others open long before.
-*   A PID namespace is entered by the next child, not by the thread: what is started *is* inside.
-*   A process enters a cgroup itself (`exec`), since nothing else can be quick enough.
+*   Only a thread that does not share its root and working directory can enter a mount namespace. So
+    a thread is made for this command, which ends with it. It enters the mount namespace last.
+*   The next child enters a PID namespace, not the thread itself.
+*   To be in the cgroup from the start, a process has to enter it itself before its exec (`exec`).
 """
 
 from __future__ import annotations
@@ -33,24 +32,24 @@ from ..namespaces import CLONE_FLAGS
 from ..syscalls import SyscallError, calling
 
 START_TIMEOUT_S: Final = 30.0
-"""How long a command may take to begin; somebody who freezes its scope could hold it for ever."""
+"""How long a command may take to start; with a frozen scope it never would."""
 
 STATUS_BYTES_MAX: Final = 8192
 """Longest report of a failed start; a path of PATH_MAX fits."""
 
 Stream: TypeAlias = int | IO[bytes] | None
-"""As `subprocess.Popen` takes its standard streams."""
+"""A standard stream, as for `subprocess.Popen`."""
 
 Child: TypeAlias = subprocess.Popen[bytes]
-"""A running command; the name lets others speak of one without starting any."""
+"""A running command; for annotations in modules that do not import subprocess."""
 
 _PROGRAM: Final = Path(__file__).with_name("exec.py")
 
-# The mount namespace last: the others must be entered while this thread still sees the node.
+# The mount namespace last, as long as possible this thread sees the node's files.
 _ENTRY_ORDER: Final = (NamespaceType.PID, NamespaceType.NET, NamespaceType.MOUNT)
 
-# What each stage of `exec` calls, except the exec itself.
-_STAGE_CALLS: Final[Mapping[str, str]] = {
+# The call of each phase of `exec`, except the exec itself.
+_PHASE_CALLS: Final[Mapping[str, str]] = {
     "prepare": "pread(2)",
     "scope": "write(2)",
     "foreground": "tcsetpgrp(3)",
@@ -58,7 +57,7 @@ _STAGE_CALLS: Final[Mapping[str, str]] = {
 
 
 class InitDead(SyscallError):
-    """The PID namespace's init is dead: nothing can be started in it, now or later."""
+    """The PID namespace's init is dead: nothing can be started in it any more."""
 
     def __str__(self) -> str:
         return "the PID namespace's init is dead; nothing can be started in it any more"
@@ -84,25 +83,25 @@ def spawn_within(
 
     Args:
         command: What to execute; the first is looked up in the PATH of `env`, in the allocation.
-        bundle: The namespaces to be in, in any order; lent. Those not in it are the caller's.
-        scope: The scope's `cgroup.procs`, open for writing; lent. None for the caller's cgroup.
+        bundle: The namespaces to be in, in any order; borrowed. All others are the caller's.
+        scope: The scope's `cgroup.procs`, open for writing; borrowed. None for the caller's cgroup.
         env: The command's whole environment; None for the caller's.
         cwd: Working directory, in the allocation; None for `/`.
         stdin: As for `subprocess.Popen`.
         stdout: Likewise.
         stderr: Likewise.
         foreground: Whether to bring the command to the foreground of the terminal that is its
-            standard input; no effect if that is none. `restore_foreground` undoes it.
+            standard input; no effect if that is no terminal. `restore_foreground` undoes it.
 
     Returns:
-        The running command, our own child. The caller waits for it.
+        The running command, our child. The caller waits for it.
 
     Raises:
         FileNotFoundError, PermissionError, other OSError: the command cannot be executed, or the
             working directory not be entered; `filename` is what was tried.
         InitDead: the PID namespace can take no process any more.
         SyscallError: a namespace or the scope cannot be entered; ETIMEDOUT, the scope is frozen.
-        ValueError: a NUL, or a variable's name with `=`. In all cases nothing runs.
+        ValueError: a NUL, or `=` in the name of a variable. In all cases nothing runs.
 
     Source:
         setns(2); cgroups(7). Protocol, "Conventions on the node".
@@ -135,13 +134,13 @@ def spawn_within(
 
 def restore_foreground(tty: int) -> None:
     """
-    Bring the caller's process group back to the foreground, after a command that was there.
+    Bring the caller's process group back to the foreground, after a command had it.
 
     Args:
-        tty: The terminal; lent. No effect if it is none, or not the caller's.
+        tty: The terminal; borrowed. No effect if it is none, or not the caller's.
 
     Raises:
-        SyscallError: it cannot be done; who is in the foreground has not changed.
+        SyscallError: it failed; nothing has changed.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
     try:
@@ -162,7 +161,7 @@ def _in_thread_within(bundle: DescriptorBundle, start: Callable[[], Child]) -> C
         try:
             _enter(bundle)
             results.append(_start_or_say_dead(start, bundle))
-        except BaseException as error:  # whatever it is, it belongs to the caller's thread
+        except BaseException as error:  # raised in the caller's thread
             errors.append(error)
 
     thread = threading.Thread(target=run, name="spawn within an allocation")
@@ -174,7 +173,7 @@ def _in_thread_within(bundle: DescriptorBundle, start: Callable[[], Child]) -> C
 
 
 def _enter(bundle: DescriptorBundle) -> None:
-    # From here on this thread has a root and a working directory of its own, and moves alone.
+    # From here on this thread has a root and a working directory of its own.
     syscalls.unshare(syscalls.CLONE_FS)
     for kind in _ENTRY_ORDER:
         if kind in bundle.types:
@@ -185,14 +184,14 @@ def _start_or_say_dead(start: Callable[[], Child], bundle: DescriptorBundle) -> 
     try:
         return start()
     except OSError as error:
-        # A PID namespace whose init has ended can be entered all the same; only the fork tells.
+        # A PID namespace whose init has ended can be entered; only the fork fails.
         if error.errno == errno.ENOMEM and NamespaceType.PID in bundle.types:
             raise InitDead("fork(2)", errno.ENOMEM) from error
         raise
 
 
 def _await_start(child: Child, answer: Descriptor, command: Sequence[str]) -> None:
-    """Wait until the command runs; if it never will, bury the child and say why."""
+    """Wait until the command runs; if it never will, reap the child and raise the reason."""
     poll = select.poll()
     poll.register(answer, select.POLLIN)
     if not poll.poll(START_TIMEOUT_S * 1000):
@@ -206,19 +205,19 @@ def _await_start(child: Child, answer: Descriptor, command: Sequence[str]) -> No
 
 
 def _failure(report: bytes) -> OSError:
-    stage, number, path = os.fsdecode(report).split("\0")
-    if stage in _STAGE_CALLS:
-        return SyscallError(_STAGE_CALLS[stage], int(number), path or None)
+    phase, number, path = os.fsdecode(report).split("\0")
+    if phase in _PHASE_CALLS:
+        return SyscallError(_PHASE_CALLS[phase], int(number), path or None)
     # The subclass that fits the errno, as subprocess would raise it.
     return OSError(int(number), os.strerror(int(number)), path)
 
 
 def _environment_file(variables: Mapping[str, str]) -> Descriptor:
-    """Write an environment down for `exec`, in a file that only descriptors lead to."""
+    """Write an environment for `exec` into a file without a name."""
     content = bytearray()
     for name, value in variables.items():
         if not name or "=" in name or "\0" in name + value:
-            raise ValueError(f"no environment can hold {name!r}={value!r}")
+            raise ValueError(f"no environment can contain {name!r}={value!r}")
         content += os.fsencode(f"{name}={value}") + b"\0"
     with ExitStack() as undo, calling("memfd_create(2)"):
         file = undo.enter_context(

@@ -1,6 +1,7 @@
 """A simulated node: the backend's contract without a privileged machine.
 
-backend       `SimulatedBackend` and the `SimulatedNode` it works on
+backend       `SimulatedBackend`, a provider's program on such a node
+node          `SimulatedNode`, the machine
 cgroups       cgroup v2, simulated
 mounts        mounts and loop devices, simulated
 namespaces    namespaces and processes, simulated
@@ -8,14 +9,8 @@ namespaces    namespaces and processes, simulated
 
 from __future__ import annotations
 
-from .backend import (
-    SimulatedBackend,
-    SimulatedCrash,
-    SimulatedFailure,
-    SimulatedInspector,
-    SimulatedNode,
-    Step,
-)
+from .backend import SimulatedBackend
+from .node import SimulatedCrash, SimulatedFailure, SimulatedInspector, SimulatedNode
 
 __all__ = [
     "SimulatedBackend",
@@ -23,5 +18,4 @@ __all__ = [
     "SimulatedFailure",
     "SimulatedInspector",
     "SimulatedNode",
-    "Step",
 ]

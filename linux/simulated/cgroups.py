@@ -1,14 +1,13 @@
-"""What does a tree of cgroups say of the processes in it, without a kernel?
+"""Model of cgroup v2: `populated`, `frozen`, kill, remove, and the changes of `cgroup.events`.
 
-The part of cgroup v2 that the end of an allocation is decided by: `populated`, `frozen`, kill,
-remove, and the notification of `cgroup.events`. Random programs run on this and on Linux.
+The part of cgroup v2 that decides the end of an allocation. Random programs compare it with Linux.
 
-    cgroup.is_populated      somebody is alive in it or below; frozen counts, dead does not
+    cgroup.is_populated      a process is alive in it or below; frozen counts, dead does not
     cgroup.remove()          EBUSY while populated or with cgroups below; the dead do not count
-    cgroup.kill()            all below, at once told and not at once dead
+    cgroup.kill()            tells everything below to die, which takes a while
     cgroup.changes           how often `cgroup.events` has changed: one wake-up for any number
 
-Not simulated: threads, controllers, and what is delegated to other users.
+Not simulated: threads, controllers, and delegation to other users.
 """
 
 from __future__ import annotations
@@ -20,35 +19,35 @@ from typing import NoReturn
 
 
 class SimulatedMember:
-    """A process, as far as a cgroup is concerned: alive, then dead, then reaped."""
+    """A process in a cgroup: alive, then dead, then reaped."""
 
     def __init__(self) -> None:
         self.cgroup: SimulatedCgroup | None = None
         self.is_alive = True
         self.is_reaped = False
         self.is_killed = False
-        """Told to die; it may take its time."""
+        """Whether it was told to die."""
         self.is_killable = True
-        """False in uninterruptible sleep: told to die, it stays for now."""
+        """False in uninterruptible sleep: then it does not die when it is told to."""
 
     def kill(self) -> None:
-        """Tell it to die; it is not dead yet (`settle`)."""
+        """Tell it to die; it dies in `settle`."""
         self.is_killed = True
 
     def settle(self) -> None:
-        """Let what was told to die do so, if it can."""
+        """Let it die if it was told to and can."""
         if self.is_killed and self.is_killable:
             self.exit()
 
     def exit(self) -> None:
-        """End. Until somebody reaps it, it is a zombie, and in a cgroup only by name."""
+        """Let it exit. Until it is reaped it is a zombie, which counts in no cgroup."""
         cgroup, self.cgroup = self.cgroup, None
         if self.is_alive and cgroup is not None:
             cgroup.leave(self)
         self.is_alive = False
 
     def reap(self) -> None:
-        """Take note of its end; there is no process any more."""
+        """Reap it: there is no such process any more."""
         self.is_reaped = True
 
 
@@ -57,14 +56,14 @@ class SimulatedCgroup:
     One cgroup.
 
     Args:
-        parent: the one it is in; None for the top.
+        parent: the one it is in; None for the root.
     """
 
     def __init__(self, parent: SimulatedCgroup | None = None) -> None:
         self.parent = parent
         self.children: dict[str, SimulatedCgroup] = {}
         self.members: list[SimulatedMember] = []
-        """The living."""
+        """The living processes."""
         self.was_used = False
         """Whether anything was ever in it or below: `usage_usec` of `cpu.stat`."""
         self.changes = 0
@@ -82,33 +81,33 @@ class SimulatedCgroup:
         return self._is_told_to_freeze or above
 
     def make(self, name: str) -> SimulatedCgroup:
-        """Make one below; EEXIST."""
+        """Make one below it; EEXIST."""
         if name in self.children:
             _refuse(errno.EEXIST)
         self.children[name] = made = SimulatedCgroup(self)
         return made
 
     def find(self, name: str) -> SimulatedCgroup:
-        """Return one below; ENOENT."""
+        """Return one below it; ENOENT."""
         if name not in self.children:
             _refuse(errno.ENOENT)
         return self.children[name]
 
     def remove(self, name: str) -> None:
-        """Remove one below; ENOENT, or EBUSY while it is populated or there are any below it."""
+        """Remove one below it; ENOENT, or EBUSY while that is populated or has others below."""
         found = self.find(name)
         if found.children or found.members:
             _refuse(errno.EBUSY)
         del self.children[name]
 
     def enter(self, member: SimulatedMember) -> None:
-        """Move a process here; ESRCH once it is reaped. Nothing moves what is dead."""
+        """Move a process here; ESRCH once it is reaped. A dead one does not move."""
         if member.is_reaped:
             _refuse(errno.ESRCH)
         if not member.is_alive or member.cgroup is self:
             return
         before = member.cgroup
-        # First in, then out: whatever is above both never was empty.
+        # First in, then out: a cgroup above both is never empty in between.
         with _Noting(self):
             self.members.append(member)
         member.cgroup = self
@@ -118,25 +117,25 @@ class SimulatedCgroup:
             before.leave(member)
 
     def leave(self, member: SimulatedMember) -> None:
-        """Lose a process that died or moved on."""
+        """Remove a process that died or moved."""
         with _Noting(self):
             self.members.remove(member)
 
     def freeze(self, is_told: bool = True) -> None:
-        """Freeze or thaw everything here and below; whatever is frozen can be killed."""
+        """Freeze or thaw everything here and below; frozen processes can be killed."""
         before = {cgroup: cgroup.is_frozen for cgroup in self._below()}
         self._is_told_to_freeze = is_told
         for cgroup, was_frozen in before.items():
             cgroup.changes += cgroup.is_frozen is not was_frozen
 
     def kill(self) -> None:
-        """Tell everything here and below to die; it does not wait (`settle`)."""
+        """Tell everything here and below to die; it dies in `settle`."""
         for cgroup in self._below():
             for member in cgroup.members:
                 member.kill()
 
     def settle(self) -> None:
-        """Let what was told to die do so, if it can."""
+        """Let everything die that was told to and can."""
         for cgroup in list(self._below()):
             for member in tuple(cgroup.members):
                 member.settle()
@@ -153,7 +152,7 @@ class SimulatedCgroup:
 
 
 class _Noting:
-    """Counts, on the way up, whose `populated` changes in the body."""
+    """Counts the changes of `populated` that the body makes, here and above."""
 
     def __init__(self, cgroup: SimulatedCgroup) -> None:
         self._before = [(each, each.is_populated) for each in cgroup._upward()]

@@ -1,15 +1,13 @@
-"""Where is what mounted, who sees it, and when is an image gone? Without a kernel.
+"""Model of mounts: mount namespaces, propagation, stacked mounts, EBUSY, and loop devices.
 
-The part of mounts that an allocation's image depends on: mount namespaces and what propagates
-between them, mounts on top of each other, what is busy, and the superblock that goes with its last
-user. Random programs run on this and on Linux.
+The part of mounts on which an allocation's image depends. Random programs compare it with Linux.
 
-    image.acquire()               one superblock for all, for as long as anything has it
+    image.acquire()               one superblock for all mounts, as long as anything refers to it
     tree.copy(Propagation.SLAVE)  later mounts *and unmounts* of the original reach the copy
-    tree.mount(place, …)          on top of what is there; elsewhere below what is there
-    tree.unmount(place)           EBUSY while a file is open in it, or where it goes, too
+    tree.mount(place, …)          on top of what is there; in other trees below what is there
+    tree.unmount(place)           EBUSY while a file is open in it, or in what goes with it
 
-Not simulated: several directories of one mount, bind mounts, and moving what is attached.
+Not simulated: several directories of one mount, bind mounts, and moving an attached mount.
 """
 
 from __future__ import annotations
@@ -21,11 +19,11 @@ from enum import Enum
 from typing import Final, NoReturn
 
 TOP: Final = "/"
-"""The place on a mount where the next one on the same directory stands."""
+"""The place on a mount where another one on the same directory is attached."""
 
 
 class Propagation(Enum):
-    """What a copy of a mount tree has to do with its original."""
+    """How mounts propagate between a mount tree and its copy."""
 
     SHARED = "shared"
     SLAVE = "slave"
@@ -33,7 +31,7 @@ class Propagation(Enum):
 
 
 class SimulatedSuperblock:
-    """A filesystem that is mounted, or held ready to be; gone with its last reference."""
+    """A mounted filesystem; gone with its last reference."""
 
     def __init__(self, image: str) -> None:
         self.image = image
@@ -41,12 +39,12 @@ class SimulatedSuperblock:
 
     @property
     def is_alive(self) -> bool:
-        """Whether anything has it: a mount, an open file, a master. So long is its loop device."""
+        """Whether a mount, an open file or a master refers to it; so long is its loop device."""
         return self.references > 0
 
 
 class _Group:
-    """Mounts that tell each other what is mounted on them, and the mounts that only listen."""
+    """A peer group: mounts that propagate to each other, and the slaves that only receive."""
 
     def __init__(self) -> None:
         self.peers: list[SimulatedMount] = []
@@ -54,7 +52,7 @@ class _Group:
 
 
 class SimulatedMount:
-    """One mount: of what, on which place of which other mount."""
+    """One mount: of a superblock, at a place on another mount."""
 
     def __init__(self, superblock: SimulatedSuperblock) -> None:
         self.superblock = superblock
@@ -67,7 +65,7 @@ class SimulatedMount:
         self.master: _Group | None = None
 
     def attach(self, parent: SimulatedMount, place: str) -> None:
-        """Stand on a place of another mount, below what stands there already."""
+        """Attach it to a place of another mount, below what is attached there already."""
         above = parent.children.get(place)
         self.parent, self.place = parent, place
         parent.children[place] = self
@@ -76,7 +74,7 @@ class SimulatedMount:
             self.children[TOP] = above
 
     def detach(self) -> None:
-        """Leave, and let what stands on top of it take its place."""
+        """Remove it; what is attached on top of it takes its place."""
         assert self.parent is not None
         del self.parent.children[self.place]
         above = self.children.pop(TOP, None)
@@ -86,15 +84,15 @@ class SimulatedMount:
         self.end()
 
     def end(self) -> None:
-        """Belong to nothing any more; an open file still has the superblock."""
+        """Leave all groups; an open file still refers to the superblock."""
         for peers in (self.group and self.group.peers, self.master and self.master.slaves):
             if peers:
                 peers.remove(self)
         self.group = self.master = None
         self.superblock.references -= 1
 
-    def listen_like(self, other: SimulatedMount) -> None:
-        """Belong to the groups that another mount belongs to."""
+    def join_groups_of(self, other: SimulatedMount) -> None:
+        """Join the groups that another mount belongs to."""
         if other.group is not None:
             self.group = other.group
             self.group.peers.append(self)
@@ -103,7 +101,7 @@ class SimulatedMount:
             self.master.slaves.append(self)
 
     def change(self, propagation: Propagation) -> None:
-        """Become a slave of one's peers, or nobody's."""
+        """Become a slave of its peer group, or private."""
         if propagation is Propagation.SHARED:
             return
         group, self.group = self.group, None
@@ -117,13 +115,13 @@ class SimulatedMount:
             group.slaves.append(self)
 
     def share(self) -> None:
-        """Get a group of its own."""
+        """Get a peer group of its own."""
         if self.group is None:
             self.group = _Group()
             self.group.peers.append(self)
 
-    def audience(self) -> list[SimulatedMount]:
-        """All other mounts on which appears what is mounted on this one."""
+    def receivers(self) -> list[SimulatedMount]:
+        """All other mounts to which a mount on this one propagates."""
         found: list[SimulatedMount] = []
         groups = [self.group] if self.group is not None else []
         while groups:
@@ -136,14 +134,14 @@ class SimulatedMount:
         return found
 
     def all_below(self) -> Iterator[SimulatedMount]:
-        """Itself, and everything that stands on it."""
+        """Itself, and everything attached on it."""
         yield self
         for child in self.children.values():
             yield from child.all_below()
 
 
 class SimulatedFileInMount:
-    """An open file: its mount is busy, and its superblock stays whatever becomes of the mount."""
+    """An open file: its mount is busy, and its superblock stays even without the mount."""
 
     def __init__(self, mount: SimulatedMount) -> None:
         self._mount = mount
@@ -151,27 +149,33 @@ class SimulatedFileInMount:
         mount.superblock.references += 1
 
     def close(self) -> None:
-        """Let go of both."""
+        """Close it."""
         self._mount.open_files -= 1
         self._mount.superblock.references -= 1
 
 
 class SimulatedImage:
-    """An image file, and a provider's master of it: a mount that is attached nowhere."""
+    """An image file, and a provider's master of it: a detached mount."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.master: SimulatedSuperblock | None = None
 
     def acquire(self) -> SimulatedMount:
-        """Make a mount of it; only while there is a master they are all of one superblock."""
+        """Make a mount of it; as long as there is a master, of the same superblock."""
         if self.master is None:
             self.master = SimulatedSuperblock(self.name)
             self.master.references += 1
         return SimulatedMount(self.master)
 
+    def adopt(self, superblock: SimulatedSuperblock) -> None:
+        """Have a master of a filesystem that is mounted; nothing if there is a master already."""
+        if self.master is None:
+            self.master = superblock
+            superblock.references += 1
+
     def drop(self) -> None:
-        """Let go of the master; whatever is mounted stays."""
+        """Close the master; all other mounts stay."""
         if self.master is not None:
             self.master.references -= 1
             self.master = None
@@ -182,7 +186,7 @@ class SimulatedTree:
     The mounts of one mount namespace.
 
     Args:
-        base: what all else stands on.
+        base: the mount on which all others are attached.
     """
 
     def __init__(self, base: SimulatedMount) -> None:
@@ -190,51 +194,51 @@ class SimulatedTree:
 
     @classmethod
     def boot(cls) -> SimulatedTree:
-        """Begin with one mount, which shares what is mounted on it, as under systemd."""
+        """Make a tree with one mount, which is shared, as under systemd."""
         base = SimulatedMount(SimulatedSuperblock(""))
         base.share()
         return cls(base)
 
     def find(self, place: str) -> SimulatedMount | None:
-        """Return what one sees at a place: the uppermost mount there."""
+        """Return the uppermost mount at a place."""
         mount = self.base.children.get(place)
         while mount is not None and TOP in mount.children:
             mount = mount.children[TOP]
         return mount
 
     def mount(self, place: str, mount: SimulatedMount) -> None:
-        """Attach a mount on top of a place, here and wherever that is heard of."""
+        """Attach a mount on top of a place, here and wherever that propagates."""
         parent = self.find(place) or self.base
         where = place if parent is self.base else TOP
-        audience = parent.audience()
+        receivers = parent.receivers()
         mount.attach(parent, where)
         if parent.group is not None:
             mount.share()
-        for listener in audience:
+        for receiver in receivers:
             copy = SimulatedMount(mount.superblock)
             assert mount.group is not None
-            if listener.group is parent.group:
-                copy.listen_like(mount)
+            if receiver.group is parent.group:
+                copy.join_groups_of(mount)
             else:
                 copy.master = mount.group
                 mount.group.slaves.append(copy)
-            copy.attach(listener, where)
+            copy.attach(receiver, where)
 
     def unmount(self, place: str, *, is_lazy: bool = False) -> None:
         """
-        Take away what one sees at a place, here and wherever that is heard of.
+        Remove the uppermost mount at a place, here and wherever that propagates.
 
         Raises:
             OSError: EINVAL, nothing is mounted there; EBUSY, a file is open in it, or in what
-                would go with it elsewhere. Not if it is lazy.
+                would be removed with it elsewhere. Not if it is lazy.
         """
         mount = self.find(place)
         if mount is None or mount.parent is None:
             _refuse(errno.EINVAL)
         elsewhere = [
-            listener.children[mount.place]
-            for listener in mount.parent.audience()
-            if mount.place in listener.children
+            receiver.children[mount.place]
+            for receiver in mount.parent.receivers()
+            if mount.place in receiver.children
         ]
         if not is_lazy and any(each.open_files for each in (mount, *elsewhere)):
             _refuse(errno.EBUSY)
@@ -242,18 +246,18 @@ class SimulatedTree:
             each.detach()
 
     def copy(self, propagation: Propagation) -> SimulatedTree:
-        """Make another namespace like this one: its mounts hear of these, or do not."""
+        """Copy the tree for another mount namespace."""
         return SimulatedTree(_copied(self.base, propagation))
 
     def end(self) -> None:
-        """Let the namespace go, and its mounts with it."""
+        """End the namespace, and with it its mounts."""
         for mount in tuple(self.base.all_below()):
             mount.end()
 
 
 def _copied(mount: SimulatedMount, propagation: Propagation) -> SimulatedMount:
     copy = SimulatedMount(mount.superblock)
-    copy.listen_like(mount)
+    copy.join_groups_of(mount)
     copy.change(propagation)
     for place, child in mount.children.items():
         _copied(child, propagation).attach(copy, place)

@@ -1,12 +1,11 @@
-"""What can be done with a namespace, and what with one whose init is dead, without a kernel?
+"""Model of namespaces and processes: types, ids, setns, fork, and the end of a PID namespace.
 
-The part of namespaces that a hand-over meets: their types and ids, entering them, starting a
-process in them, and the end of a PID namespace, which takes longer than the end of its init.
-Random programs run on this and on Linux.
+The part of namespaces that a hand-over meets. A PID namespace takes longer to end than its init.
+Random programs compare it with Linux.
 
     task.unshare(kind)       PID: the next child's, not its own; a second time EINVAL
-    task.setns(ns, kind)     the wrong kind EINVAL; a dead PID namespace is entered like any other
-    task.fork()              and only then ENOMEM
+    task.setns(ns, kind)     EINVAL if the kind is wrong; a dead PID namespace can be entered
+    task.fork()              ENOMEM in a dead PID namespace
     task.kill()              of an init: all die, and it stays until every one of them is reaped
 
 Not simulated: user namespaces, privileges, and threads that share their root.
@@ -28,8 +27,8 @@ PID: Final = NamespaceType.PID
 """The kind of namespace that has an init."""
 
 
-class Stage(Enum):
-    """How far a task is on its way."""
+class TaskState(Enum):
+    """The state of a task."""
 
     RUNNING = "running"
     DYING = "dying"
@@ -40,29 +39,29 @@ class Stage(Enum):
 
 
 class SimulatedNamespace:
-    """A namespace; kept, like on Linux, by whoever has a reference to it."""
+    """A namespace; it exists as long as anything refers to it."""
 
     def __init__(self, kind: NamespaceType, unique_id: int, inode: int) -> None:
         self.kind = kind
         self.unique_id = unique_id
-        """Never used again, like NS_GET_ID."""
+        """Never reused, like NS_GET_ID."""
         self.inode = inode
-        """Used again as soon as the namespace is gone."""
+        """Reused as soon as the namespace is gone."""
         self.init: SimulatedTask | None = None
         """Of a PID namespace: its first task; None before that."""
         self.members: list[SimulatedTask] = []
-        """Of a PID namespace: all in it that are not reaped."""
+        """Of a PID namespace: all tasks in it that are not reaped."""
         self.last_number = 0
 
     @property
     def has_init(self) -> bool:
-        """Whether its first task can be found by its number: a zombie still can."""
-        return self.init is not None and self.init.stage is not Stage.REAPED
+        """Whether its first task can be found by its pid: also as a zombie."""
+        return self.init is not None and self.init.state is not TaskState.REAPED
 
     @property
     def takes_tasks(self) -> bool:
         """Whether a task can be started in it: its init lives, or is the one to be started."""
-        return self.init is None or self.init.stage is Stage.RUNNING
+        return self.init is None or self.init.state is TaskState.RUNNING
 
 
 class SimulatedNamespaces:
@@ -74,7 +73,7 @@ class SimulatedNamespaces:
         self._free_inodes: list[int] = []
 
     def make(self, kind: NamespaceType) -> SimulatedNamespace:
-        """Make one, with a new id and the lowest inode number that is free."""
+        """Make one, with a new id and the lowest free inode number."""
         self._last_id += 1
         if self._free_inodes:
             inode = min(self._free_inodes)
@@ -84,7 +83,7 @@ class SimulatedNamespaces:
         return SimulatedNamespace(kind, self._last_id, inode)
 
     def drop(self, namespace: SimulatedNamespace) -> None:
-        """Let one go that nobody refers to: its inode number is free."""
+        """Free the inode number of one that is gone."""
         self._free_inodes.append(namespace.inode)
 
     def boot(self) -> SimulatedTask:
@@ -94,7 +93,7 @@ class SimulatedNamespaces:
 
 
 class SimulatedTask:
-    """One task: what it is in, what its children will be in, and its end."""
+    """One task: its namespaces, those of its children, and its end."""
 
     def __init__(
         self,
@@ -105,18 +104,18 @@ class SimulatedTask:
         self._machine = machine
         self._namespaces = namespaces
         self._for_children = for_children
-        self.stage = Stage.RUNNING
+        self.state = TaskState.RUNNING
         home = namespaces[PID]
         home.last_number += 1
         self.number = home.last_number
-        """Its pid, as its own PID namespace counts."""
+        """Its pid in its own PID namespace."""
         home.members.append(self)
         if home.init is None:
             home.init = self
 
     def namespace(self, kind: NamespaceType) -> SimulatedNamespace:
-        """Return one that it is in; ESRCH when it is not running any more."""
-        if self.stage is not Stage.RUNNING:
+        """Return one of its namespaces; ESRCH when it is not running any more."""
+        if self.state is not TaskState.RUNNING:
             _refuse(errno.ESRCH)
         return self._namespaces[kind]
 
@@ -153,38 +152,38 @@ class SimulatedTask:
         return SimulatedTask(self._machine, namespaces, self._for_children)
 
     def kill(self) -> None:
-        """End it; with an init, everything in its PID namespace."""
-        if self.stage is not Stage.RUNNING:
+        """Kill it; with an init, everything in its PID namespace."""
+        if self.state is not TaskState.RUNNING:
             return
         home = self._namespaces[PID]
         if home.init is not self:
-            self.stage = Stage.DEAD
+            self.state = TaskState.DEAD
             return
-        self.stage = Stage.DYING
+        self.state = TaskState.DYING
         for member in home.members:
             member.kill()
         self._end_if_alone()
 
     def reap(self) -> None:
         """
-        Take note of its end, after which there is no such task.
+        Reap it: afterwards there is no such task.
 
         Raises:
             OSError: EAGAIN, it is not dead yet; ECHILD, it is reaped.
         """
-        if self.stage is Stage.REAPED:
+        if self.state is TaskState.REAPED:
             _refuse(errno.ECHILD)
-        if self.stage is not Stage.DEAD:
+        if self.state is not TaskState.DEAD:
             _refuse(errno.EAGAIN)
-        self.stage = Stage.REAPED
+        self.state = TaskState.REAPED
         home = self._namespaces[PID]
         home.members.remove(self)
         if home.init is not None:
             home.init._end_if_alone()
 
     def _end_if_alone(self) -> None:
-        if self.stage is Stage.DYING and self._namespaces[PID].members == [self]:
-            self.stage = Stage.DEAD
+        if self.state is TaskState.DYING and self._namespaces[PID].members == [self]:
+            self.state = TaskState.DEAD
 
 
 def _refuse(number: int) -> NoReturn:

@@ -8,9 +8,18 @@ from typing import Final
 import pytest
 
 from statemachine.errors import AllocationNotFound, CreationFailed, FdPassing
+from statemachine.lifecycle import AllocationState
 from statemachine.messages import NamespaceRequest, NamespaceResponse, NamespaceType
 from statemachine.testing.strategies import ORDERS
-from transport.contract import Sighting, Standing
+from transport.contract import (
+    CREATION,
+    LEFT_BY_CRASH,
+    LEFT_BY_FAILURE,
+    RELEASE,
+    Sighting,
+    Step,
+    plan,
+)
 
 from .worlds import (
     HOLD_TIME_S,
@@ -20,7 +29,6 @@ from .worlds import (
     OTHER_IMAGE,
     PID,
     SCOPE_PREFIX,
-    CrashPoint,
     World,
     eventually,
 )
@@ -162,6 +170,49 @@ class BackendContract:
         world.backend.record_ended(allocation_id)
         world.release(allocation_id)
         create(world, allocation_id)
+
+    # --- Steps ----------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("image", [None, IMAGE])
+    def test_the_steps_are_those_of_the_contract_in_its_order(
+        self, world: World, allocation_id: str, image: str | None
+    ) -> None:
+        request = NamespaceRequest(allocation_id, LIGHT, image)
+        world.backend.create_namespaces(request)
+        assert tuple(world.steps) == plan(request)
+        world.steps.clear()
+        world.release(allocation_id)
+        needless = {Step.RELEASE_IMAGE} if image is None else set()
+        # An init that takes longer to die is tried again, and the image after it.
+        assert tuple(dict.fromkeys(world.steps)) == tuple(s for s in RELEASE if s not in needless)
+
+    @pytest.mark.clause("LIFE-8")
+    @pytest.mark.parametrize("step", LEFT_BY_FAILURE, ids=lambda step: step.value)
+    def test_a_step_that_fails_leaves_what_the_contract_says(
+        self, world: World, allocation_id: str, step: Step
+    ) -> None:
+        request = NamespaceRequest(allocation_id, LIGHT, IMAGE)
+        if step in CREATION:
+            world.fails_at = step
+            with pytest.raises(CreationFailed, match=f"{step.value}: test"):
+                world.backend.create_namespaces(request)
+        else:
+            world.backend.create_namespaces(request)
+            world.fails_at = step
+
+        def is_as_promised() -> bool:
+            is_released = world.is_released(allocation_id)
+            world.now_s += HOLD_TIME_S
+            world.backend.tidy()
+            left = LEFT_BY_FAILURE[step]
+            return world.remains(allocation_id) == left and is_released is not bool(left)
+
+        eventually(is_as_promised)
+        if LEFT_BY_FAILURE[step]:
+            assert f"{step.value}: test" in str(world.backend.why_alive(allocation_id))
+        world.fails_at = None
+        world.release(allocation_id)
+        assert world.leftovers() == []
 
     # --- Releasing ------------------------------------------------------------------------------
 
@@ -333,6 +384,22 @@ class BackendContract:
         world.release(name)
         assert world.sightings(name) == []
 
+    def test_what_is_watched_cannot_be_watched_again(self, world: World, name: str) -> None:
+        world.join(name)
+        world.sees(name, Sighting.POPULATED)
+        with pytest.raises(ValueError, match="watched already"):
+            world.backend.watch(name)
+        assert world.sightings(name) == []
+        world.leave(name)
+        world.sees(name, Sighting.EMPTIED)
+
+    def test_what_is_being_released_is_watched_for_nothing(self, world: World, name: str) -> None:
+        world.entangle(name)
+        world.backend.release_namespaces(name)
+        world.backend.watch(name)
+        assert world.sightings(name) == []
+        world.disentangle(name)
+
     def test_what_is_not_there_cannot_be_watched(self, world: World, allocation_id: str) -> None:
         with pytest.raises(AllocationNotFound):
             world.backend.watch(allocation_id)
@@ -344,16 +411,16 @@ class BackendContract:
         assert (recovery.adoptions, recovery.remembered) == ((), ())
 
     @pytest.mark.clause("CRASH-2")
-    @pytest.mark.parametrize("standing", [Standing.CREATED, Standing.HANDED_OFF])
+    @pytest.mark.parametrize("state", [AllocationState.CREATED, AllocationState.HANDED_OFF])
     def test_what_is_alive_is_adopted_with_its_namespaces(
-        self, world: World, allocation_id: str, standing: Standing
+        self, world: World, allocation_id: str, state: AllocationState
     ) -> None:
         response = create(world, allocation_id, ALL, IMAGE)
-        if standing is Standing.HANDED_OFF:
+        if state is AllocationState.HANDED_OFF:
             world.backend.record_handed_off(allocation_id)
         before = world.identities(allocation_id)
         (adoption,) = world.restart().adoptions
-        assert (adoption.standing, adoption.response) == (standing, response)
+        assert (adoption.state, adoption.response) == (state, response)
         assert adoption.request == NamespaceRequest(allocation_id, ALL, IMAGE)
         assert world.identities(allocation_id) == before
 
@@ -367,14 +434,19 @@ class BackendContract:
         assert world.leftovers() == []
 
     @pytest.mark.clause("CRASH-3")
-    @pytest.mark.parametrize("point", ["intended", "made"])
-    def test_what_was_half_made_is_undone(
-        self, world: World, allocation_id: str, point: CrashPoint
+    @pytest.mark.parametrize("step", LEFT_BY_CRASH, ids=lambda step: step.value)
+    def test_what_a_crash_leaves_is_released_after_it(
+        self, world: World, allocation_id: str, step: Step
     ) -> None:
         request = NamespaceRequest(allocation_id, LIGHT, IMAGE)
-        (adoption,) = world.crash_while_creating(request, point).adoptions
-        assert (adoption.standing, adoption.request) == (Standing.REMAINS, request)
-        assert adoption.response is None
+        world.crash(request, step)
+        left = LEFT_BY_CRASH[step]
+        eventually(lambda: world.remains(allocation_id) == left)
+        adoptions = world.start().adoptions
+        assert [adoption.request for adoption in adoptions] == [request] * (Step.INTEND in left)
+        if Step.PUBLISH not in left:
+            assert {adoption.state for adoption in adoptions} <= {AllocationState.ENDED}
+            assert {adoption.response for adoption in adoptions} <= {None}
         world.release(allocation_id)
         assert world.leftovers() == []
 
@@ -382,7 +454,7 @@ class BackendContract:
         world.entangle(name)
         world.backend.release_namespaces(name)
         (adoption,) = world.restart().adoptions
-        assert adoption.standing is Standing.REMAINS
+        assert adoption.state is AllocationState.ENDED
         world.disentangle(name)
         world.release(name)
 
@@ -391,7 +463,7 @@ class BackendContract:
         world.backend.close()
         world.leave(name)
         (adoption,) = world.start().adoptions
-        assert adoption.standing is Standing.CREATED
+        assert adoption.state is AllocationState.CREATED
         world.backend.watch(name)
         world.sees(name, Sighting.EMPTIED)
 
@@ -400,14 +472,14 @@ class BackendContract:
         world.kill_init(name)
         world.sees(name, Sighting.INIT_DIED)
         (adoption,) = world.restart().adoptions
-        assert adoption.standing is Standing.REMAINS
+        assert adoption.state is AllocationState.ENDED
         world.release(name)
         assert world.leftovers() == []
 
     def test_a_scope_that_went_meanwhile_leaves_remains(self, world: World, name: str) -> None:
         world.remove_scope(name)
         (adoption,) = world.restart().adoptions
-        assert adoption.standing is Standing.REMAINS
+        assert adoption.state is AllocationState.ENDED
         world.release(name)
         assert world.leftovers() == []
 
@@ -417,8 +489,8 @@ class BackendContract:
         before = world.identities(other)
         world.kill_init(name)
         world.sees(name, Sighting.INIT_DIED)
-        standings = {a.request.allocation_id: a.standing for a in world.restart().adoptions}
-        assert standings == {name: Standing.REMAINS, other: Standing.CREATED}
+        states = {a.request.allocation_id: a.state for a in world.restart().adoptions}
+        assert states == {name: AllocationState.ENDED, other: AllocationState.CREATED}
         assert world.identities(other) == before
 
     @pytest.mark.clause("CRASH-6")
@@ -480,6 +552,19 @@ class BackendContract:
         assert world.backend.tidy() is None
         assert world.mounted() == [IMAGE]
 
+    def test_a_descriptor_that_is_kept_keeps_the_image_mounted(
+        self, world: World, allocation_id: str
+    ) -> None:
+        create(world, allocation_id, (MOUNT,), IMAGE)
+        with world.backend.bundle_of(allocation_id):
+            world.release(allocation_id)
+            world.now_s += HOLD_TIME_S
+            assert world.backend.tidy() is None
+            assert world.mounted() == [IMAGE]
+            create(world, f"{allocation_id}-next", (MOUNT,), IMAGE)
+            assert world.mounted() == [IMAGE, IMAGE]
+        eventually(lambda: world.mounted() == [IMAGE])
+
     def test_an_adopted_image_is_shared_with_who_comes_next(
         self, world: World, allocation_id: str
     ) -> None:
@@ -514,5 +599,5 @@ class BackendContract:
 
         recovery = world.restart()
 
-        assert [adoption.standing for adoption in recovery.adoptions] == [Standing.REMAINS]
+        assert [adoption.state for adoption in recovery.adoptions] == [AllocationState.ENDED]
         world.release(allocation_id)

@@ -11,18 +11,19 @@ import errno
 import os
 import select
 import signal
+import sqlite3
 import subprocess
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, NoReturn
 
 from statemachine.errors import AllocationNotFound
+from statemachine.lifecycle import AllocationState
 from statemachine.messages import NamespaceRequest, NamespaceType
-from transport.contract import Backend, Recovery, Sighting
+from transport.contract import CREATION, Backend, Recovery, Sighting, Step
 from transport.descriptors import DescriptorBundle, Inspector, NamespaceIdentity
 
 from ..anchor import find_anchors
@@ -30,6 +31,8 @@ from ..backend import LinuxBackend, NodeSettings, instance_of
 from ..cgroups import ANCHOR_SLICE, WORKLOAD_SLICE, Scope
 from ..features import OLDEST, Features
 from ..forge.spawn import spawn_within
+from ..journal import Entry, read_journal
+from ..mounts import loop_devices
 from ..namespaces import KernelInspector
 from ..simulated import (
     SimulatedBackend,
@@ -38,7 +41,7 @@ from ..simulated import (
     SimulatedInspector,
     SimulatedNode,
 )
-from ..simulated import Step as SimulatedStep
+from ..syscalls import SyscallError
 
 PID: Final = NamespaceType.PID
 NET: Final = NamespaceType.NET
@@ -56,9 +59,6 @@ HOLD_TIME_S: Final = 60.0
 IMAGE: Final = "hello.sqfs"
 OTHER_IMAGE: Final = "deep/other.sqfs"
 
-CrashPoint = Literal["intended", "made"]
-"""After the intent was journaled and nothing done, or after everything but the publishing."""
-
 
 class World(ABC):
     """A machine with a backend on it. `close` leaves nothing of either."""
@@ -67,6 +67,30 @@ class World(ABC):
     inspector: Inspector
     now_s = 0.0
     """The backend's clock, for the hold time."""
+    fails_at: Step | None = None
+    """The step that fails whenever it is come to."""
+    dies_at: Step | None = None
+    """The step before which the program dies."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        """What the backend did, step by step."""
+
+    def before(self, step: Step, name: str) -> None:
+        """Note a step before it is done, have it fail, or let the program die."""
+        if step is self.dies_at:
+            self.die()
+        if step is self.fails_at:
+            self.fail()
+        self.steps.append(step)
+
+    @abstractmethod
+    def fail(self) -> NoReturn:
+        """Fail as a step does."""
+
+    @abstractmethod
+    def die(self) -> None:
+        """Let the program end here."""
 
     @abstractmethod
     def launch(self) -> None:
@@ -83,8 +107,16 @@ class World(ABC):
         return self.start()
 
     @abstractmethod
-    def crash_while_creating(self, request: NamespaceRequest, point: CrashPoint) -> Recovery:
-        """Let the program die while it creates, and start another."""
+    def crash(self, request: NamespaceRequest, step: Step) -> None:
+        """Let the program die before a step of creating and releasing; no other is started."""
+
+    def remains(self, name: str) -> frozenset[Step]:
+        """What is there of an allocation, if it is the only one: by the steps that made it."""
+        return frozenset(step for step in CREATION if self._is_there(step, name))
+
+    @abstractmethod
+    def _is_there(self, step: Step, name: str) -> bool:
+        """Whether there is anything of what a step made."""
 
     # What processes do.
 
@@ -192,28 +224,47 @@ class SimulatedWorld(World):
     inspector = SimulatedInspector()
 
     def __init__(self) -> None:
-        self.node = SimulatedNode(frozenset({IMAGE, OTHER_IMAGE}), hook=self._hook)
+        super().__init__()
+        self.node = SimulatedNode(frozenset({IMAGE, OTHER_IMAGE}), hook=self.before)
         self._occupied: set[str] = set()
-        self._crash_at: SimulatedStep | None = None
 
-    def _hook(self, step: SimulatedStep, name: str) -> None:
-        if step is self._crash_at:
-            raise SimulatedCrash
-        if step is SimulatedStep.SCOPE and name in self._occupied:
-            raise SimulatedFailure("make the scope: mkdir(2): EEXIST")
+    def before(self, step: Step, name: str) -> None:
+        if step is Step.SCOPE and name in self._occupied:
+            raise SimulatedFailure("mkdir(2): EEXIST")
+        super().before(step, name)
+
+    def fail(self) -> NoReturn:
+        raise SimulatedFailure("test(2): EIO")
+
+    def die(self) -> NoReturn:
+        raise SimulatedCrash
 
     def launch(self) -> None:
         self.backend = SimulatedBackend(
             self.node, hold_time_s=HOLD_TIME_S, clock=lambda: self.now_s
         )
 
-    def crash_while_creating(self, request: NamespaceRequest, point: CrashPoint) -> Recovery:
-        crash_at = SimulatedStep.ANCHOR if point == "intended" else SimulatedStep.PUBLISH
-        self._crash_at = crash_at
+    def crash(self, request: NamespaceRequest, step: Step) -> None:
+        self.dies_at = step
         with suppress(SimulatedCrash):
             self.backend.create_namespaces(request)
-        self._crash_at = None
-        return self.restart()
+            self.backend.release_namespaces(request.allocation_id)
+        self.dies_at = None
+        self.backend.close()
+
+    def _is_there(self, step: Step, name: str) -> bool:
+        there, entry = self.node.allocations.get(name), self.node.journal.get(name)
+        match step:
+            case Step.INTEND:
+                return entry is not None
+            case Step.SCOPE:
+                return there is not None and there.scope is not None
+            case Step.IMAGE:
+                return bool(self.mounted())
+            case Step.ANCHOR:
+                return there is not None and not there.is_init_gone
+            case _:
+                return entry is not None and entry.state is AllocationState.CREATED
 
     def join(self, name: str) -> None:
         self.node.start_process(name, is_inside=False)
@@ -253,11 +304,21 @@ class SimulatedWorld(World):
         return self.node.mounted
 
     def leftovers(self) -> list[str]:
-        return sorted({*self.node.lives, *self.node.journal})
+        return sorted({*self.node.allocations, *self.node.journal})
 
     def close(self) -> None:
         self.backend.close()
         self.node.close()
+
+
+class HookedBackend(LinuxBackend):
+    """Tells of each step before it is done."""
+
+    before: Callable[[Step, str], None]
+
+    def _perform(self, step: Step, allocation: Any) -> str | None:
+        self.before(step, allocation.name)
+        return super()._perform(step, allocation)
 
 
 class LinuxWorld(World):
@@ -274,6 +335,7 @@ class LinuxWorld(World):
     def __init__(
         self, directory: Path, cgroup2: Path, image_root: Path, features: Features | None = None
     ) -> None:
+        super().__init__()
         self.features = features or Features.probe()
         self.inspector = KernelInspector(self.features)
         self.state_dir = directory / "state"
@@ -287,9 +349,18 @@ class LinuxWorld(World):
         self.backend = self.program()
 
     def program(self) -> LinuxBackend:
-        return LinuxBackend.for_provider(
+        backend = HookedBackend.for_provider(
             self.settings, self.state_dir, clock=lambda: self.now_s, features=self.features
         )
+        assert isinstance(backend, HookedBackend)
+        backend.before = self.before
+        return backend
+
+    def fail(self) -> NoReturn:
+        raise SyscallError("test(2)", errno.EIO)
+
+    def die(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
     @property
     def program_now(self) -> LinuxBackend:
@@ -297,23 +368,44 @@ class LinuxWorld(World):
         assert isinstance(self.backend, LinuxBackend)
         return self.backend
 
-    def crash_while_creating(self, request: NamespaceRequest, point: CrashPoint) -> Recovery:
+    def crash(self, request: NamespaceRequest, step: Step) -> None:
         self.backend.close()
-        arguments = [
-            point,
-            self.state_dir,
-            self._cgroup2,
-            self._image_root,
-            self.settings.uenv_base,
-            request.allocation_id,
-            request.uenv_image or "",
-            *(kind.value for kind in request.namespaces),
-        ]
-        died = subprocess.run([sys.executable, "-c", _CRASH, *arguments], cwd=_PACKAGES)
-        assert died.returncode == -signal.SIGKILL
+        program = os.fork()
+        if program == 0:
+            try:
+                self.dies_at = step
+                self.launch()
+                self.backend.create_namespaces(request)
+                self.backend.release_namespaces(request.allocation_id)
+            finally:
+                os._exit(1)
+        assert os.waitpid(program, 0) == (program, signal.SIGKILL)
         # Its forge goes, too, and only then can the anchors' cgroup go with this world.
         eventually(self._has_no_forge)
-        return self.start()
+
+    def _is_there(self, step: Step, name: str) -> bool:
+        match step:
+            case Step.INTEND:
+                return self.entry(name) is not None
+            case Step.SCOPE:
+                return self.scope(name).is_dir()
+            case Step.IMAGE:
+                return bool(self.mounted())
+            case Step.ANCHOR:
+                return bool(self.anchors())
+            case _:
+                entry = self.entry(name)
+                return entry is not None and entry.state is AllocationState.CREATED
+
+    def entry(self, name: str) -> Entry | None:
+        """What the journal says of an allocation, whether the program runs or not."""
+        journal = self.program_now._journal
+        try:
+            assert journal is not None
+            entries = journal.entries()
+        except sqlite3.ProgrammingError:  # it is closed
+            entries = read_journal(self.state_dir).entries
+        return next((entry for entry in entries if entry.allocation_id == name), None)
 
     def _has_no_forge(self) -> bool:
         procs = self.anchors_cgroup / "cgroup.procs"
@@ -369,7 +461,7 @@ class LinuxWorld(World):
         os.kill(self.init_of(name), signal.SIGKILL)
 
     def init_of(self, name: str) -> int:
-        anchor = self.program_now._life(name).anchor
+        anchor = self.program_now._find(name).anchor
         assert anchor is not None
         return anchor.pid
 
@@ -421,12 +513,8 @@ class LinuxWorld(World):
 
 def loop_images() -> Iterator[Path]:
     """The file behind every loop device of this machine."""
-    for path in Path("/sys/block").glob("loop*/loop/backing_file"):
-        try:
-            yield Path(path.read_text().rstrip("\n").removesuffix(" (deleted)"))
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
-                raise
+    for _, path in loop_devices():
+        yield Path(path.removesuffix(" (deleted)"))
 
 
 def _is_removed(cgroup: Path) -> bool:
@@ -435,27 +523,6 @@ def _is_removed(cgroup: Path) -> bool:
     except OSError as error:
         return error.errno == errno.ENOENT
     return True
-
-
-_PACKAGES: Final = Path(__file__).resolve().parents[2]
-
-_CRASH: Final = """
-import os, signal, sys
-from pathlib import Path
-from linux import backend
-from statemachine.messages import NamespaceRequest, NamespaceType
-
-point, state_dir, cgroup2, image_root, uenv_base, name, image, *kinds = sys.argv[1:]
-die = backend.Step("die", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-plan = backend.plan
-def deadly(request, *, has_scopes):
-    return (*(plan(request) if point == "made" else ()), die)
-backend.plan = deadly
-settings = backend.NodeSettings(Path(cgroup2), Path(image_root), Path(uenv_base))
-program = backend.LinuxBackend.for_provider(settings, Path(state_dir), clock=lambda: 0.0)
-request = NamespaceRequest(name, tuple(map(NamespaceType, kinds)), image or None)
-program.create_namespaces(request)
-"""
 
 
 @contextmanager

@@ -87,7 +87,7 @@ def provider_events(names: str) -> list[Event]:
         events += [on.ConnectionLost(c)] * 2
         events += [on.RequestReceived(c, r) for r in requests] * 2
         events += [on.EndReceived(c, name) for name in (*names, "nobody")]
-        events += [on.EndRepeated(c, "a"), on.RequestRepeated(c, requests[0])]
+        events += [on.EndRepeated(), on.RequestRepeated()]
     for r in requests:
         name, response = r.allocation_id, response_to(r)
         events += [on.NamespacesCreated(name, response)] * 3
@@ -96,7 +96,7 @@ def provider_events(names: str) -> list[Event]:
         events += [on.ResponseSent(name, c) for c in CONNECTIONS]
         events += [on.ResponseNotSent(name, 1, FdPassing("x"))]
         events += [on.RemainsFound(name, REQUESTS[name][0])]
-        events += [on.NamespacesNotCreated(name, CreationFailed("x")), on.Unclaimed(name)]
+        events += [on.NamespacesNotCreated(name, CreationFailed("x")), on.Unclaimed()]
         events += [on.ReleaseDelayed(name, "x"), on.NamespacesReleased(name)] * 2
         for kind in AT_ONCE:
             events.append(kind(name))
@@ -137,7 +137,7 @@ CONSUMER_EVENTS: Final[list[Event]] = [
     on.EndAnnounced(),
     on.EndOwed(),
     on.EndOwedApart(),
-    on.Unclaimed("a"),
+    on.Unclaimed(),
     on.EndReceived(1, "a"),
 ]
 
@@ -176,7 +176,7 @@ def step(kernel: K, state: S, event: Event) -> tuple[K, S]:
         effects = kernel.receive(event)
     except ProtocolError as error:
         raise Difference(f"the kernel does not take {event}: {error}") from None
-    found = model.agree(effects, said) + _other_states(kernel, after)
+    found = model.differences(effects, said) + _other_states(kernel, after)
     if found:
         raise Difference(f"{event}: {found}")
     return kernel, after
@@ -252,8 +252,8 @@ def _other_states(kernel: Receiver, state: Any) -> list[str]:
         if ours != (state.state, state.notice):
             found.append(f"{ours}: {state.state}, {state.notice}")
     elif isinstance(kernel, ProviderKernel):
-        if kernel.phase.value != state.phase:
-            found.append(f"the kernel is {kernel.phase}, the model {state.phase}")
+        if kernel.service.value != state.phase:
+            found.append(f"the kernel is {kernel.service.value}, the model {state.phase}")
         for name in REQUESTS:
             if kernel.state_of(name).value != state.state_of(name):
                 found.append(f"{name}: {kernel.state_of(name)}, {state.state_of(name)}")

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
 from itertools import permutations
-from typing import Any, Final, get_type_hints
+from typing import Any, Final, get_args, get_type_hints
 
 from hypothesis import strategies as st
 
 from .. import effects as do
-from .. import events as on
 from ..effects import Effect
 from ..errors import NAMESPACE_ERRORS, NamespaceError
-from ..events import Event
+from ..events import ConsumerInput, Event, ProviderInput
 from ..lifecycle import _leaves
 from ..messages import (
     AllocationEnded,
@@ -26,7 +25,8 @@ from ..messages import (
 ORDERS: Final = tuple(order for size in range(4) for order in permutations(NamespaceType, size))
 """Every order of every subset of the types."""
 
-EVENTS: Final = tuple(sorted(_leaves(on, Event), key=lambda kind: kind.__name__))
+PROVIDER_INPUTS: Final[tuple[type[Event], ...]] = get_args(ProviderInput)
+CONSUMER_INPUTS: Final[tuple[type[Event], ...]] = get_args(ConsumerInput)
 EFFECTS: Final = tuple(sorted(_leaves(do, Effect), key=lambda kind: kind.__name__))
 
 
@@ -59,9 +59,14 @@ def requests() -> st.SearchStrategy[NamespaceRequest]:
     return every.filter(lambda request: objection(request) is None)
 
 
-def events() -> st.SearchStrategy[Event]:
-    """Return any event of either side; most of them are impossible at most times."""
-    return st.one_of([values_of(kind) for kind in EVENTS])
+def provider_inputs() -> st.SearchStrategy[ProviderInput]:
+    """Return any event that a provider's kernel may be fed; most are impossible at most times."""
+    return st.one_of([values_of(kind) for kind in PROVIDER_INPUTS])
+
+
+def consumer_inputs() -> st.SearchStrategy[ConsumerInput]:
+    """Return any event that a consumer's kernel may be fed; most are impossible at most times."""
+    return st.one_of([values_of(kind) for kind in CONSUMER_INPUTS])
 
 
 def effects() -> st.SearchStrategy[Effect]:

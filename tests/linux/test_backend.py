@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from linux.backend import SELF_SERVICE_SLICE, LinuxBackend, NodeSettings, instance_of, plan
+from linux.backend import SELF_SERVICE_SLICE, LinuxBackend, NodeSettings, instance_of
 from linux.cgroups import WORKLOAD_SLICE, Scope, ScopeError, remove_slices
 from linux.features import OLDEST, Features
 from linux.forge.client import Forge
@@ -22,11 +22,12 @@ from linux.journal import JournalBusy, JournalCorrupt, read_journal
 from linux.survey import PROCESSES_SHOWN_MAX, states_of
 from linux.testing.worlds import LIGHT, LinuxWorld, eventually, loop_images, real
 from statemachine.errors import CreationFailed, FdPassing
+from statemachine.lifecycle import AllocationState
 from statemachine.messages import NamespaceRequest
-from tests.support.forging import ALL, new_token, pids_with_token
+from tests.support.forging import new_token, pids_with_token
 from tests.support.scarcity import descriptors_left
-from transport.calls import guarded_by
-from transport.contract import Sighting, Standing
+from transport.calls import hook_syscalls
+from transport.contract import Sighting, Step
 
 pytestmark = pytest.mark.needs_root
 
@@ -64,33 +65,6 @@ def refusal_of(backend: LinuxBackend, request: NamespaceRequest) -> str:
     return caught.value.reason
 
 
-# --- The plan ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("request_", "has_scopes", "steps"),
-    [
-        (NamespaceRequest("x", ()), True, ["make the scope", "make the namespaces"]),
-        (NamespaceRequest("x", ALL), False, ["make the namespaces"]),
-        (
-            NamespaceRequest("x", ALL, "a.sqfs"),
-            True,
-            ["make the scope", "mount the image", "make the namespaces"],
-        ),
-    ],
-    ids=["no types", "no cgroups", "with an image"],
-)
-def test_basic_plan_names_its_steps_in_order(
-    request_: NamespaceRequest, has_scopes: bool, steps: list[str]
-) -> None:
-    assert [step.name for step in plan(request_, has_scopes=has_scopes)] == steps
-
-
-def test_a_plan_depends_on_the_request_alone() -> None:
-    request = NamespaceRequest("x", ALL, "a.sqfs")
-    assert plan(request) == plan(request)
-
-
 def test_the_intent_is_journaled_before_anything_is_made(
     world: LinuxWorld, allocation_id: str
 ) -> None:
@@ -101,7 +75,7 @@ def test_the_intent_is_journaled_before_anything_is_made(
         passed.append(f"{getattr(function, '__name__', '')} {args}")
         return function(*args, **kwargs)
 
-    with guarded_by(note):
+    with hook_syscalls(note):
         world.program_now.create_namespaces(request_for(allocation_id))
     intent = next(i for i, call in enumerate(passed) if "INSERT INTO allocation" in call)
     made = next(i for i, call in enumerate(passed) if f"{allocation_id}.scope" in call)
@@ -313,7 +287,7 @@ def test_a_full_journal_keeps_nothing_alive(small_world: LinuxWorld, allocation_
 def tells_of_the_journal(world: LinuxWorld, name: str) -> bool:
     """Whether the journal is all that is left to be done."""
     world.backend.release_namespaces(name)
-    return (world.backend.why_alive(name) or "").startswith("strike it out of the journal: ")
+    return (world.backend.why_alive(name) or "").startswith("remove the journal entry: ")
 
 
 # --- Two providers on a node -------------------------------------------------------------------
@@ -363,10 +337,12 @@ def test_a_scope_that_others_have_put_in_its_place_is_left_alone(
 def test_what_was_half_made_has_left_only_what_the_journal_says(
     world: LinuxWorld, allocation_id: str
 ) -> None:
-    (adoption,) = world.crash_while_creating(request_for(allocation_id, IMAGE), "made").adoptions
-    assert adoption.standing is Standing.REMAINS
-    (entry,) = world.program_now._journal.entries()  # type: ignore[union-attr]
-    assert (entry.state, entry.anchor) == ("requested", None)
+    world.crash(request_for(allocation_id, IMAGE), Step.PUBLISH)
+    (adoption,) = world.start().adoptions
+    assert adoption.state is AllocationState.ENDED
+    entry = world.entry(allocation_id)
+    assert entry is not None
+    assert (entry.state, entry.anchor) == (AllocationState.REQUESTED, None)
     assert world.anchors() == [entry.incarnation]
     world.release(allocation_id)
 
@@ -388,7 +364,7 @@ def test_why_an_ended_allocation_is_alive_is_journaled(
     why = world.backend.why_alive(allocation_id)
     world.backend.close()
     (entry,) = read_journal(world.state_dir).entries
-    assert (entry.state, entry.why) == ("ended", why)
+    assert (entry.state, entry.why) == (AllocationState.ENDED, why)
     world.start()
     world.disentangle(allocation_id)
     world.release(allocation_id)

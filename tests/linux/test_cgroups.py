@@ -228,7 +228,7 @@ def test_a_used_scope_without_an_owner_is_never_touched(
             Scope.create(root, "alloc", OWNER)
         found = Scope.open(root, "alloc", OWNER)
         assert found is not None
-        with pytest.raises(ScopeError, match=r"EPERM.*carries no owner"):
+        with pytest.raises(ScopeError, match=r"EPERM.*it has no owner"):
             found.kill()
         assert not found.remove()
         assert process.poll() is None

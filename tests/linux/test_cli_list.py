@@ -14,7 +14,7 @@ import pytest
 from linux.cli.exits import ExitCode
 from linux.forge.spawn import spawn_within
 from linux.journal import JOURNAL_NAME, Entry, Journal
-from statemachine import NamespaceRequest
+from statemachine import AllocationState, NamespaceRequest
 from tests.support.programs import (
     DEADLINE_S,
     MOUNT,
@@ -147,7 +147,7 @@ def test_nothing_is_made_where_there_is_nothing(tmp_path: Path) -> None:
 def test_what_was_before_the_boot_is_shown_as_gone(tmp_path: Path, allocation_id: str) -> None:
     with Journal(tmp_path, "another boot") as journal:
         request = NamespaceRequest(allocation_id, (PID,))
-        journal.intend(Entry(allocation_id, "token", "requested", request))
+        journal.intend(Entry(allocation_id, "token", AllocationState.REQUESTED, request))
     (seen,) = listed(tmp_path)["allocations"]
     assert seen["why"] == "the node was booted since; nothing of it is left"
 

@@ -18,8 +18,8 @@ from typing import Any, Final
 import pytest
 
 from linux.demo import command as demo
+from linux.demo.host import PREFIX
 from linux.demo.report import COLUMNS_MAX, Interrupted, Report
-from linux.demo.stage import PREFIX
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 PACKAGES: Final = ("statemachine", "transport", "linux")

@@ -451,7 +451,9 @@ for _ in range(2):
         print(error)
 """
     found = run_owner(features, program, "unshare", "-Ur")
-    assert found == ["come home: setns(2): EPERM (Operation not permitted)"] * 2
+    assert (
+        found == ["return to the node's namespaces: setns(2): EPERM (Operation not permitted)"] * 2
+    )
 
 
 def test_without_capabilities_the_refusal_is_eperm_and_the_forge_lives(features: Features) -> None:
@@ -569,7 +571,7 @@ def test_anchor_that_a_dying_forge_did_not_announce_is_killed(
             made(forge, plan()) as other,
         ):
             wait_until(partial(is_visible, anchor))
-            forge._kill_unannounced(anchor.token)
+            forge._kill_unreported(anchor.token)
             wait_dead(anchor)
             assert other.is_alive()
 

@@ -18,7 +18,6 @@ import pytest
 from linux.journal import (
     JOURNAL_NAME,
     LOCK_NAME,
-    REMEMBERED_MAX,
     Entry,
     Journal,
     JournalBusy,
@@ -26,7 +25,9 @@ from linux.journal import (
     JournalUnavailable,
     read_journal,
 )
+from statemachine.lifecycle import AllocationState
 from statemachine.messages import NamespaceRequest, NamespaceType
+from statemachine.provider import REMEMBERED_MAX
 
 BOOT: Final = "7b5e1b2e-0000-4000-8000-000000000001"
 OTHER_BOOT: Final = "7b5e1b2e-0000-4000-8000-000000000002"
@@ -41,7 +42,7 @@ def requested(allocation_id: str, image: str | None = None) -> Entry:
     return Entry(
         allocation_id=allocation_id,
         incarnation=f"token-of-{allocation_id}",
-        state="requested",
+        state=AllocationState.REQUESTED,
         request=NamespaceRequest(allocation_id, namespaces, image),
     )
 
@@ -54,15 +55,19 @@ def test_basic(tmp_path: Path) -> None:
     entry = requested("alloc-42", "pytorch-2.5.sqfs")
     with Journal(tmp_path, BOOT) as journal:
         journal.intend(entry)
-        journal.publish("alloc-42", "created", anchor=ANCHOR, scope_path="/cg/alloc-42.scope")
-        journal.publish("alloc-42", "handed_off", mount_path="/run/pact/uenv/pytorch-2.5")
-        journal.publish("alloc-42", "ended", why="process 7 cannot die yet")
+        journal.publish(
+            "alloc-42", AllocationState.CREATED, anchor=ANCHOR, scope_path="/cg/alloc-42.scope"
+        )
+        journal.publish(
+            "alloc-42", AllocationState.HANDED_OFF, mount_path="/run/pact/uenv/pytorch-2.5"
+        )
+        journal.publish("alloc-42", AllocationState.ENDED, why="process 7 cannot die yet")
         (found,) = journal.entries()
         journal.forget("alloc-42")
 
         assert found == replace(
             entry,
-            state="ended",
+            state=AllocationState.ENDED,
             mount_path="/run/pact/uenv/pytorch-2.5",
             anchor=ANCHOR,
             scope_path="/cg/alloc-42.scope",
@@ -87,8 +92,8 @@ def test_entries_survive_the_journal_in_their_order(tmp_path: Path) -> None:
 def test_a_field_can_be_taken_back(tmp_path: Path) -> None:
     with Journal(tmp_path, BOOT) as journal:
         journal.intend(requested("alloc"))
-        journal.publish("alloc", "ended", why="busy")
-        journal.publish("alloc", "ended", why=None)
+        journal.publish("alloc", AllocationState.ENDED, why="busy")
+        journal.publish("alloc", AllocationState.ENDED, why=None)
         assert journal.entries()[0].why is None
 
 
@@ -103,15 +108,15 @@ def test_intending_twice_changes_nothing(tmp_path: Path) -> None:
 def test_a_state_never_goes_back(tmp_path: Path) -> None:
     with Journal(tmp_path, BOOT) as journal:
         journal.intend(requested("alloc"))
-        journal.publish("alloc", "ended")
+        journal.publish("alloc", AllocationState.ENDED)
         with pytest.raises(ValueError, match="it cannot become handed_off"):
-            journal.publish("alloc", "handed_off")
-        assert journal.entries()[0].state == "ended"
+            journal.publish("alloc", AllocationState.HANDED_OFF)
+        assert journal.entries()[0].state is AllocationState.ENDED
 
 
 def test_publishing_the_unknown_is_an_error(tmp_path: Path) -> None:
     with Journal(tmp_path, BOOT) as journal, pytest.raises(KeyError):
-        journal.publish("nobody", "created")
+        journal.publish("nobody", AllocationState.CREATED)
 
 
 def test_forgetting_the_unknown_remembers_nothing(tmp_path: Path) -> None:
@@ -301,10 +306,10 @@ def test_a_write_that_finds_no_room_leaves_the_entry_as_it_was(tmp_path: Path) -
         # As full as a file system can be, for this one database.
         journal._database.execute("PRAGMA max_page_count = 1")
         with pytest.raises(JournalUnavailable, match="full"):
-            journal.publish("alloc", "ended", why="x" * 100_000)
+            journal.publish("alloc", AllocationState.ENDED, why="x" * 100_000)
         assert journal.entries() == (requested("alloc"),)
-        journal.publish("alloc", "ended")
-        assert journal.entries()[0].state == "ended"
+        journal.publish("alloc", AllocationState.ENDED)
+        assert journal.entries()[0].state is AllocationState.ENDED
 
 
 def test_threads_write_side_by_side(tmp_path: Path) -> None:
@@ -315,7 +320,7 @@ def test_threads_write_side_by_side(tmp_path: Path) -> None:
             for number in range(each):
                 name = f"{worker}-{number}"
                 journal.intend(requested(name))
-                journal.publish(name, "created", anchor=ANCHOR)
+                journal.publish(name, AllocationState.CREATED, anchor=ANCHOR)
                 if number % 2:
                     journal.forget(name)
 
@@ -325,7 +330,7 @@ def test_threads_write_side_by_side(tmp_path: Path) -> None:
         for worker in workers:
             worker.join()
         assert len(journal.remembered()) == threads * (each // 2)
-        assert {entry.state for entry in journal.entries()} == {"created"}
+        assert {entry.state for entry in journal.entries()} == {AllocationState.CREATED}
         assert len(journal.entries()) == threads * (each - each // 2)
 
 
@@ -395,10 +400,11 @@ PROVIDERS: Final = """
 import sys
 from pathlib import Path
 from linux.journal import Journal
+from statemachine.lifecycle import AllocationState
 
 for _ in range(60):
     with Journal(Path(sys.argv[1]), sys.argv[2]) as journal:
-        journal.publish("alloc", "requested", why="again")
+        journal.publish("alloc", AllocationState.REQUESTED, why="again")
 """
 
 
@@ -426,15 +432,16 @@ WRITER: Final = """
 import sys
 from pathlib import Path
 from linux.journal import Entry, Journal
+from statemachine.lifecycle import AllocationState
 from statemachine.messages import NamespaceRequest
 
 journal = Journal(Path(sys.argv[1]), sys.argv[2])
 number = 0
 while True:
     name = f"alloc-{number}"
-    journal.intend(Entry(name, "token", "requested", NamespaceRequest(name, ())))
+    journal.intend(Entry(name, "token", AllocationState.REQUESTED, NamespaceRequest(name, ())))
     print("intended", number, flush=True)
-    journal.publish(name, "created", anchor={"pid": number})
+    journal.publish(name, AllocationState.CREATED, anchor={"pid": number})
     print("created", number, flush=True)
     if number % 3 == 0:
         journal.forget(name)
@@ -484,7 +491,7 @@ def test_whatever_was_written_survives_kill_9(tmp_path: Path, seed: int) -> None
         if word == "forgotten":
             assert name in over
         elif word == "created" and name in found:
-            assert found[name].state == "created"
+            assert found[name].state is AllocationState.CREATED
             assert found[name].anchor == {"pid": number}
     # At most the one step that was under way when it died is there without having been told.
     assert set(found) | over <= {f"alloc-{number}" for number in range(last + 2)}

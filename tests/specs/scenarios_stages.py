@@ -32,7 +32,8 @@ from tests.suites.stateful.adapters import InProcess
 from tests.support.programs import Daemon, environment
 from transport.contract import SelfService
 from transport.descriptors import DescriptorBundle, Inspector
-from transport.request import _Exchange, _perform
+from transport.request.blocking import perform
+from transport.request.exchange import Exchange
 from transport.testing.in_process import put_through
 from transport.testing.machine import Work
 from transport.trace import Entry, Recovery, Start, Turn, decode_line
@@ -99,7 +100,7 @@ class Stage(ABC):
     @abstractmethod
     def release(self, name: str) -> None: ...
     @abstractmethod
-    def connect(self, exchange: _Exchange) -> None: ...
+    def connect(self, exchange: Exchange) -> None: ...
     @abstractmethod
     def enter(self, name: str, call: Call) -> None: ...
     @abstractmethod
@@ -190,7 +191,7 @@ class OnKernels(Stage):
     def release(self, name: str) -> None:
         self._adapter.release(name)
 
-    def connect(self, exchange: _Exchange) -> None:
+    def connect(self, exchange: Exchange) -> None:
         if self._is_there:
             put_through(exchange, self._adapter._connect())
         else:
@@ -202,7 +203,7 @@ class OnKernels(Stage):
 
     def leave(self, name: str) -> None:
         nodes = [self._world.node, *self._own.values()]
-        next(node for node in nodes if name in node.lives).end_process(name)
+        next(node for node in nodes if name in node.allocations).end_process(name)
 
     def kill_init(self, name: str) -> None:
         self._world.kill_init(name)
@@ -215,11 +216,11 @@ class OnKernels(Stage):
 
     def _node_of(self, call: Call) -> SimulatedNode:
         own = self._own[call.consumer.name]
-        return own if call.name in own.lives else self._world.node
+        return own if call.name in own.allocations else self._world.node
 
     def self_service(self, name: str) -> SelfService:
         node = self._own[name] = SimulatedNode(frozenset({IMAGE}))
-        return SimulatedBackend(node)
+        return SimulatedBackend(node, has_journal=False)
 
     def own_is_gone(self, name: str) -> None:
         self._own.pop(name).close()
@@ -238,19 +239,19 @@ class OnKernels(Stage):
         return [*fresh, *(self._turns() if self._is_there else [])]
 
     def sights(self) -> dict[str, Sight]:
-        return {name: self._sight(life) for name, life in self._world.node.lives.items()}
+        return {name: self._sight(life) for name, life in self._world.node.allocations.items()}
 
     def own_sight(self, name: str, call: Call) -> Sight | None:
-        life = self._own[call.consumer.name].lives.get(name)
+        life = self._own[call.consumer.name].allocations.get(name)
         return None if life is None else self._sight(life)
 
     def _sight(self, life: Any) -> Sight:
         kinds = () if life.is_init_gone else tuple(held.namespace.kind for held in life.namespaces)
-        living = sum(each.member.is_alive for each in life.workload)
+        living = sum(each.member.is_alive for each in life.processes)
         return Sight(kinds, life.scope is not None, living)
 
     def images(self) -> dict[str, int]:
-        lives = self._world.node.lives.values()
+        lives = self._world.node.allocations.values()
         return {
             image: sum(life.image == image and not life.is_init_gone for life in lives)
             for image in self._world.node.mounted
@@ -372,8 +373,8 @@ class OnDaemon(Stage):
     def release(self, name: str) -> None:
         self._daemon.tell("release", name)
 
-    def connect(self, exchange: _Exchange) -> None:
-        _perform(exchange, do.Connect())
+    def connect(self, exchange: Exchange) -> None:
+        perform(exchange, do.Connect())
 
     def enter(self, name: str, call: Call) -> None:
         exchange = call.exchange

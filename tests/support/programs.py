@@ -140,7 +140,7 @@ class Daemon:
 
     def states(self) -> dict[str, str]:
         """The allocations that its journal has, and the state of each."""
-        return {x.allocation_id: x.state for x in read_journal(self.state_dir).entries}
+        return {x.allocation_id: x.state.value for x in read_journal(self.state_dir).entries}
 
     def alive(self) -> list[str]:
         """The allocations that its journal has."""

@@ -30,7 +30,7 @@ from statemachine.messages import NamespaceRequest, NamespaceType
 from tests.suites.fidelity.machines import Call
 from tests.suites.fidelity.mounts import make_image
 from transport.contract import Recovery, Sighting
-from transport.descriptors import NamespaceIdentity
+from transport.descriptors import DescriptorBundle, NamespaceIdentity
 
 ALLOCATIONS: Final = 2
 """How many allocations there may be at a time."""
@@ -72,6 +72,7 @@ class Program:
         self._world: Final = world
         self._lives: Final[dict[int, _Seen]] = {}
         self._names: Final[dict[str, int]] = {}
+        self._kept: Final[dict[int, DescriptorBundle]] = {}
         self._begin()
 
     def _begin(self) -> None:
@@ -89,6 +90,8 @@ class Program:
 
     def clear(self) -> None:
         """Release everything."""
+        for number in tuple(self._kept):
+            self.let_go(number)
         for number in tuple(self._lives):
             self.disentangle(number)
             self.release(number)
@@ -115,10 +118,22 @@ class Program:
 
         return _said(is_as_before)
 
+    def keep(self, number: int) -> object:
+        """Keep descriptors as a consumer does, whatever becomes of the allocation."""
+        self.let_go(number)
+
+        def open_bundle() -> bool:
+            self._kept[number] = self._world.backend.bundle_of(self._name(number))
+            return True
+
+        return _said(open_bundle)
+
+    def let_go(self, number: int) -> None:
+        bundle = self._kept.pop(number, None)
+        if bundle is not None:
+            bundle.close()
+
     def watch(self, number: int) -> object:
-        life = self._lives.get(number)
-        if life is not None and life.is_ended:
-            return None  # nobody watches what is being released
         return _said(self._world.backend.watch, self._name(number))
 
     def seen(self, number: int) -> object:
@@ -181,7 +196,7 @@ class Program:
         for life in self._lives.values():
             life.last, life.has_seen_init_die = "unused", False
         found = sorted(
-            (self._names[each.request.allocation_id], each.standing.value)
+            (self._names[each.request.allocation_id], each.state.value)
             for each in recovery.adoptions
         )
         remembered = [self._names[name] for name in recovery.remembered if name in self._names]

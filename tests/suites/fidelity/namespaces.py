@@ -25,7 +25,7 @@ from linux.simulated.namespaces import (
     SimulatedNamespace,
     SimulatedNamespaces,
     SimulatedTask,
-    Stage,
+    TaskState,
 )
 from linux.syscalls import Ioctl, SyscallError
 from statemachine.messages import NamespaceType
@@ -156,7 +156,7 @@ class SimulatedWorker(SimulatedMachine, Namespaces):
     def is_dead(self, process: int) -> bool | None:
         if process >= len(self._processes):
             return None
-        return self._processes[process].stage in (Stage.DEAD, Stage.REAPED)
+        return self._processes[process].state in (TaskState.DEAD, TaskState.REAPED)
 
     def reap(self, process: int) -> None:
         if process < len(self._processes):

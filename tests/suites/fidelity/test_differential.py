@@ -96,7 +96,7 @@ SABOTAGES: list[tuple[str, object, str, Any]] = [
     ("sockets", simulated_socket.SimulatedSocket, "released", lambda self: None),
     ("cgroups", SimulatedCgroup, "is_populated", property(lambda self: bool(self.members))),
     ("namespaces", SimulatedNamespace, "takes_tasks", property(lambda self: True)),
-    ("mounts", SimulatedMount, "audience", lambda self: []),
+    ("mounts", SimulatedMount, "receivers", lambda self: []),
     ("backends", SimulatedBackend, "watch", lambda self, name: None),
 ]
 

@@ -1,10 +1,10 @@
-"""What can be shown on this machine, to this user?
+"""What the demonstration can show on this machine as this user, and how it does so without root.
 
-As root everything. Without root the demonstration moves into a user namespace of its own, where it
-is root over new namespaces and over nothing else: what is made there is as real, and what the Linux
-kernel does not allow there is named. Where not even that is allowed, the node is simulated.
+As root everything. Without root it moves into a user namespace of its own, where it is root over
+new namespaces and nothing else: they are as real, and what the Linux kernel does not allow there is
+listed. Where that is not allowed either, the node is simulated.
 
-Each thing that is missing is found out by trying it, never by who asks.
+Each thing that is missing is found by trying it, not by the user id.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from ..syscalls import SyscallError
 from .inside import IMAGE_FILE
 
 PREFIX: Final = "nshandoff-demo-"
-"""How the private folder's name begins; each allocation's begins with the whole of that."""
+"""Prefix of the private folder's name, which is the prefix of the allocations' names."""
 
 IMAGE: Final = "hello.sqfs"
-"""The image that both allocations share."""
+"""The image that both allocations use."""
 
 IMAGE_TEXT: Final = "hello from the image"
-"""What its one file says."""
+"""The text in its only file."""
 
 OUTSIDE_VARIABLE: Final = "NSHANDOFF_DEMO_OUTSIDE"
 """Set in the demonstration's own user namespace, to the user id that started it outside."""
@@ -44,8 +44,8 @@ UNSHARE: Final = (
     *("--user", "--map-root-user", "--mount", "--pid", "--net", "--cgroup"),
     *("--fork", "--mount-proc", "--kill-child", "--"),
 )
-"""How a user becomes root over new namespaces, and nothing else (unshare(1)). All of them are new
-because the forge comes home after every anchor, and one can only come home to what one owns."""
+"""Makes a user root over new namespaces, and nothing else (unshare(1)). All of them are new because
+the forge returns to its own after every anchor, and may only enter those of its user namespace."""
 
 _CAP_SYS_ADMIN: Final = 21
 _INITIAL_UID_MAP: Final = ["0", "0", "4294967295"]
@@ -59,13 +59,13 @@ _NO_SCOPE_WITHOUT_ROOT: Final = (
 _NO_SCOPE: Final = "so the first allocation ends with its init, not by its cgroup emptying"
 
 
-class StageError(Exception):
-    """This machine, or this user on it, cannot show what was asked for."""
+class CannotShow(Exception):
+    """This machine, or this user on it, cannot show what was requested."""
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
-    """What can be shown, and with what."""
+class Host:
+    """What the demonstration has on this machine."""
 
     folder: Path
     """Private and temporary."""
@@ -73,7 +73,7 @@ class Stage:
     cgroup2: Path | None = None
     """Where scopes are made; None without scopes."""
     image: str | None = None
-    """What both allocations ask for; None without an image."""
+    """What both allocations request; None without an image."""
     missing: Mapping[str, str] = field(default_factory=dict)
     """What cannot be shown, with the reason."""
 
@@ -98,13 +98,13 @@ class Stage:
         return self.folder / "uenv"
 
     def close(self) -> None:
-        """Take down what was put up; the folder is its maker's."""
+        """Undo what was mounted for it; the caller removes the folder."""
         if self.cgroup2 is not None and self.cgroup2.is_relative_to(self.folder):
             syscalls.umount2(self.cgroup2)
 
 
 def is_root_here() -> bool:
-    """Say whether this process may make namespaces and can come home from them."""
+    """Say whether this process may make namespaces and return from them."""
     is_ours = OUTSIDE_VARIABLE in os.environ
     return _has_capability(_CAP_SYS_ADMIN) and (is_ours or _is_in_initial_user_namespace())
 
@@ -125,25 +125,28 @@ def why_no_user_namespace() -> str | None:
 
 
 def enter_user_namespace(arguments: list[str]) -> NoReturn:
-    """Become the same demonstration, in a user namespace of its own."""
-    environment = dict(os.environ)
-    paths = [_PACKAGES, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
-    environment["PYTHONPATH"] = os.pathsep.join(paths)
-    environment[OUTSIDE_VARIABLE] = str(os.geteuid())
+    """Execute the same demonstration in a user namespace of its own."""
+    environment = {**environment_for_us(), OUTSIDE_VARIABLE: str(os.geteuid())}
     command = [*UNSHARE, sys.executable, "-P", "-m", "linux", "demo", *arguments]
     os.execvpe(command[0], command, environment)
 
 
-def simulated_stage(folder: Path, why: str | None) -> Stage:
+def environment_for_us() -> dict[str, str]:
+    """Return our environment, with a PYTHONPATH that leads to these packages."""
+    paths = [_PACKAGES, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def simulated_host(folder: Path, why: str | None) -> Host:
     """Prepare a node that exists only in this program."""
     missing = {"namespaces": why} if why else {}
     inside = "a simulated namespace has no inside"
-    return Stage(
+    return Host(
         folder, is_simulated=True, image=IMAGE, missing={**missing, "a process in them": inside}
     )
 
 
-def real_stage(folder: Path, clock: Callable[[], float]) -> Stage:
+def real_host(folder: Path, clock: Callable[[], float]) -> Host:
     """
     Prepare this node.
 
@@ -152,12 +155,12 @@ def real_stage(folder: Path, clock: Callable[[], float]) -> Stage:
         clock: Monotonic seconds.
     """
     missing: dict[str, str] = {}
-    stage = Stage(folder)
-    for path in (stage.image_root, stage.uenv_base):
+    host = Host(folder)
+    for path in (host.image_root, host.uenv_base):
         path.mkdir()
     cgroup2 = _find_scopes(folder, missing)
-    image = _make_image(stage, clock, missing)
-    return Stage(folder, cgroup2=cgroup2, image=image, missing=missing)
+    image = _make_image(host, clock, missing)
+    return Host(folder, cgroup2=cgroup2, image=image, missing=missing)
 
 
 # --- cgroups ----------------------------------------------------------------------------------
@@ -177,7 +180,7 @@ def _find_scopes(folder: Path, missing: dict[str, str]) -> Path | None:
 
 
 def _delegated_cgroup(folder: Path) -> Path | None:
-    """Mount our own part of the cgroup tree, if it is one that the machine left to this user."""
+    """Mount the part of the cgroup tree that this user may write to, if there is one."""
     _protect_cgroups()
     root = folder / "cgroup"
     root.mkdir()
@@ -206,7 +209,7 @@ def _protect_cgroups() -> None:
 # --- the image --------------------------------------------------------------------------------
 
 
-def _make_image(stage: Stage, clock: Callable[[], float], missing: dict[str, str]) -> str | None:
+def _make_image(host: Host, clock: Callable[[], float], missing: dict[str, str]) -> str | None:
     if OUTSIDE_VARIABLE in os.environ:
         missing["the image"] = f"{_NO_IMAGE_WITHOUT_ROOT} ({_try_squashfs()})"
         return None
@@ -214,8 +217,8 @@ def _make_image(stage: Stage, clock: Callable[[], float], missing: dict[str, str
     if program is None:
         missing["the image"] = "there is no mksquashfs (package squashfs-tools) to make one with"
         return None
-    _run_mksquashfs(program, stage)
-    store = ImageStore(stage.image_root, 0.0, clock, Features.probe())
+    _run_mksquashfs(program, host)
+    store = ImageStore(host.image_root, 0.0, clock, Features.probe())
     with store:
         try:
             store.acquire(IMAGE, "demonstration").close()
@@ -225,15 +228,15 @@ def _make_image(stage: Stage, clock: Callable[[], float], missing: dict[str, str
     return IMAGE
 
 
-def _run_mksquashfs(program: str, stage: Stage) -> None:
-    tree = stage.folder / "tree"
+def _run_mksquashfs(program: str, host: Host) -> None:
+    tree = host.folder / "tree"
     tree.mkdir()
     (tree / IMAGE_FILE).write_text(f"{IMAGE_TEXT}\n", encoding="utf-8")
     options = ("-noappend", "-all-root", "-no-progress", "-quiet")
     answer, question = map(Descriptor, os.pipe())
     with answer, question:
         child = spawn_within(
-            [program, str(tree), str(stage.image_root / IMAGE), *options],
+            [program, str(tree), str(host.image_root / IMAGE), *options],
             _nothing(),
             stdout=question.fileno(),
             stderr=question.fileno(),
@@ -241,11 +244,11 @@ def _run_mksquashfs(program: str, stage: Stage) -> None:
         question.close()
         said = _read_all(answer)
     if child.wait() != 0:
-        raise StageError(f"mksquashfs: {said.strip()}")
+        raise CannotShow(f"mksquashfs: {said.strip()}")
 
 
 def _try_squashfs() -> str:
-    """Say what the Linux kernel answers to who would mount squashfs here."""
+    """Return the error of an attempt to mount squashfs here."""
     try:
         with syscalls.fsopen("squashfs") as context:
             syscalls.fsconfig_create(context)
@@ -269,7 +272,7 @@ def _is_in_initial_user_namespace() -> bool:
 
 
 def _nothing() -> DescriptorBundle:
-    """Name no namespace: whatever is started stays where this process is."""
+    """Return an empty bundle: a process that is started with it stays in our namespaces."""
     return DescriptorBundle((), ())
 
 

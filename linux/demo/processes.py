@@ -1,8 +1,8 @@
-"""Who plays in the demonstration besides itself: a provider, and a resident in each allocation.
+"""The processes of the demonstration: a provider, and one process inside each allocation.
 
-A provider is a process of its own, `nshandoff serve`, or a thread for a node that is simulated.
-Both tell which states the allocations reach. A resident is `inside`, started in an
-allocation's namespaces and scope.
+The provider is `nshandoff serve` in a process of its own, or a thread if the node is simulated.
+Both report the states that allocations reach. The process inside an allocation executes
+`demo/inside.py` in the allocation's namespaces and scope.
 """
 
 from __future__ import annotations
@@ -38,89 +38,88 @@ from ..namespaces import KernelInspector
 from ..simulated import SimulatedBackend, SimulatedInspector, SimulatedNode
 from ..syscalls import SyscallError
 from . import inside
-from .stage import Stage, StageError
+from .host import CannotShow, Host, environment_for_us
 
 READY_TIMEOUT_S: Final = 15.0
-"""How long a provider may take until it serves."""
+"""How long a provider may take to start."""
 
 STOP_TIMEOUT_S: Final = 15.0
 """How long it may take to stop; then it is killed."""
 
 ANSWER_TIMEOUT_S: Final = 10.0
-"""How long a resident may take to answer a question, or to leave."""
+"""How long a process inside may take to answer a question, or to exit."""
 
 PIPE_BYTES_MAX: Final = 65536
 """Most that is read from a pipe at a time."""
 
-LOG_LINES_KEPT_MAX: Final = 5
-"""How much of what a provider said is quoted when it fails."""
+LOG_LINES_QUOTED_MAX: Final = 5
+"""How many lines of a provider's log are quoted when it fails."""
 
 
-class CastError(Exception):
-    """Somebody who plays in the demonstration is gone, or does not answer."""
+class DemoError(Exception):
+    """A process of the demonstration is gone, or does not answer."""
 
 
-class Company(Protocol):
-    """A provider, as the demonstration sees it."""
+class RunningProvider(Protocol):
+    """A provider that the demonstration has started."""
 
     @property
     def inspector(self) -> Inspector:
-        """Tells what the provider's descriptors are."""
+        """Identifies the provider's descriptors."""
         ...
 
     @property
     def description(self) -> str:
-        """Who it is, for people."""
+        """What it is, as text."""
         ...
 
     @property
     def is_running(self) -> bool:
-        """Whether it can still be asked for anything."""
+        """Whether it still serves."""
         ...
 
     def next_state(self, timeout_s: float) -> tuple[str, str] | None:
         """
-        Tell the next state that an allocation has reached.
+        Return the next state that an allocation has reached.
 
         Returns:
-            The allocation and the state; None if nothing happened in time.
+            The allocation and the state; None if none was reached in time.
 
         Raises:
-            CastError: the provider is gone.
+            DemoError: the provider is gone.
         """
         ...
 
     def stop(self) -> int:
         """
-        Stop the provider and wait for it; again is harmless.
+        Stop the provider and wait for it. Idempotent.
 
         Returns:
-            What it exited with.
+            Its exit code.
         """
         ...
 
 
-class LinuxCompany:
+class ProviderProcess:
     """
     A provider in a process of its own.
 
-    Serving when constructed. Stopped with `stop`, and only by that: what a terminal sends to the
-    demonstration does not reach it.
+    It serves when constructed. Only `stop` stops it: signals from the terminal do not reach it.
 
     Raises:
-        StageError: it cannot serve on this machine; it is gone.
+        CannotShow: it cannot serve on this machine; it has ended.
     """
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, host: Host) -> None:
         self.inspector: Final = KernelInspector(Features.probe())
         self._log: Final = _Lines()
         with ExitStack() as undo:
             undo.callback(self._log.close)
             with self._log.writable() as stderr, _open_null() as null:
                 self._child = spawn_within(
-                    _serve_command(stage),
+                    _serve_command(host),
                     DescriptorBundle((), ()),
-                    env=_environment(),
+                    env=environment_for_us(),
                     stdin=null.fileno(),
                     stdout=null.fileno(),
                     stderr=stderr.fileno(),
@@ -131,7 +130,7 @@ class LinuxCompany:
 
     @property
     def description(self) -> str:
-        """Who it is."""
+        """What it is."""
         return f"nshandoff serve, process {self._child.pid}"
 
     @property
@@ -140,7 +139,7 @@ class LinuxCompany:
         return self._child.poll() is None
 
     def next_state(self, timeout_s: float) -> tuple[str, str] | None:
-        """Read on in its log."""
+        """Read its log until the next state."""
         while True:
             line = self._log.take(timeout_s)
             if line is None:
@@ -150,7 +149,7 @@ class LinuxCompany:
                 return reached
 
     def stop(self) -> int:
-        """Ask it to stop, and wait; kill it if it does not."""
+        """Send SIGTERM and wait; kill it if it does not stop."""
         if self._child.returncode is None:
             self._child.send_signal(signal.SIGTERM)
             if not _has_ended(self._child.pid, STOP_TIMEOUT_S):
@@ -163,52 +162,46 @@ class LinuxCompany:
         try:
             while not _says_ready(self._log.take(READY_TIMEOUT_S)):
                 pass
-        except CastError as error:
-            raise StageError(f"the provider does not serve: {error}") from error
+        except DemoError as error:
+            raise CannotShow(f"the provider does not serve: {error}") from error
 
 
 _SERVE: Final = (sys.executable, "-P", "-m", "linux", "serve")
 
 
-def _serve_command(stage: Stage) -> list[str]:
+def _serve_command(host: Host) -> list[str]:
     options = {
-        "--socket": stage.socket,
-        "--state-dir": stage.state_dir,
-        "--image-root": stage.image_root,
-        "--uenv-base": stage.uenv_base,
+        "--socket": host.socket,
+        "--state-dir": host.state_dir,
+        "--image-root": host.image_root,
+        "--uenv-base": host.uenv_base,
         "--hold-time": "0",
         "--backend": "linux",
     }
     words = [str(word) for option in options.items() for word in option]
-    return [*_SERVE, *words, *([] if stage.cgroup2 else ["--no-scopes"])]
+    return [*_SERVE, *words, *([] if host.cgroup2 else ["--no-scopes"])]
 
 
-def _environment() -> dict[str, str]:
-    packages = str(Path(__file__).resolve().parents[2])
-    paths = [packages, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-
-
-class SimulatedCompany:
+class ProviderThread:
     """A provider in a thread, on a simulated node."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, host: Host) -> None:
         self.inspector: Final = SimulatedInspector()
-        images = frozenset() if stage.image is None else frozenset({stage.image})
-        self.node: Final = SimulatedNode(images, uenv_base=str(stage.uenv_base))
-        self._socket: Final = stage.socket
+        images = frozenset() if host.image is None else frozenset({host.image})
+        self.node: Final = SimulatedNode(images, uenv_base=str(host.uenv_base))
+        self._socket: Final = host.socket
         self._states: Final[queue.SimpleQueue[tuple[str, str]]] = queue.SimpleQueue()
         self._stop: Callable[[], object] | None = None
         self._is_ready: Final = threading.Event()
-        self._thread: Final = threading.Thread(target=self._play, name="simulated provider")
+        self._thread: Final = threading.Thread(target=self._run, name="simulated provider")
         self._thread.start()
         if not self._is_ready.wait(READY_TIMEOUT_S):
             self.stop()
-            raise StageError("the simulated provider does not serve")
+            raise CannotShow("the simulated provider does not serve")
 
     @property
     def description(self) -> str:
-        """Who it is."""
+        """What it is."""
         return "a thread of this process, on a simulated node"
 
     @property
@@ -217,7 +210,7 @@ class SimulatedCompany:
         return self._stop is not None
 
     def next_state(self, timeout_s: float) -> tuple[str, str] | None:
-        """Wait for the kernel to move an allocation."""
+        """Wait until an allocation has reached another state."""
         try:
             return self._states.get(timeout=timeout_s)
         except queue.Empty:
@@ -232,7 +225,7 @@ class SimulatedCompany:
         self.node.close()
         return int(self._thread.is_alive())
 
-    def _play(self) -> None:
+    def _run(self) -> None:
         asyncio.run(self._serve())
 
     async def _serve(self) -> None:
@@ -260,14 +253,14 @@ def _requested_id(event: Event) -> str | None:
     return None if request is None else str(request.allocation_id)
 
 
-class Resident:
+class InnerProcess:
     """
-    `inside`, inside an allocation, until it is told to leave.
+    A process inside an allocation, which executes `inside` until it is told to exit.
 
     Args:
-        bundle: The allocation's namespaces; lent.
-        scope: The allocation's `cgroup.procs`; lent. None for this process's own cgroup.
-        image: Where the image is in there; None without one.
+        bundle: The allocation's namespaces; borrowed.
+        scope: The allocation's `cgroup.procs`; borrowed. None for this process's own cgroup.
+        image: Where the image is mounted in the allocation; None without one.
     """
 
     def __init__(
@@ -289,37 +282,37 @@ class Resident:
 
     @property
     def pid(self) -> int:
-        """Its number as seen from here."""
+        """Its pid, as this process sees it."""
         return self._child.pid
 
     def ask(self, question: str) -> Any:
         """
-        Ask it something.
+        Ask it a question.
 
         Raises:
-            CastError: it is gone, or does not answer.
+            DemoError: it is gone, or does not answer.
         """
         try:
             os.write(self._says.fileno(), f"{question}\n".encode())
         except OSError as error:
-            raise CastError(f"the process inside cannot be asked: {error}") from error
+            raise DemoError(f"the process inside cannot be asked: {error}") from error
         answer = self._answers.take(ANSWER_TIMEOUT_S)
         if answer is None:
-            raise CastError(f"the process inside has not answered {question!r}")
+            raise DemoError(f"the process inside has not answered {question!r}")
         return json.loads(answer)
 
     def leave(self) -> None:
-        """Let it exit, without waiting."""
+        """Tell it to exit, without waiting."""
         self._says.close()
 
     def wait(self) -> int | None:
-        """Wait for its end and reap it; what it exited with, or None if it does not end."""
+        """Wait for its end and reap it; return its exit code, or None if it does not end."""
         if self._child.returncode is None and not _has_ended(self.pid, ANSWER_TIMEOUT_S):
             return None
         return int(self._child.wait())
 
     def close(self) -> None:
-        """End it if it is there, reap it, and close everything."""
+        """Kill it if it runs, reap it, and close everything."""
         self.leave()
         self._answers.close()
         if self._child.returncode is None:
@@ -328,16 +321,16 @@ class Resident:
 
 
 @dataclass(slots=True)
-class Part:
-    """One allocation, as its consumer sees it."""
+class DemoAllocation:
+    """One allocation of the demonstration, as its consumer has it."""
 
     subject: str
-    """What it is called here."""
+    """Its name in the output: first, second."""
     request: NamespaceRequest
     cgroup2: Path | None
     """Where its scope is made; None without one."""
     handoff: Handoff | None = None
-    resident: Resident | None = None
+    process: InnerProcess | None = None
 
     @property
     def name(self) -> str:
@@ -357,39 +350,39 @@ class Part:
         return self.handoff
 
     @property
-    def settled(self) -> Resident:
-        """The resident, once there is one."""
-        assert self.resident is not None, "nobody has been started inside yet"
-        return self.resident
+    def inner(self) -> InnerProcess:
+        """The process, once there is one."""
+        assert self.process is not None, "no process has been started inside yet"
+        return self.process
 
     def types(self) -> str:
-        """Name the types, in the order asked."""
+        """Return the types as text, in request order."""
         return " ".join(kind.value for kind in self.request.namespaces)
 
     @contextmanager
     def open_scope(self) -> Iterator[Descriptor | None]:
-        """Lend what a process enters the scope by; None without a scope."""
+        """Lend the scope's `cgroup.procs`; None without a scope."""
         if self.scope is None:
             yield None
             return
         with Scope(self.scope, "").open_procs() as procs:
             yield procs
 
-    def settle(self) -> None:
-        """Start a resident inside."""
+    def start_inner(self) -> None:
+        """Start a process inside."""
         with self.open_scope() as scope:
             path = self.held.response.uenv_mount_path
-            self.resident = Resident(self.held.bundle, scope, path)
+            self.process = InnerProcess(self.held.bundle, scope, path)
 
     def leave_orphan(self) -> tuple[int, Descriptor]:
-        """Start a process inside whose parent has exited; as the function of this name."""
+        """Start a process inside whose parent has exited, as `leave_orphan` does."""
         with self.open_scope() as scope:
             return leave_orphan(self.held.bundle, scope)
 
     def close(self) -> None:
-        """End the resident and close the descriptors; the allocation is the provider's affair."""
-        if self.resident is not None:
-            self.resident.close()
+        """End the process and close the descriptors; does not end the allocation."""
+        if self.process is not None:
+            self.process.close()
         if self.handoff is not None:
             self.handoff.close()
 
@@ -399,7 +392,7 @@ def leave_orphan(bundle: DescriptorBundle, scope: Descriptor | None) -> tuple[in
     Start a process in an allocation whose parent has exited.
 
     Returns:
-        Its number inside, and what ends it when closed; the caller owns that.
+        Its pid inside, and a descriptor that ends it when closed; the caller owns that.
     """
     said = _Lines()
     with ExitStack() as undo:
@@ -417,7 +410,7 @@ def leave_orphan(bundle: DescriptorBundle, scope: Descriptor | None) -> tuple[in
         answer = said.take(ANSWER_TIMEOUT_S)
         child.wait()
         if answer is None:
-            raise CastError("no orphan could be made")
+            raise DemoError("no orphan could be made")
         said.close()
         undo.pop_all()
     return int(answer), says
@@ -429,23 +422,23 @@ def _inside_command(image: str | None) -> list[str]:
 
 
 class _Lines:
-    """A pipe that somebody else writes lines into; close-on-exec at both ends."""
+    """A pipe into which another process writes lines; close-on-exec at both ends."""
 
     def __init__(self) -> None:
         self._readable, self._writable = map(Descriptor, os.pipe())
         self._bytes = b""
-        self._said: list[str] = []
+        self._last: list[str] = []
 
     def writable(self) -> Descriptor:
-        """Give the end that is written to; the caller closes it when the writer has it."""
+        """Return the writing end; the caller closes it when the other process has it."""
         return self._writable
 
     def take(self, timeout_s: float) -> str | None:
         """
-        Take the next line; None if it is not there in time.
+        Return the next line; None if it does not come in time.
 
         Raises:
-            CastError: there is no more; the text quotes what was last said.
+            DemoError: the other process is gone; the text quotes its last lines.
         """
         poll = select.poll()
         poll.register(self._readable, select.POLLIN)
@@ -454,15 +447,15 @@ class _Lines:
                 return None
             more = os.read(self._readable.fileno(), PIPE_BYTES_MAX)
             if not more:
-                raise CastError(" | ".join(self._said) or "it is gone, without a word")
+                raise DemoError(" | ".join(self._last) or "it is gone, and has printed nothing")
             self._bytes += more
         line, _, self._bytes = self._bytes.partition(b"\n")
         text = line.decode("utf-8", "replace")
-        self._said = [*self._said, text][-LOG_LINES_KEPT_MAX:]
+        self._last = [*self._last, text][-LOG_LINES_QUOTED_MAX:]
         return text
 
     def close(self) -> None:
-        """Close both ends; again is harmless."""
+        """Close both ends. Idempotent."""
         self._readable.close()
         self._writable.close()
 
@@ -482,7 +475,7 @@ def _open_null() -> Descriptor:
 
 def _says_ready(line: str | None) -> bool:
     if line is None:
-        raise CastError(f"nothing is heard from it for {READY_TIMEOUT_S:g} s")
+        raise DemoError(f"it has printed nothing for {READY_TIMEOUT_S:g} s")
     return _record(line).get("event") == "ready"
 
 
