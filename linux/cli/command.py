@@ -272,8 +272,8 @@ def _add_trace(verbs: Any) -> None:
     trace = verbs.add_parser("trace", help="check or draw a provider's trace", description=about)
     whats = trace.add_subparsers(dest="what", metavar="WHAT", required=True)
     about = (
-        "Check the trace against the provider's rules. Exit code 1: prints the first line that cannot "
-        "have happened, and what could have."
+        "Check the trace against the provider's rules. Exit code 1: prints the first line that "
+        "cannot have happened, and what could have."
     )
     check = whats.add_parser("check", help="check that it can have happened", description=about)
     check.add_argument("file", metavar="FILE", help="the trace")
