@@ -24,7 +24,7 @@ import os
 import select
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from signal import SIGKILL
 from typing import Final
@@ -86,13 +86,7 @@ class AnchorIdentity:
 
     def as_json(self) -> dict[str, object]:
         """Return it as plain values, for the journal."""
-        return {
-            "boot_id": self.boot_id,
-            "pid": self.pid,
-            "pidfs_inode": self.pidfs_inode,
-            "start_time": self.start_time,
-            "namespaces": dict(self.namespaces),
-        }
+        return asdict(self)
 
     @classmethod
     def from_json(cls, plain: Mapping[str, object]) -> AnchorIdentity:
