@@ -155,7 +155,7 @@ class Anchor:
         One that has ended already is no failure.
 
         Raises:
-            SyscallError: no permission (EPERM); the anchor lives on.
+            SyscallError: no permission (EPERM); the anchor stays alive.
             ValueError: the anchor is closed.
         """
         try:
@@ -183,7 +183,7 @@ class Anchor:
         return AnchorIdentity(boot_id(), self.pid, inode, start_time, namespaces)
 
     def close(self) -> None:
-        """Close the pidfd; the process lives on. Idempotent."""
+        """Close the pidfd; the process stays alive. Idempotent."""
         self.pidfd.close()
 
     def __enter__(self) -> Anchor:

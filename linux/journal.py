@@ -116,7 +116,7 @@ class Entry:
 
     allocation_id: str
     incarnation: str
-    """The token that tells this life of the id from earlier and later ones."""
+    """The token of this incarnation; another allocation of the same id has another."""
     state: AllocationState
     """One of `STATES`."""
     request: NamespaceRequest

@@ -37,7 +37,7 @@ from ..cgroups import CgroupUnavailable, find_cgroup2
 from ..features import Features
 from ..namespaces import KernelInspector
 from ..simulated import SimulatedInspector
-from .exits import PROGRAM, ExitCode, Failure, Interrupted, tell
+from .exits import PROGRAM, ExitCode, Failure, Interrupted, print_error
 
 INTERRUPTIONS: Final = frozenset({signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM})
 """Signals that tell the command to stop, while there is no other to pass them on to."""
@@ -276,7 +276,7 @@ def _cgroup2_if_any() -> Path | None:
     try:
         return find_cgroup2()
     except CgroupUnavailable as error:
-        tell(f"WARNING: {error}; there will be no cgroup for the processes")
+        print_error(f"WARNING: {error}; there will be no cgroup for the processes")
         return None
 
 

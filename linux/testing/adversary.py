@@ -40,7 +40,7 @@ from transport.contract import SelfService
 from transport.descriptors import DescriptorBundle, Inspector
 from transport.request import Fallback, Patience, _Exchange, _perform
 from transport.testing.in_process import ConsumerBrain, Pipe, pipe, put_through
-from transport.testing.machine import census
+from transport.testing.machine import open_namespaces
 
 from ..backend import LinuxBackend
 from ..simulated import SimulatedBackend, SimulatedNode
@@ -215,7 +215,7 @@ class Dealings(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.before = census(self.counterpart.inspector)
+        self.before = open_namespaces(self.counterpart.inspector)
         self.request = self.counterpart.request
         self._begin()
 
@@ -396,7 +396,7 @@ class Dealings(RuleBasedStateMachine):
     def _check_descriptors(self) -> None:
         bundle = self.exchange.bundle
         is_held = bundle is not None and not bundle.closed
-        present = census(self.counterpart.inspector)
+        present = open_namespaces(self.counterpart.inspector)
         present.subtract(self.before)
         owners: dict[Hashable, Counter[Hashable]] = {
             "the caller": Counter(self.exchange.identities if is_held else ()),
