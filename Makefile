@@ -1,11 +1,15 @@
 # A fresh clone needs Python 3.11 and make; every target fetches what else it needs, once.
 # More words for the program behind a target: make test ARGS='tests/transport/test_codec.py -x'
 
-.PHONY: help demo test lint site refresh clean
+.PHONY: help demo test verify lint site refresh clean
+
+# Without compiled files every program that a test starts would compile the packages again.
+unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo 'make demo    two allocations from request to release, on this machine, checked'
-	@echo 'make test    the whole suite; as root also what needs real namespaces'
+	@echo 'make test    the tests, on up to four cores; as root also what needs real namespaces'
+	@echo 'make verify  the long search: the verification campaign, with a report at the end'
 	@echo 'make lint    ruff, ruff format and mypy --strict'
 	@echo 'make site    the book of specs/ as a web site, build/site/index.html'
 	@echo 'make refresh the generated parts of specs/ anew, after a change of the code'
@@ -18,7 +22,11 @@ demo:
 
 test:
 	@.ci/setup test
-	.venv/bin/pytest $(ARGS)
+	.venv/bin/pytest -n auto --dist worksteal -m 'not deep' $(ARGS)
+
+verify:
+	@.ci/setup test
+	.venv/bin/nshandoff verify $(ARGS)
 
 lint:
 	@.ci/setup lint

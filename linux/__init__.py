@@ -9,6 +9,8 @@
     mounts       uenv images: squashfs, once per image
     journal      what must be known after the provider's death
     backend      `LinuxBackend`: all of that as `transport.contract.Backend`
+    consumer     `Consumer`, and in consumer_async `AsyncConsumer`, with this node's defaults
+    self_service what they make themselves when the provider cannot be reached
     simulated    `SimulatedBackend`: the same without a privileged machine
     survey       which allocations there are, and why one is still alive
     cli          the command `nshandoff`
@@ -17,3 +19,53 @@
 pieces of a simulated Linux kernel, each held to the real one by random programs: cgroups,
 namespaces, mounts.
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from statemachine import __version__
+
+    from .backend import LinuxBackend, NodeSettings
+    from .consumer import Consumer
+    from .consumer_async import AsyncConsumer
+    from .features import Features
+    from .namespaces import KernelInspector
+    from .self_service import OwnNamespaces
+    from .simulated import SimulatedBackend, SimulatedInspector, SimulatedNode
+
+__all__ = [
+    "AsyncConsumer",
+    "Consumer",
+    "Features",
+    "KernelInspector",
+    "LinuxBackend",
+    "NodeSettings",
+    "OwnNamespaces",
+    "SimulatedBackend",
+    "SimulatedInspector",
+    "SimulatedNode",
+    "__version__",
+]
+
+_HOMES: Final = {
+    "statemachine": "__version__",
+    ".backend": "LinuxBackend NodeSettings",
+    ".consumer": "Consumer",
+    ".consumer_async": "AsyncConsumer",
+    ".features": "Features",
+    ".namespaces": "KernelInspector",
+    ".self_service": "OwnNamespaces",
+    ".simulated": "SimulatedBackend SimulatedInspector SimulatedNode",
+}
+
+# Not for mypy, which would take any name for one that is there.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        for home, names in _HOMES.items():
+            if name in names.split():
+                return getattr(import_module(home, __name__), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -228,6 +228,11 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
             on_close=on_close,
         )
 
+    @property
+    def settings(self) -> NodeSettings:
+        """Where things are."""
+        return self._settings
+
     # --- The steps of a creation ---------------------------------------------------------------
 
     def _new(self, request: NamespaceRequest) -> _Allocation:

@@ -2,7 +2,7 @@
 
 No I/O, no clock, no randomness, no descriptor numbers, no logging: same events, same effects.
 
-    lifecycle    the tables of rows; read this one first
+    lifecycle    the five tables of rows; read this one first
     messages     what the two roles say to each other
     errors       what can go wrong, and whose doing it is
     roles        the seed's two traits
@@ -10,8 +10,9 @@ No I/O, no clock, no randomness, no descriptor numbers, no logging: same events,
     effects      what shall be done: a kernel's output
     table        checks rows and has `transitions` run them
     provider     `ProviderKernel`: allocations, answers in order, limits
-    consumer     `ConsumerKernel`: one request, self-service, the word of the end
-    drawing      tables as pictures
+    consumer     `ConsumerKernel`: one request, self-service, the end notice
+    drawing      tables as Mermaid diagrams and as Markdown
+    record       frozen value classes
 """
 
 from .consumer import ConsumerKernel
@@ -25,7 +26,13 @@ from .errors import (
     RemoteProtocolError,
     SocketUnavailable,
 )
-from .lifecycle import AllocationState, ConsumerState, NoticeState
+from .lifecycle import (
+    AllocationState,
+    ConsumerState,
+    MessageState,
+    NoticeState,
+    ServiceState,
+)
 from .messages import (
     HANDOFF_SOCKET_PATH,
     AllocationEnded,
@@ -37,6 +44,9 @@ from .messages import (
 )
 from .provider import Limits, ProviderKernel, Snapshot
 from .roles import NamespaceConsumer, NamespaceProvider
+
+__version__ = "0.1.0"
+"""The project's version; that of the other packages is this one."""
 
 __all__ = [
     "HANDOFF_SOCKET_PATH",
@@ -50,6 +60,7 @@ __all__ = [
     "Limits",
     "LocalProtocolError",
     "Message",
+    "MessageState",
     "NamespaceConsumer",
     "NamespaceError",
     "NamespaceProvider",
@@ -60,7 +71,9 @@ __all__ = [
     "ProtocolError",
     "ProviderKernel",
     "RemoteProtocolError",
+    "ServiceState",
     "Snapshot",
     "SocketUnavailable",
+    "__version__",
     "objection",
 ]

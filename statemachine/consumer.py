@@ -1,10 +1,10 @@
-"""The consumer's kernel: one allocation, from the caller's wish to its end.
+"""The consumer's kernel: the state machine of a namespace consumer, for one allocation.
 
 Two tables run side by side. `lifecycle.CONSUMER` is the allocation as the caller sees it;
-`lifecycle.NOTICE` is the word of the end that may be owed to the provider. Every event is put to
-both; it is refused only if neither has a row for it, or if the provider is said to have spoken and
-there is no connection to it. `OweEnd`, an effect of the first table, sets off the second and never
-leaves the kernel.
+`lifecycle.NOTICE` is the `AllocationEnded` that the provider may have to be sent. Every event is
+put to both; it is refused only if neither has a row for it, or if the provider is said to have sent
+something and there is no connection to it. `OweEnd`, an order of the first table, sets off the
+second.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from .errors import (
     NamespaceError,
     SocketUnavailable,
 )
-from .events import Event
-from .lifecycle import CONSUMER, NOTICE, ConsumerState, NoticeState
+from .events import ConsumerInput, Event, KernelEvent
+from .lifecycle import CONSUMER, EXPIRIES, HAS_PROVIDER, NOTICE, ConsumerState, NoticeState
 from .messages import (
     AllocationEnded,
     Message,
@@ -32,22 +32,15 @@ from .messages import (
     NamespaceResponse,
     shown,
 )
-from .provider import Snapshot
-from .table import Table, refusal
+from .table import Snapshot, Table, refusal
 
 
 @dataclass(slots=True)
-class _Hold:
-    """What the caller has; the model of the consumer's table."""
+class _Model:
+    """What a table moves: what the caller has, or what the provider is to be told."""
 
-    state: ConsumerState = ConsumerState.IDLE
-
-
-@dataclass(slots=True)
-class _Notice:
-    """What the provider is to be told; the model of the notice's table."""
-
-    state: NoticeState = NoticeState.SILENT
+    state: ConsumerState | NoticeState
+    subject: str
 
 
 class ConsumerKernel:
@@ -59,13 +52,14 @@ class ConsumerKernel:
 
     Args:
         request: what the caller wants. It is not judged here: `objection` says beforehand whether
-            anybody could grant it.
+            a provider could grant it.
     """
 
     def __init__(self, request: NamespaceRequest) -> None:
+        subject = f"allocation {request.allocation_id}"
         self._request = request
-        self._hold = _Hold()
-        self._notice = _Notice()
+        self._hold = _Model(ConsumerState.IDLE, subject)
+        self._notice = _Model(NoticeState.SILENT, subject)
         self._is_connected = False
         self._is_calling = False
         self._timers: set[Timer] = set()
@@ -79,11 +73,13 @@ class ConsumerKernel:
     @property
     def state(self) -> ConsumerState:
         """Where the allocation stands, for the caller."""
+        assert isinstance(self._hold.state, ConsumerState)
         return self._hold.state
 
     @property
     def notice(self) -> NoticeState:
-        """Where the word to the provider stands."""
+        """Where the end notice to the provider stands."""
+        assert isinstance(self._notice.state, NoticeState)
         return self._notice.state
 
     @property
@@ -92,9 +88,13 @@ class ConsumerKernel:
         return self._is_connected
 
     @property
-    def is_in_debt(self) -> bool:
-        """Whether the provider still has to hear of the end."""
+    def owes_end(self) -> bool:
+        """Whether the provider still has to be told of the end."""
         return self._notice.state not in (NoticeState.SILENT, NoticeState.HEARD)
+
+    def __repr__(self) -> str:
+        name, end = self._request.allocation_id, self._notice.state.value
+        return f"<ConsumerKernel {name}: {self._hold.state.value}, end notice {end}>"
 
     def snapshot(self) -> Snapshot:
         """Take the whole state as plain values; equal states give equal snapshots."""
@@ -119,7 +119,7 @@ class ConsumerKernel:
         kernel._timers = set(timers)
         return kernel
 
-    def receive(self, event: Event) -> tuple[Effect, ...]:
+    def receive(self, event: ConsumerInput) -> tuple[Effect, ...]:
         """
         Take in what happened and say what shall be done.
 
@@ -133,18 +133,18 @@ class ConsumerKernel:
         """
         self._out = []
         kind = type(event)
-        # Which tables know the event is decided before either moves: `OweEnd`, an effect of the
-        # first, moves the second, and that must not make it deaf or open to this very event.
-        hears_hold = CONSUMER.row(kind, self._hold.state) is not None
-        hears_notice = NOTICE.row(kind, self._notice.state) is not None
-        is_own = kind in (on.EndOwed, on.EndOwedApart)
-        is_deaf = issubclass(kind, on.PeerEvent) and not self._is_connected
-        if is_own or is_deaf or not (hears_hold or hears_notice):
-            raise refusal(kind, self._hold.state, self._subject)
+        # Which tables know the event is decided before either moves: `OweEnd`, an order of the
+        # first, moves the second, which may then have a row for this very event, or no longer.
+        moves_hold = CONSUMER.row(kind, self._hold.state) is not None
+        moves_notice = NOTICE.row(kind, self._notice.state) is not None
+        is_fed = not issubclass(kind, KernelEvent)
+        holds = self._is_connected or kind not in HAS_PROVIDER.events
+        if not (is_fed and holds and (moves_hold or moves_notice)):
+            raise refusal(kind, self._hold)
         self._note(event)
-        if hears_hold:
+        if moves_hold:
             self._fire(CONSUMER, self._hold, event)
-        if hears_notice:
+        if moves_notice:
             self._fire(NOTICE, self._notice, event)
         return tuple(self._out)
 
@@ -156,20 +156,16 @@ class ConsumerKernel:
                 self._is_calling = False
             case on.ConnectionLost():
                 self._is_connected = False
-            case on.AnswerOverdue():
-                self._timers.discard(Timer.ANSWER)
-            case on.NoticeOverdue():
-                self._timers.discard(Timer.NOTICE)
-            case on.NoticeDue():
-                self._timers.discard(Timer.REDIAL)
+            case _ if type(event) in EXPIRIES:
+                self._timers.discard(EXPIRIES[type(event)])
             case _:
                 pass
 
-    def _fire(self, table: Table, model: _Hold | _Notice, event: Event) -> None:
-        for order in table.fire(model, type(event), self._subject):
-            self._build(order, event)
+    def _fire(self, table: Table, model: _Model, event: Event) -> None:
+        for order in table.fire(model, type(event)):
+            self._carry_out(order, event)
 
-    def _build(self, order: Order, event: Event) -> None:
+    def _carry_out(self, order: Order, event: Event) -> None:
         if isinstance(order, Timing):
             self._time(order)
         elif order is do.OweEnd:
@@ -198,12 +194,8 @@ class ConsumerKernel:
             self._timers.discard(order.timer)
             self._out.append(do.StopTimer(order.timer, name))
 
-    @property
-    def _subject(self) -> str:
-        return f"allocation {self._request.allocation_id}"
 
-
-def event_of(request: NamespaceRequest, message: Message) -> Event:
+def event_of(request: NamespaceRequest, message: Message) -> ConsumerInput:
     """
     Name what it means for a consumer that a message has arrived.
 
@@ -264,7 +256,7 @@ def _build_delivery(request: NamespaceRequest, event: Any) -> Effect:
     return do.DeliverDescriptors(event.response, isinstance(event, on.SelfServed))
 
 
-_BUILDERS: Final[dict[type[Effect], Callable[[NamespaceRequest, Any], Effect]]] = {
+_BUILDERS: Final[dict[Order, Callable[[NamespaceRequest, Any], Effect]]] = {
     do.SendRequest: lambda request, event: do.SendRequest(request),
     do.SendEnd: lambda request, event: do.SendEnd(request.allocation_id),
     do.SendFault: lambda request, event: do.SendFault(_why(event).text),

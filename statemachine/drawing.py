@@ -1,4 +1,4 @@
-"""Draws a table, as a Mermaid diagram and as Markdown: where the documents' pictures come from.
+"""Tables as Mermaid diagrams and as Markdown, for the documents.
 
 Pure text, made from the rows in their order: same table, same picture, byte for byte.
 """
@@ -10,6 +10,7 @@ from enum import Enum
 from typing import Final
 
 from .effects import order_name
+from .lifecycle import Guard
 from .table import Row, Table
 
 _BREAK: Final = "<br>"
@@ -39,6 +40,15 @@ def markdown(table: Table) -> str:
         target = "*stays*" if first.source is first.target else _id(first.target)
         effects = ", ".join(order_name(order) for order in first.effects) or "nothing"
         lines.append(f"| `{first.event.__name__}` | {sources} | {target} | {effects} |")
+    return "\n".join(lines) + "\n"
+
+
+def guards(listed: Iterable[Guard]) -> str:
+    """Write guards as Markdown, one line for each."""
+    lines = ["| event | is refused unless |", "|---|---|"]
+    for guard in listed:
+        events = ", ".join(f"`{event.__name__}`" for event in guard.events)
+        lines.append(f"| {events} | {guard.condition} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,18 +1,21 @@
-"""What shall be done: the kernels' only output, in the imperative.
+"""Effects: what a driver shall do, in the imperative. The only output of a kernel.
 
 A driver performs the effects of one `receive` in the order in which they stand, and reports what
 came of each as a later event. The obligations of the driver stand on the effect that brings them.
+
+An *order* is what a row of a table asks for: an effect, a timer (`start`, `stop`), or a
+`KernelOrder`, which the kernel carries out itself because it concerns more than one message.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
 from typing import TypeAlias
 
 from .errors import NamespaceError
 from .events import ConnectionId
 from .messages import NamespaceRequest, NamespaceResponse
+from .record import record
 
 
 class Timer(Enum):
@@ -21,7 +24,7 @@ class Timer(Enum):
     READINESS = "readiness"
     """How long a request may wait for the provider to be ready. Expires as `ReadinessOverdue`."""
     CLAIM = "claim"
-    """How long an unused allocation is kept with nobody there. Expires as `ClaimExpired`."""
+    """How long an unused allocation is kept without an asker. Expires as `ClaimExpired`."""
     RELEASE = "release"
     """How long an end may go unannounced. Expires as `ReleaseOverdue`."""
     RETRY = "retry"
@@ -29,17 +32,17 @@ class Timer(Enum):
     ANSWER = "answer"
     """How long a consumer waits for an answer. Expires as `AnswerOverdue`."""
     NOTICE = "notice"
-    """How long a consumer waits for an end to be confirmed. Expires as `NoticeOverdue`."""
+    """How long a consumer waits for its end to be confirmed. Expires as `NoticeOverdue`."""
     REDIAL = "redial"
-    """The pause before a consumer calls again to tell of an end. Expires as `NoticeDue`."""
+    """The pause before a consumer connects again to tell an end. Expires as `NoticeDue`."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Effect:
     """Something to be done by the driver."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class StartTimer(Effect):
     """Measure a span. Starting a running timer starts it anew."""
 
@@ -47,7 +50,7 @@ class StartTimer(Effect):
     allocation_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class StopTimer(Effect):
     """Stop measuring: the expiry must not be reported any more."""
 
@@ -55,7 +58,7 @@ class StopTimer(Effect):
     allocation_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Timing:
     """How a row of a table asks for a timer; the kernel adds the allocation."""
 
@@ -77,7 +80,11 @@ def stop(timer: Timer) -> Timing:
     return Timing(timer, starts=False)
 
 
-Order: TypeAlias = type[Effect] | Timing
+class KernelOrder:
+    """What a kernel does itself for a row; it never leaves the kernel. A name, not a value."""
+
+
+Order: TypeAlias = type[Effect] | type[KernelOrder] | Timing
 """What the last column of a table holds."""
 
 
@@ -89,7 +96,7 @@ def order_name(order: Order) -> str:
 # --- The provider's ----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class CreateNamespaces(Effect):
     """
     Have the backend make an allocation.
@@ -101,7 +108,7 @@ class CreateNamespaces(Effect):
     request: NamespaceRequest
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Watch(Effect):
     """
     Report `ScopePopulated`, `ScopeEmptied` and `InitDied` from now on, also what is so already.
@@ -112,7 +119,7 @@ class Watch(Effect):
     allocation_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class HandOver(Effect):
     """
     Send a response with its descriptors, in one `sendmsg`.
@@ -127,14 +134,14 @@ class HandOver(Effect):
     response: NamespaceResponse
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class RecordHandoff(Effect):
     """Note durably that the allocation has been handed over."""
 
     allocation_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Refuse(Effect):
     """Send an error as the answer to the connection's oldest open message."""
 
@@ -142,15 +149,15 @@ class Refuse(Effect):
     error: NamespaceError
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class AnnounceEnd(Effect):
-    """Send `AllocationEnded`, as an answer or unasked."""
+    """Send `AllocationEnded`, as the answer to an end or pushed to a holder."""
 
     connection: ConnectionId
     allocation_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class CloseConnection(Effect):
     """
     Send what is still queued, read nothing more, close.
@@ -161,7 +168,7 @@ class CloseConnection(Effect):
     connection: ConnectionId
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ReleaseNamespaces(Effect):
     """
     Have the backend try to release an allocation.
@@ -177,42 +184,42 @@ class ReleaseNamespaces(Effect):
 # --- The consumer's ----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Connect(Effect):
-    """Call the provider. Report `Connected` or, at the connect deadline, `ProviderUnreachable`."""
+    """Connect to the provider. Report `Connected`, or `ProviderUnreachable` at the deadline."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class SendRequest(Effect):
     """Send the request."""
 
     request: NamespaceRequest
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class SendEnd(Effect):
     """Send `AllocationEnded`."""
 
     allocation_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class SendFault(Effect):
     """Send `FdPassing` with what was wrong with the peer's frame."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class CloseChannel(Effect):
     """
-    Close the connection, or give up the call that is under way.
+    Close the connection, or give up the attempt to connect that is under way.
 
     Nothing is reported of either: no `ConnectionLost`, no `Connected`, no `ProviderUnreachable`.
     """
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class DeliverDescriptors(Effect):
     """Give the caller the response and its bundle; from here the caller owns them."""
 
@@ -221,12 +228,12 @@ class DeliverDescriptors(Effect):
     """True when they were made by self-service."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class DiscardDescriptors(Effect):
     """Close every descriptor that came with the message just reported."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ReportFallback(Effect):
     """Be loud: a warning and the audit event `namespace.handoff_failed`."""
 
@@ -234,34 +241,147 @@ class ReportFallback(Effect):
     error: NamespaceError
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ServeSelf(Effect):
     """Make the namespaces here. Report `SelfServed` or `SelfServiceFailed`."""
 
     request: NamespaceRequest
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ReleaseOwn(Effect):
     """Release what self-service made."""
 
     allocation_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ReportRefusal(Effect):
     """Raise the error to the caller; there are no namespaces."""
 
     error: NamespaceError
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ReportEnd(Effect):
     """Tell the caller that the allocation is over."""
 
     allocation_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class OweEnd(Effect):
-    """Performed by the consumer's kernel itself: its notice table sets off."""
+# --- What the provider's kernel does itself ----------------------------------------------------
+
+
+class AddConnection(KernelOrder):
+    """Know a connection, and count it for its user."""
+
+
+class RefusePeer(KernelOrder):
+    """Send the reason why this user may not connect; nothing is read from the connection."""
+
+
+class ForgetConnection(KernelOrder):
+    """Drop a lost connection with its messages; name what is unclaimed now `Unclaimed`."""
+
+
+class HoldMessage(KernelOrder):
+    """Keep the message until the provider is ready; the first one starts the readiness timer."""
+
+
+class DispatchMessage(KernelOrder):
+    """Put the message to the allocation it is about, under the name of what it means there."""
+
+
+class DispatchHeld(KernelOrder):
+    """Put every held message to its allocation, in the order of arrival."""
+
+
+class RefuseMessage(KernelOrder):
+    """Answer the message with the limit that it is over."""
+
+
+class RefuseLate(KernelOrder):
+    """Answer the message with `SocketUnavailable`: the provider is shutting down."""
+
+
+class RefuseUnready(KernelOrder):
+    """Answer every held message with `SocketUnavailable`: the provider is not ready in time."""
+
+
+class RefuseHeld(KernelOrder):
+    """Answer every held message with `SocketUnavailable`: the provider is shutting down."""
+
+
+class RefuseDeferred(KernelOrder):
+    """Answer every deferred request with `SocketUnavailable`: the provider is shutting down."""
+
+
+class RefuseFlood(KernelOrder):
+    """Send `FdPassing` at once, before the answers that are due: the connection is flooded."""
+
+
+class RefuseFrame(KernelOrder):
+    """Let the unreadable frame take its turn among the messages of its connection."""
+
+
+class AddAsker(KernelOrder):
+    """Count the connection among those that asked for the allocation."""
+
+
+class DeferRequest(KernelOrder):
+    """Keep the request until the allocation is released."""
+
+
+class WithdrawDeferred(KernelOrder):
+    """Refuse the deferred requests of the connection that sends this end after them."""
+
+
+class GrantAskers(KernelOrder):
+    """Grant every request for the allocation that is open; each response leaves in its turn."""
+
+
+class WithdrawGrants(KernelOrder):
+    """Take back each grant whose response has not left."""
+
+
+class CheckClaim(KernelOrder):
+    """Name the allocation `Unclaimed` if it is not used and no connection asks for it."""
+
+
+class RefuseConflict(KernelOrder):
+    """Answer the request with `CreationFailed`: the allocation is alive with another request."""
+
+
+class RefuseDraining(KernelOrder):
+    """Answer the request with `CreationFailed`: the allocation before it is still draining."""
+
+
+class RefuseUnknown(KernelOrder):
+    """Answer the end with `AllocationNotFound`."""
+
+
+class ConfirmEnd(KernelOrder):
+    """Answer the end with `AllocationEnded`."""
+
+
+class TellEnd(KernelOrder):
+    """Answer each connection that asked for the end; push it to each other holder. Once."""
+
+
+class FailAskers(KernelOrder):
+    """Answer every open request for the allocation with `CreationFailed`."""
+
+
+class FailAllAskers(KernelOrder):
+    """Answer every open and every deferred request for the allocation with `CreationFailed`."""
+
+
+class Forget(KernelOrder):
+    """Keep only the name of the allocation, and dispatch the requests that were deferred."""
+
+
+# --- What the consumer's kernel does itself ----------------------------------------------------
+
+
+class OweEnd(KernelOrder):
+    """Name what the notice's table is to be told: `EndOwed` or `EndOwedApart`."""

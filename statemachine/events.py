@@ -1,51 +1,57 @@
-"""What has happened: the kernels' only input, in the past tense.
+"""Events: what has happened, in the past tense. The only input of a kernel.
 
-Every event is either a `PeerEvent` (the other side's doing) or a `LocalEvent` (this side's driver
-or backend reports it). The class decides who is to blame when a table has no row for the event.
+`ProviderInput` and `ConsumerInput` are what a driver may feed to the kernel of its side; every
+event of them is a `PeerEvent` (the other side did it) or a `LocalEvent` (this side's driver or
+backend reports it). The class decides who is to blame when a table has no row for the event.
 
-Some events are *named by the kernel*: a driver reports that a request arrived, and the kernel,
-which knows what is alive, names what that means (`RequestRepeated`, `RequestConflicting`, …). So
-every decision is the choice of a name, and every branch of the protocol is a row one can point at.
+A `KernelEvent` is *named by a kernel* and never fed: a driver reports that a request arrived, and
+the kernel, which knows what is alive, names what that means (`RequestRepeated`,
+`RequestConflicting`, ...). So every decision is the choice of a name, and every branch of the
+protocol is a row of a table.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TypeAlias
 
 from .errors import CreationFailed, FdPassing, NamespaceError, SocketUnavailable
 from .messages import NamespaceRequest, NamespaceResponse
+from .record import record
 
 ConnectionId: TypeAlias = int
 """A driver's number for one connection; never reused while the kernel knows it."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Event:
     """Something that has happened."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class PeerEvent(Event):
     """The other side did it."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class LocalEvent(Event):
     """This side's driver or backend reports it."""
+
+
+class KernelEvent(LocalEvent):
+    """A kernel names it, for one of its tables; a driver cannot feed it. A name, not a value."""
 
 
 # --- The provider: its peers -------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ConnectionOpened(PeerEvent):
     """
     A consumer connected.
 
-    Whoever calls again has hung up before. So a driver reports the loss of every connection that
-    was lost by then before it reports anything that was said on a connection opened after it: else
-    the end that is owed could be read before the request that it takes back is gone.
+    A driver reports known connection losses before any message from a newer connection. A consumer
+    that connects again has closed its earlier connection; else the end that it sends now could be
+    read before the loss of the connection whose request it takes back.
     """
 
     connection: ConnectionId
@@ -53,15 +59,15 @@ class ConnectionOpened(PeerEvent):
     """The peer's user id, as the Linux kernel vouches for it (SO_PEERCRED)."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ConnectionLost(PeerEvent):
-    """A connection is gone, whoever closed it. The provider's carries a number."""
+    """A connection is gone, closed by either side. The provider's carries a number."""
 
     connection: ConnectionId = 0
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class FrameRejected(PeerEvent):
     """
     A frame could not be read, brought wrong descriptors, or is not for this side.
@@ -73,57 +79,17 @@ class FrameRejected(PeerEvent):
     connection: ConnectionId = 0
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class RequestReceived(PeerEvent):
-    """A request arrived. In the table: for an allocation that does not exist."""
+    """A request arrived."""
 
     connection: ConnectionId
     request: NamespaceRequest
 
 
-@dataclass(frozen=True, slots=True)
-class RequestRepeated(PeerEvent):
-    """Named by the kernel: the same request for an allocation that is alive."""
-
-    connection: ConnectionId
-    request: NamespaceRequest
-
-
-@dataclass(frozen=True, slots=True)
-class RequestConflicting(PeerEvent):
-    """Named by the kernel: another request for an allocation that is alive."""
-
-    connection: ConnectionId
-    request: NamespaceRequest
-
-
-@dataclass(frozen=True, slots=True)
-class RequestEarly(PeerEvent):
-    """Named by the kernel: a request while the allocation before it is being released."""
-
-    connection: ConnectionId
-    request: NamespaceRequest
-
-
-@dataclass(frozen=True, slots=True)
-class RequestDuringDrain(PeerEvent):
-    """Named by the kernel: a request while the allocation before it will not die in time."""
-
-    connection: ConnectionId
-    request: NamespaceRequest
-
-
-@dataclass(frozen=True, slots=True)
+@record
 class EndReceived(PeerEvent):
     """A consumer says that an allocation is over."""
-
-    connection: ConnectionId
-    allocation_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class EndRepeated(PeerEvent):
-    """Named by the kernel: a consumer ends what has already been announced as ended."""
 
     connection: ConnectionId
     allocation_id: str
@@ -132,29 +98,29 @@ class EndRepeated(PeerEvent):
 # --- The provider: its backend and its driver --------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ProviderReady(LocalEvent):
     """What was alive is adopted; requests can be served."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ReadinessOverdue(LocalEvent):
     """The first waiting request has waited for `READINESS_TIMEOUT_S`."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ProviderStopping(LocalEvent):
     """The provider shuts down; what is alive stays alive."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class AllocationEvent(LocalEvent):
     """Something happened to one allocation."""
 
     allocation_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class CreatedAdopted(AllocationEvent):
     """After a restart: alive, and never handed over as far as the journal knows."""
 
@@ -162,7 +128,7 @@ class CreatedAdopted(AllocationEvent):
     response: NamespaceResponse
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class HandedOffAdopted(AllocationEvent):
     """After a restart: alive, and handed over before."""
 
@@ -170,35 +136,35 @@ class HandedOffAdopted(AllocationEvent):
     response: NamespaceResponse
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class RemainsFound(AllocationEvent):
     """After a restart: half made, half released, or dead meanwhile."""
 
     request: NamespaceRequest
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class NamespacesCreated(AllocationEvent):
     """The backend has made all of it."""
 
     response: NamespaceResponse
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class NamespacesNotCreated(AllocationEvent):
     """The backend could not, and has undone what it had made; a release follows all the same."""
 
     error: CreationFailed
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ResponseSent(AllocationEvent):
     """The response and its descriptors have left for a connection."""
 
     connection: ConnectionId
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ResponseNotSent(AllocationEvent):
     """The descriptors could not be taken from the backend or put on the way."""
 
@@ -206,42 +172,37 @@ class ResponseNotSent(AllocationEvent):
     error: FdPassing
 
 
-@dataclass(frozen=True, slots=True)
-class Unclaimed(AllocationEvent):
-    """Named by the kernel: never populated, and nobody who asked for it is connected."""
-
-
-@dataclass(frozen=True, slots=True)
+@record
 class ClaimExpired(AllocationEvent):
-    """It has been unclaimed for the claim timeout."""
+    """Unused for the claim timeout, and no connection that asked for it is left."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ScopePopulated(AllocationEvent):
     """The allocation's cgroup has processes, or is proved to have had some."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ScopeEmptied(AllocationEvent):
     """The allocation's cgroup was used and is empty, for as long as the grace asks."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class InitDied(AllocationEvent):
     """The process that holds the allocation's namespaces is dead."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ReleaseRequested(AllocationEvent):
     """An operator, or the machine's own program, ends the allocation."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class NamespacesReleased(AllocationEvent):
     """Processes, mounts, cgroup and descriptors are gone."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ReleaseDelayed(AllocationEvent):
     """Something cannot go yet."""
 
@@ -249,12 +210,12 @@ class ReleaseDelayed(AllocationEvent):
     """What is still there, and why."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class RetryDue(AllocationEvent):
     """Time to try the release again."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ReleaseOverdue(AllocationEvent):
     """The release has taken longer than the release deadline."""
 
@@ -262,112 +223,245 @@ class ReleaseOverdue(AllocationEvent):
 # --- The consumer: its caller, its driver and self-service -------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class NamespacesWanted(LocalEvent):
     """The caller wants the namespaces of its request."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class EndWanted(LocalEvent):
     """The caller is done with the allocation."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Connected(LocalEvent):
-    """The provider's socket answered within the connect deadline."""
+    """The connection to the provider is established, within the connect deadline."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ProviderUnreachable(LocalEvent):
-    """It did not."""
+    """The connection could not be established within the connect deadline."""
 
     error: SocketUnavailable
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class AnswerOverdue(LocalEvent):
     """No whole answer within the answer deadline."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class SelfServed(LocalEvent):
     """This side has made the namespaces itself."""
 
     response: NamespaceResponse
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class SelfServiceFailed(LocalEvent):
     """This side could not make them either, or may not."""
 
     error: NamespaceError
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class NoticeDue(LocalEvent):
     """Time to try again to tell the provider that the allocation is over."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class NoticeOverdue(LocalEvent):
     """The provider was told, and did not confirm within the answer deadline."""
-
-
-@dataclass(frozen=True, slots=True)
-class EndOwed(LocalEvent):
-    """Named by the kernel: the provider is to be told of the end, and is connected."""
-
-
-@dataclass(frozen=True, slots=True)
-class EndOwedApart(LocalEvent):
-    """Named by the kernel: the provider is to be told of the end, and is not connected."""
 
 
 # --- The consumer: its provider ----------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ResponseReceived(PeerEvent):
     """A response with the right id, types, mount path and descriptors."""
 
     response: NamespaceResponse
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ResponseMismatched(PeerEvent):
     """A response that is not what was asked for."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class CreationRefused(PeerEvent):
     """The provider answered `CreationFailed`."""
 
     error: NamespaceError
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class NotFoundReceived(PeerEvent):
     """The provider answered `AllocationNotFound`."""
 
     error: NamespaceError
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ProviderUnavailable(PeerEvent):
     """The provider answered `SocketUnavailable`: it cannot serve, and made nothing."""
 
     error: NamespaceError
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class PassingFailed(PeerEvent):
     """The provider answered `FdPassing`: what it made, if anything, is not known."""
 
     error: NamespaceError
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class EndAnnounced(PeerEvent):
     """The provider says that the allocation has ended."""
+
+
+# --- Named by the provider's kernel ------------------------------------------------------------
+
+
+class PeerRefused(KernelEvent):
+    """A connection was opened by a user who may not connect, or has too many connections."""
+
+
+class RequestOverLimit(KernelEvent):
+    """A request arrived on a connection, or from a user, with too many unanswered messages."""
+
+
+class QueueFull(KernelEvent):
+    """A message arrived while as many as may already wait for the provider to be ready."""
+
+
+class ConnectionFlooded(KernelEvent):
+    """More unanswered messages arrived on a connection than it may have in any case."""
+
+
+class MessageHeld(KernelEvent):
+    """A message waits for the provider to be ready."""
+
+
+class MessageDispatched(KernelEvent):
+    """A message is put to the allocation it is about."""
+
+
+class MessageDeferred(KernelEvent):
+    """A request waits until the allocation before it, of the same name, is released."""
+
+
+class MessageGranted(KernelEvent):
+    """The namespaces that a request asks for exist."""
+
+
+class GrantWithdrawn(KernelEvent):
+    """The allocation ended before the response could leave."""
+
+
+class MessageRefused(KernelEvent):
+    """An error is the answer to a message."""
+
+
+class EndConfirmed(KernelEvent):
+    """`AllocationEnded` is the answer to an `AllocationEnded`."""
+
+
+class TurnCame(KernelEvent):
+    """Every message before it on its connection is answered."""
+
+
+class RequestAdmitted(KernelEvent):
+    """A request for an allocation that does not exist."""
+
+
+class RequestRepeated(KernelEvent):
+    """The same request for an allocation that is alive."""
+
+
+class RequestConflicting(KernelEvent):
+    """Another request for an allocation that is alive."""
+
+
+class RequestEarly(KernelEvent):
+    """A request while the allocation before it, of the same name, is being released."""
+
+
+class RequestDuringDrain(KernelEvent):
+    """A request while the allocation before it has missed its release deadline."""
+
+
+class EndRepeated(KernelEvent):
+    """A consumer ends what has already been announced as ended."""
+
+
+class Unclaimed(KernelEvent):
+    """Never populated, and no connection that asked for it is left."""
+
+
+# --- Named by the consumer's kernel ------------------------------------------------------------
+
+
+class EndOwed(KernelEvent):
+    """The provider is to be told of the end, and is connected."""
+
+
+class EndOwedApart(KernelEvent):
+    """The provider is to be told of the end, and is not connected."""
+
+
+# --- What may be fed ---------------------------------------------------------------------------
+
+ProviderInput: TypeAlias = (
+    ConnectionOpened
+    | ConnectionLost
+    | FrameRejected
+    | RequestReceived
+    | EndReceived
+    | ProviderReady
+    | ReadinessOverdue
+    | ProviderStopping
+    | CreatedAdopted
+    | HandedOffAdopted
+    | RemainsFound
+    | NamespacesCreated
+    | NamespacesNotCreated
+    | ResponseSent
+    | ResponseNotSent
+    | ClaimExpired
+    | ScopePopulated
+    | ScopeEmptied
+    | InitDied
+    | ReleaseRequested
+    | NamespacesReleased
+    | ReleaseDelayed
+    | RetryDue
+    | ReleaseOverdue
+)
+"""What a provider's driver may feed to its kernel."""
+
+ConsumerInput: TypeAlias = (
+    NamespacesWanted
+    | EndWanted
+    | Connected
+    | ProviderUnreachable
+    | AnswerOverdue
+    | SelfServed
+    | SelfServiceFailed
+    | NoticeDue
+    | NoticeOverdue
+    | ConnectionLost
+    | FrameRejected
+    | ResponseReceived
+    | ResponseMismatched
+    | CreationRefused
+    | NotFoundReceived
+    | ProviderUnavailable
+    | PassingFailed
+    | EndAnnounced
+)
+"""What a consumer's driver may feed to its kernel."""

@@ -8,11 +8,11 @@ breaks a rule must still be readable in order to be refused by name.
 from __future__ import annotations
 
 import unicodedata
-from dataclasses import dataclass
 from enum import Enum
 from typing import Final, TypeAlias
 
 from .errors import NamespaceError
+from .record import record
 
 HANDOFF_SOCKET_PATH: Final = "/run/pact/handoff.sock"
 """The well-known path of the handoff socket (seed 9-13)."""
@@ -45,7 +45,7 @@ class NamespaceType(Enum):
         return f"NamespaceType.{self.name}"
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class NamespaceRequest:
     """
     Consumer to provider: make me these namespaces for this allocation.
@@ -66,7 +66,7 @@ class NamespaceRequest:
         _expect_optional_text("uenv_image", self.uenv_image)
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class NamespaceResponse:
     """
     Provider to consumer: here they are. The descriptors come with the frame's first byte.
@@ -87,7 +87,7 @@ class NamespaceResponse:
         _expect_optional_text("uenv_mount_path", self.uenv_mount_path)
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class AllocationEnded:
     """
     Either way: this allocation is over.

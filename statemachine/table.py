@@ -1,24 +1,33 @@
-"""A table of rows, checked and run: the only place that knows `transitions`.
+"""State tables, checked and run by `transitions`: a row is event, source, target and effects.
 
-A `Row` is data. `compile_table` checks that the rows make a sound table and has one
-`transitions.Machine` run them. Models are not registered with the machine: a slotted object with a
-`state` is enough, nothing is added to it and no reference to it is kept, so that an allocation
-costs its own few words and is gone when it is forgotten.
+`compile_table` checks that rows make a sound table and puts each into a machine of `transitions`,
+as a transition that carries the row's effects. `Table.fire` triggers that machine for a model, and
+translates its refusal. `Table.machine` makes a stock machine of the same rows, for anybody's model.
+
+A model is not registered with the table's machine: an object with a `state` is enough, nothing is
+added to it and no reference to it is kept, so that an allocation costs its own few words and is
+gone when it is forgotten. This module is the only one that knows `transitions`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeAlias, TypeVar
 
-from transitions import EventData, Machine, Transition
-from transitions import State as MachineState
+from transitions import Event as MachineEvent
+from transitions import Machine, MachineError
 
-from .effects import Effect, Order, Timing, order_name
+from .effects import Effect, KernelOrder, Order, Timing, order_name
 from .errors import LocalProtocolError, RemoteProtocolError
 from .events import Event, LocalEvent, PeerEvent
+from .record import record
+
+M = TypeVar("M", bound=Machine)
+
+Snapshot: TypeAlias = tuple[Any, ...]
+"""A kernel's whole state as nested tuples of plain values: comparable, hashable, restorable."""
 
 
 class Model(Protocol):
@@ -26,8 +35,13 @@ class Model(Protocol):
 
     state: Any
 
+    @property
+    def subject(self) -> str:
+        """What the model stands for, in the text of an error."""
+        ...
 
-@dataclass(frozen=True, slots=True)
+
+@record
 class Row:
     """When this event happens in this state, go there and ask for that."""
 
@@ -76,14 +90,9 @@ class Table:
         """Look up a cell: its row, or None where the event is refused."""
         return self._cells.get((event, state))
 
-    def fire(self, model: Model, event: type[Event], subject: str) -> tuple[Order, ...]:
+    def fire(self, model: Model, event: type[Event]) -> tuple[Order, ...]:
         """
         Move a model by an event.
-
-        Args:
-            model: what moves.
-            event: what happened to it.
-            subject: what the model stands for, for the error's text.
 
         Returns:
             What the row asks for.
@@ -93,19 +102,53 @@ class Table:
                 whose fault that is. The model is untouched.
         """
         # Keeps LIFE-1.
-        row = self._cells.get((event, model.state))
-        if row is None:
-            raise refusal(event, model.state, subject)
-        self._triggers[event].trigger(model)
-        return row.effects
+        try:
+            orders: tuple[Order, ...] = self._triggers[event](model)
+        except (KeyError, MachineError):
+            raise refusal(event, model) from None
+        return orders
+
+    def machine(
+        self,
+        cls: type[M] = Machine,  # type: ignore[assignment]
+        *,
+        model: Any = None,
+        **options: Any,
+    ) -> M:
+        """
+        Make a stock machine of `transitions` with the rows of this table.
+
+        The machine is new with each call. Its triggers are the names of the events, its states the
+        members of the enum; each transition has the row's orders as its attribute `effects`, which
+        a callback finds with `send_event=True` in `event_data.transition.effects`.
+
+        Args:
+            cls: which machine: `Machine`, `GraphMachine`, `LockedMachine`, `AsyncMachine`, ...
+            model: what it moves; an object, a list, or None.
+            options: for its constructor, as `send_event`, `graph_engine` or `after_state_change`.
+        """
+        made = cls(
+            model=model,
+            states=type(self.initial),
+            initial=self.initial,
+            transitions=[
+                {"trigger": row.event.__name__, "source": row.source, "dest": row.target}
+                for row in self.rows
+            ],
+            # They would give every state a `to_<state>` that bypasses the rows.
+            auto_transitions=options.pop("auto_transitions", False),
+            **options,
+        )
+        for row in self.rows:
+            found: Any = made.events[row.event.__name__].transitions[row.source.name][0]
+            found.effects = row.effects
+        return made
 
 
-def refusal(
-    event: type[Event], state: Enum, subject: str
-) -> LocalProtocolError | RemoteProtocolError:
+def refusal(event: type[Event], model: Model) -> LocalProtocolError | RemoteProtocolError:
     """Make the error for an event that has no row: the event's class says whose fault it is."""
     error = RemoteProtocolError if issubclass(event, PeerEvent) else LocalProtocolError
-    return error(event.__name__, str(state.value), subject)
+    return error(event.__name__, str(model.state.value), model.subject)
 
 
 def compile_table(
@@ -117,7 +160,7 @@ def compile_table(
     Raises:
         UnsoundTable: two rows for one cell; a state that cannot be reached, or from which no
             final state can be reached; an event that is neither a peer's nor local (so that a
-            refusal would have no culprit); something in the last column that is no effect.
+            refusal would have no culprit); something in the last column that is no order.
     """
     rows = tuple(rows)
     finals = frozenset(finals)
@@ -125,9 +168,12 @@ def compile_table(
     _check_kinds(name, rows)
     _check_states(name, rows, initial, finals)
     _check_paths(name, rows, initial, finals)
-    machine = _machine_of(rows, initial)
-    triggers = {row.event: machine.events[row.event.__name__] for row in rows}
-    return Table(name, rows, initial, finals, cells, triggers)
+    table = Table(name, rows, initial, finals, cells, {})
+    machine = table.machine(_TableMachine)
+    for event in table.events:
+        taken: Any = machine.events[event.__name__]
+        table._triggers[event] = taken.take
+    return table
 
 
 def check_vocabulary(
@@ -147,41 +193,31 @@ def check_vocabulary(
         raise UnsoundTable(f"defined, but in no table: {', '.join(sorted(unused))}")
 
 
-class _Move(Transition):
+class _RowEvent(MachineEvent):
     """
-    A transition without callbacks: it sets the state, and that is all it does.
+    An event of `transitions` that can also be taken without looking for callbacks.
 
-    No row has a callback, because one that raised would leave a move half done. Not looking for any
-    makes a move twice as fast, which is what an exhaustive search of the kernels is made of.
+    No row has a callback, because one that raised would leave a move half done. So `take` finds the
+    transition of the model's state, sets the state, and returns what the row asks for. Leaving out
+    what `trigger` does for callbacks, conditions and queues makes a move ten times as fast, which
+    is what an exhaustive search of the kernels is made of. `test_table` moves models by both.
     """
 
-    def execute(self, event_data: EventData) -> bool:
-        """Move the model; always possible, because the table has checked the row."""
-        assert self.dest is not None
-        event_data.machine.set_state(self.dest, event_data.model)
-        return True
+    def take(self, model: Any) -> tuple[Order, ...]:
+        """Move a model; raise `MachineError`, as `trigger` does, if it has no such transition."""
+        found: Any = self.transitions.get(model.state.name)
+        if found is None:
+            self._is_valid_source(self.machine.get_model_state(model))
+        transition = found[0]
+        model.state = self.machine.states[transition.dest].value
+        orders: tuple[Order, ...] = transition.effects
+        return orders
 
 
 class _TableMachine(Machine):
-    """The machine of a table: its transitions are moves."""
+    """The machine of a table. It has no models of its own, and no queue that all would share."""
 
-    transition_cls = _Move
-
-
-def _machine_of(rows: tuple[Row, ...], initial: Enum) -> Machine:
-    # auto_transitions would give every state a `to_<state>` that bypasses the table. A queue would
-    # be shared by all models, and an exception would drop other models' events from it.
-    return _TableMachine(
-        model=None,
-        states=[MachineState(state) for state in type(initial)],
-        initial=initial,
-        transitions=[
-            {"trigger": row.event.__name__, "source": row.source, "dest": row.target}
-            for row in rows
-        ],
-        auto_transitions=False,
-        queued=False,
-    )
+    event_cls = _RowEvent
 
 
 def _cells_of(name: str, rows: tuple[Row, ...]) -> dict[tuple[type[Event], Enum], Row]:
@@ -195,11 +231,11 @@ def _cells_of(name: str, rows: tuple[Row, ...]) -> dict[tuple[type[Event], Enum]
 def _check_kinds(name: str, rows: tuple[Row, ...]) -> None:
     for row in rows:
         if issubclass(row.event, PeerEvent) == issubclass(row.event, LocalEvent):
-            raise UnsoundTable(f"{name}: nobody is to blame for {row.event.__name__}")
+            raise UnsoundTable(f"{name}: {row.event.__name__} is neither a peer's nor local")
         for order in row.effects:
-            is_effect = isinstance(order, type) and issubclass(order, Effect)
-            if not isinstance(order, Timing) and not is_effect:
-                raise UnsoundTable(f"{name}: {order!r} is not an effect")
+            is_named = isinstance(order, type) and issubclass(order, Effect | KernelOrder)
+            if not isinstance(order, Timing) and not is_named:
+                raise UnsoundTable(f"{name}: {order!r} is not an order")
 
 
 def _check_states(name: str, rows: tuple[Row, ...], initial: Enum, finals: frozenset[Enum]) -> None:
@@ -230,8 +266,4 @@ def _closure(seeds: Iterable[Enum], edges: set[tuple[Enum, Enum]]) -> frozenset[
 
 
 def _listed(states: Iterable[Enum]) -> str:
-    return ", ".join(sorted(_names(states)))
-
-
-def _names(states: Iterable[Enum]) -> Iterator[str]:
-    return (str(state.value) for state in states)
+    return ", ".join(sorted(str(state.value) for state in states))

@@ -2,7 +2,7 @@
 
 Fixtures: `cgroup2`, `allocation_id`, `image_root`, `make_image`; marker: `needs_root`. The autouse
 fixture `census` fails a test that leaves a descriptor, a thread, a process, a scope, a loop device
-or a mount.
+or a mount. As root, each process that runs tests has a cgroup and a mount table of its own.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import os
 import secrets
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -22,11 +23,14 @@ from hypothesis import core as hypothesis_core
 from hypothesis.database import DirectoryBasedExampleDatabase
 
 from linux.testing.worlds import SCOPE_PREFIX
+from tests.support import isolation
 from tests.support.census import MACHINE_WIDE, Census, Session
 
 IN_CI: Final = os.environ.get("CI", "").lower() not in ("", "0", "false", "no")
 PERMITTED_SKIP: Final = "kernel lacks"
 """How the reason of a skip must begin to be one under CI."""
+_RAN: Final = {"passed", "failed", "xfailed", "xpassed"}
+"""What pytest calls a test that has run."""
 
 EXAMPLES: Final = (
     Path(os.environ.get("HYPOTHESIS_STORAGE_DIRECTORY", ".hypothesis")).absolute() / "examples"
@@ -55,12 +59,21 @@ settings.register_profile(
 )
 settings.load_profile("ci" if IN_CI else "dev")  # --hypothesis-profile=long comes later, and wins
 
+CAMPAIGN: Final = Path(__file__).parent / "campaign"
+
 MakeImage = Callable[[Path, Mapping[str, str]], Path]
 
+WORKERS_MAX: Final = 4
+"""How many processes run tests with `-n auto`; never more than there are cores."""
+
 session_census: Final = Session()
-_at_start: Final = session_census.census()
+_at_start: Final = pytest.StashKey[Census]()
+_isolation: Final = pytest.StashKey[isolation.Isolation]()
 _call_failed: Final = pytest.StashKey[bool]()
-_ran: Final = pytest.StashKey[int]()
+_notes: Final = pytest.StashKey[list[str]]()
+"""To be said at the end; a worker of pytest-xdist has its controller say it."""
+_left: Final = pytest.StashKey[list[str]]()
+"""The same, of what was left behind."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -70,18 +83,62 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs_root: makes real namespaces, cgroups or mounts")
-    config.stash[_ran] = 0
-    is_long = config.getoption("--hypothesis-profile") == "long"
-    if is_long and hypothesis_core.global_force_seed is None:
-        hypothesis_core.global_force_seed = secrets.randbelow(2**32)
-    if config.getoption("--provider-socket") is not None:
-        # It keeps an image for its hold time, which is longer than any test.
-        session_census.overlooked = frozenset({"loops"})
+    config.addinivalue_line("markers", "deep(part): in `make verify` this part does it")
+    config.stash[_notes], config.stash[_left] = [], []
+    if config.getoption("--hypothesis-profile") == "long" and config.option.hypothesis_seed is None:
+        # The workers of pytest-xdist get the options, and so the seed.
+        config.option.hypothesis_seed = secrets.randbelow(2**32)
+        hypothesis_core.global_force_seed = config.option.hypothesis_seed
+    if is_controller(config):
+        return
+    if hasattr(config, "workerinput"):
+        # What pytest-xdist has chosen is too long for the paths of sockets in there.
+        number = config.workerinput["workerid"].removeprefix("gw")
+        config.option.basetemp = Path(config.option.basetemp).with_name(number)
+    # Who deals with the scopes of a provider that runs already has to see them.
+    if (
+        os.geteuid() == 0
+        and session_census.cgroup2
+        and config.getoption("--provider-socket") is None
+    ):
+        try:
+            config.stash[_isolation] = isolation.enter(session_census.cgroup2)
+        except OSError as error:
+            config.stash[_notes].append(f"not isolated, so others may disturb: {error}")
+    config.stash[_at_start] = session_census.census()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _isolation in config.stash:
+        config.stash[_isolation].leave()
+
+
+def is_controller(config: pytest.Config) -> bool:
+    """Whether this process has others run the tests."""
+    return config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    return min(WORKERS_MAX, len(os.sched_getaffinity(0)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    for name, key in (("notes", _notes), ("left", _left)):
+        lines = getattr(node, "workeroutput", {}).get(name, ())  # a worker that crashed has none
+        node.config.stash[key] += [line for line in lines if line not in node.config.stash[key]]
 
 
 def pytest_report_header() -> list[str]:
     seed = hypothesis_core.global_force_seed
     return [] if seed is None else [f"hypothesis seed: {seed}"]
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    for mark in item.iter_markers("deep"):
+        if not (CAMPAIGN / f"{mark.args[0]}_campaign.py").exists():
+            raise pytest.UsageError(f"{item.nodeid}: a campaign has no part {mark.args[0]!r}")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -96,7 +153,6 @@ def pytest_runtest_makereport(
     report = yield
     refuse_skip_in_ci(report)
     if call.when == "call":
-        item.config.stash[_ran] += not report.skipped
         item.stash[_call_failed] = report.failed
     return report
 
@@ -121,24 +177,35 @@ def refuse_skip_in_ci(report: pytest.TestReport | pytest.CollectReport) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """What fixtures of a wider scope left is no single test's, and still a failure of the run."""
-    left = session_census.left_since(_at_start, MACHINE_WIDE)
-    if left:
-        _tell(session.config, "left behind by the session:", *session_census.clean(left))
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
-    if IN_CI and session.exitstatus == pytest.ExitCode.OK and not session.config.stash[_ran]:
-        _tell(session.config, "not one test has run")
-        session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
-
-
-def _tell(config: pytest.Config, *lines: str) -> None:
+    config = session.config
+    notes, left = config.stash[_notes], config.stash[_left]
+    if _at_start in config.stash:
+        found = session_census.left_since(config.stash[_at_start], MACHINE_WIDE)
+        left += session_census.clean(found)
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["notes"], config.workeroutput["left"] = notes, left
+        return
     reporter = config.pluginmanager.get_plugin("terminalreporter")
-    if reporter:
-        reporter.write_line("\n" + "\n  ".join(lines), red=True)
+    if left:
+        notes += ["left behind by the session:", *(f"  {line}" for line in left)]
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    elif IN_CI and session.exitstatus == pytest.ExitCode.OK and not _RAN & reporter.stats.keys():
+        notes += ["not one test has run"]
+        session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+    for line in ("", *notes) if reporter and notes else ():
+        reporter.write_line(line, red=True)
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _session_directory(tmp_path_factory: pytest.TempPathFactory) -> None:
-    session_census.directory = f"{tmp_path_factory.getbasetemp()}/"
+def _session_directories(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Have all that is made on the way below directories that are this session's alone."""
+    ours = tmp_path_factory.getbasetemp()
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="nsh-") as own:
+        Path(own).chmod(0o755)  # tests ask as other users, too
+        patch.setenv("TMPDIR", own)
+        patch.setattr(tempfile, "tempdir", None)
+        session_census.directories = f"{ours}/", f"{own}/"
+        yield
 
 
 @pytest.fixture(autouse=True)

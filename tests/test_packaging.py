@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+
+from tests.specs import book
 
 ROOT: Final = Path(__file__).parents[1]
 PACKAGES: Final = {"statemachine", "transport", "linux", "specs"}
@@ -75,6 +78,39 @@ def test_the_packages_come_from_one_place() -> None:
     assert found == {ROOT}
 
 
+def test_the_version_is_the_same_wherever_it_is_asked_for(wheel: Path) -> None:
+    versions = {importlib.import_module(name).__version__ for name in PACKAGES}
+    assert versions == {wheel.name.split("-")[1]}
+
+
+@pytest.mark.parametrize("name", ["transport", "linux"])
+def test_a_package_offers_what_mypy_is_told(name: str) -> None:
+    package = importlib.import_module(name)
+    (block,) = (
+        node
+        for node in ast.parse(Path(str(package.__file__)).read_text(encoding="utf-8")).body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    )
+    told = {
+        alias.name: "." * node.level + str(node.module)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert sorted(told) == sorted(package.__all__)
+    for public, home in told.items():
+        assert getattr(package, public) is getattr(importlib.import_module(home, name), public)
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        _ = package.Nothing
+
+
+def test_importing_a_package_imports_none_of_its_modules() -> None:
+    program = "import sys, transport, linux; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    ours = {name for name in run.stdout.split() if name.partition(".")[0] in PACKAGES}
+    assert ours == {"transport", "linux"}
+
+
 def test_a_clash_with_python_statemachine_would_be_seen(
     wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,3 +132,26 @@ def test_the_command_is_where_the_project_says() -> None:
     (script,) = distribution(PROJECT["name"]).entry_points.select(group="console_scripts")
     assert {script.name: script.value} == PROJECT["scripts"] == {"nshandoff": "linux.cli:main"}
     assert callable(script.load())
+
+
+def test_every_use_of_chapter_11_needs_the_wheel_and_nothing_else(
+    wheel: Path, tmp_path: Path
+) -> None:
+    """In a fresh environment, from an empty folder: no clone, no path to one."""
+    python = tmp_path / "venv" / "bin" / "python"
+    venv = [sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(python),
+        "install",
+        "--quiet",
+        "--no-compile",
+    ]
+    for command in (venv, [*pip, "--disable-pip-version-check", f"{wheel}[testing]"]):
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
+    chapter = ROOT / "specs" / "11-certifying.md"
+    assert book.run(chapter, python.parent) >= 13

@@ -4,13 +4,77 @@
     framing      length and body, cut out of a stream
     descriptors  who owns a file descriptor, and for how long
     channel      one connection: messages out, messages in, each with its descriptors
-    endpoint     the well-known path: listen, connect, who is there
+    endpoint     the well-known path: listen, connect, peer credentials
     contract     what the provider's driver asks of a backend
     serve        the provider's driver
     request      the consumer's driver, blocking and for an event loop
-    calls        the one door to the Linux kernel, where a test can have a call fail
+    calls        the hook by which a test can have a system call fail
     trace        what a provider's kernel was fed and decided, as lines of JSON
 
-Public names are imported from their module, as everywhere in this project: a name tells where it
-lives, and a consumer does not load what only a provider needs.
+What users import is here by name as well. Its module is imported when the name is asked for: a
+consumer does not load what only a provider needs.
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from statemachine import __version__
+
+    from .channel import Channel, Delivery, Lost, Rejected
+    from .contract import Adoption, Backend, Observation, Recovery, SelfService, Sighting
+    from .descriptors import Descriptor, DescriptorBundle, Inspector, NamespaceIdentity
+    from .endpoint import Listener, PeerCredentials, listen
+    from .request import AsyncConsumer, AsyncHandoff, Consumer, Fallback, Handoff, Patience
+    from .serve import Observer, Provider, Spans
+
+__all__ = [
+    "Adoption",
+    "AsyncConsumer",
+    "AsyncHandoff",
+    "Backend",
+    "Channel",
+    "Consumer",
+    "Delivery",
+    "Descriptor",
+    "DescriptorBundle",
+    "Fallback",
+    "Handoff",
+    "Inspector",
+    "Listener",
+    "Lost",
+    "NamespaceIdentity",
+    "Observation",
+    "Observer",
+    "Patience",
+    "PeerCredentials",
+    "Provider",
+    "Recovery",
+    "Rejected",
+    "SelfService",
+    "Sighting",
+    "Spans",
+    "__version__",
+    "listen",
+]
+
+_HOMES: Final = {
+    "statemachine": "__version__",
+    ".channel": "Channel Delivery Lost Rejected",
+    ".contract": "Adoption Backend Observation Recovery SelfService Sighting",
+    ".descriptors": "Descriptor DescriptorBundle Inspector NamespaceIdentity",
+    ".endpoint": "Listener PeerCredentials listen",
+    ".request": "AsyncConsumer AsyncHandoff Consumer Fallback Handoff Patience",
+    ".serve": "Observer Provider Spans",
+}
+
+# Not for mypy, which would take any name for one that is there.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        for home, names in _HOMES.items():
+            if name in names.split():
+                return getattr(import_module(home, __name__), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

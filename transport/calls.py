@@ -1,12 +1,12 @@
-"""Through which door does every system call go that can fail?
+"""One hook for system calls that can fail, so that tests can inject faults.
 
 Most failures of a node are rare: a full disk, no descriptor left, an interrupted write. That each
-of them ends well can only be shown by having each of them happen. So `transport` and `linux` ask
-the Linux kernel for nothing that it can refuse but through `syscall`, and whoever wants to see what
-becomes of a refusal stands in the door: counts what passes, refuses it, cuts it short, or ends the
-program there. In production nobody stands there, and the door is one comparison.
+of them ends well can only be shown by having each of them happen. So `transport` and `linux` make
+every system call that the Linux kernel can refuse through `syscall`, where a test can install a
+`SyscallHook`: it counts the calls, refuses one, cuts one short, or ends the program there. Without
+a hook, which is always so in production, `syscall` costs one comparison.
 
-The calls that the event loop makes for itself do not pass here; neither does what cannot fail.
+What cannot fail does not go through here, nor do the calls that the event loop makes for itself.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar
 P = ParamSpec("P")
 R = TypeVar("R")
 
-Doorkeeper: TypeAlias = Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Any]
-"""Is given the call and its arguments; makes it, or does not; returns or raises in its place."""
+SyscallHook: TypeAlias = Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Any]
+"""Is given a function and its arguments; calls it or does not; returns or raises in its place."""
 
-_doorkeeper: Doorkeeper | None = None
+_hook: SyscallHook | None = None
 
 
 def syscall(function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
     """
-    Ask the Linux kernel for something that it can refuse.
+    Make a system call that the Linux kernel can refuse.
 
     Args:
-        function: Whatever of Python's wraps the call: `os.open`, a socket's `connect`, a path's
+        function: What of Python's wraps the call: `os.open`, a socket's `connect`, a path's
             `mkdir`.
         args: For it.
         kwargs: For it.
@@ -40,19 +40,19 @@ def syscall(function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R
     Raises:
         OSError: as it does.
     """
-    doorkeeper = _doorkeeper
-    if doorkeeper is None:
+    hook = _hook
+    if hook is None:
         return function(*args, **kwargs)
-    result: R = doorkeeper(function, args, kwargs)
+    result: R = hook(function, args, kwargs)
     return result
 
 
 @contextmanager
-def guarded_by(doorkeeper: Doorkeeper) -> Iterator[None]:
-    """Let somebody stand in the door while the body runs: all calls of all threads. For tests."""
-    global _doorkeeper
-    before, _doorkeeper = _doorkeeper, doorkeeper
+def hook_syscalls(hook: SyscallHook) -> Iterator[None]:
+    """Install a hook while the body runs, for the calls of all threads. For tests."""
+    global _hook
+    before, _hook = _hook, hook
     try:
         yield
     finally:
-        _doorkeeper = before
+        _hook = before

@@ -1,4 +1,4 @@
-"""How do messages and descriptors travel between two processes?
+"""Messages with file descriptors over a unix socket (SCM_RIGHTS), each set with its own frame.
 
 A stream socket carries two things that keep step loosely. Bytes arrive in order, cut anywhere.
 Descriptors (SCM_RIGHTS) arrive in order too, each set with the bytes of the `sendmsg` it was sent
@@ -15,7 +15,7 @@ is waiting on either side of it, and leaves none open on any path. Whether a des
 the namespace it is announced to be is the receiver's to check (`descriptors.verify_bundle`).
 
 This module is the only one that calls `sendmsg` or `recvmsg`. `send_once` and `receive_once` are
-those two calls with their traps closed, for whoever passes descriptors without frames.
+those two calls with their traps closed, for passing descriptors without frames.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ import socket
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from types import TracebackType
 from typing import Final, NamedTuple, TypeAlias
 
 from statemachine.errors import FdPassing
@@ -62,7 +60,7 @@ class Reception(NamedTuple):
     data: bytes
     """Empty at the end of the stream."""
     descriptors: list[Descriptor]
-    """Close-on-exec, in the sender's order; whoever called owns them."""
+    """Close-on-exec, in the sender's order; the caller owns them."""
     is_truncated: bool
     """Whether the Linux kernel threw something away: descriptors, or the rest of a packet."""
 
@@ -102,7 +100,7 @@ def send_once(sock: socket.socket, data: bytes | memoryview, fds: Sequence[int] 
 
 def receive_once(sock: socket.socket, size: int, descriptors_max: int) -> Reception:
     """
-    Call `recvmsg` once, and own whatever comes with it.
+    Call `recvmsg` once, and own the descriptors that come with it.
 
     On a stream one call returns the descriptors of at most one `sendmsg`, and ends with the bytes
     of that `sendmsg`; bytes sent before it, without descriptors, may stand in front.
@@ -127,7 +125,7 @@ def receive_once(sock: socket.socket, size: int, descriptors_max: int) -> Recept
     # Keeps FD-5, FD-6.
     # CMSG_LEN, not CMSG_SPACE: the padding of the latter has room for one descriptor more.
     # recvmsg, not socket.recv_fds: the latter ignores its flags, so that what it returns would be
-    # inherited by whatever is executed (CPython issue 107898).
+    # inherited by every program that is executed (CPython issue 107898).
     ancillary_bytes = _cmsg_len(descriptors_max) if descriptors_max else 0
     data, ancillary, flags, _ = syscall(
         sock.recvmsg, size, ancillary_bytes, socket.MSG_CMSG_CLOEXEC
@@ -144,17 +142,15 @@ def _cmsg_len(descriptors: int) -> int:
     return socket.CMSG_LEN(descriptors * array.array("i").itemsize)
 
 
-@dataclass(frozen=True, slots=True)
-class Delivery:
-    """A whole message with the descriptors it announced; whoever receives it owns the bundle."""
+class Delivery(NamedTuple):
+    """A whole message with the descriptors it announced; the receiver owns the bundle."""
 
     message: Message
     bundle: DescriptorBundle
     """As long as the response's `fd_types`; empty for every other message."""
 
 
-@dataclass(frozen=True, slots=True)
-class Rejected:
+class Rejected(NamedTuple):
     """
     The peer sent what is no message, or the wrong descriptors; they are closed.
 
@@ -164,28 +160,28 @@ class Rejected:
     error: FdPassing
 
 
-@dataclass(frozen=True, slots=True)
-class Lost:
+class Lost(NamedTuple):
     """The peer is gone; nothing more can be received."""
 
     reason: str
-    """How it went, for a person to read."""
+    """What happened, for a person to read."""
 
 
 Received: TypeAlias = Delivery | Rejected | Lost
 """What `Channel.receive` returns; the last two are final."""
 
 
-@dataclass(slots=True)
 class _Outgoing:
     """A frame on its way out; the bundle is empty once the first byte has left."""
 
-    rest: memoryview
-    bundle: DescriptorBundle
+    __slots__ = ("bundle", "rest")
+
+    def __init__(self, frame: bytes, bundle: DescriptorBundle) -> None:
+        self.rest = memoryview(frame)
+        self.bundle = bundle
 
 
-@dataclass(frozen=True, slots=True)
-class _Arrival:
+class _Arrival(NamedTuple):
     """Descriptors that came with a read, until the frame they belong to is whole."""
 
     first_byte: int
@@ -214,12 +210,12 @@ class Channel:
         "_accepts_descriptors",
         "_arrivals",
         "_frames",
-        "_is_deaf",
-        "_mute_reason",
         "_outgoing",
         "_outgoing_bundles",
         "_outgoing_bytes",
+        "_read_closed",
         "_sock",
+        "_write_fault",
     )
 
     def __init__(self, sock: socket.socket, *, accepts_descriptors: bool) -> None:
@@ -228,11 +224,11 @@ class Channel:
         self._accepts_descriptors = accepts_descriptors
         self._frames = FrameReader()
         self._arrivals: list[_Arrival] = []
-        self._is_deaf = False
+        self._read_closed = False
         self._outgoing: deque[_Outgoing] = deque()
         self._outgoing_bytes = 0
         self._outgoing_bundles = 0
-        self._mute_reason: str | None = None
+        self._write_fault: str | None = None
 
     def fileno(self) -> int:
         """
@@ -291,7 +287,7 @@ class Channel:
             frame = encode_frame(encode_message(message))
             self._check_room(len(frame), owned)
             undo.pop_all()
-        self._outgoing.append(_Outgoing(memoryview(frame), owned))
+        self._outgoing.append(_Outgoing(frame, owned))
         self._outgoing_bytes += len(frame)
         self._outgoing_bundles += bool(owned)
         self.flush()
@@ -306,14 +302,14 @@ class Channel:
         Raises:
             FdPassing: as `send`.
         """
-        self._check_not_mute()
+        self._check_writable()
         try:
             while self._outgoing:
                 self._send_some(self._outgoing[0])
         except BlockingIOError:
             return False
         except OSError as error:
-            raise self._fall_mute(f"sending failed: {error.strerror}") from error
+            raise self._close_write(f"sending failed: {error.strerror}") from error
         return True
 
     def receive(self) -> list[Received]:
@@ -335,14 +331,14 @@ class Channel:
         received: list[Received] = []
         bytes_left = RECEIVE_BYTES_MAX
         for _ in range(RECEIVE_READS_MAX):
-            if self._is_deaf or not bytes_left:
+            if self._read_closed or not bytes_left:
                 break
             try:
                 reception = receive_once(self._sock, bytes_left, self._descriptors_max)
             except BlockingIOError:
                 break
             except OSError as error:
-                received.append(self._fall_deaf(Lost(f"the connection broke: {error.strerror}")))
+                received.append(self._close_read(Lost(f"the connection broke: {error.strerror}")))
                 break
             bytes_left -= len(reception.data)
             received += self._accept(reception)
@@ -355,30 +351,34 @@ class Channel:
             stack.callback(self._drop_outgoing)
             stack.callback(self._drop_incoming)
 
+    def __repr__(self) -> str:
+        if self.closed:
+            return "<Channel closed>"
+        read = "reading over" if self._read_closed else "reading"
+        write = self._write_fault or f"{self._outgoing_bytes} bytes wait to be sent"
+        return f"<Channel {self.fileno()}: {read}, {write}>"
+
     def __enter__(self) -> Channel:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     # Sending.
 
     def _check_room(self, frame_bytes: int, bundle: DescriptorBundle) -> None:
         # Keeps PEER-9.
-        self._check_not_mute()
+        self._check_writable()
         if self._outgoing_bytes + frame_bytes > OUTGOING_BYTES_MAX:
-            raise self._fall_mute(f"the peer does not read: {self._outgoing_bytes} bytes wait")
+            raise self._close_write(f"the peer does not read: {self._outgoing_bytes} bytes wait")
         if self._outgoing_bundles + bool(bundle) > OUTGOING_BUNDLES_MAX:
-            raise self._fall_mute(f"the peer does not read: {self._outgoing_bundles} bundles wait")
+            raise self._close_write(
+                f"the peer does not read: {self._outgoing_bundles} bundles wait"
+            )
 
-    def _check_not_mute(self) -> None:
-        if self._mute_reason is not None:
-            raise FdPassing(self._mute_reason)
+    def _check_writable(self) -> None:
+        if self._write_fault is not None:
+            raise FdPassing(self._write_fault)
 
     def _send_some(self, frame: _Outgoing) -> None:
         # Keeps FD-3.
@@ -393,8 +393,8 @@ class Channel:
             self._outgoing.popleft()
         bundle.close()
 
-    def _fall_mute(self, reason: str) -> FdPassing:
-        self._mute_reason = reason
+    def _close_write(self, reason: str) -> FdPassing:
+        self._write_fault = reason
         self._drop_outgoing()
         return FdPassing(reason)
 
@@ -414,7 +414,7 @@ class Channel:
     def _accept(self, reception: Reception) -> list[Received]:
         if not reception.data:
             place = "in the middle of a frame" if self.is_mid_frame else "the connection"
-            return [self._fall_deaf(Lost(f"the peer closed {place}"))]
+            return [self._close_read(Lost(f"the peer closed {place}"))]
         self._frames.feed(reception.data)
         self._note_arrival(reception)
         received: list[Received] = []
@@ -425,7 +425,7 @@ class Channel:
             # refused now, it is: its peer might never send the rest.
             _sole(self._arrivals)
         except FdPassing as error:
-            received.append(self._fall_deaf(Rejected(error)))
+            received.append(self._close_read(Rejected(error)))
         return received
 
     def _note_arrival(self, reception: Reception) -> None:
@@ -460,13 +460,13 @@ class Channel:
         del self._arrivals[: len(arrivals)]
         return Delivery(message, DescriptorBundle(types, descriptors))
 
-    def _fall_deaf(self, last: Rejected | Lost) -> Rejected | Lost:
+    def _close_read(self, last: Rejected | Lost) -> Rejected | Lost:
         self._drop_incoming()
         return last
 
     def _drop_incoming(self) -> None:
         # Keeps FD-10.
-        self._is_deaf = True
+        self._read_closed = True
         self._frames = FrameReader()
         dropped, self._arrivals = self._arrivals, []
         close_all(descriptor for arrival in dropped for descriptor in arrival.descriptors)

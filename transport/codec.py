@@ -1,4 +1,4 @@
-"""What does a message look like as bytes, and which bytes are a message?
+"""Messages as MessagePack bytes and back, as the Rust peer (rmp-serde) writes and reads them.
 
 A body is MessagePack: a map of exactly one entry, message name to fields, as serde writes an
 externally tagged enum with `rmp_serde::to_vec_named`. What is written is byte for byte what

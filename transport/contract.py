@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from statemachine.lifecycle import AllocationState
 from statemachine.messages import NamespaceRequest, NamespaceResponse
@@ -147,8 +147,7 @@ class Sighting(Enum):
     """The process that holds its namespaces is dead."""
 
 
-@dataclass(frozen=True, slots=True)
-class Observation:
+class Observation(NamedTuple):
     """One sighting of one allocation."""
 
     allocation_id: str
@@ -168,8 +167,7 @@ class Adoption:
     """What was answered; None if it is ENDED."""
 
 
-@dataclass(frozen=True, slots=True)
-class Recovery:
+class Recovery(NamedTuple):
     """Everything a backend found after a restart."""
 
     adoptions: tuple[Adoption, ...] = ()

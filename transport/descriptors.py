@@ -1,7 +1,7 @@
-"""Who owns a file descriptor, and for how long?
+"""File descriptors with one owner each: `Descriptor`, `DescriptorBundle`, and checking a bundle.
 
 A file descriptor is an integer that the Linux kernel hands out again as soon as it is closed. Code
-that keeps the integer can close, or write to, a stranger's file. So an integer becomes a
+that keeps the integer can close, or write to, another file. So an integer becomes a
 `Descriptor` the moment it arrives, the `Descriptor` forgets it the moment it closes it, and every
 function says who owns what afterwards. This module is the only one that calls `os.close` or
 duplicates a descriptor.
@@ -19,9 +19,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from types import TracebackType
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from statemachine.errors import FdPassing
 from statemachine.messages import NamespaceType
@@ -36,12 +34,12 @@ class Descriptor:
     """
     One open file descriptor with one owner.
 
-    Adopts the integer it is given: from then on nobody else may close it. Usable as a context
+    Adopts the integer it is given: from then on only this object may close it. Usable as a context
     manager, and wherever something with `fileno()` is accepted. One that is dropped while open
     is closed and reported as a ResourceWarning.
 
     Args:
-        fd: An open file descriptor that nobody else owns.
+        fd: An open file descriptor without an owner.
 
     Raises:
         ValueError: `fd` is negative. Nothing is owned.
@@ -102,13 +100,14 @@ class Descriptor:
         Close it, if it is open.
 
         Raises:
-            OSError: the number was not open (EBADF): somebody closed what is ours. Any other
-                error is the file's farewell and is not repeated; Linux has freed the number.
+            OSError: the number was not open (EBADF): it was closed behind the owner's back. Any
+                other error comes from the file and is dropped: Linux has freed the number, and
+                repeating the call could close another file.
 
         Source:
             close(2), "Dealing with error returns from close()".
         """
-        # Forgotten in the same statement: whatever close does, nobody can close it twice.
+        # Forgotten in the same statement: whatever close does, it cannot be closed twice.
         fd, self._fd = self._fd, -1
         if fd < 0:
             return
@@ -121,12 +120,7 @@ class Descriptor:
     def __enter__(self) -> Descriptor:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     def __del__(self) -> None:
@@ -259,12 +253,7 @@ class DescriptorBundle:
     def __enter__(self) -> DescriptorBundle:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -272,8 +261,7 @@ class DescriptorBundle:
         return f"DescriptorBundle({shown})"
 
 
-@dataclass(frozen=True, slots=True)
-class NamespaceIdentity:
+class NamespaceIdentity(NamedTuple):
     """
     Which namespace a descriptor refers to: equal identities are one namespace.
 
@@ -288,7 +276,7 @@ class NamespaceIdentity:
 
 
 class Inspector(Protocol):
-    """The role of whoever can say what a namespace descriptor really is."""
+    """Says what a namespace descriptor really is."""
 
     def inspect(self, fd: int) -> NamespaceIdentity:
         """
@@ -308,7 +296,7 @@ class Inspector(Protocol):
 
 
 class DescriptorSource(Protocol):
-    """The role of whoever can be asked for an allocation's namespaces, as often as wanted."""
+    """Opens an allocation's namespaces, as often as it is asked."""
 
     def bundle_of(self, allocation_id: str) -> DescriptorBundle:
         """

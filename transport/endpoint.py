@@ -1,12 +1,11 @@
-"""Where do provider and consumer meet, and who is at the other end?
+"""The unix socket at a path: listening with the right permissions, connecting, peer credentials.
 
-They meet at a path. The provider listens there (`listen`), a consumer connects (`begin_connect`),
-and the provider learns from the Linux kernel, not from the peer, who has connected
-(`PeerCredentials`).
+The provider listens there (`listen`), a consumer connects (`begin_connect`), and the provider
+learns from the Linux kernel, not from the peer, who has connected (`PeerCredentials`).
 
-The path is created with its final permissions and answers nobody before everything about it is in
-place. One that a dead provider left behind is taken over; one that is in use, or is no socket at
-all, is left alone.
+The path is created with its final permissions, and takes no connection before everything about it
+is in place. One that a dead provider left behind is taken over; one that is in use, or is no socket
+at all, is left alone.
 """
 
 from __future__ import annotations
@@ -18,10 +17,8 @@ import socket
 import struct
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Final
+from typing import Final, NamedTuple
 
 from statemachine.errors import FdPassing, SocketUnavailable
 
@@ -52,13 +49,12 @@ _NO_PEER_PIDFD: Final = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class PeerCredentials:
+class PeerCredentials(NamedTuple):
     """
     Who was at the other end when the connection was made, in the Linux kernel's words.
 
     A pid alone says nothing once its process has ended, because it is given out again. The pidfd
-    keeps meaning the process that connected. Whoever holds the credentials owns it.
+    keeps meaning the process that connected. The credentials own it.
     """
 
     pid: int
@@ -95,9 +91,8 @@ class PeerCredentials:
             self.pidfd.close()
 
 
-@dataclass(frozen=True, slots=True)
-class Accepted:
-    """A new connection; whoever accepts it owns both parts."""
+class Accepted(NamedTuple):
+    """A new connection; the caller of `accept` owns both parts."""
 
     channel: Channel
     """Takes no descriptors: a provider never does."""
@@ -125,11 +120,11 @@ def listen(
 
     There is no moment at which more may connect than `mode` and `gid` say, and no process-wide
     umask is touched: the mode is set on the socket before it has a name, and a socket that is
-    bound and does not listen yet refuses everybody.
+    bound and does not listen yet refuses every connection.
 
     Args:
         path: Where; its directory must exist. At most `SOCKET_PATH_BYTES_MAX` bytes.
-        mode: Permissions of the socket file; whoever may write to it may connect.
+        mode: Permissions of the socket file; who may write to it may connect.
         gid: Its group; None leaves the process's own.
         backlog: Most connections that wait to be accepted.
         use_passrights: False does as on a Linux before 6.16: descriptors that a consumer sends
@@ -140,9 +135,9 @@ def listen(
         The listener; the caller owns it.
 
     Raises:
-        SocketUnavailable: somebody listens there, something else than a socket is there, the
-            directory does not exist, the path is too long, or Linux refuses. Whatever was at the
-            path is still there, unless it was a socket that nobody listened on.
+        SocketUnavailable: another provider listens there, something else than a socket is there,
+            the directory does not exist, the path is too long, or Linux refuses. What was at the
+            path is still there, unless it was a socket without a listener.
 
     Source:
         Seed 9-13. WIRE-1, WIRE-2. unix(7).
@@ -178,8 +173,8 @@ def begin_connect(path: str | os.PathLike[str]) -> socket.socket:
         backlog has taken it, not that the provider has looked at it.
 
     Raises:
-        BlockingIOError: the backlog is full; somebody listens, and it is worth trying again.
-        SocketUnavailable: there is no such path, nobody listens there, or Linux refuses.
+        BlockingIOError: the backlog is full: a provider listens, and it is worth trying again.
+        SocketUnavailable: there is no such path, it has no listener, or Linux refuses.
 
     Source:
         connect(2). unix(7).
@@ -276,7 +271,7 @@ class Listener:
         """
         Stop listening, and remove the path if it is still this listener's; may be called again.
 
-        Connections that nobody accepted are reset; accepted ones live on.
+        Connections that were not accepted are reset; accepted ones live on.
         """
         with ExitStack() as stack:
             stack.callback(self._reserve.close)
@@ -286,15 +281,14 @@ class Listener:
             if self._sock.fileno() >= 0:
                 stack.callback(_unlink_if, self._path, self._inode)
 
+    def __repr__(self) -> str:
+        state = "closed" if self._sock.fileno() < 0 else "listening"
+        return f"<Listener on {self._path}: {state}>"
+
     def __enter__(self) -> Listener:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     def _accepted(self, sock: socket.socket) -> Accepted | None:
@@ -362,14 +356,14 @@ def _turn_away(sock: socket.socket) -> None:
         channel.send(SocketUnavailable("the provider has no file descriptor left"))
 
 
-# The path: who has it, and taking it over from the dead.
+# The path: who has it, and taking it over from a provider that died.
 
 
 @contextmanager
 def _sole_starter(path: Path) -> Iterator[None]:
-    # Between asking whether anybody listens and removing the file, another provider could put its
+    # Between asking whether a provider listens and removing the file, another one could put its
     # own there, and lose it. So only one at a time may start on a path. The lock is a file that
-    # only its owner can open: a lock on the directory could be held by anybody who may read it.
+    # only its owner can open: a lock on the directory could be held by all who may read it.
     lock_path = path.with_name(f".{path.name}.lock")
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     while True:
@@ -378,8 +372,8 @@ def _sole_starter(path: Path) -> Iterator[None]:
                 syscall(fcntl.flock, lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise SocketUnavailable(f"another provider is starting on {path}") from error
-            # Whoever had the lock before has removed the file, so it may not be at its path any
-            # more; then the lock excludes nobody.
+            # The one that had the lock before has removed the file, so it may not be at its path
+            # any more; then the lock excludes nothing.
             if not _is_at(lock_path, lock):
                 continue
             try:
@@ -410,7 +404,7 @@ def _remove_stale(path: Path) -> None:
     if not syscall(path.is_socket) or syscall(path.is_symlink):
         raise SocketUnavailable(f"{path} is not a socket; it is left alone")
     if _is_listening(path):
-        raise SocketUnavailable(f"somebody else listens on {path}")
+        raise SocketUnavailable(f"another process listens on {path}")
     syscall(path.unlink)
 
 
@@ -451,6 +445,6 @@ def _connect_fault(path: Path, error: OSError) -> str:
         case errno.ENOENT:
             return f"{path} does not exist"
         case errno.ECONNREFUSED:
-            return f"nobody listens on {path}"
+            return f"no process listens on {path}"
         case _:
             return f"cannot connect to {path}: {error.strerror}"

@@ -1,9 +1,9 @@
-"""Where does one message end and the next begin?
+"""Frames on a byte stream: a length of four bytes, then a body; cut out of any reads.
 
 A stream socket has no message boundaries, so each message travels as a frame: four bytes of
-length, then that many bytes of body. Whoever reads can be handed any cut of the stream: half a
-header, three frames and a bit. `FrameReader` takes whatever comes and gives back whole bodies,
-each with its place in the stream, because descriptors are matched to frames by place.
+length, then that many bytes of body. A read can return any cut of the stream: half a
+header, three frames and a bit. `FrameReader` takes what comes and gives back whole bodies, each
+with its place in the stream, because descriptors are matched to frames by place.
 
 Pure: bytes in, bytes out.
 """

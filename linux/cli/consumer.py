@@ -7,7 +7,6 @@ import logging
 import os
 import secrets
 import signal
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,30 +22,25 @@ from statemachine.errors import (
 )
 from statemachine.messages import (
     NamespaceRequest,
-    NamespaceResponse,
     NamespaceType,
     objection,
     objection_to_id,
 )
 from transport.contract import SelfService
-from transport.descriptors import DescriptorBundle, Inspector
+from transport.descriptors import Inspector
 from transport.request import Consumer, Handoff
 
-from ..backend import LinuxBackend, NodeSettings
-from ..cgroups import CgroupUnavailable, find_cgroup2
 from ..features import Features
 from ..namespaces import KernelInspector
+from ..self_service import OwnNamespaces
 from ..simulated import SimulatedInspector
-from .exits import PROGRAM, ExitCode, Failure, Interrupted, print_error
+from .exits import PROGRAM, ExitCode, Failure, Interrupted
 
 INTERRUPTIONS: Final = frozenset({signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM})
 """Signals that tell the command to stop, while there is no other to pass them on to."""
 
 END_TIMEOUT_S: Final = 5.0
 """How long the confirmation of an end may take; a provider has its release deadline for that."""
-
-DIRECTORY_MODE: Final = 0o755
-"""Permissions of a missing directory that is made."""
 
 _KINDS: Final = {kind.value.lower(): kind for kind in NamespaceType}
 
@@ -111,6 +105,11 @@ def inspector_of(options: argparse.Namespace, features: Features) -> Inspector:
     return KernelInspector(features)
 
 
+def own_namespaces(options: argparse.Namespace, features: Features) -> OwnNamespaces:
+    """Make the self-service that the options `--image-root` and `--uenv-base` describe."""
+    return OwnNamespaces(features, Path(options.image_root), Path(options.uenv_base))
+
+
 def obtain(
     consumer: Consumer,
     request: NamespaceRequest,
@@ -145,78 +144,6 @@ def obtain(
 def failure_of(error: NamespaceError) -> Failure:
     """Turn an error of the protocol into one of the command."""
     return Failure(_REFUSALS[type(error)], str(error), type(error).__name__)
-
-
-class OwnNamespaces:
-    """
-    Namespaces that the command makes itself, and that end with it: a `SelfService`.
-
-    Nothing is started before it is needed, which is when the provider cannot be reached.
-
-    Args:
-        options: With `image_root` and `uenv_base`.
-        features: What the Linux kernel can do.
-    """
-
-    def __init__(self, options: argparse.Namespace, features: Features) -> None:
-        self._options: Final = options
-        self._features: Final = features
-        self._backend: LinuxBackend | None = None
-
-    @property
-    def is_begun(self) -> bool:
-        """Whether any were requested."""
-        return self._backend is not None
-
-    def create_namespaces(self, request: NamespaceRequest) -> NamespaceResponse:
-        """As `LinuxBackend.create_namespaces`."""
-        return self._made().create_namespaces(request)
-
-    def bundle_of(self, allocation_id: str) -> DescriptorBundle:
-        """As `LinuxBackend.bundle_of`."""
-        return self._made().bundle_of(allocation_id)
-
-    def scope_of(self, allocation_id: str) -> Path | None:
-        """As `LinuxBackend.scope_of`."""
-        return self._made().scope_of(allocation_id)
-
-    def release_namespaces(self, allocation_id: str) -> None:
-        """As `LinuxBackend.release_namespaces`."""
-        self._made().release_namespaces(allocation_id)
-
-    def why_alive(self, allocation_id: str) -> str | None:
-        """As `LinuxBackend.why_alive`."""
-        return self._made().why_alive(allocation_id)
-
-    def close(self) -> None:
-        """End what was made, if anything was."""
-        if self._backend is not None:
-            self._backend.close()
-
-    def _made(self) -> LinuxBackend:
-        if self._backend is None:
-            base = Path(self._options.uenv_base)
-            settings = NodeSettings(_cgroup2_if_any(), Path(self._options.image_root), base)
-            self._backend = LinuxBackend.for_self_service(
-                settings, clock=time.monotonic, features=self._features
-            )
-            if self._options.uenv is not None:
-                _make_base(base)
-        return self._backend
-
-
-def make_directory(path: Path) -> None:
-    """
-    Make a directory and its parents with `DIRECTORY_MODE`, unless it is there.
-
-    Raises:
-        OSError: it is not there and cannot be made.
-    """
-    if path.is_dir():
-        return
-    make_directory(path.parent)
-    path.mkdir(exist_ok=True)
-    path.chmod(DIRECTORY_MODE)  # mkdir applies the umask
 
 
 @contextmanager
@@ -270,18 +197,3 @@ def interruptible(
 
 def _new_id() -> str:
     return f"run-{os.getpid()}-{secrets.token_hex(4)}"
-
-
-def _cgroup2_if_any() -> Path | None:
-    try:
-        return find_cgroup2()
-    except CgroupUnavailable as error:
-        print_error(f"WARNING: {error}; there will be no cgroup for the processes")
-        return None
-
-
-def _make_base(base: Path) -> None:
-    try:
-        make_directory(base)
-    except OSError as error:
-        raise CreationFailed(f"make {base}: {error.strerror}") from error

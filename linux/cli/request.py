@@ -17,13 +17,13 @@ from ..namespaces import KernelInspector
 from .consumer import (
     END_TIMEOUT_S,
     INTERRUPTIONS,
-    OwnNamespaces,
     consumer_of,
     failure_of,
     id_of,
     inspector_of,
     interruptible,
     obtain,
+    own_namespaces,
     request_of,
     signals_taken,
 )
@@ -49,7 +49,7 @@ def request(options: argparse.Namespace) -> ExitCode:
     with signals_taken(INTERRUPTIONS) as taken, ExitStack() as stack:
         own = None
         if options.fallback != "never" and options.backend == "linux":
-            own = stack.enter_context(closing(OwnNamespaces(options, features)))
+            own = stack.enter_context(closing(own_namespaces(options, features)))
         consumer = consumer_of(options, inspector_of(options, features), own)
         handoff = stack.enter_context(obtain(consumer, wanted, own, taken))
         show = _show_json if options.json else _show

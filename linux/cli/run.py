@@ -27,13 +27,14 @@ from ..cgroups import WORKLOAD_SLICE, CgroupUnavailable, Scope, find_cgroup2
 from ..features import Features
 from ..forge.spawn import restore_foreground, spawn_within
 from ..namespaces import KernelInspector, has_dead_init
+from ..self_service import OwnNamespaces
 from ..survey import states_of
 from ..syscalls import SyscallError
 from .consumer import (
     END_TIMEOUT_S,
-    OwnNamespaces,
     consumer_of,
     obtain,
+    own_namespaces,
     request_of,
     signals_taken,
 )
@@ -102,7 +103,7 @@ def _run(options: argparse.Namespace) -> int:
     with _children_noticed(), signals_taken(PASSED_ON) as taken, ExitStack() as stack:
         own = None
         if options.fallback != "never":
-            own = stack.enter_context(closing(OwnNamespaces(options, features)))
+            own = stack.enter_context(closing(own_namespaces(options, features)))
         consumer = consumer_of(options, KernelInspector(features), own)
         handoff = stack.enter_context(_obtain(consumer, wanted, own, taken))
         stack.callback(_end, handoff, features)

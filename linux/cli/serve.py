@@ -28,8 +28,8 @@ from statemachine import effects as do
 from statemachine import events as on
 from statemachine.effects import Effect
 from statemachine.errors import SocketUnavailable
-from statemachine.events import Event
-from statemachine.lifecycle import PROVIDER, AllocationState
+from statemachine.events import ProviderInput
+from statemachine.lifecycle import ALLOCATION, AllocationState
 from statemachine.provider import Limits, ProviderKernel
 from transport.contract import Backend
 from transport.endpoint import listen
@@ -39,9 +39,9 @@ from ..backend import LinuxBackend, NodeSettings
 from ..cgroups import CgroupUnavailable, find_cgroup2
 from ..forge.plan import ForgeError
 from ..journal import JournalError
+from ..self_service import make_directory
 from ..simulated import SimulatedBackend, SimulatedNode
 from ..survey import READY_NAME
-from .consumer import make_directory
 from .exits import ExitCode
 from .trace import TraceFile
 
@@ -107,7 +107,7 @@ def _serve(options: argparse.Namespace, stack: ExitStack) -> None:
 
 
 def _both(first: Observer, second: Observer) -> Observer:
-    def observe(event: Event, effects: tuple[Effect, ...]) -> None:
+    def observe(event: ProviderInput, effects: tuple[Effect, ...]) -> None:
         first(event, effects)
         second(event, effects)
 
@@ -221,7 +221,7 @@ class EventLog:
         self._delays: dict[str, str] = {}
         """The reason that was last logged for a release that is not finished."""
 
-    def __call__(self, event: Event, effects: tuple[Effect, ...]) -> None:
+    def __call__(self, event: ProviderInput, effects: tuple[Effect, ...]) -> None:
         """Log one event."""
         name = _allocation_of(event)
         if self._is_repetition(event):
@@ -231,7 +231,7 @@ class EventLog:
             if self.kernel.state_of(other) is not self._states.get(other, _UNKNOWN):
                 self._write(event, effects, other)
 
-    def _is_repetition(self, event: Event) -> bool:
+    def _is_repetition(self, event: ProviderInput) -> bool:
         """Say whether it is another try to release, with the same reason as before."""
         if isinstance(event, on.NamespacesReleased):
             self._delays.pop(event.allocation_id, None)
@@ -241,7 +241,7 @@ class EventLog:
             return before == event.reason
         return isinstance(event, on.RetryDue)
 
-    def _write(self, event: Event, effects: tuple[Effect, ...], name: str) -> None:
+    def _write(self, event: ProviderInput, effects: tuple[Effect, ...], name: str) -> None:
         fields: dict[str, Any] = {"allocation_id": name} if name else {}
         if name:
             fields |= self._row(event, name)
@@ -249,12 +249,12 @@ class EventLog:
         fields["effects"] = [_word_for(effect) for effect in effects]
         _log_event(_snake(type(event).__name__), **fields)
 
-    def _row(self, event: Event, name: str) -> dict[str, str]:
+    def _row(self, event: ProviderInput, name: str) -> dict[str, str]:
         before = self._states.pop(name, _UNKNOWN)
         after = self.kernel.state_of(name)
         if after not in (_UNKNOWN, AllocationState.RELEASED):
             self._states[name] = after
-        if before is after and PROVIDER.row(type(event), before) is None:
+        if before is after and ALLOCATION.row(type(event), before) is None:
             return {}
         return {"from": before.value, "to": after.value}
 
@@ -304,7 +304,7 @@ def _snake(name: str) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
 
 
-def _allocation_of(something: Event | Effect) -> str:
+def _allocation_of(something: ProviderInput | Effect) -> str:
     """Name the allocation that an event or an effect concerns; empty if none."""
     for part in (something, *(getattr(something, x, None) for x in ("request", "response"))):
         name = getattr(part, "allocation_id", "")
@@ -313,7 +313,7 @@ def _allocation_of(something: Event | Effect) -> str:
     return ""
 
 
-def _details_of(event: Event) -> dict[str, Any]:
+def _details_of(event: ProviderInput) -> dict[str, Any]:
     """Return further fields of an event."""
     fields = {field.name: getattr(event, field.name) for field in dataclasses.fields(event)}
     details = {name: fields[name] for name in ("connection", "uid", "reason") if fields.get(name)}

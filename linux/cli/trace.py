@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from statemachine.effects import Effect
-from statemachine.events import Event
+from statemachine.events import ProviderInput
 from statemachine.provider import Limits
 from transport.descriptors import Descriptor
 from transport.trace import (
@@ -114,7 +114,7 @@ class TraceFile:
         self._is_whole = size == 0 or os.pread(self._file.fileno(), 1, size - 1) == b"\n"
         self._write(Start(limits))
 
-    def __call__(self, event: Event, effects: tuple[Effect, ...]) -> None:
+    def __call__(self, event: ProviderInput, effects: tuple[Effect, ...]) -> None:
         """Write one event."""
         self._write(Turn(event, effects))
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import socket
 import tempfile
-import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable
@@ -38,7 +37,9 @@ from statemachine.messages import (
 from transport.channel import Channel, Delivery, Rejected
 from transport.contract import SelfService
 from transport.descriptors import DescriptorBundle, Inspector
-from transport.request import Fallback, Patience, _Exchange, _perform
+from transport.request import Fallback, Patience
+from transport.request.blocking import perform
+from transport.request.exchange import Exchange
 from transport.testing.in_process import ConsumerBrain, Pipe, pipe, put_through
 from transport.testing.machine import open_namespaces
 
@@ -120,21 +121,21 @@ class Counterpart(ABC):
         return self._world.inspector
 
     @abstractmethod
-    def connect(self, exchange: _Exchange) -> Pipe | Channel:
+    def connect(self, exchange: Exchange) -> Pipe | Channel:
         """Let its call get through; the provider's end of it."""
 
     @abstractmethod
-    def fail_to_connect(self, exchange: _Exchange) -> None:
+    def fail_to_connect(self, exchange: Exchange) -> None:
         """Let its call reach nobody."""
 
     @abstractmethod
     def garble(self) -> None:
         """Let the provider say what is no message."""
 
-    def begin(self, audit: Callable[[Fallback], None]) -> _Exchange:
+    def begin(self, audit: Callable[[Fallback], None]) -> Exchange:
         """Have a consumer that has done nothing yet."""
         brain, path = self._brain(self.request), self.socket
-        return _Exchange(brain, self.inspector, self._service, FOREVER, audit, path)
+        return Exchange(brain, self.inspector, self._service, FOREVER, audit, path)
 
     @property
     def socket(self) -> Path:
@@ -158,12 +159,12 @@ class OnPipes(Counterpart):
     def __init__(self, prefix: str, brain: ConsumerBrain) -> None:
         super().__init__(SimulatedWorld(), prefix, brain)
 
-    def connect(self, exchange: _Exchange) -> Pipe:
+    def connect(self, exchange: Exchange) -> Pipe:
         self._end, theirs = pipe()
         put_through(exchange, theirs)
         return self._end
 
-    def fail_to_connect(self, exchange: _Exchange) -> None:
+    def fail_to_connect(self, exchange: Exchange) -> None:
         exchange.not_connected(SocketUnavailable("nobody is there"))
 
     def garble(self) -> None:
@@ -184,15 +185,15 @@ class OnSockets(Counterpart):
     def socket(self) -> Path:
         return Path(self._folder.name) / "handoff.sock"
 
-    def connect(self, exchange: _Exchange) -> Channel:
+    def connect(self, exchange: Exchange) -> Channel:
         exchange.path = self.socket
-        _perform(exchange, do.Connect())
+        perform(exchange, do.Connect())
         self._line, _ = self._listener.accept()
         return Channel(self._line, accepts_descriptors=False)
 
-    def fail_to_connect(self, exchange: _Exchange) -> None:
+    def fail_to_connect(self, exchange: Exchange) -> None:
         exchange.path = self.socket.with_name("nobody.sock")
-        _perform(exchange, do.Connect())
+        perform(exchange, do.Connect())
 
     def garble(self) -> None:
         self._line.send(bytes(4))
@@ -352,12 +353,12 @@ class Dealings(RuleBasedStateMachine):
         deadlines = self.exchange.deadlines
         timers = sorted(deadlines, key=lambda timer: timer.value)
         deadlines[timers[pick % len(timers)]] = 0.0
-        self.exchange.expire(time.monotonic())
+        self.exchange.expire()
 
     @precondition(lambda self: self.is_to(do.ReleaseOwn))
     @rule()
     def it_releases_its_own(self) -> None:
-        _perform(self.exchange, self.exchange.slow.popleft())
+        perform(self.exchange, self.exchange.slow.popleft())
 
     # What is true.
 
@@ -369,7 +370,7 @@ class Dealings(RuleBasedStateMachine):
         own = [(me, name)] if self.is_in(*OWN) else []
         always.require(
             always.at_most_one_live_set(
-                own, [me] if kernel.is_in_debt else [], [(me, name)] if self.may_be_made else []
+                own, [me] if kernel.owes_end else [], [(me, name)] if self.may_be_made else []
             ),
             always.self_service_is_loud_and_for_a_reason(
                 has_turned=exchange.fallback is not None,

@@ -12,7 +12,7 @@ import os
 import select
 import socket
 from collections.abc import Hashable, Iterator
-from itertools import count, permutations
+from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,6 +30,7 @@ from statemachine.messages import (
     NamespaceResponse,
     NamespaceType,
 )
+from statemachine.testing.strategies import ORDERS
 from transport.channel import receive_once
 from transport.codec import encode_message
 from transport.descriptors import close_all
@@ -46,9 +47,6 @@ PID: Final = NamespaceType.PID
 NET: Final = NamespaceType.NET
 MOUNT: Final = NamespaceType.MOUNT
 LIGHT: Final = (PID, MOUNT)
-
-SUBSETS: Final = [kinds for size in range(4) for kinds in permutations(NamespaceType, size)]
-"""All sixteen: nothing, and every type in every order."""
 
 pytest_generate_tests: Final = number_cases
 _numbers: Final = count(1)
@@ -417,7 +415,7 @@ def test_one_connection_does_not_wait_for_another(wire: Wire) -> None:
 
 
 @pytest.mark.clause("LIFE-11")
-@cases("FD-2/1", *SUBSETS)
+@cases("FD-2/1", *ORDERS)
 def test_descriptors_are_what_was_asked_for_in_the_order_of_the_request(
     wire: Wire, what: tuple[NamespaceType, ...]
 ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import count, permutations
+from itertools import count
 from typing import Final
 
 import pytest
@@ -10,6 +10,7 @@ import pytest
 from statemachine.errors import AllocationNotFound, CreationFailed, FdPassing
 from statemachine.lifecycle import AllocationState
 from statemachine.messages import NamespaceRequest, NamespaceResponse, NamespaceType
+from statemachine.testing.strategies import ORDERS
 from transport.contract import (
     CREATION,
     LEFT_BY_CRASH,
@@ -33,8 +34,6 @@ from .worlds import (
 )
 
 ALL: Final = tuple(NamespaceType)
-ORDERS: Final = [order for size in range(4) for order in permutations(ALL, size)]
-"""Every order of every subset of the three types."""
 
 _numbers: Final = count(1)
 

@@ -1,9 +1,8 @@
-"""The reference of a package, made from its docstrings; and what a docstring still owes.
+"""Python reference of a package, made from its docstrings; and what a docstring lacks.
 
-Public is what has no underscore, in a module that is no program. Every such name says what it
-means. Beyond that: a function that takes something says of each argument what its name and type do
-not; one that raises says what, and how things stand then; whoever takes or gives descriptors says
-who closes them.
+Public is what has no underscore, in a module that is no program. The docstring of every such name
+says what it means. A function that raises says what, and the state afterwards; one that takes or
+returns descriptors says who closes them.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ PROGRAMS: Final = (
     "linux.forge.exec",
     *(f"{package}.testing" for package in PACKAGES),
 )
-"""Modules and folders of modules that are run, and not imported by anybody else; and tools for tests."""
+"""Modules and folders of modules that are run, not imported by users; and tools for tests."""
 
 _PROGRAMS: Final = tuple(f"{name}." for name in PROGRAMS)
 
@@ -97,13 +96,19 @@ class Name(NamedTuple):
 
 
 def modules(package: str) -> list[Path]:
-    """List the modules of a package that somebody imports, in the order of their names."""
+    """List the modules of a package that users import, in the order of their names."""
     found = sorted((ROOT / package).rglob("*.py"))
     return [
         path
         for path in found
         if path.stem != "__init__" and not f"{module_of(path)}.".startswith(_PROGRAMS)
     ]
+
+
+def module_of(path: Path) -> str:
+    """Return the dotted name of a module; of one outside the project, its last two parts."""
+    parts = path.with_suffix("").parts
+    return ".".join(parts[len(ROOT.parts) :] if path.is_relative_to(ROOT) else parts[-2:])
 
 
 def module_of(path: Path) -> str:
@@ -168,8 +173,8 @@ def _text_below(node: ast.stmt | None) -> str:
     return ""
 
 
-def owes(name: Name) -> list[str]:
-    """Say what a name's docstring does not say."""
+def lacks(name: Name) -> list[str]:
+    """List what a name's docstring does not say."""
     if not name.doc:
         return ["what it means"]
     node, found = name.node, []
@@ -222,5 +227,6 @@ def _member(member: tuple[str, str]) -> str:
 
 
 def _section(part: str) -> str:
-    """Write a section such as `Raises:` in one line."""
-    return re.sub(r"^(Args|Returns|Raises|Source|Yields):", r"**\1:**", " ".join(part.split()))
+    """Write a section such as `Raises:` in one line, with the seed's lines linked to chapter 0."""
+    line = re.sub(r"^(Args|Returns|Raises|Source|Yields):", r"**\1:**", " ".join(part.split()))
+    return re.sub(r"\b[Ss]eed \d+-\d+", r"[\g<0>](00-contract.md)", line)

@@ -1,9 +1,9 @@
 """Finds every clause of the chapters, where the code cites it, and which tests claim it. Pure text.
 
-A clause is a quoted paragraph with an id that stays and exactly one of the words MUST, SHOULD and
-MAY; outside clauses these words are not used:
+A clause is a quoted paragraph with an id that stays. Its subject is who has to do it, and it has
+exactly one of five key words of BCP 14; outside clauses no key word is used:
 
-    > <a id="WIRE-1"></a>**WIRE-1** A frame's length MUST be 4 bytes, big-endian.
+    > <a id="WIRE-16"></a>**WIRE-16** A consumer MAY send its next message before ...
 
 Code cites a clause by its id, in a comment or docstring where it is enforced. A test claims it:
 
@@ -25,12 +25,29 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 CHAPTERS: Final = tuple(sorted((ROOT / "specs").glob("[0-9][0-9]-*.md")))
 """The chapters, in reading order."""
 
-LEVELS: Final = re.compile(r"\b(MUST|SHOULD|MAY)\b")
-"""How binding a sentence is."""
+LEVELS: Final = re.compile(r"\b(MUST NOT|MUST|SHOULD NOT|SHOULD|MAY)\b")
+"""How binding a sentence is: the key words of BCP 14 (RFC 2119, RFC 8174) that are used."""
+
+UNUSED: Final = re.compile(r"\b(SHALL|REQUIRED|RECOMMENDED|OPTIONAL|MAY NOT)\b")
+"""Key words of BCP 14 that are not used, and a form that can be read as two of them."""
+
+ROLES: Final = (
+    "provider",
+    "consumer",
+    "sender",
+    "receiver",
+    "caller",
+    "operator",
+    "implementation",
+)
+"""Who can be obliged; chapter 1 says what each one is."""
 
 ID: Final = re.compile(r"\b[A-Z]+-\d+\b")
 """What looks like a clause's id."""
 
+_SUBJECT: Final = re.compile(
+    rf"An? (?:{'|'.join(ROLES)})\b[^.;:]*? {LEVELS.pattern}(?! (?:never|not))"
+)
 _FIRST_LINE: Final = re.compile(r'^> <a id="([A-Z]+-\d+)"></a>\*\*([A-Z]+-\d+)\*\* (.*)$')
 
 
@@ -44,9 +61,21 @@ class Clause(NamedTuple):
 
     @property
     def level(self) -> str:
-        """MUST, SHOULD or MAY."""
+        """Its key word."""
         found = LEVELS.search(self.text)
         return found[0] if found else ""
+
+    @property
+    def objections(self) -> list[str]:
+        """Why it can be misread, or obliges no one."""
+        found = []
+        if len(LEVELS.findall(self.text)) != 1:
+            found.append("has not exactly one key word")
+        if UNUSED.search(self.text):
+            found.append("has a key word that is not used here")
+        if not _SUBJECT.match(self.text):
+            found.append("does not begin with who has to do it and a key word")
+        return found
 
     @property
     def topic(self) -> str:

@@ -1,8 +1,9 @@
 """The book as a site: `make site` builds these chapters into static HTML with Sphinx.
 
-What it makes needs no network, neither to be built nor to be read. A Mermaid diagram is shown as
-the picture that `pictures.py` draws of the same table, a file that a chapter links to as a page of
-its own, and a clause's id is a link to itself. The build is always a whole one (`-E`).
+What it makes needs no network, neither to be built nor to be read. A Mermaid diagram is shown as a
+picture (of a table: that of `pictures.py`; of a sequence: that of `sequence.py`), a file that a
+chapter links to as a page of its own, and a clause's id is a link to itself. The build is always a
+whole one (`-E`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ HERE: Final = Path(__file__).resolve().parents[1]
 ROOT: Final = HERE.parent
 sys.path.insert(0, str(ROOT))
 
-from specs._build import pictures  # noqa: E402
+from specs._build import pictures, refresh  # noqa: E402
+from specs._build.sequence import sequence  # noqa: E402
+from specs._build.svg import arrow_heads  # noqa: E402
 
 project = "Namespace handoff"
 author = "the namespace-handoff authors"
@@ -60,14 +63,18 @@ shown: Final[set[Path]] = set()
 
 
 class Mermaid(Directive):
-    """Shows the picture of the table that the diagram draws."""
+    """Shows a sequence diagram, or the picture of the table that the diagram draws."""
 
     has_content = True
 
     def run(self) -> list[nodes.Node]:
         """Find the picture; a diagram without one stops the build."""
-        picture = pictures.of_diagram("\n".join(self.content) + "\n")
-        return [nodes.raw("", f'<div class="picture">{picture}</div>', format="html")]
+        diagram = "\n".join(self.content) + "\n"
+        if diagram.startswith("sequenceDiagram"):
+            kind, picture = "picture sequence", arrow_heads() + sequence(diagram)
+        else:
+            kind, picture = "picture", pictures.of_diagram(diagram)
+        return [nodes.raw("", f'<div class="{kind}">{picture}</div>', format="html")]
 
 
 class Hex(RegexLexer):
@@ -85,7 +92,7 @@ class Hex(RegexLexer):
 
 
 class Scenario(RegexLexer):
-    """Rules behind `>`; below each what everybody did, `who what` or `who → whom what`."""
+    """Commands behind `>`; below each what followed, `who what` or `who → whom what`."""
 
     name = "scenario"
     aliases = ["scenario"]  # noqa: RUF012
@@ -210,9 +217,10 @@ def files(app: Any) -> Iterator[tuple[str, dict[str, Any], str]]:
     yield "index", {}, "first.html"
 
 
-def list_chapters(_: Any, docname: str, source: list[str]) -> None:
-    """Give a first page the list of its chapters by their numbers, and then of its folders."""
+def complete(_: Any, docname: str, source: list[str]) -> None:
+    """Make the parts that only the site has; list the chapters and folders on a first page."""
     page = HERE / docname
+    source[0] = refresh.for_site(source[0])
     if page.name == "README":
         numbered = sorted(path.stem for path in page.parent.glob("[0-9]*.md"))
         folders = sorted(f"{path.parent.name}/README" for path in page.parent.glob("*/README.md"))
@@ -228,5 +236,5 @@ def setup(app: Any) -> None:
     app.add_transform(Clauses)
     app.add_transform(Names)
     app.add_transform(Files)
-    app.connect("source-read", list_chapters)
+    app.connect("source-read", complete)
     app.connect("html-collect-pages", files)

@@ -70,7 +70,7 @@ class _Move:
 
 
 def state_graph(table: Table, cells: Cells) -> str:
-    """Draw a table as a picture for a page that has arrow heads; a move nobody made is dashed."""
+    """Draw a table for a page that has arrow heads; a move that was not taken is dashed."""
     label = f"State graph of the table {table.name}: the rows are listed in the table below it"
     width, height, parts = drawing(table, cells)
     return picture(width, height, label, parts)
@@ -103,7 +103,7 @@ def drawing(table: Table, cells: Cells | None = None, heads: str = "head") -> Dr
 
 
 def _visits(table: Table, row: Row, cells: Cells | None) -> int:
-    """Say how often a row was used; a row of which nobody says it counts as used."""
+    """Say how often a row was used; a row without a count is used."""
     if cells is None:
         return 1
     return cells.get((table.name, _id(row.source), row.event.__name__), 0)

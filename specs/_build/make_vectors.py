@@ -68,7 +68,7 @@ FAMILIES: Final = (
     ),
     Family(
         "accepted",
-        "frames that nobody writes and everybody reads",
+        "frames that no sender writes and every receiver reads",
         "reading `frame` gives `message`",
         {"frame": _FRAME, "message": _MESSAGE},
         frames.accepted,
@@ -86,7 +86,7 @@ FAMILIES: Final = (
     ),
     Family(
         "segments",
-        "streams of frames, cut into reads every which way",
+        "streams of frames, cut into reads at any byte",
         "after read *i*, `whole[i]` of `messages` have come out, in this order; at `refused` the "
         "reader refuses, and takes nothing any more",
         {

@@ -3,6 +3,12 @@
 A generated part stands between `<!-- generated: <how> <of what> -->` and `<!-- end -->`:
 
     mermaid, markdown   a table of `statemachine.lifecycle`, as a diagram or row by row
+    guards              conditions of events besides their rows
+    sequence            a scenario as a sequence diagram: what befalls whom, messages, states
+
+What is long, and shown elsewhere in the repository, is made for the site only, in the place of
+`<!-- on the site: <how> <of what> -->`:
+
     module              a module of this folder as a chapter: its headings, its words, its code
     clauses             every clause, where the code cites it and which tests claim it
     api                 every public name of a package
@@ -29,13 +35,19 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 DOCUMENTS: Final = (ROOT / "README.md", *sorted((ROOT / "specs").rglob("*.md")))
 """The documents that may have generated parts."""
 
-_PART: Final = re.compile(r"<!-- generated: (\w+) (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+_PART: Final = re.compile(r"<!-- generated: (\w+) ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
+_SITE_PART: Final = re.compile(r"^<!-- on the site: (\w+) (\w+) -->$", re.MULTILINE)
 _HEADING: Final = re.compile(r"^# --- (.*?) -+$", re.MULTILINE)
 
 
 def refreshed(text: str) -> str:
     """Return a document's text with every generated part made anew."""
     return _PART.sub(_part, text)
+
+
+def for_site(text: str) -> str:
+    """Return a document's text with the parts that only the site has."""
+    return _SITE_PART.sub(lambda match: _MAKERS[match[1]](match[2]).strip(), text)
 
 
 def _part(match: re.Match[str]) -> str:
@@ -49,6 +61,24 @@ def _mermaid(table: str) -> str:
 
 def _markdown(table: str) -> str:
     return drawing.markdown(getattr(lifecycle, table))
+
+
+def _guards(listed: str) -> str:
+    return drawing.guards(getattr(lifecycle, listed))
+
+
+def _sequence(scenario: str) -> str:
+    text = (ROOT / "specs" / "scenarios" / f"{scenario}.md").read_text(encoding="utf-8")
+    lines = [f"    participant {each}" for each in ("first as consumer", "provider", "node")]
+    for line in text.partition("```scenario\n")[2].partition("```")[0].splitlines():
+        if line.startswith("> "):
+            who = next((each for each in ("first", "provider") if each in line), "node")
+            lines.append(f"    Note over {who}: {line[2:].replace('first', 'the consumer')}")
+        elif arrow := re.fullmatch(r"(\w+) → (\w+) +(.*)", line):
+            lines.append(f"    {arrow[1]}->>{arrow[2]}: {arrow[3]}")
+        elif states := re.fullmatch(r"(job-\d+) +(.* → .*)", line):
+            lines.append(f"    Note over provider: {states[1]}: {states[2]}")
+    return "\n".join(["```mermaid", "sequenceDiagram", *lines, "```"])
 
 
 def _module(name: str) -> str:
@@ -99,6 +129,8 @@ def _places(places: list[clauses.Place]) -> str:
 _MAKERS: Final[dict[str, Callable[[str], str]]] = {
     "mermaid": _mermaid,
     "markdown": _markdown,
+    "guards": _guards,
+    "sequence": _sequence,
     "module": _module,
     "clauses": _index,
     "api": api.reference,

@@ -85,7 +85,11 @@ _linux = partial(_in, "contract, Linux", "linux/test_backend_contract.py", is_li
 
 STATEFUL: Final = Layer("stateful", "stateful", is_seeded=True)
 
-_PROVIDER: Final = "statemachine/provider.py"
+_SERVICE: Final = "statemachine/provider/service.py"
+_ALLOCATIONS: Final = "statemachine/provider/allocations.py"
+_ANSWERS: Final = "statemachine/provider/answers.py"
+_STATE: Final = "statemachine/provider/state.py"
+_MODELS: Final = "statemachine/provider/models.py"
 _CONSUMER: Final = "statemachine/consumer.py"
 _LIFECYCLE: Final = "statemachine/lifecycle.py"
 _TABLE: Final = "statemachine/table.py"
@@ -94,8 +98,10 @@ _CODEC: Final = "transport/codec.py"
 _FRAMING: Final = "transport/framing.py"
 _CHANNEL: Final = "transport/channel.py"
 _DESCRIPTORS: Final = "transport/descriptors.py"
-_SERVE: Final = "transport/serve.py"
-_REQUEST: Final = "transport/request.py"
+_SERVE: Final = "transport/serve/provider.py"
+_PEERS: Final = "transport/serve/peers.py"
+_WORK: Final = "transport/serve/work.py"
+_EXCHANGE: Final = "transport/request/exchange.py"
 _BACKEND: Final = "linux/backend.py"
 
 _INTEND: Final = "self._journal.intend(Entry(name, token, AllocationState.REQUESTED, "
@@ -111,22 +117,21 @@ CANARIES: Final = (
         _explorer("a pair"),
         (
             Change(
-                _PROVIDER,
-                "        if allocation is None:\n            allocation = self._admit",
-                "        if allocation is None or allocation.request == request:\n"
-                "            allocation = self._admit",
+                _ALLOCATIONS,
+                "    if allocation is None:\n        uid =",
+                "    if allocation is None or allocation.request == request:\n        uid =",
             ),
         ),
     ),
     Canary(
         "the end of what never was is confirmed",
         UPSTREAM,
-        _model("provider"),
+        _model("allocation"),
         (
             Change(
                 _LIFECYCLE,
-                "*_stay(on.EndReceived, _UNKNOWN, then=(do.Refuse,)),",
-                "*_stay(on.EndReceived, _UNKNOWN, then=(do.AnnounceEnd,)),",
+                "*_stay(on.EndReceived, _UNKNOWN, then=(do.RefuseUnknown,)),",
+                "*_stay(on.EndReceived, _UNKNOWN, then=(do.ConfirmEnd,)),",
             ),
         ),
     ),
@@ -152,12 +157,13 @@ CANARIES: Final = (
     Canary(
         "a request is refused while the provider is not ready",
         UPSTREAM,
-        _model("provider"),
+        _model("allocation"),
         (
             Change(
-                _PROVIDER,
-                "if self._phase is Phase.STARTING and len(self._waiting) >= limits.waiting:",
-                "if self._phase is Phase.STARTING:",
+                _SERVICE,
+                "if state.service.state is ServiceState.STARTING and "
+                "len(state.service.held) >= limits.waiting:",
+                "if state.service.state is ServiceState.STARTING:",
             ),
         ),
     ),
@@ -198,13 +204,17 @@ CANARIES: Final = (
         _explorer("one"),
         (
             Change(
-                _PROVIDER,
-                "            if not self._leave(number, connection.slots[0]):\n"
-                "                return\n"
-                "            connection.slots.popleft()",
-                "            if not self._leave(number, connection.slots[-1]):\n"
-                "                return\n"
-                "            connection.slots.pop()",
+                _ANSWERS,
+                "        message = connection.messages[0]\n"
+                "        state.fire_message(message, on.TurnCame)\n"
+                "        if message.state is not MessageState.ANSWERED:\n"
+                "            return\n"
+                "        connection.messages.popleft()",
+                "        message = connection.messages[-1]\n"
+                "        state.fire_message(message, on.TurnCame)\n"
+                "        if message.state is not MessageState.ANSWERED:\n"
+                "            return\n"
+                "        connection.messages.pop()",
             ),
         ),
         also=STATEFUL,
@@ -215,9 +225,9 @@ CANARIES: Final = (
         _explorer("one"),
         (
             Change(
-                _PROVIDER,
-                "            elif number in allocation.handed and not",
-                "            if number in allocation.handed and not",
+                _ALLOCATIONS,
+                "        elif number in allocation.holders and not",
+                "        if number in allocation.holders and not",
             ),
         ),
     ),
@@ -227,9 +237,9 @@ CANARIES: Final = (
         _explorer("a pair"),
         (
             Change(
-                _PROVIDER,
-                "            elif number in allocation.handed and not",
-                "            elif number in allocation.asked and not allocation.handed and not",
+                _ALLOCATIONS,
+                "        elif number in allocation.holders and not",
+                "        elif number in allocation.asked and not allocation.holders and not",
             ),
         ),
     ),
@@ -239,9 +249,9 @@ CANARIES: Final = (
         _explorer("a pair"),
         (
             Change(
-                _PROVIDER,
-                "        for number in sorted(allocation.asked):\n            for slot",
-                "        for number in sorted(allocation.asked)[:1]:\n            for slot",
+                _ALLOCATIONS,
+                "    for number in sorted(allocation.asked):\n        for message",
+                "    for number in sorted(allocation.asked)[:1]:\n        for message",
             ),
         ),
     ),
@@ -252,18 +262,18 @@ CANARIES: Final = (
         (
             Change(
                 _LIFECYCLE,
-                "*_stay(on.RequestRepeated, _REQUESTED),",
-                "*_stay(on.RequestRepeated, _REQUESTED, then=(do.CreateNamespaces,)),",
+                "*_stay(on.RequestRepeated, _REQUESTED, then=(do.AddAsker,)),",
+                "*_stay(on.RequestRepeated, _REQUESTED, then=(do.AddAsker, do.CreateNamespaces)),",
             ),
         ),
     ),
     Canary(
         "another request gets what the first one asked for",
         "the id alone is looked up",
-        _model("provider"),
+        _model("allocation"),
         (
             Change(
-                _PROVIDER,
+                _ALLOCATIONS,
                 "on.RequestRepeated if request == allocation.request else on.RequestConflicting",
                 "on.RequestRepeated if request is not None else on.RequestConflicting",
             ),
@@ -272,12 +282,12 @@ CANARIES: Final = (
     Canary(
         "a refused frame does not close the connection",
         "the stream cannot be read any further",
-        _model("provider"),
+        _model("allocation"),
         (
             Change(
-                _PROVIDER,
-                "            if slot.question is None:\n                self._close(number)\n",
-                "",
+                _LIFECYCLE,
+                "Row(on.TurnCame, _UNREADABLE, _ANSWERED, (do.Refuse, do.CloseConnection)),",
+                "Row(on.TurnCame, _UNREADABLE, _ANSWERED, (do.Refuse,)),",
             ),
         ),
     ),
@@ -289,8 +299,8 @@ CANARIES: Final = (
         (
             Change(
                 _LIFECYCLE,
-                "_GO: Final = (do.ReleaseNamespaces, start(Timer.RELEASE))",
-                "_GO: Final = (do.AnnounceEnd, do.ReleaseNamespaces, start(Timer.RELEASE))",
+                "_RELEASE: Final = (do.ReleaseNamespaces, start(Timer.RELEASE))",
+                "_RELEASE: Final = (do.TellEnd, do.ReleaseNamespaces, start(Timer.RELEASE))",
             ),
         ),
     ),
@@ -326,8 +336,8 @@ CANARIES: Final = (
         (
             Change(
                 _LIFECYCLE,
-                "_TELL: Final = (do.AnnounceEnd, do.Refuse)",
-                "_TELL: Final = (do.AnnounceEnd,)",
+                "(stop(Timer.RELEASE), do.TellEnd, do.FailAskers, do.Forget),",
+                "(stop(Timer.RELEASE), do.TellEnd, do.Forget),",
             ),
         ),
     ),
@@ -335,17 +345,23 @@ CANARIES: Final = (
         "an end does not take back the request that waits for the release",
         "two lives of one name are easily mixed up",
         _explorer("a pair"),
-        (Change(_PROVIDER, "        self._withdraw_early(number, name)\n", ""),),
+        (
+            Change(
+                _LIFECYCLE,
+                "*_stay(on.EndReceived, _ENDED, then=(do.WithdrawDeferred,)),",
+                "*_stay(on.EndReceived, _ENDED),",
+            ),
+        ),
     ),
     Canary(
         "a provider that was overdue announces the end again when it is done",
         "the deadline is an answer as well",
-        _model("provider"),
+        _model("allocation"),
         (
             Change(
-                _PROVIDER,
-                "                allocation.is_announced = True\n",
-                "                pass\n",
+                _ALLOCATIONS,
+                "    allocation.is_announced = True\n",
+                "    pass\n",
             ),
         ),
     ),
@@ -359,9 +375,9 @@ CANARIES: Final = (
         ),
         (
             Change(
-                _PROVIDER,
-                "_OVER: Final = (AllocationState.ENDED, AllocationState.RELEASED)",
-                "_OVER: Final = (AllocationState.ENDED,)",
+                _LIFECYCLE,
+                "_RELEASE_GRANTED: Final = (stop(Timer.CLAIM), do.WithdrawGrants, *_RELEASE)",
+                "_RELEASE_GRANTED: Final = (stop(Timer.CLAIM), *_RELEASE)",
             ),
         ),
     ),
@@ -373,8 +389,8 @@ CANARIES: Final = (
         (
             Change(
                 _LIFECYCLE,
-                "then=(stop(Timer.CLAIM), do.HandOver)),",
-                "then=(do.HandOver,)),",
+                "then=(do.AddAsker, stop(Timer.CLAIM), do.GrantAskers),",
+                "then=(do.AddAsker, do.GrantAskers),",
             ),
         ),
     ),
@@ -384,17 +400,17 @@ CANARIES: Final = (
         _explorer("a death"),
         (
             Change(
-                _PROVIDER,
-                "                allocation.asked.discard(number)\n"
-                "                self._look_for_claim(allocation)\n",
-                "                allocation.asked.discard(number)\n",
+                _SERVICE,
+                "            allocation.asked.discard(number)\n"
+                "            check_claim(state, allocation)\n",
+                "            allocation.asked.discard(number)\n",
             ),
         ),
     ),
     Canary(
         "what was handed over counts as created after a restart",
         "the journal says two things that look alike",
-        _model("provider"),
+        _model("allocation"),
         (
             Change(
                 _LIFECYCLE,
@@ -410,7 +426,7 @@ CANARIES: Final = (
         (
             Change(
                 _LIFECYCLE,
-                "Row(on.RemainsFound, _UNKNOWN, _ENDED, _GO),",
+                "Row(on.RemainsFound, _UNKNOWN, _ENDED, _RELEASE),",
                 "Row(on.RemainsFound, _UNKNOWN, _ENDED),",
             ),
         ),
@@ -420,7 +436,13 @@ CANARIES: Final = (
         "names that are remembered are lost in a snapshot",
         "a field is added in one place of three",
         _explorer("one"),
-        (Change(_PROVIDER, "        kernel.remember(remembered)\n", ""),),
+        (
+            Change(
+                _STATE,
+                "        self.remember(remembered)\n",
+                "",
+            ),
+        ),
     ),
     Canary(
         "two equal messages of one connection are taken for one",
@@ -428,21 +450,21 @@ CANARIES: Final = (
         _explorer("duplicates"),
         (
             Change(
-                _PROVIDER,
-                "for index, other in enumerate(slots) if other is slot)",
-                "for index, other in enumerate(slots) if other == slot)",
+                _MODELS,
+                "@dataclass(slots=True, eq=False)\nclass Message:",
+                "@dataclass(slots=True)\nclass Message:",
             ),
         ),
     ),
     Canary(
         "one message more than allowed may be open",
         "off by one",
-        _model("provider"),
+        _model("allocation"),
         (
             Change(
-                _PROVIDER,
-                "if is_request and len(connection.slots) >= limits.open_per_connection:",
-                "if is_request and len(connection.slots) > limits.open_per_connection:",
+                _SERVICE,
+                "        if count >= limits.open_per_connection:",
+                "        if count > limits.open_per_connection:",
             ),
         ),
     ),
@@ -456,21 +478,21 @@ CANARIES: Final = (
         ),
         (
             Change(
-                _PROVIDER,
-                "if allocation is None and user.allocations >= most:",
-                "if allocation is None and user.allocations > most:",
+                _ALLOCATIONS,
+                "    if allocation is None and usage.allocations >= most:",
+                "    if allocation is None and usage.allocations > most:",
             ),
         ),
     ),
     Canary(
         "the newest name is forgotten instead of the oldest",
         "a dictionary keeps its order, and one has to know which end is which",
-        _model("provider"),
+        _model("allocation"),
         (
             Change(
-                _PROVIDER,
-                "del self._remembered[next(iter(self._remembered))]",
-                "self._remembered.popitem()",
+                _STATE,
+                "del self.remembered[next(iter(self.remembered))]",
+                "self.remembered.popitem()",
             ),
         ),
     ),
@@ -539,7 +561,13 @@ CANARIES: Final = (
         "there is a way from every state to every other",
         "transitions: auto_transitions is on by default",
         _table(),
-        (Change(_TABLE, "auto_transitions=False", "auto_transitions=True"),),
+        (
+            Change(
+                _TABLE,
+                'auto_transitions=options.pop("auto_transitions", False)',
+                "auto_transitions=True",
+            ),
+        ),
     ),
     Canary(
         "an event without a row is taken for one that changes nothing",
@@ -548,10 +576,8 @@ CANARIES: Final = (
         (
             Change(
                 _CONSUMER,
-                "        if is_own or is_deaf or not (hears_hold or hears_notice):\n"
-                "            raise refusal(kind, self._hold.state, self._subject)\n",
-                "        if is_own or is_deaf:\n"
-                "            raise refusal(kind, self._hold.state, self._subject)\n",
+                "        if not (is_fed and holds and (moves_hold or moves_notice)):\n",
+                "        if not (is_fed and holds):\n",
             ),
         ),
     ),
@@ -562,9 +588,9 @@ CANARIES: Final = (
         (
             Change(
                 _TABLE,
-                "        self._triggers[event].trigger(model)\n",
-                "        self._triggers[event].machine.models.append(model)\n"
-                "        self._triggers[event].trigger(model)\n",
+                "            orders: tuple[Order, ...] = self._triggers[event](model)\n",
+                "            self._triggers[event].__self__.machine.models.append(model)\n"
+                "            orders: tuple[Order, ...] = self._triggers[event](model)\n",
             ),
         ),
     ),
@@ -767,7 +793,7 @@ CANARIES: Final = (
         "what an effect brings about is fed before the next effect is performed",
         "transitions and event loops make it easy to be called from within",
         _driver("test_all_of_an_events_effects_come_before_what_they_bring_about"),
-        (Change(_SERVE, "        if self._is_pumping:\n            return\n", ""),),
+        (Change(_SERVE, "        if self._is_feeding:\n            return\n", ""),),
     ),
     Canary(
         "work for one allocation is done side by side",
@@ -775,7 +801,7 @@ CANARIES: Final = (
         _driver("test_a_release_waits_for_the_creation_before_it"),
         (
             Change(
-                _SERVE,
+                _WORK,
                 "        if before is not None:\n            await asyncio.wait({before})\n",
                 "",
             ),
@@ -787,9 +813,9 @@ CANARIES: Final = (
         _driver("test_bytes_that_trickle_in_buy_no_more_time"),
         (
             Change(
-                _SERVE,
-                "        elif peer.deadline is None:\n",
-                "        else:\n            self._stop_deadline(peer)\n",
+                _PEERS,
+                "        elif self._frame_deadline is None:\n",
+                "        else:\n            self._stop_frame_deadline()\n",
             ),
         ),
     ),
@@ -805,9 +831,9 @@ CANARIES: Final = (
         _liar("test_a_lie_is_caught_and_the_consumer_serves_itself"),
         (
             Change(
-                _REQUEST,
-                "                self.arrived_identities = verify_bundle(bundle, self.inspector)\n",
-                "                self.arrived_identities = tuple(\n"
+                _EXCHANGE,
+                "self._arrived_identities = verify_bundle(bundle, self.inspector)\n",
+                "self._arrived_identities = tuple(\n"
                 "                    self.inspector.inspect(each.fileno()) for _, each in bundle\n"
                 "                )\n",
             ),

@@ -54,11 +54,11 @@ def _spaces() -> Mapping[str, Bounds]:
 
 def model(table: str, names: str) -> Layer:
     """Lead a kernel and the reference model side by side."""
-    from tests.specs import test_model
+    from statemachine.testing import lockstep
 
     if table == "consumer":
-        return lambda: _note(test_model.explore_consumer())
-    return lambda: test_model.walk_provider(1, names, WALK_STEPS)
+        return lambda: _note(lockstep.explore_consumer())
+    return lambda: lockstep.walk_provider(1, names, WALK_STEPS)
 
 
 def _note(_: object) -> None:

@@ -18,16 +18,12 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import combinations
 from typing import Any, Final, NamedTuple, TypeAlias
 
-import pytest
-
 from specs import model
-from statemachine import consumer, provider
 from statemachine import effects as do
 from statemachine import events as on
 from statemachine.effects import Order, order_name
@@ -35,33 +31,35 @@ from statemachine.errors import FdPassing
 from statemachine.events import Event
 from statemachine.lifecycle import (
     NOTICE,
-    PROVIDER,
     TABLES,
     AllocationState,
     ConsumerState,
     NoticeState,
+    ServiceState,
 )
-from statemachine.provider import ProviderKernel, Snapshot
+from statemachine.provider import Limits, ProviderKernel, Snapshot
 from statemachine.table import Row, Table, UnsoundTable, check_vocabulary, compile_table
-from tests.specs.test_model import (
+from statemachine.testing.lockstep import (
     LIMITS,
-    MODEL_LIMITS,
     REQUESTS,
     explore_consumer,
+    model_limits,
     provider_events,
     response_to,
-    step_provider,
+    step,
 )
+from statemachine.testing.tables import replaced, watched
 
 Cell: TypeAlias = tuple[type[Event], Any]
-
-PLACES: Final = {"provider": provider, "consumer": consumer, "notice": consumer}
-"""Where the kernels have each table from."""
 
 MOMENTS_MAX: Final = 150
 """How many moments are kept in which a cell was looked up."""
 AFTERMATH: Final = 25
 """How many events are replayed after such a moment."""
+TIGHT: Final = replace(LIMITS, open_per_uid=2)
+"""Here a message that is left over on a closed connection is missed by its user."""
+WIDE: Final = replace(LIMITS, open_per_connection=4)
+"""Here one connection can have three requests waiting for a release."""
 LIVES_STEPS: Final = 60_000
 """How long the provider's random lives are, all together."""
 LIFE_STEPS: Final = 150
@@ -165,8 +163,7 @@ def killer_of(mutant: Mutant) -> str | None:
         _check_vocabulary(original, table)
     except UnsoundTable as error:
         return f"unsound: {error}"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PLACES[mutant.table], mutant.table.upper(), table)
+    with replaced(table):
         try:
             _challenge(mutant)
         except Exception as error:
@@ -194,7 +191,7 @@ _TIMINGS: Final = {
 
 
 def _challenge(mutant: Mutant) -> None:
-    if mutant.table != "provider":
+    if mutant.table in ("consumer", "notice"):
         explore_consumer()
         return
     for moment in moments().get(mutant.cell, ()):
@@ -203,12 +200,12 @@ def _challenge(mutant: Mutant) -> None:
 
 
 def _relive(moment: Moment, events: Sequence[Event], *, settles: bool = False) -> None:
-    kernel, known = ProviderKernel.restore(moment.snapshot, LIMITS), moment.known
+    kernel, known = ProviderKernel.restore(moment.snapshot, moment.limits), moment.known
     for event in events:
-        kernel, known = step_provider(kernel, known, event)
+        kernel, known = step(kernel, known, event)
     for event in _COMPLETIONS if settles else ():
         if _can_be(known, event):
-            kernel, known = step_provider(kernel, known, event)
+            kernel, known = step(kernel, known, event)
 
 
 def _completions() -> Iterator[Event]:
@@ -231,6 +228,7 @@ class Moment(NamedTuple):
 
     snapshot: Snapshot
     known: model.Provider
+    limits: Limits
     events: Sequence[Event]
 
 
@@ -241,7 +239,7 @@ def moments() -> dict[Cell, list[Moment]]:
     for seed in range(LIVES_STEPS // LIFE_STEPS):
         life = _Life(seed)
         for at, cells in enumerate(life.cells):
-            shape = _shape(life.befores[at][0])
+            shape = (*_shape(life.befores[at][0]), life.limits)
             for cell in cells:
                 if len(found[cell]) < MOMENTS_MAX:
                     found[cell].setdefault(shape, life.moment(at))
@@ -252,8 +250,8 @@ def _shape(snapshot: Snapshot) -> Any:
     """Say how the answers stand in line: moments that differ in nothing else tell the same."""
     _, connections, allocations, *_ = snapshot
     lines = tuple(
-        tuple((question, answer is None, stage) for question, answer, stage in slots)
-        for _, (_, _, slots) in connections
+        tuple((question, state) for question, state, _ in messages)
+        for _, (_, _, messages) in connections
     )
     return lines, tuple((frozen[0], frozen[4]) for frozen in allocations)
 
@@ -269,20 +267,26 @@ class _Life:
         self.events: list[Event] = []
         self.cells: list[set[Cell]] = []
         beginning = list(_BEGINNINGS[seed % len(_BEGINNINGS)])
-        kernel, known = ProviderKernel(LIMITS), model.Provider(MODEL_LIMITS)
-        with _noted_lookups() as lookups:
+        self.limits = (LIMITS, TIGHT, WIDE, LIMITS, LIMITS)[seed // len(_BEGINNINGS) % 5]
+        kernel, known = ProviderKernel(self.limits), model.Provider(model_limits(self.limits))
+        lookups: set[Cell] = set()
+
+        def note(table: str, event: type[Event], state: Any) -> None:
+            lookups.add((event, state))
+
+        with watched(note, asked=note):
             while len(self.events) < LIFE_STEPS:
                 event = beginning.pop(0) if beginning else chance.choice(alphabet)
                 if not _is_wanted(known, event, share, chance):
                     continue
                 self.befores.append((kernel.snapshot(), known))
                 self.events.append(event)
-                kernel, known = step_provider(kernel, known, event)
+                kernel, known = step(kernel, known, event)
                 self.cells.append(set(lookups))
                 lookups.clear()
 
     def moment(self, at: int) -> Moment:
-        return Moment(*self.befores[at], self.events[at : at + AFTERMATH])
+        return Moment(*self.befores[at], self.limits, self.events[at : at + AFTERMATH])
 
 
 _A: Final = REQUESTS["a"][0]
@@ -333,6 +337,49 @@ _BEHIND: Final[tuple[Event, ...]] = (
 )
 """The same, with an answer that was granted and comes too late."""
 
+_CROWDED: Final[tuple[Event, ...]] = (
+    *(on.ConnectionOpened(c, 1) for c in (1, 3, 2)),
+    *(on.ConnectionLost(c) for c in (2, 3)),
+    on.ConnectionOpened(3, 1),
+)
+"""A connection too many of one user, which leaves room when it is lost."""
+
+_LEFT_OVER: Final[tuple[Event, ...]] = (
+    *(on.ConnectionOpened(c, 1) for c in (1, 3)),
+    on.ProviderReady(),
+    on.FrameRejected("x", 1),
+    *(on.RequestReceived(3, REQUESTS[name][0]) for name in "ab"),
+)
+"""A connection that is closed by an unreadable frame, beside another one of its user."""
+
+_FLOODED: Final[tuple[Event, ...]] = (
+    on.ConnectionOpened(1, 1),
+    *[on.EndReceived(1, "a")] * 4,
+    *[on.RequestReceived(1, _A)] * 5,
+    on.ProviderReady(),
+)
+"""More messages than may be, before the provider is ready."""
+
+_FLOODED_AND_STOPPED: Final[tuple[Event, ...]] = (
+    *(on.ConnectionOpened(c, 1) for c in (1, 3)),
+    *[on.RequestReceived(1, _A)] * 5,
+    on.ProviderStopping(),
+    on.RequestReceived(3, _A),
+)
+"""Messages left over on a closed connection, and their user over its limit by them."""
+
+_DEFERRED: Final[tuple[Event, ...]] = (
+    on.ConnectionOpened(1, 1),
+    on.ProviderReady(),
+    on.RequestReceived(1, _A),
+    on.NamespacesCreated("a", response_to(_A)),
+    on.ResponseSent("a", 1),
+    on.ScopeEmptied("a"),
+    *(on.RequestReceived(1, request) for request in (_A, _A, REQUESTS["a"][1], _A)),
+    on.NamespacesReleased("a"),
+)
+"""Requests of one connection that wait for a release; one of them wants something else."""
+
 _AGAIN: Final[tuple[Event, ...]] = (
     on.CreatedAdopted("a", _A, response_to(_A)),
     on.HandedOffAdopted("a", _A, response_to(_A)),
@@ -350,6 +397,14 @@ _BEGINNINGS: Final[tuple[tuple[Event, ...], ...]] = (
     _BEHIND,
     _UNREADABLE,
     (*_UNREADABLE, on.ReleaseOverdue("a")),
+    _CROWDED,
+    (on.ProviderReady(), *_CROWDED),
+    (on.ProviderReady(), on.ProviderStopping(), *_CROWDED),
+    (on.ProviderStopping(), *_CROWDED),
+    _LEFT_OVER,
+    _FLOODED,
+    _FLOODED_AND_STOPPED,
+    _DEFERRED,
     *((first, *_AGAIN) for first in _AGAIN),
 )
 """What comes about too rarely by chance; the last ones are adopted, and then again."""
@@ -367,29 +422,6 @@ def _can_be(known: model.Provider, event: Event) -> bool:
     return True
 
 
-class _Noting:
-    """The provider's table, which notes the cells that are looked up in it."""
-
-    def __init__(self, lookups: set[Cell]) -> None:
-        self._lookups = lookups
-
-    def row(self, event: type[Event], state: Any) -> Row | None:
-        self._lookups.add((event, state))
-        return PROVIDER.row(event, state)
-
-    def fire(self, moved: Any, event: type[Event], subject: str) -> tuple[Order, ...]:
-        self._lookups.add((event, moved.state))
-        return PROVIDER.fire(moved, event, subject)
-
-
-@contextmanager
-def _noted_lookups() -> Iterator[set[Cell]]:
-    lookups: set[Cell] = set()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(provider, "PROVIDER", _Noting(lookups))
-        yield lookups
-
-
 # --- What is no change -------------------------------------------------------------------------
 
 
@@ -405,23 +437,30 @@ def argument_for(mutant: Mutant) -> str | None:
     return next((each.text for each in ARGUMENTS if each.holds_for(mutant)), None)
 
 
-_NAMED_BY_THE_KERNEL: Final = (
-    on.RequestReceived,
-    on.RequestRepeated,
-    on.RequestConflicting,
-    on.RequestEarly,
-    on.RequestDuringDrain,
-    on.EndReceived,
-    on.EndRepeated,
-    on.Unclaimed,
-    on.EndOwed,
-    on.EndOwedApart,
-)
-"""Events that no driver reports of an allocation: a kernel names them by the state it is in."""
+def _is_named_by_the_kernel(mutant: Mutant) -> bool:
+    """Say whether a kernel names the event, of an allocation or of a message, by its state."""
+    event = mutant.cell[0]
+    is_put = event is on.EndReceived and mutant.table == "allocation"
+    is_first = event is on.FrameRejected and mutant.table == "message"
+    return issubclass(event, on.KernelEvent) or is_put or is_first
 
-_EXPIRIES: Final = (on.ClaimExpired, on.RetryDue, on.ReleaseOverdue)
+
+_EXPIRIES: Final = (on.ReadinessOverdue, on.ClaimExpired, on.RetryDue, on.ReleaseOverdue)
 _ADOPTIONS: Final = (on.CreatedAdopted, on.HandedOffAdopted, on.RemainsFound)
-_RESOLVING: Final = (do.HandOver, do.Refuse, do.AnnounceEnd, do.CloseChannel)
+_TAKING_HELD: Final = (on.ProviderReady, on.ReadinessOverdue, on.ProviderStopping)
+_HELD: Final = (do.DispatchHeld, do.RefuseUnready, do.RefuseHeld)
+_RESOLVING: Final = (
+    *_HELD,
+    do.RefuseDeferred,
+    do.AddAsker,
+    do.GrantAskers,
+    do.WithdrawGrants,
+    do.WithdrawDeferred,
+    do.TellEnd,
+    do.FailAskers,
+    do.FailAllAskers,
+    do.CloseChannel,
+)
 _WITHOUT_A_LINE: Final = (
     ConsumerState.IDLE,
     ConsumerState.CONNECTING,
@@ -430,19 +469,61 @@ _WITHOUT_A_LINE: Final = (
     NoticeState.DIALLING,
     NoticeState.HEARD,
 )
-_NOT_HELD: Final = (
-    AllocationState.UNKNOWN,
-    AllocationState.REQUESTED,
-    AllocationState.CREATED,
+_EXISTS: Final = (AllocationState.CREATED, AllocationState.HANDED_OFF)
+_ORDERED: Final = (
+    {do.TellEnd, do.FailAskers},
+    {do.TellEnd, do.FailAllAskers},
+    {do.TellEnd, do.Forget},
+    {do.FailAskers, do.Forget},
+    {do.AddAsker, do.GrantAskers},
+    {do.RefuseFlood, do.CloseConnection},
+    {do.RefusePeer, do.CloseConnection},
+    {do.AddConnection, do.CloseConnection},
+    {do.Refuse, do.CloseConnection},
 )
+"""Orders of one row of which one must come before the other."""
 _NO_ALLOCATION: Final = (AllocationState.UNKNOWN, AllocationState.RELEASED)
 
 
-def _swaps(mutant: Mutant, *orders: Order) -> bool:
+def _is_starting(mutant: Mutant) -> bool:
+    return mutant.cell[1] is ServiceState.STARTING
+
+
+def _swapped(mutant: Mutant) -> set[Order]:
     assert mutant.before is not None
     assert mutant.after is not None
     pairs = zip(mutant.before.effects, mutant.after.effects, strict=True)
-    return {was for was, becomes in pairs if was != becomes} == set(orders)
+    return {was for was, becomes in pairs if was != becomes}
+
+
+def _has_no_open_request(mutant: Mutant) -> bool:
+    """Say whether no request for the allocation is open after a row."""
+    event, state = mutant.cell
+    assert mutant.after is not None
+    is_told = event in (on.RequestDuringDrain, on.EndRepeated, on.ReleaseOverdue)
+    is_unclaimed = event in (on.Unclaimed, on.ClaimExpired)
+    is_none = state is AllocationState.UNKNOWN and event in (on.EndReceived, on.RemainsFound)
+    return mutant.after.target in _EXISTS or is_told or is_unclaimed or is_none
+
+
+def _has_no_deferred_request(mutant: Mutant) -> bool:
+    """Say whether no request waits for the release of the allocation."""
+    event = mutant.cell[0]
+    assert mutant.after is not None
+    is_ended = mutant.after.target is AllocationState.ENDED
+    is_fresh = mutant.before is not None and mutant.before.source is not AllocationState.ENDED
+    is_announced = event in (on.RequestDuringDrain, on.EndRepeated)
+    return not is_ended or is_fresh or is_announced
+
+
+def _is_claimed_or_over(mutant: Mutant) -> bool:
+    """Say whether `Unclaimed` is not named, or tolerated, after a row."""
+    event, _ = mutant.cell
+    assert mutant.after is not None
+    if mutant.after.target in _EXISTS:
+        return event in (on.ResponseSent, on.ResponseNotSent, on.RequestRepeated, on.ScopePopulated)
+    is_alive_or_ended = mutant.after.target in (AllocationState.REQUESTED, AllocationState.ENDED)
+    return is_alive_or_ended and event is not on.Unclaimed
 
 
 def _adds_row(mutant: Mutant, *events: type[Event]) -> bool:
@@ -452,7 +533,7 @@ def _adds_row(mutant: Mutant, *events: type[Event]) -> bool:
 ARGUMENTS: Final = (
     Argument(
         "nobody can bring the event about in this state: the kernel itself names it, by the state",
-        lambda m: _adds_row(m, *_NAMED_BY_THE_KERNEL),
+        lambda m: m.edit == "add a row" and _is_named_by_the_kernel(m),
     ),
     Argument(
         "the expiry is refused before its row is looked at: its timer does not run in this state",
@@ -501,32 +582,101 @@ ARGUMENTS: Final = (
     Argument(
         "to stop a timer that does not run is left out, and in this state it does not run, or not "
         "any more",
-        lambda m: isinstance(m.surplus, do.Timing) and not m.surplus.starts,
+        lambda m: (
+            isinstance(m.surplus, do.Timing)
+            and not m.surplus.starts
+            and not (
+                _is_starting(m) and m.edit == "add an effect" and m.cell[0] not in _TAKING_HELD
+            )
+        ),
     ),
     Argument(
-        "it grants, refuses, tells or closes whatever is open for it: the second finds nothing",
+        "it takes up all that waits for it: the second finds nothing",
         lambda m: m.edit == "repeat an effect" and m.surplus in _RESOLVING,
     ),
     Argument(
-        "whoever has asked is granted it already, or it has ended and nothing is handed over",
-        lambda m: m.surplus is do.HandOver,
+        "messages are held only while the provider starts, and this row has taken them up",
+        lambda m: m.surplus in _HELD and (not _is_starting(m) or m.cell[0] in _TAKING_HELD),
     ),
     Argument(
-        "nobody asks for what has just begun to be adopted, claimed by nobody or announced already",
+        "requests are deferred only while the provider is ready, and refused when it stops",
         lambda m: (
-            m.surplus is do.Refuse
-            and m.cell[0] in (on.Unclaimed, on.ClaimExpired, on.EndRepeated, *_ADOPTIONS)
+            m.surplus is do.RefuseDeferred
+            and m.cell[1] is not ServiceState.READY
+            and m.cell[0] is not on.ProviderReady
         ),
     ),
     Argument(
-        "nobody holds it yet, or is there any more, or has not been told; and nobody waits for it",
+        "the connection is closed: what its messages come to makes no difference",
         lambda m: (
-            m.surplus is do.AnnounceEnd
+            m.surplus in (do.RefuseLate, do.RefuseFrame) and m.cell[0] is on.ConnectionFlooded
+        ),
+    ),
+    Argument(
+        "no request for it is open: each is granted or answered",
+        lambda m: (
+            m.surplus in (do.GrantAskers, do.FailAskers)
+            and m.edit == "add an effect"
+            and _has_no_open_request(m)
+        ),
+    ),
+    Argument(
+        "no request for it is open or deferred",
+        lambda m: (
+            m.surplus is do.FailAllAskers
+            and m.edit == "add an effect"
+            and _has_no_open_request(m)
+            and (_has_no_deferred_request(m) or m.cell[0] is on.ClaimExpired)
+        ),
+    ),
+    Argument(
+        "nothing is granted, or not any more",
+        lambda m: (
+            m.surplus is do.WithdrawGrants
+            and m.edit == "add an effect"
+            and (m.cell[1] not in _EXISTS or m.cell[0] in (on.Unclaimed, on.ClaimExpired))
+            and m.cell[0] is not on.NamespacesCreated
+        ),
+    ),
+    Argument(
+        "it is claimed or used, or not alive: then nothing follows from having no asker",
+        lambda m: m.surplus is do.CheckClaim and _is_claimed_or_over(m),
+    ),
+    Argument(
+        "an asker of what is over, or of what never was, counts for nothing",
+        lambda m: (
+            m.surplus is do.AddAsker
+            and m.cell[0]
+            in (on.RequestEarly, on.RequestDuringDrain, on.EndReceived, on.EndRepeated)
+        ),
+    ),
+    Argument(
+        "no request of the connection is deferred to the release of this incarnation",
+        lambda m: (
+            m.surplus is do.WithdrawDeferred
             and (
-                m.cell[1] in _NOT_HELD
-                or m.cell[0] in (on.Unclaimed, on.ClaimExpired, on.RequestDuringDrain)
+                m.cell[0] in (on.RequestDuringDrain, on.EndRepeated)
+                or (
+                    m.cell[0] in (on.RequestRepeated, on.RequestConflicting)
+                    and m.cell[1] in _EXISTS
+                )
+                or (m.cell[0] is on.EndReceived and m.cell[1] is not AllocationState.ENDED)
             )
         ),
+    ),
+    Argument(
+        "the end has been told already, or nothing is there to tell",
+        lambda m: (
+            m.surplus is do.TellEnd
+            and (
+                m.cell[0] in (on.RequestDuringDrain, on.EndRepeated)
+                or (m.cell[0] is on.EndReceived and m.cell[1] is AllocationState.UNKNOWN)
+            )
+        ),
+    ),
+    Argument(
+        "a held message is found in the list of what is held, and dispatched or refused alike",
+        lambda m: m.name == "TurnCame in held to deferred",
     ),
     Argument(
         "there is no connection left to be closed",
@@ -535,7 +685,7 @@ ARGUMENTS: Final = (
     Argument(
         "the two touch different things, and what is said on one connection stands in line there: "
         "done in the other order they do the same",
-        lambda m: m.edit == "swap effects" and not _swaps(m, do.AnnounceEnd, do.Refuse),
+        lambda m: m.edit == "swap effects" and _swapped(m) not in _ORDERED,
     ),
 )
 """For whatever is not killed; that none of them is killed either is part of the campaign."""

@@ -13,7 +13,7 @@ from typing import Final
 from bench.trace import lives_of
 from statemachine import ProviderKernel
 from statemachine import events as on
-from statemachine.lifecycle import PROVIDER
+from statemachine.lifecycle import ALLOCATION
 from statemachine.provider import Limits
 from tests.campaign.outcome import Outcome, Task
 from transport.trace import Start, Turn, encode_line
@@ -24,7 +24,7 @@ LIVES: Final = 10_000
 RUNS: Final = 3
 
 LIFE: Final = (
-    on.RequestReceived,
+    on.RequestAdmitted,
     on.NamespacesCreated,
     on.ResponseSent,
     on.ScopePopulated,
@@ -52,6 +52,7 @@ def run(seed: int, what: str, lives: int) -> Outcome:
 
 class _Model:
     __slots__ = ("state",)
+    subject = "a model"
 
 
 def time_rows(lives: int) -> tuple[int, float]:
@@ -59,9 +60,9 @@ def time_rows(lives: int) -> tuple[int, float]:
     started = time.process_time()
     for _ in range(lives):
         model = _Model()
-        model.state = PROVIDER.initial
+        model.state = ALLOCATION.initial
         for event in LIFE:
-            PROVIDER.fire(model, event, "")
+            ALLOCATION.fire(model, event)
     return lives * len(LIFE), time.process_time() - started
 
 

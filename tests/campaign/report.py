@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from specs._build.graph import state_graph
+from specs._build.sequence import NotDrawable, sequence
 from specs._build.svg import arrow_heads
 from statemachine.lifecycle import TABLES
 from statemachine.table import Table
@@ -26,7 +27,6 @@ from tests.campaign.report_goals import (
     is_good,
     label_of,
 )
-from tests.campaign.report_sequence import NotDrawable, sequence
 from tests.campaign.report_summary import Cell, Found, Part, Summary, number_in, plain
 from tests.campaign.verify_progress import clock
 from tests.campaign.verify_record import Head

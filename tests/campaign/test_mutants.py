@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from statemachine.lifecycle import CONSUMER, PROVIDER, TABLES
+from statemachine.lifecycle import ALLOCATION, CONSUMER, TABLES
 from statemachine.table import Table
 from tests.campaign import mutants
 from tests.campaign.mutants import Mutant, argument_for, killer_of
@@ -22,12 +22,22 @@ EDITS = {
 }
 
 
-@pytest.mark.timeout(300)
+PARTS = 8
+"""One part of each table's edits is tried in every run of the tests, all of them in a campaign."""
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        pytest.param(part, marks=pytest.mark.deep("mutants") if part else ())
+        for part in range(PARTS)
+    ],
+)
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
-def test_every_edit_of_a_table_is_noticed(table: Table) -> None:
+def test_every_edit_of_a_table_is_noticed(table: Table, part: int) -> None:
     survivors = [
         mutant.name
-        for mutant in mutants.mutants(table)
+        for mutant in list(mutants.mutants(table))[part::PARTS]
         if argument_for(mutant) is None and killer_of(mutant) is None
     ]
     assert survivors == []
@@ -44,17 +54,19 @@ def test_the_edits_are_of_every_kind_and_each_is_one(table: Table) -> None:
 
 
 def test_rows_are_edited_completely() -> None:
-    assert count(PROVIDER, "delete a row") == len(PROVIDER.rows)
-    assert count(PROVIDER, "redirect a row") == len(PROVIDER.rows) * (len(PROVIDER.states) - 1)
-    empty = len(PROVIDER.states) * len(PROVIDER.events) - len(PROVIDER.rows)
-    assert count(PROVIDER, "add a row") == empty * len(PROVIDER.states)
+    assert count(ALLOCATION, "delete a row") == len(ALLOCATION.rows)
+    assert count(ALLOCATION, "redirect a row") == len(ALLOCATION.rows) * (
+        len(ALLOCATION.states) - 1
+    )
+    empty = len(ALLOCATION.states) * len(ALLOCATION.events) - len(ALLOCATION.rows)
+    assert count(ALLOCATION, "add a row") == empty * len(ALLOCATION.states)
     effects = sum(len(row.effects) for row in CONSUMER.rows)
     assert count(CONSUMER, "drop an effect") == effects
 
 
 def test_a_table_as_it_is_has_no_killer() -> None:
-    row = PROVIDER.rows[0]
-    assert killer_of(Mutant("provider", "none", "as it is", row, row, PROVIDER.rows)) is None
+    row = ALLOCATION.rows[0]
+    assert killer_of(Mutant("provider", "none", "as it is", row, row, ALLOCATION.rows)) is None
 
 
 def count(table: Table, edit: str) -> int:

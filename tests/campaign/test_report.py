@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import pytest
 
 from specs._build.graph import state_graph
+from specs._build.sequence import Arrow, NotDrawable, Note, read, sequence
 from specs._build.svg import level_of, short
 from statemachine import NamespaceRequest, NamespaceResponse, NamespaceType, ProviderKernel
 from statemachine import effects as do
@@ -24,7 +25,6 @@ from tests.campaign.outcome import Discovery, Outcome
 from tests.campaign.report import report
 from tests.campaign.report_charts import Bar, Dots, bars, dots, heat_map, stacks
 from tests.campaign.report_goals import ADAPTERS, Goal, Verdict, goals_of, is_good
-from tests.campaign.report_sequence import Arrow, NotDrawable, Note, read, sequence
 from tests.campaign.report_summary import LEGAL, Cell, Summary, number_in, plain, summary_of
 from tests.campaign.verify_record import Done, Head
 from transport.trace import Start, Turn

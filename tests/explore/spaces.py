@@ -61,10 +61,12 @@ SPACES: Final[dict[str, Space]] = {
         ),
         75_000,
         20,
-        scale=1.5,
     ),
     "a stranger, every fault, any number of crashes": Space(
-        Bounds(consumers=0, strangers=1, in_flight=1, crashes=None, faults=None), 25_000, 4
+        Bounds(consumers=0, strangers=1, in_flight=1, crashes=None, faults=None), 25_000, 7
+    ),
+    "a stranger, one fault, any number of crashes": Space(
+        Bounds(consumers=0, strangers=1, in_flight=1, crashes=None, faults=1), 10_000, 3
     ),
     "two strangers who babble, and crashes": Space(
         Bounds(consumers=0, strangers=2, crashes=None, without=only(*TALK, "babble", "crash")),
@@ -92,6 +94,14 @@ SPACES: Final[dict[str, Space]] = {
         ),
         1_000,
         1,
+    ),
+    "two consumers who want different things, and a crash": Space(
+        Bounds(consumers=2, requests=(A, A_TOO), crashes=1, without=only("want", "crash")),
+        11_000,
+        1,
+    ),
+    "a response that is spoiled": Space(
+        Bounds(faults=1, spoils=LIES, without=only("want", "end", "spoil")), 150, 1
     ),
     "a request twice": Space(
         Bounds(faults=2, without=only("want", "init dies", "duplicate")), 80, 1
@@ -127,7 +137,7 @@ SPACES: Final[dict[str, Space]] = {
             without=only(*TALK),
         ),
         23_000,
-        3,
+        5,
     ),
     "a stranger who does not wait for answers, and a crash": Space(
         Bounds(
@@ -141,6 +151,18 @@ SPACES: Final[dict[str, Space]] = {
         ),
         4_000,
         2,
+    ),
+    "a stranger who does not wait for answers, any number of crashes": Space(
+        Bounds(
+            consumers=0,
+            strangers=1,
+            requests=(A, B),
+            in_flight=2,
+            crashes=None,
+            without=only(*TALK, "crash"),
+        ),
+        3_000,
+        1,
     ),
     "a stranger who floods, among few": Space(
         Bounds(
@@ -156,7 +178,7 @@ SPACES: Final[dict[str, Space]] = {
         1,
     ),
 }
-"""Those of every run of the tests."""
+"""Those of every campaign; the tests explore those that take the fewest seconds."""
 
 TWO_BY_TWO: Final = Bounds(
     consumers=2,
@@ -177,4 +199,4 @@ LARGE: Final[dict[str, Space]] = {
         scale=2,
     ),
 }
-"""Those of a campaign besides."""
+"""Those of a campaign besides that has the time."""

@@ -6,13 +6,13 @@ import json
 import signal
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+import statemachine
 from linux import backend
 from linux.cli import command as cli
 from linux.cli.exits import ExitCode
@@ -20,7 +20,6 @@ from statemachine.messages import HANDOFF_SOCKET_PATH
 from tests.support.programs import (
     MOUNT,
     PID,
-    ROOT,
     Daemon,
     environment,
     identities_of,
@@ -80,8 +79,7 @@ def test_help_loads_none_of_the_packages_it_helps_with() -> None:
 
 
 def test_version_is_the_projects() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert nshandoff("--version").stdout == f"nshandoff {project['version']}\n"
+    assert nshandoff("--version").stdout == f"nshandoff {statemachine.__version__}\n"
 
 
 def test_defaults_are_those_of_the_modules_they_are_for() -> None:

@@ -216,7 +216,7 @@ def test_second_one_on_a_socket_changes_nothing(
     second.socket = daemon.socket
     error, text = failure(*second.words)
     assert error == "SocketUnavailable"
-    assert f"somebody else listens on {daemon.socket}" in text
+    assert f"another process listens on {daemon.socket}" in text
     assert daemon.consumer() is not None
     assert daemon.ready.exists()
 

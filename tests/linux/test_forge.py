@@ -29,11 +29,11 @@ from linux.forge.spawn import spawn_within
 from linux.mounts import ImageStore
 from linux.namespaces import PROC_NAMES, open_bundle
 from statemachine.messages import NamespaceType
+from statemachine.testing.strategies import ORDERS
 from tests.support.forging import (
     ALL,
     MOUNT,
     NET,
-    ORDERS,
     PID,
     allocation,
     anchors_cgroup,

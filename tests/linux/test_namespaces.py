@@ -24,11 +24,11 @@ from linux.namespaces import (
 from linux.syscalls import SyscallError
 from statemachine.errors import FdPassing
 from statemachine.messages import NamespaceType
+from statemachine.testing.strategies import ORDERS
 from tests.support.forging import (
     ALL,
     MOUNT,
     NET,
-    ORDERS,
     PID,
     allocation,
     end,

@@ -1,6 +1,7 @@
 """Runs every block of a chapter (with `sybil`); a kind of block that nobody can run is an error.
 
 `python`   runs; what follows `>>>` must print what stands below. Names carry over in a chapter.
+           One that begins with `# name.py` is that file, for the shell of the chapter.
 `hex`      bytes with a remark behind each line; the last line, `= ...`, is what they mean.
 `console`  lines after `$` (and `>`) are typed into one shell per chapter, in a folder of its own;
            what stands below them must come out. `…` is anything, alone on a line any lines.
@@ -34,12 +35,18 @@ COMMAND_TIMEOUT_S: Final = 30.0
 
 _FENCE: Final = re.compile(r"^```([^\n]*)\n.*?^```", re.MULTILINE | re.DOTALL)
 _BYTES: Final = re.compile(r"(?:[0-9a-f]{2}(?: +|$))*")
+_FILE: Final = re.compile(r"# (\w+\.py)\n")
+_SYSTEM: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _PART: Final = re.compile(r"<!-- generated: .*?<!-- end -->", re.DOTALL)
 
 
-def run(chapter: Path) -> int:
+def run(chapter: Path, programs: Path | None = None) -> int:
     """
     Run the blocks of a chapter, from the first to the last.
+
+    Args:
+        chapter: which.
+        programs: where `python` and what is installed with it is; None: here, with this tree.
 
     Returns:
         How many there were.
@@ -47,7 +54,7 @@ def run(chapter: Path) -> int:
     Raises:
         Exception: a block does not do what the chapter says; with its file and line.
     """
-    shell = Shell()
+    shell = Shell(programs)
     parsers = [
         PythonCodeBlockParser(future_imports=["annotations"]),
         CodeBlockParser("hex", _evaluate_hex),
@@ -56,7 +63,11 @@ def run(chapter: Path) -> int:
     count = 0
     try:
         for example in Document.parse(str(chapter), *parsers).examples():
-            example.evaluate()
+            file = _FILE.match(str(example.parsed))
+            if file is None:
+                example.evaluate()
+            else:
+                (shell.folder / file[1]).write_text(str(example.parsed), encoding="utf-8")
             count += 1
     finally:
         shell.close()
@@ -89,8 +100,10 @@ def _evaluate_hex(example: Example) -> str | None:
 class Shell:
     """The shell of a chapter, started when it is first needed; whatever runs in it ends with it."""
 
-    def __init__(self) -> None:
+    def __init__(self, programs: Path | None = None) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="nsh-book-")
+        self.folder = Path(self._folder.name)
+        self._programs = programs
         self._process: subprocess.Popen[bytes] | None = None
 
     def evaluate(self, example: Example) -> str | None:
@@ -114,18 +127,13 @@ class Shell:
         self._folder.cleanup()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        here = f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin"
+        programs = self._programs or Path(sys.executable).parent
+        tree = {"TREE": str(ROOT), "PYTHONPATH": str(ROOT)} if self._programs is None else {}
         # Ending by a signal is not to look like a failure; what it started gets the signal as well.
         return subprocess.Popen(
             ["bash", "--noprofile", "--norc"],
             cwd=self._folder.name,
-            env={
-                "PATH": f"{here}:/sbin:/bin",
-                "HOME": "/",
-                "TREE": str(ROOT),
-                "PYTHONPATH": str(ROOT),
-                "COLUMNS": "100",
-            },
+            env={"PATH": f"{programs}:{_SYSTEM}", "HOME": "/", "COLUMNS": "100", **tree},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

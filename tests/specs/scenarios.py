@@ -34,7 +34,9 @@ from statemachine.lifecycle import ConsumerState
 from statemachine.messages import NamespaceRequest, NamespaceType
 from tests.specs.scenarios_accounts import Item, ProviderAccount, arrow, column, names_of, words_of
 from tests.specs.scenarios_stages import PATIENCE_S, Sight, Stage
-from transport.request import Fallback, _Exchange, _perform
+from transport.request import Fallback
+from transport.request.blocking import perform
+from transport.request.exchange import Exchange
 from transport.testing.machine import Work
 
 FOLDER: Final = Path(__file__).resolve().parents[2] / "specs" / "scenarios"
@@ -153,7 +155,7 @@ class Call:
         self._numbers: Counter[Hashable] = Counter()
         self._audit: list[Fallback] = []
         player = consumer.player
-        self.exchange = _Exchange(
+        self.exchange = Exchange(
             _Recorder(request, self),
             player.stage.inspector,
             consumer.service,
@@ -242,7 +244,7 @@ class Call:
                 if exchange.channel is None:
                     stage.forget_connection()
             else:
-                _perform(exchange, effect)
+                perform(exchange, effect)
         if not self.consumer.is_looking_away:
             exchange.read()
         if exchange.is_done:
@@ -511,7 +513,7 @@ class Player:
         for call in self._consumer(who).calls.values():
             if _SPANS[span] in call.exchange.deadlines:
                 call.exchange.deadlines[_SPANS[span]] = 0.0
-                call.exchange.expire(time.monotonic())
+                call.exchange.expire()
 
 
 _OVER: Final = (ConsumerState.ENDED, ConsumerState.REFUSED, ConsumerState.FAILED)

@@ -104,21 +104,16 @@ class Hand:
 
     def expire(self, timer: str, name: str) -> None:
         key = (Timer[timer], name)
-        handles = self.provider._clock.handles
-
-        def run_out() -> None:
-            handles[key].cancel()
-            self.provider._expire(*key)
-
-        wait_until(lambda: key in handles, f"{timer} of {name}")
-        self._in_loop(run_out)
+        timers = self.provider._timers
+        wait_until(lambda: key in timers._running, f"{timer} of {name}")
+        self._in_loop(lambda: timers.expire(*key))
 
     def release(self, name: str) -> None:
         self._in_loop(lambda: self.provider._feed(on.ReleaseRequested(name)))
 
     def put_forward(self, seconds: float) -> None:
         self._ahead_s += seconds
-        self._in_loop(self.provider._untidy.set)
+        self._in_loop(self.provider._work.tidy_soon)
 
     def _in_loop(self, act: Any) -> None:
         done = threading.Event()

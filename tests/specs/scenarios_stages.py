@@ -32,7 +32,8 @@ from tests.suites.stateful.adapters import InProcess
 from tests.support.programs import Daemon, environment
 from transport.contract import SelfService
 from transport.descriptors import DescriptorBundle, Inspector
-from transport.request import _Exchange, _perform
+from transport.request.blocking import perform
+from transport.request.exchange import Exchange
 from transport.testing.in_process import put_through
 from transport.testing.machine import Work
 from transport.trace import Entry, Recovery, Start, Turn, decode_line
@@ -99,7 +100,7 @@ class Stage(ABC):
     @abstractmethod
     def release(self, name: str) -> None: ...
     @abstractmethod
-    def connect(self, exchange: _Exchange) -> None: ...
+    def connect(self, exchange: Exchange) -> None: ...
     @abstractmethod
     def enter(self, name: str, call: Call) -> None: ...
     @abstractmethod
@@ -190,7 +191,7 @@ class OnKernels(Stage):
     def release(self, name: str) -> None:
         self._adapter.release(name)
 
-    def connect(self, exchange: _Exchange) -> None:
+    def connect(self, exchange: Exchange) -> None:
         if self._is_there:
             put_through(exchange, self._adapter._connect())
         else:
@@ -372,8 +373,8 @@ class OnDaemon(Stage):
     def release(self, name: str) -> None:
         self._daemon.tell("release", name)
 
-    def connect(self, exchange: _Exchange) -> None:
-        _perform(exchange, do.Connect())
+    def connect(self, exchange: Exchange) -> None:
+        perform(exchange, do.Connect())
 
     def enter(self, name: str, call: Call) -> None:
         exchange = call.exchange

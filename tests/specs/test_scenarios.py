@@ -220,7 +220,7 @@ def test_a_scenario_has_blocks_of_no_other_kind(path: Path) -> None:
 
 
 def test_every_command_is_explained_and_used() -> None:
-    explained = re.findall(r"`([^`]+)`", README.partition("## What can be told")[2])
+    explained = re.findall(r"`([^`]+)`", README.partition("## Commands")[2])
     used = {told for path in SCENARIOS for told in Scenario.read(path).commands}
 
     for pattern in scenarios.VOCABULARY:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from html import escape
 from pathlib import Path
 from typing import Final
 from urllib.parse import unquote, urlsplit
@@ -15,7 +16,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from specs._build import clauses, pictures
+from specs._build import clauses, pictures, refresh
 from statemachine.drawing import mermaid
 from statemachine.lifecycle import TABLES
 from statemachine.table import Table
@@ -121,6 +122,19 @@ def test_the_index_leads_to_the_line_where_a_clause_is_kept(site: Path) -> None:
     assert code[int(line) - 1].startswith("def listen(")
     shown = (site / page).read_text(encoding="utf-8").partition(f'id="line-{line}"')[2]
     assert "listen" in shown.partition('id="line-')[0]
+
+
+def test_what_only_the_site_has_is_on_it(site: Path) -> None:
+    texts = {page: (SPECS / page).read_text(encoding="utf-8") for page in PAGES}
+    made = {page: refresh.for_site(text) for page, text in texts.items()}
+    changed = [page for page in PAGES if made[page] != texts[page]]
+
+    assert [page[:2] for page in changed] == ["12", "13", "14", "15"]
+    for page in changed:
+        html = (site / page).with_suffix(".html").read_text(encoding="utf-8")
+        headings = re.findall(r"^##+ (.*)$", made[page], re.MULTILINE)
+        assert len(headings) >= 4
+        assert [one for one in headings if f">{escape(one, quote=False)}<" not in html] == []
 
 
 def test_the_chapters_are_listed_in_reading_order(site: Path) -> None:

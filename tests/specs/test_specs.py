@@ -1,5 +1,6 @@
 """The documents say what the code says: generated parts are fresh, examples run, links lead."""
 
+import inspect
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from specs._build import api, refresh
+from statemachine import errors, messages, roles
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [*refresh.DOCUMENTS, ROOT / "CONTRIBUTING.md"]
@@ -32,7 +34,9 @@ def test_the_provider_table_is_drawn_in_both_ways() -> None:
     drawn = [
         match
         for document in refresh.DOCUMENTS
-        for match in re.findall(r"generated: (\w+) PROVIDER", document.read_text(encoding="utf-8"))
+        for match in re.findall(
+            r"generated: (\w+) ALLOCATION", document.read_text(encoding="utf-8")
+        )
     ]
 
     assert sorted(drawn) == ["markdown", "mermaid", "mermaid"]
@@ -87,14 +91,14 @@ PUBLIC = [
 
 
 def test_every_public_name_says_what_there_is_to_know() -> None:
-    debts = {f"{name.module}.{name.name}": api.owes(name) for name in PUBLIC}
+    lacking = {f"{name.module}.{name.name}": api.lacks(name) for name in PUBLIC}
 
-    assert {name: owed for name, owed in debts.items() if owed} == {}
+    assert {name: what for name, what in lacking.items() if what} == {}
     assert len(PUBLIC) > 880
 
 
 @pytest.mark.parametrize(
-    ("code", "owed"),
+    ("code", "lacking"),
     [
         ("def f(): ...", "what it means"),
         ("class C:\n    def f(self): ...", "what it means"),
@@ -104,19 +108,44 @@ def test_every_public_name_says_what_there_is_to_know() -> None:
         ('def f() -> Descriptor:\n    """Give."""', "who owns what it returns"),
     ],
 )
-def test_a_name_that_owes_something_is_named(tmp_path: Path, code: str, owed: str) -> None:
+def test_what_a_docstring_lacks_is_named(tmp_path: Path, code: str, lacking: str) -> None:
     module = tmp_path / "package" / "module.py"
     module.parent.mkdir()
     module.write_text(code, encoding="utf-8")
-    debts = [debt for name in api.names(module) for debt in api.owes(name)]
+    found = [what for name in api.names(module) for what in api.lacks(name)]
 
-    assert [debt for debt in debts if debt.startswith(owed)] != []
+    assert [what for what in found if what.startswith(lacking)] != []
 
 
-def test_what_owes_nothing_is_let_pass(tmp_path: Path) -> None:
+def test_a_docstring_that_lacks_nothing_is_accepted(tmp_path: Path) -> None:
     module = tmp_path / "module.py"
     says = "It is lent.\n\n    Raises:\n        ValueError: never."
     code = f'def f(d: Descriptor):\n    """{says}"""\n    raise ValueError("x")\n'
     module.write_text(code, encoding="utf-8")
 
-    assert [api.owes(name) for name in api.names(module)] == [[]]
+    assert [api.lacks(name) for name in api.names(module)] == [[]]
+
+
+# --- The seed's contract -----------------------------------------------------------------------
+
+
+def test_the_contract_lists_the_names_that_the_code_has() -> None:
+    text = (ROOT / "specs" / "00-contract.md").read_text(encoding="utf-8")
+    structs = (messages.NamespaceRequest, messages.NamespaceResponse, messages.AllocationEnded)
+    parts = {
+        "NamespaceType": [kind.value for kind in messages.NamespaceType],
+        **{struct.__name__: list(inspect.signature(struct).parameters) for struct in structs},
+        **{x.__name__: methods_of(x) for x in (roles.NamespaceProvider, roles.NamespaceConsumer)},
+        "NamespaceError": [error.kind for error in errors.NAMESPACE_ERRORS],
+    }
+
+    names = [name for whole in parts for name in (whole, *(f"{whole}.{x}" for x in parts[whole]))]
+    assert re.findall(r"^\| \S+ \| `([\w.]+)`", text, re.MULTILINE) == [
+        "HANDOFF_SOCKET_PATH",
+        *names,
+    ]
+    assert messages.HANDOFF_SOCKET_PATH in text
+
+
+def methods_of(trait: type) -> list[str]:
+    return [name for name in vars(trait) if name.endswith("_namespaces")]

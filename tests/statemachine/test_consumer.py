@@ -87,7 +87,7 @@ def test_basic_one_life_from_the_wish_to_the_end() -> None:
     assert kernel.receive(RESPONDED) == (ANSWER_OFF, delivery)
     assert kernel.receive(ENDED) == (do.CloseChannel(), do.ReportEnd("a"))
     assert (kernel.state, kernel.notice) == (ConsumerState.ENDED, NoticeState.SILENT)
-    assert not kernel.is_in_debt
+    assert not kernel.owes_end
     assert kernel.is_connected is False
 
 
@@ -115,7 +115,7 @@ def test_a_new_consumer_is_idle_and_owes_nothing() -> None:
     assert kernel.request == REQUEST
     assert (kernel.state, kernel.notice) == (ConsumerState.IDLE, NoticeState.SILENT)
     assert kernel.is_connected is False
-    assert not kernel.is_in_debt
+    assert not kernel.owes_end
 
 
 # --- When it serves itself, and when not -------------------------------------------------------
@@ -125,7 +125,7 @@ def test_a_new_consumer_is_idle_and_owes_nothing() -> None:
 def test_an_unreachable_provider_is_owed_nothing() -> None:
     kernel = after(WANT)
     assert kernel.receive(UNREACHABLE) == turn(REFUSED)
-    assert not kernel.is_in_debt
+    assert not kernel.owes_end
 
 
 @pytest.mark.clause("SELF-10")
@@ -133,7 +133,7 @@ def test_an_unavailable_provider_is_owed_nothing() -> None:
     kernel = after(*TO_ASKING)
     error = SocketUnavailable("shutting down")
     assert kernel.receive(UNAVAILABLE) == (ANSWER_OFF, do.CloseChannel(), *turn(error))
-    assert not kernel.is_in_debt
+    assert not kernel.owes_end
 
 
 def test_on_the_answer_deadline_it_turns_to_itself_and_says_so_on_the_open_connection() -> None:
@@ -141,7 +141,7 @@ def test_on_the_answer_deadline_it_turns_to_itself_and_says_so_on_the_open_conne
     overdue = SocketUnavailable("no whole answer within the answer deadline")
     assert kernel.receive(LATE) == (*SAY, *turn(overdue))
     assert kernel.is_connected is True
-    assert kernel.is_in_debt
+    assert kernel.owes_end
 
 
 def test_a_connection_lost_before_the_answer_is_called_again_to_be_told() -> None:
@@ -161,7 +161,7 @@ def test_a_failed_passing_closes_the_channel_and_leaves_a_debt() -> None:
     kernel = after(*TO_ASKING)
     failed = (ANSWER_OFF, do.CloseChannel(), do.Connect(), *turn(FdPassing("EMFILE")))
     assert kernel.receive(PASSING) == failed
-    assert kernel.is_in_debt
+    assert kernel.owes_end
 
 
 def test_an_unreadable_frame_is_answered_before_the_channel_is_closed() -> None:
@@ -173,7 +173,7 @@ def test_an_unreadable_frame_is_answered_before_the_channel_is_closed() -> None:
         do.Connect(),
         *turn(FdPassing("N is 0")),
     )
-    assert kernel.is_in_debt
+    assert kernel.owes_end
 
 
 def test_a_response_that_was_not_asked_for_is_closed_at_once() -> None:
@@ -182,7 +182,7 @@ def test_a_response_that_was_not_asked_for_is_closed_at_once() -> None:
     assert effects[0] == do.DiscardDescriptors()
     assert do.SendFault("fd_types is ['Pid']") in effects
     assert do.DeliverDescriptors not in map(type, effects)
-    assert kernel.is_in_debt
+    assert kernel.owes_end
 
 
 @pytest.mark.clause("ERR-5")
@@ -195,7 +195,7 @@ def test_a_refusal_is_reported_and_not_papered_over(event: Event, error: Namespa
     kernel = after(*TO_ASKING)
     assert kernel.receive(event) == (ANSWER_OFF, do.CloseChannel(), do.ReportRefusal(error))
     assert kernel.state is ConsumerState.REFUSED
-    assert not kernel.is_in_debt
+    assert not kernel.owes_end
 
 
 def test_self_service_is_delivered_as_degraded() -> None:
@@ -214,9 +214,9 @@ def test_self_service_that_fails_is_reported() -> None:
 
 def test_a_failed_request_still_pays_its_debt() -> None:
     kernel = after(*TO_ASKING, LATE, on.SelfServiceFailed(CreationFailed("EPERM")))
-    assert kernel.is_in_debt
+    assert kernel.owes_end
     assert kernel.receive(ENDED) == (NOTICE_OFF, do.CloseChannel())
-    assert not kernel.is_in_debt
+    assert not kernel.owes_end
 
 
 # --- Never two live sets -----------------------------------------------------------------------
@@ -238,9 +238,9 @@ def test_a_late_answer_that_is_wrong_is_closed_too() -> None:
 def test_a_late_refusal_leaves_the_debt_to_the_answer_of_the_end() -> None:
     kernel = after(*TO_ASKING, LATE)
     assert kernel.receive(FAILED) == ()
-    assert kernel.is_in_debt
+    assert kernel.owes_end
     assert kernel.receive(NOT_FOUND) == (NOTICE_OFF, do.CloseChannel())
-    assert not kernel.is_in_debt
+    assert not kernel.owes_end
 
 
 @pytest.mark.clause("SELF-8")
@@ -264,7 +264,7 @@ def test_the_end_is_told_again_until_it_is_confirmed() -> None:
 def test_a_provider_that_cannot_take_the_end_now_is_called_again(event: Event) -> None:
     kernel = after(*TO_ASKING, LATE)
     assert kernel.receive(event) == (NOTICE_OFF, do.CloseChannel(), REDIAL_ON)
-    assert kernel.is_in_debt
+    assert kernel.owes_end
 
 
 def test_an_unreadable_answer_to_the_end_is_answered_and_the_end_told_again() -> None:
@@ -332,7 +332,7 @@ def test_a_caller_who_is_done_while_calling_owes_nothing() -> None:
     kernel = after(WANT)
     assert kernel.receive(END) == (do.CloseChannel(), do.ReportEnd("a"))
     assert kernel.state is ConsumerState.ENDED
-    assert not kernel.is_in_debt
+    assert not kernel.owes_end
 
 
 def test_a_caller_who_is_done_while_asking_takes_the_request_back() -> None:
@@ -374,7 +374,7 @@ def test_what_others_hold_can_be_ended_by_its_name() -> None:
     assert kernel.receive(on.NoticeDue()) == (do.Connect(),)
     assert kernel.receive(CONNECTED) == SAY
     assert kernel.receive(ENDED) == (do.ReportEnd("a"), NOTICE_OFF, do.CloseChannel())
-    assert not kernel.is_in_debt
+    assert not kernel.owes_end
 
 
 def test_an_end_that_cannot_be_told_is_told_later() -> None:
@@ -395,10 +395,10 @@ def test_what_self_service_made_is_released_without_the_provider() -> None:
 def test_the_end_of_what_self_service_made_does_not_forget_the_debt() -> None:
     kernel = after(*TO_ASKING, LOST, SERVED, END)
     assert kernel.state is ConsumerState.ENDED
-    assert kernel.is_in_debt
+    assert kernel.owes_end
     assert kernel.receive(CONNECTED) == SAY
     assert kernel.receive(ENDED) == (NOTICE_OFF, do.CloseChannel())
-    assert not kernel.is_in_debt
+    assert not kernel.owes_end
 
 
 @pytest.mark.parametrize(

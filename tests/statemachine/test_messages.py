@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from typing import Any, Final
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -24,6 +23,7 @@ from statemachine.messages import (
     objection_to_id,
     shown,
 )
+from statemachine.testing.strategies import ORDERS
 
 PID, NET, MOUNT = NamespaceType.PID, NamespaceType.NET, NamespaceType.MOUNT
 
@@ -151,10 +151,6 @@ def test_no_id_makes_the_objection_fail(allocation_id: str) -> None:
 
 
 # --- namespaces --------------------------------------------------------------------------------
-
-ORDERS: Final = [
-    order for size in range(4) for order in itertools.permutations(NamespaceType, size)
-]
 
 
 @pytest.mark.clause("LIFE-11")

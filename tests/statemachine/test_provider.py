@@ -27,7 +27,7 @@ from statemachine.errors import (
     SocketUnavailable,
 )
 from statemachine.events import Event
-from statemachine.lifecycle import AllocationState
+from statemachine.lifecycle import AllocationState, ServiceState
 from statemachine.messages import (
     AllocationEnded,
     NamespaceRequest,
@@ -39,7 +39,6 @@ from statemachine.provider import (
     REMEMBERED_MAX,
     WAITING_MAX,
     Limits,
-    Phase,
     ProviderKernel,
     event_of,
 )
@@ -638,7 +637,7 @@ def test_a_name_that_is_used_again_takes_no_place_among_the_remembered() -> None
 
 
 def test_a_new_provider_is_starting_and_empty() -> None:
-    assert ProviderKernel().snapshot() == (Phase.STARTING, (), (), (), (), False)
+    assert ProviderKernel().snapshot() == (ServiceState.STARTING, (), (), (), ())
 
 
 def test_names_are_remembered_in_addition() -> None:
@@ -1105,7 +1104,7 @@ def test_a_provider_that_stops_turns_away_who_asks_and_keeps_what_is_alive(
     stopping = SocketUnavailable("the provider is shutting down")
     assert script.ask(2, A) == (do.Refuse(2, stopping),)
     assert script.state() is HANDED_OFF
-    assert script.kernel.phase is Phase.STOPPING
+    assert script.kernel.service.is_stopping
 
 
 def test_a_provider_that_stops_still_takes_ends(script: Script) -> None:
@@ -1171,12 +1170,12 @@ IMPOSSIBLE: Final[list[Event]] = [
     on.HandedOffAdopted("a", A, answer_to(A)),
     on.RemainsFound("a", A),
     # Named by the kernel; nobody else may.
-    on.Unclaimed("a"),
-    on.RequestRepeated(9, A),
-    on.RequestConflicting(9, A),
-    on.RequestEarly(9, A),
-    on.RequestDuringDrain(9, A),
-    on.EndRepeated(9, "a"),
+    on.Unclaimed(),
+    on.RequestRepeated(),
+    on.RequestConflicting(),
+    on.RequestEarly(),
+    on.RequestDuringDrain(),
+    on.EndRepeated(),
     # The consumer's.
     on.NamespacesWanted(),
     on.Connected(),

@@ -34,7 +34,7 @@ from statemachine.errors import (
     SocketUnavailable,
 )
 from statemachine.events import Event
-from statemachine.lifecycle import AllocationState, ConsumerState, NoticeState
+from statemachine.lifecycle import AllocationState, ConsumerState, NoticeState, ServiceState
 from statemachine.messages import (
     AllocationEnded,
     Message,
@@ -43,7 +43,7 @@ from statemachine.messages import (
     NamespaceType,
     mount_path_below,
 )
-from statemachine.provider import Limits, Phase, ProviderKernel
+from statemachine.provider import Limits, ProviderKernel
 from statemachine.provider import event_of as provider_event_of
 
 LIVE: Final = (AllocationState.REQUESTED, AllocationState.CREATED, AllocationState.HANDED_OFF)
@@ -123,7 +123,7 @@ class Client:
     @property
     def is_done(self) -> bool:
         """Whether its caller may have another wish."""
-        return self.kernel.state in _DONE and not self.kernel.is_in_debt
+        return self.kernel.state in _DONE and not self.kernel.owes_end
 
 
 _DONE: Final = frozenset({ConsumerState.REFUSED, ConsumerState.FAILED, ConsumerState.ENDED})
@@ -585,7 +585,7 @@ class World:
             yield from self._next_steps_of(client)
 
     def _next_steps_of_provider(self) -> Iterator[Callable[[], object]]:
-        if self.kernel.phase is Phase.STARTING:
+        if self.kernel.service is ServiceState.STARTING:
             yield self.get_ready
         for name in self.lanes:
             yield partial(self.work, name)
@@ -658,7 +658,7 @@ class World:
         assert set(self.lives) == set(self.kernel.states)
         for client in self.present:
             assert client.kernel.state in (*_DONE, ConsumerState.HELD, ConsumerState.SELF_HELD)
-            assert not client.kernel.is_in_debt
+            assert not client.kernel.owes_end
 
     def check_cleared(self) -> None:
         """Hold a world that everybody left to having nothing left."""
@@ -703,7 +703,7 @@ class World:
         ]
 
     def _in_debt(self) -> list[int]:
-        return [client.session for client in self.present if client.kernel.is_in_debt]
+        return [client.session for client in self.present if client.kernel.owes_end]
 
     def _provided(self) -> set[tuple[int, str]]:
         """Find what is alive, or asked for and not taken back, at the wish of each session."""

@@ -29,18 +29,14 @@ from linux.testing.worlds import (
     NET,
     PID,
     LinuxWorld,
-    SimulatedWorld,
     eventually,
     real,
-    simulated,
 )
 from statemachine import effects as do
 from statemachine import events as on
 from statemachine.errors import (
     AllocationNotFound,
     CreationFailed,
-    FdPassing,
-    SocketUnavailable,
 )
 from statemachine.lifecycle import AllocationState
 from statemachine.messages import (
@@ -50,13 +46,14 @@ from statemachine.messages import (
     NamespaceType,
 )
 from statemachine.provider import Limits
-from tests.support.forging import ALL, ORDERS
-from tests.support.served import Served, Wire, served
+from statemachine.testing.strategies import ORDERS
+from tests.support.forging import ALL
+from tests.support.serving import Serving
 from transport.codec import decode_message, encode_message
-from transport.contract import Step
 from transport.framing import encode_frame
 from transport.request import Consumer, Handoff
 from transport.serve import Spans
+from transport.testing.peer import Line
 
 pytestmark = pytest.mark.needs_root
 
@@ -72,17 +69,16 @@ class Life:
         self.world: Final = world
         self.path: Final = directory / "s.sock"
         self.consumer: Final = Consumer(self.path, world.inspector)
-        self.provider: Served
+        self.provider: Serving
         self._stack: Final = ExitStack()
 
     def start(self, limits: Limits | None = None, **spans: float) -> None:
-        self.provider = Served(self.path, self.world.backend, limits, Spans(**spans))
-        self._stack.callback(self.provider.stop)
-        self.provider.wait_ready()
+        serving = Serving(self.path, self.world.backend, limits=limits, spans=Spans(**spans))
+        self.provider = self._stack.enter_context(serving)
 
     def drop(self) -> None:
         """Stop the provider, which releases nothing, and close what it had open."""
-        self.provider.stop()
+        self.provider.end()
         self.world.backend.close()
 
     def restart(self, **spans: float) -> None:
@@ -138,12 +134,6 @@ def life(idle_life: Life) -> Life:
     return idle_life
 
 
-@pytest.fixture
-def world() -> Iterator[SimulatedWorld]:
-    with simulated() as world:
-        yield world
-
-
 # --- The hand-off ------------------------------------------------------------------------------
 
 
@@ -185,10 +175,10 @@ def test_the_same_request_gets_the_same_namespaces(life: Life, allocation_id: st
 @pytest.mark.clause("LIFE-4")
 def test_askers_that_meet_get_one_set(life: Life, allocation_id: str) -> None:
     with ExitStack() as stack:
-        wires = [stack.enter_context(Wire(life.path)) for _ in range(5)]
+        wires = [stack.enter_context(Line.to(life.path)) for _ in range(5)]
         for wire in wires:
-            wire.send(NamespaceRequest(allocation_id, LIGHT))
-        answers = {wire.take() for wire in wires}
+            wire.say(NamespaceRequest(allocation_id, LIGHT))
+        answers = {wire.hear() for wire in wires}
     assert answers == {NamespaceResponse(allocation_id, LIGHT, None)}
     assert len(life.provider.effects(do.CreateNamespaces)) == 1
 
@@ -397,12 +387,12 @@ ENDS: Final = (
 def test_one_end_is_announced_once_and_everything_released(
     life: Life, allocation_id: str, end: Callable[[Life, Handoff], None]
 ) -> None:
-    with Wire(life.path) as other:
-        other.send(NamespaceRequest(allocation_id, LIGHT, IMAGE))
-        other.take()
+    with Line.to(life.path) as other:
+        other.say(NamespaceRequest(allocation_id, LIGHT, IMAGE))
+        other.hear()
         handoff = life.obtain(allocation_id, LIGHT, IMAGE)
         end(life, handoff)
-        assert other.take() == AllocationEnded(allocation_id)
+        assert other.hear() == AllocationEnded(allocation_id)
         assert handoff.wait_ended(LONG_S)
         assert life.is_released(allocation_id)
         assert life.world.leftovers() == []
@@ -410,14 +400,14 @@ def test_one_end_is_announced_once_and_everything_released(
 
 
 def test_an_end_that_is_asked_for_is_answered_once(life: Life, allocation_id: str) -> None:
-    with Wire(life.path) as wire:
-        wire.send(NamespaceRequest(allocation_id, LIGHT))
-        wire.take()
-        wire.send(AllocationEnded(allocation_id))
-        assert wire.take() == AllocationEnded(allocation_id)
+    with Line.to(life.path) as wire:
+        wire.say(NamespaceRequest(allocation_id, LIGHT))
+        wire.hear()
+        wire.say(AllocationEnded(allocation_id))
+        assert wire.hear() == AllocationEnded(allocation_id)
         # Asked once more, it is answered once more: nothing else was on its way.
-        wire.send(AllocationEnded(allocation_id))
-        assert wire.take() == AllocationEnded(allocation_id)
+        wire.say(AllocationEnded(allocation_id))
+        assert wire.hear() == AllocationEnded(allocation_id)
         assert wire.hears_nothing()
 
 
@@ -434,13 +424,13 @@ def test_an_end_kills_what_runs(life: Life, allocation_id: str) -> None:
 def test_many_reasons_to_end_are_one_end(life: Life, allocation_id: str) -> None:
     handoff = life.obtain(allocation_id)
     with life.spawn(handoff, "sleep", "infinity") as process, ExitStack() as stack:
-        wires = [stack.enter_context(Wire(life.path)) for _ in range(3)]
+        wires = [stack.enter_context(Line.to(life.path)) for _ in range(3)]
         life.world.kill_init(allocation_id)
         process.kill()
         for wire in wires:
-            wire.send(AllocationEnded(allocation_id))
+            wire.say(AllocationEnded(allocation_id))
         process.wait()
-        assert [wire.take() for wire in wires] == [AllocationEnded(allocation_id)] * 3
+        assert [wire.hear() for wire in wires] == [AllocationEnded(allocation_id)] * 3
         assert handoff.wait_ended(LONG_S)
     released = [e for e, _ in life.provider.turns if isinstance(e, on.NamespacesReleased)]
     assert released == [on.NamespacesReleased(allocation_id)]
@@ -470,7 +460,7 @@ def test_a_process_further_down_keeps_it_alive(life: Life, allocation_id: str) -
 
 def assert_still_alive(life: Life, name: str) -> None:
     """Say so once the provider has seen all there is to see by now."""
-    life.provider.ask_provider(lambda provider: provider._observe())
+    life.provider.ask(life.provider.provider._watcher.observe)
     assert life.state_of(name) is AllocationState.HANDED_OFF
 
 
@@ -539,12 +529,12 @@ def test_a_zombie_in_the_cgroup_alone_does_not_keep_it(life: Life, allocation_id
 
 @pytest.mark.clause("END-16")
 def test_an_end_that_overtakes_the_creation_undoes_it(life: Life, allocation_id: str) -> None:
-    with Wire(life.path) as asker, Wire(life.path) as ender:
-        asker.send(NamespaceRequest(allocation_id, ALL, IMAGE))
+    with Line.to(life.path) as asker, Line.to(life.path) as ender:
+        asker.say(NamespaceRequest(allocation_id, ALL, IMAGE))
         eventually(lambda: life.state_of(allocation_id) is not AllocationState.UNKNOWN)
-        ender.send(AllocationEnded(allocation_id))
-        assert ender.take() == AllocationEnded(allocation_id)
-        assert isinstance(asker.take(), CreationFailed | NamespaceResponse)
+        ender.say(AllocationEnded(allocation_id))
+        assert ender.hear() == AllocationEnded(allocation_id)
+        assert isinstance(asker.hear(), CreationFailed | NamespaceResponse)
     assert life.world.leftovers() == []
 
 
@@ -592,7 +582,7 @@ def test_without_a_grace_a_first_helper_is_the_end(life: Life, allocation_id: st
 
 
 def graces_of(life: Life) -> list[str]:
-    return life.provider.ask_provider(lambda provider: list(provider._clock.graces))
+    return life.provider.ask(lambda: list(life.provider.provider._watcher._graces))
 
 
 @pytest.mark.clause("END-7")
@@ -622,8 +612,8 @@ def draining(idle_life: Life, allocation_id: str) -> Iterator[Handoff]:
     idle_life.start(release_s=0.1)
     handoff = idle_life.obtain(allocation_id)
     idle_life.world.entangle(allocation_id)
-    with Wire(idle_life.path) as operator:
-        operator.send(AllocationEnded(allocation_id))
+    with Line.to(idle_life.path) as operator:
+        operator.say(AllocationEnded(allocation_id))
         eventually(lambda: idle_life.state_of(allocation_id) is AllocationState.ENDED)
         yield handoff
     idle_life.world.disentangle(allocation_id)
@@ -640,8 +630,8 @@ def entry_of(life: Life, name: str) -> Entry:
 @pytest.mark.clause("END-9")
 def test_what_does_not_die_is_named(idle_life: Life, draining: Handoff, allocation_id: str) -> None:
     zombie = str(idle_life.world._entangled[allocation_id].pid)
-    drain = idle_life.provider.ask_provider
-    eventually(lambda: zombie in drain(lambda p: p.kernel.drain_of(allocation_id)))
+    ask, kernel = idle_life.provider.ask, idle_life.provider.provider.kernel
+    eventually(lambda: zombie in ask(lambda: kernel.drain_of(allocation_id)))
     eventually(lambda: zombie in (entry_of(idle_life, allocation_id).why or ""))
 
 
@@ -727,262 +717,3 @@ def test_a_process_survives_the_provider(life: Life, allocation_id: str) -> None
     life.drop()
     assert process.poll() is None
     life.restart()
-
-
-# --- Nobody waits for somebody else ------------------------------------------------------------
-
-
-class Gate:
-    """Holds up one step of one allocation until it is opened, at the latest with its context."""
-
-    def __init__(self, world: SimulatedWorld, step: Step, name: str) -> None:
-        self._opened: Final = threading.Event()
-        self.is_reached: Final = threading.Event()
-        self._place: Final = (step, name)
-        world.node.hook = self._pass
-
-    def open(self) -> None:
-        self._opened.set()
-
-    def __enter__(self) -> Gate:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.open()
-
-    def _pass(self, step: Step, name: str) -> None:
-        if (step, name) == self._place:
-            self.is_reached.set()
-            assert self._opened.wait(LONG_S)
-
-
-def request_for(name: str) -> NamespaceRequest:
-    return NamespaceRequest(name, ALL)
-
-
-def response_to(name: str) -> NamespaceResponse:
-    return NamespaceResponse(name, ALL, None)
-
-
-@pytest.mark.clause("PEER-8")
-@pytest.mark.parametrize("step", [Step.ANCHOR, Step.PUBLISH])
-def test_a_slow_creation_holds_up_nobody_else(
-    world: SimulatedWorld, tmp_path: Path, step: Step
-) -> None:
-    path = tmp_path / "s.sock"
-    with (
-        served(path, world.backend),
-        Gate(world, step, "slow") as gate,
-        Wire(path) as slow,
-        Wire(path) as quick,
-    ):
-        slow.send(request_for("slow"))
-        assert gate.is_reached.wait(LONG_S)
-        quick.send(request_for("quick"))
-        assert quick.take() == response_to("quick")
-        quick.send(AllocationEnded("quick"))
-        assert quick.take() == AllocationEnded("quick")
-        assert slow.hears_nothing()
-        gate.open()
-        assert slow.take() == response_to("slow")
-
-
-def test_a_slow_release_holds_up_nobody_else(world: SimulatedWorld, tmp_path: Path) -> None:
-    path = tmp_path / "s.sock"
-    with (
-        served(path, world.backend),
-        Gate(world, Step.END_INIT, "slow") as gate,
-        Wire(path) as slow,
-        Wire(path) as quick,
-    ):
-        slow.send(request_for("slow"))
-        assert slow.take() == response_to("slow")
-        slow.send(AllocationEnded("slow"))
-        assert gate.is_reached.wait(LONG_S)
-        quick.send(request_for("quick"))
-        assert quick.take() == response_to("quick")
-        assert slow.hears_nothing()
-        gate.open()
-        assert slow.take() == AllocationEnded("slow")
-
-
-def test_answers_of_a_connection_come_in_order(world: SimulatedWorld, tmp_path: Path) -> None:
-    path = tmp_path / "s.sock"
-    with (
-        served(path, world.backend),
-        Gate(world, Step.ANCHOR, "slow") as gate,
-        Wire(path) as wire,
-    ):
-        wire.send(request_for("slow"), request_for("quick"), AllocationEnded("unknown"))
-        assert gate.is_reached.wait(LONG_S)
-        assert wire.hears_nothing()
-        gate.open()
-        answers = [wire.take() for _ in range(3)]
-    assert answers == [response_to("slow"), response_to("quick"), AllocationNotFound("unknown")]
-
-
-def test_an_end_during_the_creation_undoes_it(world: SimulatedWorld, tmp_path: Path) -> None:
-    path = tmp_path / "s.sock"
-    with (
-        served(path, world.backend) as provider,
-        Gate(world, Step.PUBLISH, "x") as gate,
-        Wire(path) as asker,
-        Wire(path) as ender,
-    ):
-        asker.send(request_for("x"))
-        assert gate.is_reached.wait(LONG_S)
-        ender.send(AllocationEnded("x"))
-        eventually(lambda: provider.state_of("x") is AllocationState.ENDED)
-        gate.open()
-        assert isinstance(asker.take(), CreationFailed)
-        assert ender.take() == AllocationEnded("x")
-    assert world.leftovers() == []
-
-
-@pytest.mark.clause("PEER-7")
-def test_a_frame_that_does_not_come_whole_ends_its_connection(
-    world: SimulatedWorld, tmp_path: Path
-) -> None:
-    path = tmp_path / "s.sock"
-    with (
-        served(path, world.backend, spans=Spans(partial_frame_s=0.05)),
-        Wire(path) as slow,
-        Wire(path) as other,
-    ):
-        slow.socket.send(encode_frame(encode_message(request_for("x")))[:-1])
-        answer = slow.take()
-        assert isinstance(answer, FdPassing)
-        assert "not whole within 0.05 s" in answer.reason
-        assert slow.hears_the_end()
-        other.send(request_for("x"))
-        assert other.take() == response_to("x")
-
-
-@pytest.mark.clause("PEER-8")
-def test_a_peer_that_does_not_read_holds_up_nobody_else(
-    world: SimulatedWorld, tmp_path: Path
-) -> None:
-    path = tmp_path / "s.sock"
-    limits = Limits(open_per_connection=10_000)
-    with served(path, world.backend, limits) as provider, Wire(path) as deaf, Wire(path) as other:
-        for number in range(3_000):
-            deaf.send(AllocationEnded(f"unknown-{number:0>100}"))
-        eventually(
-            lambda: provider.ask_provider(
-                lambda p: any(x.channel.wants_write for x in p._peers.values())
-            )
-        )
-        other.send(request_for("x"))
-        assert other.take() == response_to("x")
-        assert deaf.take() == AllocationNotFound(f"unknown-{0:0>100}")
-
-
-# --- Limits ------------------------------------------------------------------------------------
-
-
-@pytest.mark.clause("PEER-2")
-def test_a_user_who_is_not_allowed_is_turned_away(world: SimulatedWorld, tmp_path: Path) -> None:
-    path = tmp_path / "s.sock"
-    limits = Limits(allowed_uids=frozenset({54_321}))
-    with served(path, world.backend, limits), Wire(path) as wire:
-        assert isinstance(wire.take(), SocketUnavailable)
-        assert wire.hears_the_end()
-
-
-@pytest.mark.clause("PEER-4")
-def test_too_many_open_messages_are_refused_in_order(world: SimulatedWorld, tmp_path: Path) -> None:
-    path = tmp_path / "s.sock"
-    with (
-        served(path, world.backend, Limits(open_per_connection=2)),
-        Gate(world, Step.ANCHOR, "slow") as gate,
-        Wire(path) as wire,
-    ):
-        wire.send(request_for("slow"), request_for("second"), request_for("third"))
-        assert gate.is_reached.wait(LONG_S)
-        gate.open()
-        answers = [wire.take() for _ in range(3)]
-    assert answers[:2] == [response_to("slow"), response_to("second")]
-    assert isinstance(answers[2], CreationFailed)
-    assert "unanswered messages of one connection, at most 2" in answers[2].reason
-
-
-@pytest.mark.clause("PEER-4")
-def test_too_many_allocations_are_refused_until_one_ends(
-    world: SimulatedWorld, tmp_path: Path
-) -> None:
-    path = tmp_path / "s.sock"
-    with served(path, world.backend, Limits(allocations_per_uid=1)), Wire(path) as wire:
-        wire.send(request_for("a"), request_for("b"))
-        assert wire.take() == response_to("a")
-        refusal = wire.take()
-        assert isinstance(refusal, CreationFailed)
-        assert "live allocations of one user, at most 1" in refusal.reason
-        wire.send(AllocationEnded("a"))
-        assert wire.take() == AllocationEnded("a")
-        wire.send(request_for("b"))
-        assert wire.take() == response_to("b")
-
-
-@pytest.mark.clause("PEER-4")
-def test_too_many_connections_are_turned_away(world: SimulatedWorld, tmp_path: Path) -> None:
-    path = tmp_path / "s.sock"
-    with served(path, world.backend, Limits(connections_per_uid=1)), Wire(path) as first:
-        first.send(request_for("a"))
-        assert first.take() == response_to("a")
-        with Wire(path) as second:
-            assert isinstance(second.take(), CreationFailed)
-            assert second.hears_the_end()
-
-
-@pytest.mark.clause("LIFE-13")
-def test_requests_wait_until_the_provider_is_ready(tmp_path: Path) -> None:
-    with simulated() as world:
-        is_recovered = threading.Event()
-        recover = world.backend.recover
-
-        def slow() -> object:
-            assert is_recovered.wait(LONG_S)
-            return recover()
-
-        world.backend.recover = slow  # type: ignore[method-assign, assignment]
-        path = tmp_path / "s.sock"
-        provider = Served(path, world.backend)
-        eventually(path.exists)
-        with Wire(path) as wire:
-            wire.send(request_for("x"))
-            assert wire.hears_nothing()
-            is_recovered.set()
-            assert wire.take() == response_to("x")
-        provider.stop()
-
-
-def test_a_provider_that_is_not_ready_in_time_says_so(tmp_path: Path) -> None:
-    with simulated() as world:
-        is_recovered = threading.Event()
-        recover = world.backend.recover
-
-        def slow() -> object:
-            assert is_recovered.wait(LONG_S)
-            return recover()
-
-        world.backend.recover = slow  # type: ignore[method-assign, assignment]
-        path = tmp_path / "s.sock"
-        provider = Served(path, world.backend, spans=Spans(readiness_s=0.05))
-        eventually(path.exists)
-        with Wire(path) as wire:
-            wire.send(request_for("x"))
-            assert isinstance(wire.take(), SocketUnavailable)
-        is_recovered.set()
-        provider.wait_ready()
-        provider.stop()
-
-
-@pytest.mark.clause("CRASH-12")
-def test_a_stopped_provider_leaves_the_allocations_alive(
-    world: SimulatedWorld, tmp_path: Path
-) -> None:
-    path = tmp_path / "s.sock"
-    with served(path, world.backend), Wire(path) as wire:
-        wire.send(request_for("x"))
-        assert wire.take() == response_to("x")
-    assert world.leftovers() == ["x"]

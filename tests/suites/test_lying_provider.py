@@ -13,9 +13,10 @@ import socket
 import subprocess
 import sys
 import termios
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -32,10 +33,10 @@ from statemachine.messages import (
     NamespaceType,
 )
 from tests.support.consumers import FORMS, Form
-from transport.descriptors import Descriptor
+from transport.descriptors import Descriptor, DescriptorBundle
 from transport.framing import FRAME_BYTES_MAX
-from transport.request import Consumer, Patience
-from transport.testing.peer import Liar, Line, confirm_ends, copies_of, frame_of, wait_until
+from transport.request import Patience
+from transport.testing.peer import Liar, Line, Script, confirm_ends, copies_of, frame_of, wait_until
 
 pytestmark = pytest.mark.needs_root
 
@@ -45,7 +46,7 @@ TRUTH: Final = "truth"
 ROOT: Final = Path(__file__).parents[2]
 HASTY: Final = Patience(answer_s=0.1, redial_s=0.02)
 
-NewConsumer: TypeAlias = Callable[..., Any]
+INSPECTOR: Final = KernelInspector(Features.probe())
 
 
 @pytest.fixture(scope="module")
@@ -57,39 +58,29 @@ def service() -> Iterator[LinuxBackend]:
         yield backend
 
 
-@dataclass(frozen=True)
-class Stage:
-    """What a liar has at hand."""
+class Rig:
+    """What a lying provider has at hand, and the consumers that it is tried on."""
 
-    request: NamespaceRequest
-    honest: NamespaceResponse
-    fds: tuple[int, ...]
-    """A process, a network and a mount namespace, as asked for."""
-    strangers: dict[str, int]
-    """Descriptors that nobody asked for."""
+    def __init__(self, form: Form, path: Path, name: str, bundle: DescriptorBundle) -> None:
+        self.path: Final = path
+        self.request: Final = NamespaceRequest(name, ALL)
+        self.honest: Final = NamespaceResponse(name, ALL)
+        self.frame: Final = frame_of(self.honest)
+        self.ended: Final = AllocationEnded(name)
+        self.fds: Final = bundle.filenos()
+        """A process, a network and a mount namespace, as asked for."""
+        self.stack: Final = ExitStack()
+        self._form = form
 
-    @property
-    def frame(self) -> bytes:
-        return frame_of(self.honest)
-
-    @property
-    def all_fds(self) -> tuple[int, ...]:
-        return (*self.fds, *self.strangers.values())
-
-    @property
-    def ended(self) -> AllocationEnded:
-        return AllocationEnded(self.request.allocation_id)
-
-
-@pytest.fixture
-def stage(service: LinuxBackend, allocation_id: str) -> Iterator[Stage]:
-    with ExitStack() as stack:
+    @cached_property
+    def strangers(self) -> dict[str, int]:
+        """Descriptors that were not asked for."""
 
         def keep(fd: int) -> int:
-            return stack.enter_context(Descriptor(fd)).fileno()
+            return self.stack.enter_context(Descriptor(fd)).fileno()
 
         reader, writer = map(keep, os.pipe())
-        strangers = {
+        return {
             "uts": keep(os.open("/proc/self/ns/uts", os.O_RDONLY)),
             "cgroup": keep(os.open("/proc/self/ns/cgroup", os.O_RDONLY)),
             "own net": keep(os.open("/proc/self/ns/net", os.O_RDONLY)),
@@ -100,302 +91,225 @@ def stage(service: LinuxBackend, allocation_id: str) -> Iterator[Stage]:
             "memfd": keep(os.memfd_create("nshandoff-Pid-1")),
             "pipe": reader,
             "pipe's end": writer,
-            "socket": stack.enter_context(socket.socket()).fileno(),
+            "socket": self.stack.enter_context(socket.socket()).fileno(),
             "pidfd": keep(os.pidfd_open(os.getpid())),
         }
-        bundle = stack.enter_context(service.bundle_of(TRUTH))
-        request = NamespaceRequest(allocation_id, ALL)
-        honest = NamespaceResponse(allocation_id, ALL)
-        yield Stage(request, honest, bundle.filenos(), strangers)
 
+    def copies(self) -> int:
+        """How many descriptors there are of all that can be sent."""
+        return copies_of((*self.fds, *self.strangers.values()))
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "s"
+    def lie(self, script: Script) -> Liar:
+        """Start a provider that acts so when it has heard the first request."""
+
+        def heard(line: Line) -> None:
+            line.hear()
+            script(line)
+
+        return self.stack.enter_context(Liar(self.path, heard))
+
+    def consumer(self, **options: Any) -> Any:
+        made = self._form(self.path, INSPECTOR, **options)
+        return self.stack.enter_context(closing(made))
+
+    def obtain(self, **options: Any) -> Any:
+        return self.consumer(**options).obtain(self.request)
 
 
 @pytest.fixture(params=FORMS, ids=lambda form: form.__name__.lower())
-def new_consumer(request: pytest.FixtureRequest, path: Path) -> Iterator[NewConsumer]:
-    form: Form = request.param
-    with ExitStack() as stack:
-
-        def new(**options: Any) -> Any:
-            inspector = KernelInspector(Features.probe())
-            return stack.enter_context(closing(form(path, inspector, **options)))
-
-        yield new
+def rig(
+    request: pytest.FixtureRequest, tmp_path: Path, service: LinuxBackend, allocation_id: str
+) -> Iterator[Rig]:
+    with service.bundle_of(TRUTH) as bundle:
+        made = Rig(request.param, tmp_path / "s", allocation_id, bundle)
+        with made.stack:
+            yield made
 
 
-Lie: TypeAlias = Callable[[Stage, Line], None]
-"""What is said after a request was heard."""
+Lie: TypeAlias = Callable[[Rig], Iterable[tuple[Any, Sequence[int]]]]
+"""What is sent after a request was heard: messages or bytes, each with descriptors."""
 
-LIES: Final[dict[str, tuple[Lie, str]]] = {}
+
+def _with(*positions: int) -> Lie:
+    """The honest answer, with some of its descriptors."""
+    return lambda rig: [(rig.honest, [rig.fds[position] for position in positions])]
+
+
+def _substitute(name: str, position: int) -> Lie:
+    def lie(rig: Rig) -> Iterable[tuple[Any, Sequence[int]]]:
+        fds = list(rig.fds)
+        fds[position] = rig.strangers[name]
+        return [(rig.honest, fds)]
+
+    return lie
+
+
+def _changed(fds: slice, **changes: Any) -> Lie:
+    """Another answer than the honest one."""
+    return lambda rig: [(replace(rig.honest, **changes), rig.fds[fds])]
+
+
+def _saying(what: Any, *, comes_with: bool = True) -> Lie:
+    return lambda rig: [(what, rig.fds if comes_with else ())]
+
+
+def _longer(rig: Rig) -> Iterable[tuple[Any, Sequence[int]]]:
+    body = rig.frame[4:] + b"\xc0"
+    return [(len(body).to_bytes(4, "big") + body, rig.fds)]
+
+
+ANY: Final = slice(None)
+OTHER: Final = AllocationEnded("other")
+NO_NAMESPACE: Final = "announced as Pid, cannot be used: it is no namespace"
+OF_NO_TYPE: Final = "announced as Mount, cannot be used: it is a namespace of another type"
+OWN: Final = "is the receiver's own namespace"
+
+LIES: Final[dict[str, tuple[str, Lie]]] = {
+    "swapped": ("descriptor 1 of 3, announced as Pid, is a Net namespace", _with(1, 0, 2)),
+    "one missing": ("announces 3 descriptors and came with 2", _with(0, 1)),
+    "one too many": ("descriptors were cut off: more than 3", _with(0, 1, 2, 0)),
+    "hundreds": ("descriptors were cut off: more than 3", _with(*(0, 1, 2) * 84)),
+    "none": ("announces 3 descriptors and came with 0", _with()),
+    "one twice": ("descriptor 2 of 3, announced as Net, is a Pid namespace", _with(0, 0, 2)),
+    **{f"{name} for Mount": (OF_NO_TYPE, _substitute(name, 2)) for name in ("uts", "cgroup")},
+    **{
+        f"{name} for Pid": (NO_NAMESPACE, _substitute(name, 0))
+        for name in ("file", "directory", "memfd", "pipe", "pipe's end", "socket", "pidfd")
+    },
+    "own pid": (OWN, _substitute("own pid", 0)),
+    "own net": (OWN, _substitute("own net", 1)),
+    "own mount": (OWN, _substitute("own mount", 2)),
+    "descriptors after the frame": (
+        "announces 3 descriptors and came with 0",
+        lambda rig: [(rig.frame, ()), (b"\0", rig.fds)],
+    ),
+    "descriptors with a frame before": (
+        "AllocationEnded announces 0 descriptors and came with 3",
+        lambda rig: [(rig.ended, rig.fds), (rig.honest, ())],
+    ),
+    "descriptors with an error": (
+        "CreationFailed announces 0 descriptors and came with 3",
+        _saying(CreationFailed("no")),
+    ),
+    "descriptors twice": (
+        "descriptors came twice with one frame",
+        lambda rig: [(rig.frame[:5], rig.fds), (rig.frame[5:], rig.fds)],
+    ),
+    "a length just over the limit": (
+        f"announces {FRAME_BYTES_MAX + 1} bytes",
+        _saying((FRAME_BYTES_MAX + 1).to_bytes(4, "big") + b"\x81"),
+    ),
+    "the longest length": ("announces 4294967295 bytes", _saying(b"\xff\xff\xff\xff")),
+    "a length of zero": ("announces 0 bytes", _saying(b"\0\0\0\0")),
+    "garbage": ("the body is not readable", _saying(b"\0\0\0\x04\xc1\xff\xc1\xff")),
+    "not a map": ("the body must be a map of one entry", _saying(b"\0\0\0\x01\x2a")),
+    "bytes after the message": ("more bytes follow the message", _longer),
+    "another allocation's": (
+        "the response is for 'other', not 'nsh-test-",
+        _changed(ANY, allocation_id="other"),
+    ),
+    "another allocation's, endless": (
+        "the response is for 'xxxx",
+        _changed(ANY, allocation_id="x" * 65_000),
+    ),
+    "another order": (
+        "fd_types is ['Mount', 'Net', 'Pid'], not ['Pid', 'Net', 'Mount']",
+        _changed(slice(None, None, -1), fd_types=ALL[::-1]),
+    ),
+    "fewer types": (
+        "fd_types is ['Pid', 'Net'], not",
+        _changed(slice(2), fd_types=(PID, NET)),
+    ),
+    "one type twice": (
+        "fd_types is ['Pid', 'Net', 'Net'], not",
+        lambda rig: [
+            (replace(rig.honest, fd_types=(PID, NET, NET)), (*rig.fds[:2], rig.fds[1])),
+        ],
+    ),
+    "a mount path that was not asked for": (
+        "uenv_mount_path must be there exactly if",
+        _changed(ANY, uenv_mount_path="/"),
+    ),
+    "a request": (
+        "NamespaceRequest is not for the consumer",
+        lambda rig: [(rig.request, ())],
+    ),
+    "the end of another": (
+        "AllocationEnded for 'other', which was never asked for",
+        _saying(OTHER, comes_with=False),
+    ),
+    # Quoted it would be four times as long, and fit into no frame.
+    "the end of another, endless": (
+        "AllocationEnded for '\\x01\\x01",
+        _saying(AllocationEnded("\1" * 65_000), comes_with=False),
+    ),
+    "the end before the answer": (
+        "EndAnnounced is not possible while",
+        lambda rig: [(rig.ended, ()), (rig.honest, rig.fds)],
+    ),
+    "ends without end": (
+        "AllocationEnded for 'other', which was never asked for",
+        lambda rig: itertools.repeat((OTHER, ())),
+    ),
+}
 """Each with what the reason must say. The connection is closed at once, with that reason."""
 
+lies = pytest.mark.parametrize(("reason", "lie"), LIES.values(), ids=LIES.keys())
 
-def lie(name: str, reason: str) -> Callable[[Lie], Lie]:
-    def enter(tell: Lie) -> Lie:
-        LIES[name] = (tell, reason)
-        return tell
 
-    return enter
-
-
-@lie("swapped", "descriptor 1 of 3, announced as Pid, is a Net namespace")
-def _(stage: Stage, line: Line) -> None:
-    pid, net, mount = stage.fds
-    line.say(stage.honest, (net, pid, mount))
-
-
-@lie("one missing", "announces 3 descriptors and came with 2")
-def _(stage: Stage, line: Line) -> None:
-    line.say(stage.honest, stage.fds[:2])
-
-
-@lie("one too many", "descriptors were cut off: more than 3")
-def _(stage: Stage, line: Line) -> None:
-    line.say(stage.honest, (*stage.fds, stage.fds[0]))
-
-
-@lie("hundreds", "descriptors were cut off: more than 3")
-def _(stage: Stage, line: Line) -> None:
-    line.say(stage.honest, stage.fds * 84)
-
-
-@lie("none", "announces 3 descriptors and came with 0")
-def _(stage: Stage, line: Line) -> None:
-    line.say(stage.honest)
-
-
-@lie("one twice", "descriptor 2 of 3, announced as Net, is a Pid namespace")
-def _(stage: Stage, line: Line) -> None:
-    line.say(stage.honest, (stage.fds[0], stage.fds[0], stage.fds[2]))
-
-
-def _substitute(name: str, position: int, reason: str) -> None:
-    @lie(f"{name} for {ALL[position].value}", reason)
-    def _(stage: Stage, line: Line) -> None:
-        fds = list(stage.fds)
-        fds[position] = stage.strangers[name]
-        line.say(stage.honest, fds)
-
-
-for _name in ("uts", "cgroup"):
-    _substitute(_name, 2, "announced as Mount, cannot be used: it is a namespace of another type")
-for _name in ("file", "directory", "memfd", "pipe", "pipe's end", "socket", "pidfd"):
-    _substitute(_name, 0, "announced as Pid, cannot be used: it is no namespace")
-for _position, _name in enumerate(("own pid", "own net", "own mount")):
-    _substitute(_name, _position, "is the receiver's own namespace")
-
-
-@lie("descriptors after the frame", "announces 3 descriptors and came with 0")
-def _(stage: Stage, line: Line) -> None:
-    line.say(stage.frame)
-    line.say(b"\0", stage.fds)
-
-
-@lie("descriptors with a frame before", "AllocationEnded announces 0 descriptors and came with 3")
-def _(stage: Stage, line: Line) -> None:
-    line.say(stage.ended, stage.fds)
-    line.say(stage.honest)
-
-
-@lie("descriptors with an error", "CreationFailed announces 0 descriptors and came with 3")
-def _(stage: Stage, line: Line) -> None:
-    line.say(CreationFailed("no"), stage.fds)
-
-
-@lie("descriptors twice", "descriptors came twice with one frame")
-def _(stage: Stage, line: Line) -> None:
-    line.say(stage.frame[:5], stage.fds)
-    line.say(stage.frame[5:], stage.fds)
-
-
-@lie("a length just over the limit", f"announces {FRAME_BYTES_MAX + 1} bytes")
-def _(stage: Stage, line: Line) -> None:
-    line.say((FRAME_BYTES_MAX + 1).to_bytes(4, "big") + b"\x81", stage.fds)
-
-
-@lie("the longest length", "announces 4294967295 bytes")
-def _(stage: Stage, line: Line) -> None:
-    line.say(b"\xff\xff\xff\xff", stage.fds)
-
-
-@lie("a length of zero", "announces 0 bytes")
-def _(stage: Stage, line: Line) -> None:
-    line.say(b"\0\0\0\0", stage.fds)
-
-
-@lie("garbage", "the body is not readable")
-def _(stage: Stage, line: Line) -> None:
-    line.say(b"\0\0\0\x04\xc1\xff\xc1\xff", stage.fds)
-
-
-@lie("not a map", "the body must be a map of one entry")
-def _(stage: Stage, line: Line) -> None:
-    line.say(b"\0\0\0\x01\x2a", stage.fds)
-
-
-@lie("bytes after the message", "more bytes follow the message")
-def _(stage: Stage, line: Line) -> None:
-    body = stage.frame[4:] + b"\xc0"
-    line.say(len(body).to_bytes(4, "big") + body, stage.fds)
-
-
-@lie("another allocation's", "the response is for 'other', not 'nsh-test-")
-def _(stage: Stage, line: Line) -> None:
-    line.say(replace(stage.honest, allocation_id="other"), stage.fds)
-
-
-@lie("another allocation's, endless", "the response is for 'xxxx")
-def _(stage: Stage, line: Line) -> None:
-    line.say(replace(stage.honest, allocation_id="x" * 65_000), stage.fds)
-
-
-@lie("another order", "fd_types is ['Mount', 'Net', 'Pid'], not ['Pid', 'Net', 'Mount']")
-def _(stage: Stage, line: Line) -> None:
-    line.say(replace(stage.honest, fd_types=ALL[::-1]), stage.fds[::-1])
-
-
-@lie("fewer types", "fd_types is ['Pid', 'Net'], not")
-def _(stage: Stage, line: Line) -> None:
-    line.say(replace(stage.honest, fd_types=(PID, NET)), stage.fds[:2])
-
-
-@lie("one type twice", "fd_types is ['Pid', 'Net', 'Net'], not")
-def _(stage: Stage, line: Line) -> None:
-    pid, net, _ = stage.fds
-    line.say(replace(stage.honest, fd_types=(PID, NET, NET)), (pid, net, net))
-
-
-@lie("a mount path that nobody asked for", "uenv_mount_path must be there exactly if")
-def _(stage: Stage, line: Line) -> None:
-    line.say(replace(stage.honest, uenv_mount_path="/"), stage.fds)
-
-
-@lie("a request", "NamespaceRequest is not for the consumer")
-def _(stage: Stage, line: Line) -> None:
-    line.say(stage.request)
-
-
-@lie("the end of another", "AllocationEnded for 'other', which was never asked for")
-def _(stage: Stage, line: Line) -> None:
-    line.say(AllocationEnded("other"))
-
-
-@lie("the end of another, endless", "AllocationEnded for '\\x01\\x01")
-def _(stage: Stage, line: Line) -> None:
-    # Quoted it would be four times as long, and fit into no frame.
-    line.say(AllocationEnded("\1" * 65_000))
-
-
-@lie("the end before the answer", "EndAnnounced is not possible while")
-def _(stage: Stage, line: Line) -> None:
-    line.say(stage.ended)
-    line.say(stage.honest, stage.fds)
-
-
-@lie("ends without end", "AllocationEnded for 'other', which was never asked for")
-def _(stage: Stage, line: Line) -> None:
-    while True:
-        line.say(AllocationEnded("other"))
-
-
-lies = pytest.mark.parametrize(("tell", "reason"), LIES.values(), ids=LIES.keys())
-
-
-def scripted(stage: Stage, tell: Lie) -> Callable[[Line], None]:
+def told_by(rig: Rig, lie: Lie) -> Liar:
     def script(line: Line) -> None:
-        line.hear()
-        tell(stage, line)
+        for what, fds in lie(rig):
+            line.say(what, fds)
 
-    return script
+    return rig.lie(script)
 
 
 @pytest.mark.clause("FD-8", "FD-9", "ERR-6")
 @lies
 def test_a_lie_is_caught_and_the_consumer_serves_itself(
-    new_consumer: NewConsumer,
-    path: Path,
-    service: LinuxBackend,
-    stage: Stage,
-    tell: Lie,
-    reason: str,
+    rig: Rig, service: LinuxBackend, reason: str, lie: Lie
 ) -> None:
-    with (
-        Liar(path, scripted(stage, tell)),
-        new_consumer(service=service).obtain(stage.request) as handoff,
-    ):
+    told_by(rig, lie)
+    with rig.obtain(service=service) as handoff:
         assert isinstance(handoff.fallback, FdPassing)
         assert reason in handoff.fallback.reason
-        inspector = KernelInspector(Features.probe())
-        lied_about = {inspector.inspect(fd) for fd in stage.fds}
-        assert len(set(handoff.identities) - lied_about) == 3
+        assert len(set(handoff.identities) - set(map(INSPECTOR.inspect, rig.fds))) == 3
         assert handoff.end()
 
 
-@pytest.mark.clause("FD-10")
+@pytest.mark.clause("FD-10", "SELF-8")
 @lies
-def test_a_lie_without_self_service_is_raised_and_leaves_no_descriptor(
-    new_consumer: NewConsumer, path: Path, stage: Stage, tell: Lie, reason: str
+def test_a_lie_is_raised_told_to_the_liar_and_followed_by_the_end(
+    rig: Rig, reason: str, lie: Lie
 ) -> None:
-    before = copies_of(stage.all_fds)
-    with Liar(path, scripted(stage, tell)):
-        with pytest.raises(FdPassing) as raised:
-            new_consumer().obtain(stage.request)
-        assert reason in raised.value.reason
-        assert copies_of(stage.all_fds) == before
+    before = rig.copies()
+    liar = told_by(rig, lie)
+    with pytest.raises(FdPassing) as raised:
+        rig.obtain()
+    assert reason in raised.value.reason
+    assert rig.copies() == before
+    assert liar.told(0) == [rig.request, raised.value]
+    assert liar.told(1) == [rig.ended]
 
 
-@pytest.mark.clause("FD-10")
-@lies
-def test_a_liar_hears_what_was_wrong_and_is_hung_up_on(
-    path: Path, stage: Stage, tell: Lie, reason: str
-) -> None:
-    with Liar(path, scripted(stage, tell)) as liar:
-        with pytest.raises(FdPassing) as raised:
-            Consumer(path, KernelInspector(Features.probe())).obtain(stage.request)
-        assert liar.told(0) == [stage.request, raised.value]
+def test_one_descriptor_too_many_is_noticed_below_the_limit(rig: Rig) -> None:
+    before = rig.copies()
+    rig.lie(lambda line: line.say(replace(rig.honest, fd_types=(NET,)), rig.fds[1:]))
+    with pytest.raises(FdPassing, match=r"announces 1 .* came with 2"):
+        rig.consumer().obtain(replace(rig.request, namespaces=(NET,)))
+    assert rig.copies() == before
 
 
-@pytest.mark.clause("SELF-8")
-@lies
-def test_a_liar_is_told_to_end_what_it_may_have_made(
-    path: Path, stage: Stage, tell: Lie, reason: str
-) -> None:
-    with Liar(path, scripted(stage, tell)) as liar:
-        with pytest.raises(FdPassing):
-            Consumer(path, KernelInspector(Features.probe())).obtain(stage.request)
-        assert liar.told(1) == [stage.ended]
-
-
-def test_one_descriptor_too_many_is_noticed_below_the_limit(
-    new_consumer: NewConsumer, path: Path, stage: Stage
-) -> None:
-    def say_two(line: Line) -> None:
-        line.hear()
-        line.say(replace(stage.honest, fd_types=(NET,)), stage.fds[1:])
-
-    before = copies_of(stage.all_fds)
-    with Liar(path, say_two), pytest.raises(FdPassing, match=r"announces 1 .* came with 2"):
-        new_consumer().obtain(replace(stage.request, namespaces=(NET,)))
-    assert copies_of(stage.all_fds) == before
-
-
-def test_a_mount_path_that_is_missing_is_noticed(
-    new_consumer: NewConsumer, path: Path, stage: Stage
-) -> None:
-    def leave_out(line: Line) -> None:
-        line.hear()
-        line.say(stage.honest, stage.fds)
-
-    with Liar(path, leave_out), pytest.raises(FdPassing, match="uenv_mount_path must be there"):
-        new_consumer().obtain(replace(stage.request, uenv_image="hello.sqfs"))
+def test_a_mount_path_that_is_missing_is_noticed(rig: Rig) -> None:
+    rig.lie(lambda line: line.say(rig.honest, rig.fds))
+    with pytest.raises(FdPassing, match="uenv_mount_path must be there"):
+        rig.consumer().obtain(replace(rig.request, uenv_image="hello.sqfs"))
 
 
 @pytest.mark.parametrize("descriptors", [1, 2, 3])
 def test_descriptors_that_the_consumer_has_no_number_for_are_missed(
-    path: Path, stage: Stage, descriptors: int
+    rig: Rig, descriptors: int
 ) -> None:
     script = """
 import os, resource, sys
@@ -416,91 +330,75 @@ except FdPassing as error:
     print(error.reason)
 assert os.listdir("/proc/self/fd") == before
 """
-
-    def answer(line: Line) -> None:
-        line.hear()
-        line.say(stage.honest, stage.fds)
-
-    with Liar(path, answer):
-        # One number is for the connection.
-        command = [sys.executable, "-c", script, str(path), stage.request.allocation_id]
-        result = subprocess.run(
-            [*command, str(descriptors)], cwd=ROOT, capture_output=True, text=True, timeout=30
-        )
+    rig.lie(lambda line: line.say(rig.honest, rig.fds))
+    # One number is for the connection.
+    command = [sys.executable, "-c", script, str(rig.path), rig.request.allocation_id]
+    result = subprocess.run(
+        [*command, str(descriptors)], cwd=ROOT, capture_output=True, text=True, timeout=30
+    )
     assert "or the receiver has no descriptor left" in result.stdout, result.stderr
     assert result.returncode == 0, result.stderr
 
 
-def test_an_answer_that_stalls_is_given_up_at_the_deadline(
-    new_consumer: NewConsumer, path: Path, service: LinuxBackend, stage: Stage
-) -> None:
+def test_an_answer_that_stalls_is_given_up_at_the_deadline(rig: Rig, service: LinuxBackend) -> None:
     def stall(line: Line) -> None:
-        line.hear()
-        line.say(stage.frame[:-1], stage.fds)
+        line.say(rig.frame[:-1], rig.fds)
         confirm_ends(line)
 
-    before = copies_of(stage.fds)
-    consumer = new_consumer(service=service, patience=HASTY)
-    with Liar(path, stall), consumer.obtain(stage.request) as handoff:
+    before = rig.copies()
+    rig.lie(stall)
+    with rig.obtain(service=service, patience=HASTY) as handoff:
         assert isinstance(handoff.fallback, SocketUnavailable)
         handoff.end(0.5)
         handoff.close()
-        assert copies_of(stage.fds) == before
+        assert rig.copies() == before
 
 
 def test_a_stalled_answer_that_goes_on_as_an_end_is_no_confirmation(
-    new_consumer: NewConsumer, path: Path, service: LinuxBackend, stage: Stage
+    rig: Rig, service: LinuxBackend
 ) -> None:
     def stall(line: Line) -> None:
-        line.hear()
-        line.say(stage.frame[:-1], stage.fds)
+        line.say(rig.frame[:-1], rig.fds)
         line.hear()
         # Read as the last byte of the answer and three more of a header, or so.
-        line.say(stage.ended)
+        line.say(rig.ended)
 
-    consumer = new_consumer(service=service, patience=HASTY)
-    with Liar(path, stall) as liar, consumer.obtain(stage.request) as handoff:
+    liar = rig.lie(stall)
+    with rig.obtain(service=service, patience=HASTY) as handoff:
         assert handoff.settle()
-        assert liar.told(1) == [stage.ended]
+        assert liar.told(1) == [rig.ended]
         handoff.end()
 
 
 # --- Lies once the answer is there ---------------------------------------------------------------
 
 
-def test_a_second_answer_is_closed_and_the_first_is_kept(
-    new_consumer: NewConsumer, path: Path, stage: Stage
-) -> None:
+def test_a_second_answer_is_closed_and_the_first_is_kept(rig: Rig) -> None:
     def answer_twice(line: Line) -> None:
-        line.hear()
-        line.say(stage.honest, stage.fds)
-        line.say(stage.honest, stage.fds)
+        line.say(rig.honest, rig.fds)
+        line.say(rig.honest, rig.fds)
 
-    before = copies_of(stage.fds)
-    with Liar(path, answer_twice) as liar, new_consumer().obtain(stage.request) as handoff:
+    before = rig.copies()
+    liar = rig.lie(answer_twice)
+    with rig.obtain() as handoff:
         assert not handoff.wait_ended(0.05)
-        told = liar.told(0)
-        assert [type(message) for message in told] == [NamespaceRequest, FdPassing]
-        assert copies_of(stage.fds) == before + 3
-        inspector = KernelInspector(Features.probe())
-        assert handoff.identities == tuple(map(inspector.inspect, handoff.bundle.filenos()))
+        assert [type(message) for message in liar.told(0)] == [NamespaceRequest, FdPassing]
+        assert rig.copies() == before + 3
+        assert handoff.identities == tuple(map(INSPECTOR.inspect, handoff.bundle.filenos()))
 
 
-def test_a_response_is_no_confirmation_of_an_end(
-    new_consumer: NewConsumer, path: Path, stage: Stage
-) -> None:
+def test_a_response_is_no_confirmation_of_an_end(rig: Rig) -> None:
     def answer_ends_with_responses(line: Line) -> None:
+        line.say(rig.honest, rig.fds)
         while line.hear() is not None:
-            line.say(stage.honest, stage.fds)
+            line.say(rig.honest, rig.fds)
 
-    before = copies_of(stage.fds)
-    with (
-        Liar(path, answer_ends_with_responses),
-        new_consumer(patience=Patience(answer_s=0.05, redial_s=0.01)).obtain(stage.request) as held,
-    ):
+    before = rig.copies()
+    rig.lie(answer_ends_with_responses)
+    with rig.obtain(patience=Patience(answer_s=0.05, redial_s=0.01)) as held:
         assert not held.end(0.02)
         assert not held.is_ended
-        assert copies_of(stage.fds) == before + 3
+        assert rig.copies() == before + 3
         assert held.end(5.0)
 
 
@@ -508,65 +406,58 @@ def test_a_response_is_no_confirmation_of_an_end(
     "error", [CreationFailed("no"), SocketUnavailable("no"), FdPassing("no")], ids=repr
 )
 def test_an_error_that_answers_nothing_costs_the_connection_only(
-    new_consumer: NewConsumer, path: Path, stage: Stage, error: NamespaceError
+    rig: Rig, error: NamespaceError
 ) -> None:
     def err(line: Line) -> None:
-        line.hear()
-        line.say(stage.honest, stage.fds)
+        line.say(rig.honest, rig.fds)
         line.say(error)
 
-    with Liar(path, err) as liar, new_consumer().obtain(stage.request) as handoff:
+    liar = rig.lie(err)
+    with rig.obtain() as handoff:
         assert not handoff.wait_ended(0.05)
         liar.told(0)
         assert not handoff.bundle.closed
 
 
-def test_pushes_without_end_are_one_end(
-    new_consumer: NewConsumer, path: Path, stage: Stage
-) -> None:
+def test_pushes_without_end_are_one_end(rig: Rig) -> None:
     def push(line: Line) -> None:
-        line.hear()
-        line.say(stage.honest, stage.fds)
+        line.say(rig.honest, rig.fds)
         while True:
-            line.say(stage.ended)
+            line.say(rig.ended)
 
-    with Liar(path, push) as liar, new_consumer().obtain(stage.request) as handoff:
+    liar = rig.lie(push)
+    with rig.obtain() as handoff:
         assert handoff.wait_ended(5.0)
         liar.told(0)
         assert handoff.end()
 
 
-def test_errors_without_end_do_not_keep_an_end_waiting(
-    new_consumer: NewConsumer, path: Path, stage: Stage
-) -> None:
+def test_errors_without_end_do_not_keep_an_end_waiting(rig: Rig) -> None:
     def err(line: Line) -> None:
-        line.hear()
-        line.say(stage.honest, stage.fds)
+        line.say(rig.honest, rig.fds)
         line.hear()
         while True:
             line.say(CreationFailed("no"))
 
-    with Liar(path, err), closing(new_consumer().obtain(stage.request)) as handoff:
+    rig.lie(err)
+    with closing(rig.obtain()) as handoff:
         assert not handoff.end(0.05)
 
 
 # --- Odd, and true -----------------------------------------------------------------------------
 
 
-def test_an_answer_byte_by_byte_is_an_answer(
-    new_consumer: NewConsumer, path: Path, stage: Stage
-) -> None:
+def test_an_answer_byte_by_byte_is_an_answer(rig: Rig) -> None:
     def dribble(line: Line) -> None:
-        line.hear()
-        line.say(stage.frame[:1], stage.fds)
-        for byte in stage.frame[1:]:
+        line.say(rig.frame[:1], rig.fds)
+        for byte in rig.frame[1:]:
             _wait_read(line)
             line.say(bytes([byte]))
 
-    with Liar(path, dribble), new_consumer().obtain(stage.request) as handoff:
+    rig.lie(dribble)
+    with rig.obtain() as handoff:
         assert not handoff.is_degraded
-        inspector = KernelInspector(Features.probe())
-        assert handoff.identities == tuple(map(inspector.inspect, stage.fds))
+        assert handoff.identities == tuple(map(INSPECTOR.inspect, rig.fds))
 
 
 def _wait_read(line: Line) -> None:
@@ -595,73 +486,58 @@ def _hang_up(line: Line) -> None:
     ids=["closes", "stops writing", "stops reading"],
 )
 def test_an_answer_whose_sender_leaves_at_once_is_an_answer(
-    new_consumer: NewConsumer, path: Path, stage: Stage, leave: Callable[[Line], None]
+    rig: Rig, leave: Callable[[Line], None]
 ) -> None:
     def answer(line: Line) -> None:
-        line.hear()
-        line.say(stage.honest, stage.fds)
+        line.say(rig.honest, rig.fds)
         leave(line)
 
-    with Liar(path, answer), new_consumer().obtain(stage.request) as handoff:
+    rig.lie(answer)
+    with rig.obtain() as handoff:
         assert not handoff.is_degraded
         assert not handoff.wait_ended(0.02)
 
 
-def test_a_provider_that_stops_writing_has_not_answered(
-    new_consumer: NewConsumer, path: Path, stage: Stage
-) -> None:
-    def stop_writing(line: Line) -> None:
-        line.hear()
-        line.sock.shutdown(socket.SHUT_WR)
-
-    with Liar(path, stop_writing), pytest.raises(SocketUnavailable, match="closed the connection"):
-        new_consumer().obtain(stage.request)
+def test_a_provider_that_stops_writing_has_not_answered(rig: Rig) -> None:
+    rig.lie(lambda line: line.sock.shutdown(socket.SHUT_WR))
+    with pytest.raises(SocketUnavailable, match="closed the connection"):
+        rig.obtain()
 
 
-def test_a_provider_that_stops_reading_can_still_answer(
-    new_consumer: NewConsumer, path: Path, stage: Stage
-) -> None:
+def test_a_provider_that_stops_reading_can_still_answer(rig: Rig) -> None:
     def stop_reading(line: Line) -> None:
-        line.hear()
         line.sock.shutdown(socket.SHUT_RD)
-        line.say(stage.honest, stage.fds)
+        line.say(rig.honest, rig.fds)
 
-    with Liar(path, stop_reading), new_consumer().obtain(stage.request) as handoff:
+    rig.lie(stop_reading)
+    with rig.obtain() as handoff:
         assert not handoff.is_degraded
 
 
-def test_an_answer_in_the_compact_form_is_an_answer(
-    new_consumer: NewConsumer, path: Path, stage: Stage
-) -> None:
-    name = stage.request.allocation_id.encode()
+def test_an_answer_in_the_compact_form_is_an_answer(rig: Rig) -> None:
+    name = rig.request.allocation_id.encode()
     body = (
         b"\x81\xb1NamespaceResponse\x93"
         + bytes([0xA0 | len(name)])
         + name
         + b"\x93\xa3Pid\xa3Net\xa5Mount\xc0"
     )
-
-    def answer(line: Line) -> None:
-        line.hear()
-        line.say(len(body).to_bytes(4, "big") + body, stage.fds)
-
-    with Liar(path, answer), new_consumer().obtain(stage.request) as handoff:
+    rig.lie(lambda line: line.say(len(body).to_bytes(4, "big") + body, rig.fds))
+    with rig.obtain() as handoff:
         assert not handoff.is_degraded
 
 
-def test_every_way_to_cut_an_answer_in_two_is_an_answer(
-    new_consumer: NewConsumer, path: Path, stage: Stage
-) -> None:
+def test_every_way_to_cut_an_answer_in_two_is_an_answer(rig: Rig) -> None:
     cuts = itertools.count(1)
 
     def cut(line: Line) -> None:
         line.hear()
         at = next(cuts)
-        line.say(stage.frame[:at], stage.fds)
-        line.say(stage.frame[at:])
+        line.say(rig.frame[:at], rig.fds)
+        line.say(rig.frame[at:])
 
-    consumer = new_consumer()
-    with Liar(path, *[cut] * (len(stage.frame) - 1)):
-        for _ in range(len(stage.frame) - 1):
-            with consumer.obtain(stage.request) as handoff:
+    count = len(rig.frame) - 1
+    with Liar(rig.path, *[cut] * count):
+        for _ in range(count):
+            with rig.obtain() as handoff:
                 assert not handoff.is_degraded

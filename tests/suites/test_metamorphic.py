@@ -25,9 +25,9 @@ from statemachine.consumer import ConsumerKernel
 from statemachine.effects import Effect
 from statemachine.errors import NamespaceError
 from statemachine.events import ConnectionId, Event
-from statemachine.lifecycle import AllocationState
+from statemachine.lifecycle import AllocationState, ServiceState
 from statemachine.messages import NamespaceRequest, NamespaceType
-from statemachine.provider import Limits, Phase, ProviderKernel
+from statemachine.provider import Limits, ProviderKernel
 from tests.suites.stateful.adapters import InProcess, machine
 from tests.suites.stateful.tour import PROVIDER_TOUR, take
 
@@ -214,7 +214,7 @@ def test_a_request_said_twice_is_said_once(recording: Recording, where: float) -
     """M4: whoever asks again is answered again, and nothing else has happened."""
     turns = round(where * len(recording.turns))
     kernel = recording.kernel(turns)
-    if kernel.phase is not Phase.READY:
+    if kernel.service is not ServiceState.READY:
         return
     kernel.receive(on.ConnectionOpened(NEWCOMER, 0))
     for request in requests_alive(kernel, recording.turns[:turns]):
@@ -252,7 +252,7 @@ def test_a_crash_at_rest_is_not_noticed(recording: Recording, where: float) -> N
     past = recording.turns[:turns]
     kernel = recording.kernel(turns)
     requests = {each.allocation_id: each for each in requests_alive(kernel, past)}
-    is_at_rest = kernel.phase is Phase.READY and set(kernel.states) == set(requests)
+    is_at_rest = kernel.service is ServiceState.READY and set(kernel.states) == set(requests)
     if not is_at_rest or _is_sending(past):
         return
     recovered = ProviderKernel(LIMITS)

@@ -13,14 +13,13 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from specs import invariants as always
 from statemachine.effects import Timer
 from statemachine.errors import AllocationNotFound, CreationFailed, FdPassing, SocketUnavailable
-from statemachine.lifecycle import ConsumerState, NoticeState
+from statemachine.lifecycle import ConsumerState, NoticeState, ServiceState
 from statemachine.messages import (
     AllocationEnded,
     NamespaceRequest,
     NamespaceResponse,
     NamespaceType,
 )
-from statemachine.provider import Phase
 from tests.suites.pair import Client, Link, World
 
 PID, NET, MOUNT = NamespaceType.PID, NamespaceType.NET, NamespaceType.MOUNT
@@ -128,7 +127,7 @@ def test_a_provider_that_dies_before_the_answer_is_told_after_its_restart() -> N
     link.to_consumer.clear()
     world.crash()
     run(world, client, "hear", "serve itself")
-    assert client.kernel.is_in_debt
+    assert client.kernel.owes_end
     incarnation = world.lives["a"].incarnation
     finish(world)
     assert incarnation in world.ends
@@ -293,7 +292,7 @@ class Pair(RuleBasedStateMachine):
 
     # The provider and its node.
 
-    @precondition(lambda self: self.is_up and self.world.kernel.phase is Phase.STARTING)
+    @precondition(lambda self: self.is_up and self.world.kernel.service is ServiceState.STARTING)
     @rule()
     def the_provider_is_ready(self) -> None:
         self.world.get_ready()
@@ -348,7 +347,7 @@ class Pair(RuleBasedStateMachine):
     def the_provider_dies(self) -> None:
         self.world.crash()
 
-    @precondition(lambda self: self.is_up and self.world.kernel.phase is not Phase.STOPPING)
+    @precondition(lambda self: self.is_up and not self.world.kernel.service.is_stopping)
     @rule()
     def the_provider_is_stopped(self) -> None:
         self.world.stop()
@@ -365,7 +364,7 @@ class Pair(RuleBasedStateMachine):
         self.world.check()
 
     def teardown(self) -> None:
-        if self.is_up and self.world.kernel.phase is Phase.STOPPING:
+        if self.is_up and self.world.kernel.service.is_stopping:
             self.world.crash()
         self.world.settle()
         self.world.check_at_rest()

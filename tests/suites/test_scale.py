@@ -17,7 +17,8 @@ from linux.testing.worlds import LIGHT, LinuxWorld, eventually, real
 from statemachine.lifecycle import AllocationState
 from statemachine.messages import AllocationEnded, NamespaceRequest, NamespaceResponse
 from tests.support.forging import ALL
-from tests.support.served import Served, Wire, served
+from tests.support.serving import Serving
+from transport.testing.peer import Line, frame_of
 
 pytestmark = pytest.mark.needs_root
 
@@ -53,25 +54,25 @@ def request_for(name: str, number: int) -> NamespaceRequest:
     return NamespaceRequest(f"{name}-{number}", kinds)
 
 
-def create_all(wire: Wire, name: str) -> None:
+def create_all(line: Line, name: str) -> None:
     requests = [request_for(name, number) for number in range(ALLOCATIONS)]
     for start in range(0, ALLOCATIONS, AT_A_TIME):
         batch = requests[start : start + AT_A_TIME]
-        wire.send(*batch)
+        line.say(b"".join(map(frame_of, batch)))
         expected = [NamespaceResponse(r.allocation_id, r.namespaces, None) for r in batch]
-        assert [wire.take() for _ in batch] == expected
+        assert [line.hear() for _ in batch] == expected
 
 
-def end_all(wire: Wire, name: str) -> None:
+def end_all(line: Line, name: str) -> None:
     ends = [AllocationEnded(f"{name}-{number}") for number in range(ALLOCATIONS)]
     for start in range(0, ALLOCATIONS, AT_A_TIME):
         batch = ends[start : start + AT_A_TIME]
-        wire.send(*batch)
-        assert {wire.take() for _ in batch} == set(batch)
+        line.say(b"".join(map(frame_of, batch)))
+        assert {line.hear() for _ in batch} == set(batch)
 
 
-def states_in(provider: Served) -> set[AllocationState]:
-    return provider.ask_provider(lambda p: set(p.kernel.states.values()))
+def states_in(provider: Serving) -> set[AllocationState]:
+    return provider.ask(lambda: set(provider.provider.kernel.states.values()))
 
 
 def switches_of(thread: int) -> int:
@@ -81,9 +82,9 @@ def switches_of(thread: int) -> int:
     return int(line.split()[1])
 
 
-def idle_cost(provider: Served) -> tuple[float, int]:
+def idle_cost(provider: Serving) -> tuple[float, int]:
     """What a second costs in which nothing happens: CPU seconds, and wake-ups of the loop."""
-    thread = provider.ask_provider(lambda _: threading.get_native_id())
+    thread = provider.ask(threading.get_native_id)
     switches, before_s = switches_of(thread), time.process_time()
     time.sleep(IDLE_S)  # nothing is waited for: this is the span that is measured
     return time.process_time() - before_s, switches_of(thread) - switches
@@ -96,11 +97,11 @@ def test_a_thousand_allocations_live_idle_and_end(
     with ExitStack() as stack:
         stack.enter_context(descriptor_limit(DESCRIPTORS_MAX))
         world: LinuxWorld = stack.enter_context(real(tmp_path, cgroup2, image_root))
-        provider = stack.enter_context(served(path, world.backend))
-        wire = stack.enter_context(Wire(path))
+        provider = stack.enter_context(Serving(path, world.backend))
+        line = stack.enter_context(Line.to(path))
         descriptors = len(os.listdir("/proc/self/fd"))
 
-        create_all(wire, allocation_id)
+        create_all(line, allocation_id)
         assert states_in(provider) == {AllocationState.HANDED_OFF}
         eventually(lambda: len(world.leftovers()) == 2 * ALLOCATIONS)
         held = len(os.listdir("/proc/self/fd")) - descriptors
@@ -110,6 +111,6 @@ def test_a_thousand_allocations_live_idle_and_end(
         assert cpu_s < IDLE_CPU_MAX_S
         assert wakeups <= IDLE_WAKEUPS_MAX
 
-        end_all(wire, allocation_id)
-        eventually(lambda: provider.ask_provider(lambda p: p.kernel.states) == {})
+        end_all(line, allocation_id)
+        eventually(lambda: states_in(provider) == set())
         assert world.leftovers() == []

@@ -1,18 +1,20 @@
 """What this test session has open, running and made: counted before a test and after it.
 
 A leak is whatever a test adds and does not take away. Some of it belongs to the whole machine, on
-which others work too: other test sessions, perhaps a provider with real allocations. So everything
-is counted by what proves whose it is, and nothing is removed without that proof:
+which others work too: other test sessions, perhaps a provider with real allocations. Isolation (see
+`isolation.py`) hides nearly all of theirs, but needs root. So everything is counted by what proves
+whose it is, and nothing is removed without that proof:
 
     descriptors, threads    this process's own
     processes               those in the session's own UTS namespace, which every descendant keeps,
                             however often it forks, changes its session or loses its parent
     scopes                  named for this session, see `SCOPE_PREFIX`; in the slices, or a test's
                             own root of slices
-    loop devices, mounts    with a path below the session's temporary directory
+    loop devices            with a file below the session's directories
+    mounts                  with a path below the session's directories
 
-A scope, loop device or mount that bears no session's name is still reported when it appears during
-a test and stays, and is left alone.
+A scope or mount that bears no session's name is still reported when it appears during a test and
+stays, and is left alone.
 """
 
 from __future__ import annotations
@@ -86,11 +88,11 @@ class Session:
     """
 
     def __init__(self) -> None:
-        self.directory = "/nowhere"
-        """Below here are the session's images and mount points; set when it is known."""
+        self.directories: tuple[str, ...] = ()
+        """Below these are the session's images and mount points; set when they are known."""
         self.patience_s = SETTLE_S
         self.overlooked: frozenset[str] = frozenset()
-        """Sorts of which somebody else on this machine makes some while the session runs."""
+        """Sorts that are not to be counted."""
         self.cgroup2: Final = find_cgroup2()
         # Its own UTS namespace costs nothing, changes nothing (the host name is copied) and needs
         # root; without root there is nothing to attribute but plain children.
@@ -167,7 +169,7 @@ class Session:
             return
         for slice_ in SLICES:
             for scope in _directories(self.cgroup2 / slice_):
-                if not _is_others(scope.name, _SCOPE_OF_ANY_SESSION, SCOPE_PREFIX):
+                if SCOPE_PREFIX in scope.name or not _SCOPE_OF_ANY_SESSION.search(scope.name):
                     yield scope.path, ""
         for root in _directories(self.cgroup2):
             if root.name.startswith(SCOPE_PREFIX):
@@ -177,24 +179,24 @@ class Session:
         for name in os.listdir("/sys/block"):
             if name.startswith("loop"):
                 image = _read(f"/sys/block/{name}/loop/backing_file").strip()
-                if image and not _is_others(image, _PATH_OF_ANY_SESSION, self.directory):
+                if image.startswith(self.directories):
                     yield f"/dev/{name}", image
 
     def _mounts(self) -> Iterator[tuple[str, str]]:
         for line in _read("/proc/self/mountinfo").splitlines():
-            number, _, _, _, target, _ = line.split(" ", 5)
-            if not _is_others(target, _PATH_OF_ANY_SESSION, self.directory):
+            number, _, _, _, target, _, tags = (line.partition(" - ")[0] + " ").split(" ", 6)
+            # What is mounted outside of the isolation, and so here as well, has a master there.
+            is_foreign = "master:" in tags or _PATH_OF_ANY_SESSION.search(target)
+            if target.startswith(self.directories) or not is_foreign:
                 yield number, target
 
     def _unmount(self, target: str) -> str:
-        if not target.startswith(self.directory):
+        if not target.startswith(self.directories):
             return "left alone, not provably ours"
         failed = _libc.umount2(os.fsencode(target), MNT_DETACH)
         return os.strerror(ctypes.get_errno()) if failed else "unmounted"
 
     def _detach(self, device: str, image: str) -> str:
-        if not image.startswith(self.directory):
-            return "left alone, not provably ours"
         try:
             with Path(device).open("rb") as loop:
                 fcntl.ioctl(loop, LOOP_CLR_FD)
@@ -295,10 +297,6 @@ def _remove_scope(scope: Path, prefix: str = SCOPE_PREFIX) -> str:
     except OSError as error:
         return str(error)
     return "killed and removed"
-
-
-def _is_others(name: str, any_session: re.Pattern[str], ours: str) -> bool:
-    return ours not in name and any_session.search(name) is not None
 
 
 def _read(path: str | Path) -> str:

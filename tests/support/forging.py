@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import select
 import subprocess
@@ -29,9 +28,6 @@ PID: Final = NamespaceType.PID
 NET: Final = NamespaceType.NET
 MOUNT: Final = NamespaceType.MOUNT
 ALL: Final = (PID, NET, MOUNT)
-
-ORDERS: Final = [order for n in range(4) for order in itertools.permutations(ALL, n)]
-"""Every order of every subset of the three types."""
 
 DEADLINE_S: Final = 10.0
 

@@ -6,7 +6,6 @@ import asyncio
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 from statemachine.effects import Effect
@@ -75,6 +74,14 @@ class Serving:
         """The events of a kind so far, in order."""
         return [event for event, _ in tuple(self.turns) if isinstance(event, kind)]
 
+    def effects(self, kind: type[Effect]) -> list[Effect]:
+        """Every effect of a kind that the kernel has asked for."""
+        decided = (effect for _, effects in tuple(self.turns) for effect in effects)
+        return [effect for effect in decided if isinstance(effect, kind)]
+
+    def wait_ready(self) -> None:
+        assert self._ready.wait(DEADLINE_S), "the provider does not become ready"
+
     def wait_for(self, kind: type[Event], count: int = 1) -> None:
         wait_until(lambda: len(self.saw(kind)) >= count, f"{count} times {kind.__name__}")
 
@@ -84,6 +91,13 @@ class Serving:
     def stop(self) -> None:
         """Have it stop; returns at once."""
         self.loop.call_soon_threadsafe(self.provider.stop)
+
+    def end(self) -> None:
+        """Have it stop, and wait until it has; may be called again."""
+        if not self.loop.is_closed():
+            if self._thread.is_alive():
+                self.stop()
+            self.join()
 
     def join(self) -> None:
         """Wait until it has stopped; complain about whatever it complained about."""
@@ -97,19 +111,11 @@ class Serving:
     def __enter__(self) -> Serving:
         self._thread.start()
         if self._waits_ready:
-            assert self._ready.wait(DEADLINE_S), "the provider is not ready"
+            self.wait_ready()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if not self.loop.is_closed():
-            if self._thread.is_alive():
-                self.stop()
-            self.join()
+    def __exit__(self, *exc_info: object) -> None:
+        self.end()
 
     def _run(self) -> None:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import shutil
 import signal
@@ -150,6 +151,20 @@ def test_an_image_holds_what_the_fixture_promises(image_root: Path) -> None:
     assert [Path(line[-1]).name for line in files] == ["marker", "hello.txt"]
 
 
+LEAKING_SESSION = """
+import pytest, subprocess
+from tests.conftest import session_census
+session_census.patience_s = 0
+
+@pytest.fixture(scope="session")
+def program(): return subprocess.Popen(["sleep", "99"])
+@pytest.fixture(scope="session", autouse=True)
+def started_before_the_test(program): pass
+def test(): pass
+"""
+
+WORKERS = pytest.mark.parametrize("workers", [0, 1], ids=["in one process", "in a worker"])
+
 INNER_TESTS = """
 import os, pytest
 from tests.conftest import session_census
@@ -165,11 +180,12 @@ def test_failing(): os.open("/dev/zero", 0); assert False
 """
 
 
-def test_under_ci_what_is_skipped_or_left_behind_has_failed(tmp_path: Path) -> None:
+@WORKERS
+def test_under_ci_what_is_skipped_or_left_behind_has_failed(tmp_path: Path, workers: int) -> None:
     (tmp_path / "test_skipped_module.py").write_text(
         "import pytest; pytest.skip('no time', allow_module_level=True)"
     )
-    run = _run_pytest(tmp_path, INNER_TESTS, ci="true")
+    run = _run_pytest(tmp_path, INNER_TESTS, "true", workers)
     assert run.returncode == 1
     assert "2 failed, 2 passed, 1 skipped, 3 errors" in run.stdout
     assert "skipped, which CI does not permit: no time" in run.stdout
@@ -177,20 +193,33 @@ def test_under_ci_what_is_skipped_or_left_behind_has_failed(tmp_path: Path) -> N
 
 
 def test_elsewhere_a_skip_is_a_skip(tmp_path: Path) -> None:
-    run = _run_pytest(tmp_path, "import pytest\ndef test(): pytest.skip('no time')", ci="")
+    run = _run_pytest(tmp_path, "import pytest\ndef test(): pytest.skip('no time')", "")
     assert run.returncode == 0
 
 
-def test_a_run_under_ci_in_which_nothing_ran_is_not_green(tmp_path: Path) -> None:
-    run = _run_pytest(tmp_path, "import pytest\ndef test(): pytest.skip('kernel lacks')", ci="1")
+@WORKERS
+def test_a_run_under_ci_in_which_nothing_ran_is_not_green(tmp_path: Path, workers: int) -> None:
+    tests = "import pytest\ndef test(): pytest.skip('kernel lacks')"
+    run = _run_pytest(tmp_path, tests, "1", workers)
     assert "not one test has run" in run.stdout
     assert run.returncode != 0
 
 
-def _run_pytest(directory: Path, tests: str, ci: str) -> subprocess.CompletedProcess[str]:
+@WORKERS
+def test_what_is_left_behind_by_no_single_test_is_a_failure(tmp_path: Path, workers: int) -> None:
+    run = _run_pytest(tmp_path, LEAKING_SESSION, "", workers)
+    assert "1 passed" in run.stdout
+    assert re.search(r"left behind by the session:\n  process \d+: sleep 99: killed", run.stdout)
+    assert run.returncode == 1
+
+
+def _run_pytest(
+    directory: Path, tests: str, ci: str, workers: int = 0
+) -> subprocess.CompletedProcess[str]:
     (directory / "test_inner.py").write_text(tests)
     options = "-p tests.conftest -p no:cacheprovider -p no:randomly --continue-on-collection-errors"
     where = ["-c", os.devnull, "--rootdir", directory, "--basetemp", directory / "tmp", directory]
+    where += ["-n", str(workers)]
     return subprocess.run(
         [sys.executable, "-m", "pytest", *options.split(), *where],
         env={**os.environ, "CI": ci, "PYTHONPATH": str(Path(__file__).parents[2])},

@@ -14,7 +14,7 @@ import select
 import signal
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import NamedTuple, TypeGuard
 
 import pytest
@@ -102,13 +102,13 @@ def wire_to(*, accepts_descriptors: bool) -> Iterator[Wire]:
 
 @pytest.fixture
 def consumer() -> Iterator[Wire]:
-    """A consumer's channel, and the socket of whoever plays its provider."""
+    """A consumer's channel, and the raw socket in place of its provider's."""
     yield from wire_to(accepts_descriptors=True)
 
 
 @pytest.fixture
 def provider() -> Iterator[Wire]:
-    """A provider's channel, and the socket of whoever plays its consumer."""
+    """A provider's channel, and the raw socket in place of its consumer's."""
     yield from wire_to(accepts_descriptors=False)
 
 
@@ -616,15 +616,17 @@ def test_any_bytes_with_any_descriptors_leave_nothing_open(
 # Sending.
 
 
-def fill(sock: socket.socket) -> int:
+def fill(channel: Channel) -> int:
     """Send until there is no room; returns how many bytes that took."""
-    sock.setblocking(False)
     filled = 0
-    try:
+    with (
+        socket.fromfd(channel.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as sock,
+        suppress(BlockingIOError),
+    ):
+        sock.setblocking(False)
         while True:
             filled += sock.send(bytes(4096))
-    except BlockingIOError:
-        return filled
+    return filled
 
 
 @pytest.fixture
@@ -673,8 +675,7 @@ def test_descriptors_leave_once_however_often_the_rest_is_sent(narrow: Wire) -> 
 @pytest.mark.clause("FD-1")
 def test_descriptors_wait_while_there_is_no_room(narrow: Wire) -> None:
     descriptors = memfds(1)
-    with socket.fromfd(narrow.channel.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as full:
-        filled = fill(full)
+    filled = fill(narrow.channel)
     narrow.channel.send(response(NET), DescriptorBundle((NET,), descriptors))
     assert not narrow.channel.flush()
     assert not descriptors[0].closed
@@ -763,10 +764,26 @@ def test_a_closed_channel_or_bundle_is_misuse(pair: Pair) -> None:
     assert bundle.closed
 
 
+def test_a_channel_shows_how_it_stands(narrow: Wire) -> None:
+    number = narrow.channel.fileno()
+    assert repr(narrow.channel) == f"<Channel {number}: reading, 0 bytes wait to be sent>"
+    fill(narrow.channel)
+    narrow.channel.send(ENDED)
+    waiting = f"{len(frame_of(ENDED))} bytes wait to be sent"
+    assert repr(narrow.channel) == f"<Channel {number}: reading, {waiting}>"
+    narrow.sock.close()
+    narrow.channel.receive()
+    with pytest.raises(FdPassing):
+        narrow.channel.flush()
+    shown = f"<Channel {number}: reading over, sending failed: Broken pipe>"
+    assert repr(narrow.channel) == shown
+    narrow.channel.close()
+    assert repr(narrow.channel) == "<Channel closed>"
+
+
 def test_a_lost_peer_closes_everything_that_waits(narrow: Wire) -> None:
     bundles = [DescriptorBundle((PID,), memfds(1)) for _ in range(3)]
-    with socket.fromfd(narrow.channel.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as full:
-        fill(full)
+    fill(narrow.channel)
     for bundle in bundles[:2]:
         narrow.channel.send(response(PID), bundle)
     assert narrow.channel.wants_write
@@ -790,8 +807,7 @@ def test_what_a_lost_peer_had_sent_is_still_received(provider: Wire) -> None:
 
 
 def test_closing_a_channel_closes_what_waits_to_be_sent(narrow: Wire) -> None:
-    with socket.fromfd(narrow.channel.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as full:
-        fill(full)
+    fill(narrow.channel)
     bundle = DescriptorBundle((PID,), memfds(1))
     narrow.channel.send(response(PID), bundle)
     assert not bundle.closed
@@ -815,8 +831,7 @@ def test_a_peer_that_does_not_read_cannot_pile_up_bytes(narrow: Wire) -> None:
 @pytest.mark.clause("PEER-9")
 def test_a_peer_that_does_not_read_cannot_pile_up_descriptors(narrow: Wire) -> None:
     before = descriptors_open()
-    with socket.fromfd(narrow.channel.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as full:
-        fill(full)
+    fill(narrow.channel)
     for _ in range(OUTGOING_BUNDLES_MAX):
         narrow.channel.send(response(PID), DescriptorBundle((PID,), memfds(1)))
     narrow.channel.send(ENDED)
@@ -828,8 +843,7 @@ def test_a_peer_that_does_not_read_cannot_pile_up_descriptors(narrow: Wire) -> N
 
 
 def test_bundles_that_have_left_make_room_for_as_many(narrow: Wire) -> None:
-    with socket.fromfd(narrow.channel.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as full:
-        fill(full)
+    fill(narrow.channel)
     sent = arrived = 0
     for _ in range(OUTGOING_BUNDLES_MAX):
         narrow.channel.send(response(PID), DescriptorBundle((PID,), memfds(1)))
@@ -849,8 +863,7 @@ def test_bundles_that_have_left_make_room_for_as_many(narrow: Wire) -> None:
 
 
 def test_exactly_as_much_may_wait_as_the_limit_says(narrow: Wire) -> None:
-    with socket.fromfd(narrow.channel.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as full:
-        fill(full)
+    fill(narrow.channel)
     frame_bytes = OUTGOING_BYTES_MAX // 16
     padding = frame_bytes - len(frame_of(AllocationEnded("x" * 60_000)))
     for _ in range(16):
@@ -926,7 +939,7 @@ def test_a_packet_longer_than_the_read_is_truncated() -> None:
         assert receive_once(theirs, 6, 0) == (b"packet", [], False)
 
 
-def test_sending_to_nobody_is_an_error_and_no_signal() -> None:
+def test_sending_to_a_closed_peer_is_an_error_and_no_signal() -> None:
     signals: list[int] = []
     before = signal.signal(signal.SIGPIPE, lambda number, frame: signals.append(number))
     ours, theirs = socket.socketpair()

@@ -29,6 +29,7 @@ from statemachine.messages import (
     NamespaceResponse,
     NamespaceType,
 )
+from statemachine.testing.strategies import messages, texts
 from transport.codec import ELEMENTS_MAX, NESTING_MAX, decode_message, encode_message
 from transport.framing import FRAME_BYTES_MAX
 
@@ -443,17 +444,7 @@ def test_a_message_fits_into_a_frame_or_is_never_written() -> None:
         encode_message(AllocationEnded(longest.allocation_id + "x"))
 
 
-texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=300)
-types = st.lists(st.sampled_from(NamespaceType), max_size=ELEMENTS_MAX).map(tuple)
-messages: st.SearchStrategy[Message] = st.one_of(
-    st.builds(NamespaceRequest, texts, types, st.none() | texts),
-    st.builds(NamespaceResponse, texts, types, st.none() | texts),
-    st.builds(AllocationEnded, texts),
-    *(st.builds(kind, texts) for kind in NAMESPACE_ERRORS),
-)
-
-
-@given(messages)
+@given(messages(ELEMENTS_MAX))
 @example(SocketUnavailable(""))
 @example(AllocationNotFound("caf\u00e9"))
 def test_any_message_survives_the_round_trip(message: Message) -> None:
@@ -476,7 +467,7 @@ def test_the_compact_form_of_this_suite_is_rmp_serdes(vector: Vector) -> None:
     assert compacted(vector.named) == vector.compact
 
 
-@given(messages)
+@given(messages(ELEMENTS_MAX))
 def test_any_message_is_read_from_its_compact_form(message: Message) -> None:
     assert decode_message(compacted(encode_message(message))) == message
 
@@ -519,8 +510,8 @@ def test_every_byte_of_a_vector_changed_to_every_other() -> None:
 
 
 nested = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | texts,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4),
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | texts(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts(), inner, max_size=4),
 )
 
 

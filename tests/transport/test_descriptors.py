@@ -59,7 +59,7 @@ def test_a_closed_descriptor_has_no_number() -> None:
             use()
 
 
-def test_closing_twice_spares_whoever_has_the_number_now() -> None:
+def test_closing_twice_spares_what_has_the_number_now() -> None:
     descriptor = memfd()
     number = descriptor.fileno()
     descriptor.close()
@@ -86,7 +86,7 @@ def test_a_duplicate_is_the_same_file_with_a_life_of_its_own() -> None:
         assert is_open(copy.fileno())
 
 
-def test_a_number_closed_by_somebody_else_is_told() -> None:
+def test_a_number_closed_behind_its_back_is_told() -> None:
     descriptor = memfd()
     os.close(descriptor.fileno())
     with pytest.raises(OSError, match="Bad file descriptor"):

@@ -123,7 +123,7 @@ def test_the_mode_is_what_was_asked_for_whatever_the_umask(
     before = os.umask(umask)
     try:
         with listen(path, mode=mode):
-            assert os.umask(umask) == umask, "nobody else's files are touched"
+            assert os.umask(umask) == umask, "the files of others are not touched"
             assert permissions(path) == mode
     finally:
         os.umask(before)
@@ -170,7 +170,9 @@ def test_the_group_is_what_was_asked_for(path: Path) -> None:
 
 def test_closing_removes_the_path(path: Path) -> None:
     listener = listen(path)
+    assert repr(listener) == f"<Listener on {path}: listening>"
     listener.close()
+    assert repr(listener) == f"<Listener on {path}: closed>"
     assert not path.exists()
     listener.close()
     for use in (listener.fileno, listener.accept):
@@ -196,30 +198,30 @@ def test_a_stale_socket_is_taken_over(path: Path) -> None:
 
 
 @pytest.mark.clause("CRASH-10")
-def test_a_socket_somebody_listens_on_is_left_alone(listener: Listener, path: Path) -> None:
+def test_a_socket_in_use_is_left_alone(listener: Listener, path: Path) -> None:
     inode = path.stat().st_ino
     with pytest.raises(SocketUnavailable) as caught:
         listen(path)
-    assert caught.value.reason == f"somebody else listens on {path}"
+    assert caught.value.reason == f"another process listens on {path}"
     assert path.stat().st_ino == inode
     accept(listener).close()  # The question was a connection.
     with connect(path):
         accept(listener).close()
 
 
-def test_a_full_backlog_is_somebody_listening(path: Path) -> None:
+def test_a_socket_with_a_full_backlog_is_in_use(path: Path) -> None:
     with listen(path, backlog=0), ExitStack() as stack:
         stack.enter_context(begin_connect(path))
         with pytest.raises(BlockingIOError):
             begin_connect(path)
-        with pytest.raises(SocketUnavailable, match="somebody else listens"):
+        with pytest.raises(SocketUnavailable, match="another process listens"):
             listen(path)
 
 
 def test_a_datagram_socket_in_use_is_left_alone(path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
         other.bind(str(path))
-        with pytest.raises(SocketUnavailable, match="somebody else listens"):
+        with pytest.raises(SocketUnavailable, match="another process listens"):
             listen(path)
         with pytest.raises(SocketUnavailable, match="wrong type"):
             begin_connect(path)
@@ -287,7 +289,7 @@ def test_a_provider_that_finds_another_starting_says_so(path: Path) -> None:
 def test_a_lock_that_was_removed_meanwhile_is_taken_again(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Opened, then removed by whoever had it; a third could have made and locked another.
+    # Opened, then removed by the one that had it; a third could have made and locked another.
     checks: list[Path] = []
     is_at = endpoint._is_at
 
@@ -322,7 +324,7 @@ def all_of(listener: Listener) -> Iterator[Accepted]:
 
 
 def accepts_the_end(accepted: Accepted) -> bool:
-    # Those who asked whether anybody listens have gone again.
+    # Those that only asked whether a provider listens have gone again.
     first = accepted.channel.receive()[0]
     return isinstance(first, Delivery) and first.message == ENDED
 
@@ -347,7 +349,7 @@ def start_at_once(path: Path, count: int) -> list[Listener | SocketUnavailable]:
 
 
 def test_a_broken_listener_is_told(listener: Listener) -> None:
-    # Somebody put something else under its number.
+    # Something else was put under its number.
     with open(os.devnull) as null:
         os.dup2(null.fileno(), listener.fileno(), inheritable=False)
     with pytest.raises(OSError, match="Socket operation on non-socket"):
@@ -363,11 +365,11 @@ def test_connecting_where_nothing_is_says_so(path: Path) -> None:
     assert caught.value.reason == f"{path} does not exist"
 
 
-def test_connecting_where_nobody_listens_says_so(path: Path) -> None:
+def test_connecting_where_no_process_listens_says_so(path: Path) -> None:
     leave_stale_socket(path)
     with pytest.raises(SocketUnavailable) as caught:
         begin_connect(path)
-    assert caught.value.reason == f"nobody listens on {path}"
+    assert caught.value.reason == f"no process listens on {path}"
 
 
 @pytest.mark.needs_root

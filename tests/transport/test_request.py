@@ -6,6 +6,7 @@ Both forms, `Consumer` and `AsyncConsumer`, are held to the same through `suppor
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import os
 import signal
@@ -16,16 +17,15 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from functools import cached_property
 from itertools import permutations
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import pytest
 
-from linux.backend import LinuxBackend, NodeSettings
-from linux.features import Features
-from linux.namespaces import KernelInspector
-from linux.simulated import SimulatedBackend, SimulatedInspector, SimulatedNode
+import linux
+from linux.simulated import SimulatedBackend, SimulatedInspector, SimulatedNode, Step
 from statemachine.errors import (
     AllocationNotFound,
     CreationFailed,
@@ -42,17 +42,19 @@ from statemachine.messages import (
 from statemachine.provider import Limits
 from tests.support.consumers import FORMS, Form, Stopwatch
 from tests.support.serving import Serving
-from transport import request as driver
-from transport.contract import Step
 from transport.descriptors import Descriptor, DescriptorBundle
 from transport.endpoint import listen
 from transport.request import (
     AUDIT_EVENT,
     AsyncConsumer,
+    AsyncHandoff,
     Consumer,
     Fallback,
+    Handoff,
     Patience,
+    exchange,
 )
+from transport.request.exchange import BaseConsumer
 from transport.serve import Spans
 from transport.testing.peer import Liar, Line, Script, copies_of, frame_of, wait_until
 
@@ -63,187 +65,212 @@ ROOT: Final = Path(__file__).parents[2]
 HASTY: Final = Patience(connect_s=0.05, answer_s=0.1, redial_s=0.02)
 """For providers that will not answer."""
 
-NewConsumer: TypeAlias = Callable[..., Any]
 
+class Rig:
+    """Two nodes, a path, and the consumers and providers that a test starts; closed after it."""
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "s"
+    def __init__(self, form: Form, path: Path, name: str, stack: ExitStack) -> None:
+        self.path: Final = path
+        self.wanted: Final = NamespaceRequest(name, ALL)
+        self.answer: Final = NamespaceResponse(name, ALL)
+        self.ended: Final = AllocationEnded(name)
+        self._form = form
+        self._stack = stack
 
+    def _node(self) -> SimulatedNode:
+        return self._stack.enter_context(closing(SimulatedNode(frozenset({"hello.sqfs"}))))
 
-@pytest.fixture(params=FORMS, ids=lambda form: form.__name__.lower())
-def new_consumer(request: pytest.FixtureRequest, path: Path) -> Iterator[NewConsumer]:
-    """Makes consumers of either form; they are closed after the test."""
-    form: Form = request.param
-    with ExitStack() as stack:
+    @cached_property
+    def node(self) -> SimulatedNode:
+        """Where the provider works."""
+        return self._node()
 
-        def new(inspector: Any = None, **options: Any) -> Any:
-            made = form(path, inspector or SimulatedInspector(), **options)
-            return stack.enter_context(closing(made))
+    @cached_property
+    def own(self) -> SimulatedNode:
+        """Where self-service works: its namespaces are told from the provider's by their node."""
+        return self._node()
 
-        yield new
+    @cached_property
+    def service(self) -> SimulatedBackend:
+        return self._stack.enter_context(closing(SimulatedBackend(self.own)))
 
-
-@contextmanager
-def a_node(**options: Any) -> Iterator[tuple[SimulatedNode, SimulatedBackend]]:
-    with closing(SimulatedNode(**options)) as node, closing(SimulatedBackend(node)) as backend:
-        yield node, backend
-
-
-@pytest.fixture
-def node() -> Iterator[SimulatedNode]:
-    """Where the provider works."""
-    with closing(SimulatedNode(frozenset({"hello.sqfs"}))) as made:
-        yield made
-
-
-@pytest.fixture
-def provider(path: Path, node: SimulatedNode) -> Iterator[Serving]:
-    with closing(SimulatedBackend(node)) as backend, Serving(path, backend) as serving:
-        yield serving
-
-
-@pytest.fixture
-def own_node() -> Iterator[SimulatedNode]:
-    """Where self-service works: its namespaces are told from the provider's by their node."""
-    with closing(SimulatedNode(frozenset({"hello.sqfs"}))) as made:
-        yield made
-
-
-@pytest.fixture
-def service(own_node: SimulatedNode) -> Iterator[SimulatedBackend]:
-    with closing(SimulatedBackend(own_node)) as made:
-        yield made
-
-
-@pytest.fixture
-def wanted(allocation_id: str) -> NamespaceRequest:
-    return NamespaceRequest(allocation_id, ALL)
-
-
-@pytest.fixture
-def lent() -> Iterator[tuple[int, ...]]:
-    """Three simulated namespaces for a hand-made provider to hand over."""
-    with ExitStack() as stack:
-        yield tuple(
-            stack.enter_context(
+    @cached_property
+    def lent(self) -> tuple[int, ...]:
+        """Three simulated namespaces for a hand-made provider to hand over."""
+        return tuple(
+            self._stack.enter_context(
                 Descriptor(os.memfd_create(f"nshandoff-{kind.value}-{900 + number}"))
             ).fileno()
             for number, kind in enumerate(ALL)
         )
 
+    def consumer(self, inspector: Any = None, **options: Any) -> Any:
+        made = self._form(self.path, inspector or SimulatedInspector(), **options)
+        return self._stack.enter_context(closing(made))
 
-def answer_to(request: NamespaceRequest) -> NamespaceResponse:
-    return NamespaceResponse(request.allocation_id, request.namespaces)
+    def obtain(self, **options: Any) -> Any:
+        return self.consumer(**options).obtain(self.wanted)
+
+    def provide(self) -> Serving:
+        """Start a provider."""
+        backend = self._stack.enter_context(closing(SimulatedBackend(self.node)))
+        return self._stack.enter_context(Serving(self.path, backend))
+
+    def lie(self, *scripts: Script) -> Liar:
+        """Start a hand-made provider."""
+        return self._stack.enter_context(Liar(self.path, *scripts))
+
+    def hand_over(self, line: Line) -> None:
+        """Be a provider that does what it is asked."""
+        line.hear()
+        line.say(self.answer, self.lent)
+
+    def identities(self, bundle: DescriptorBundle) -> tuple[Any, ...]:
+        return tuple(map(SimulatedInspector().inspect, bundle.filenos()))
+
+
+@pytest.fixture(params=FORMS, ids=lambda form: form.__name__.lower())
+def rig(request: pytest.FixtureRequest, tmp_path: Path, allocation_id: str) -> Iterator[Rig]:
+    """For either form of the consumer."""
+    with ExitStack() as stack:
+        yield Rig(request.param, tmp_path / "s", allocation_id, stack)
+
+
+@pytest.fixture
+def plain(tmp_path: Path, allocation_id: str) -> Iterator[Rig]:
+    """For tests of one form, or of both at once."""
+    with ExitStack() as stack:
+        yield Rig(Consumer, tmp_path / "s", allocation_id, stack)
+
+
+class AtAnchor:
+    """A hook that holds a creation up in the middle."""
+
+    def __init__(self) -> None:
+        self.begun, self.may_go_on = threading.Event(), threading.Event()
+
+    def __call__(self, step: Step, name: str) -> None:
+        if step is Step.ANCHOR:
+            self.begun.set()
+            assert self.may_go_on.wait(10)
 
 
 # --- Handed over -------------------------------------------------------------------------------
 
+ORDERS: Final = [order for count in range(4) for order in permutations(ALL, count)]
 
-def test_basic_handoff(
-    new_consumer: NewConsumer, provider: Serving, wanted: NamespaceRequest
+
+@pytest.mark.clause("FD-5", "FD-12")
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+def test_basic_a_handoff_has_what_was_asked_for_in_that_order(
+    rig: Rig, order: tuple[NamespaceType, ...]
 ) -> None:
-    with new_consumer().obtain(wanted) as handoff:
-        assert handoff.response == answer_to(wanted)
-        assert handoff.bundle.types == ALL
-        assert [identity.kind for identity in handoff.identities] == list(ALL)
+    rig.provide()
+    name = rig.wanted.allocation_id
+    with rig.consumer().obtain(NamespaceRequest(name, order)) as handoff:
+        assert handoff.response == NamespaceResponse(name, order)
+        assert handoff.bundle.types == order
+        assert handoff.identities == rig.identities(handoff.bundle)
+        assert [identity.kind for identity in handoff.identities] == list(order)
+        assert not any(os.get_inheritable(fd) for fd in handoff.bundle.filenos())
         assert not handoff.is_degraded
+    assert handoff.bundle.closed
+    handoff.close()
 
 
-@pytest.mark.clause("FD-12")
-@pytest.mark.parametrize("order", list(permutations(ALL)), ids=str)
-def test_descriptors_come_in_the_requests_order(
-    new_consumer: NewConsumer,
-    provider: Serving,
-    allocation_id: str,
-    order: tuple[NamespaceType, ...],
-) -> None:
-    with new_consumer().obtain(NamespaceRequest(allocation_id, order)) as handoff:
-        inspect = SimulatedInspector().inspect
-        assert [inspect(fd).kind for fd in handoff.bundle.filenos()] == list(order)
-
-
-def test_no_namespaces_can_be_asked_for(
-    new_consumer: NewConsumer, provider: Serving, allocation_id: str
-) -> None:
-    with new_consumer().obtain(NamespaceRequest(allocation_id, ())) as handoff:
-        assert len(handoff.bundle) == 0
-        assert not handoff.is_degraded
-
-
-def test_the_mount_path_is_the_providers(
-    new_consumer: NewConsumer, provider: Serving, allocation_id: str
-) -> None:
-    request = NamespaceRequest(allocation_id, (MOUNT,), "hello.sqfs")
-    with new_consumer().obtain(request) as handoff:
+def test_the_mount_path_is_the_providers(rig: Rig) -> None:
+    rig.provide()
+    request = NamespaceRequest(rig.wanted.allocation_id, (MOUNT,), "hello.sqfs")
+    with rig.consumer().obtain(request) as handoff:
         assert handoff.response.uenv_mount_path == "/run/pact/uenv/hello"
 
 
-def test_the_same_request_again_gets_the_same_namespaces(
-    new_consumer: NewConsumer, provider: Serving, wanted: NamespaceRequest
-) -> None:
-    consumer = new_consumer()
-    with consumer.obtain(wanted) as first, consumer.obtain(wanted) as second:
+def test_the_same_request_again_gets_the_same_namespaces(rig: Rig) -> None:
+    rig.provide()
+    with rig.obtain() as first, rig.obtain() as second:
         assert first.identities == second.identities
 
 
-def test_detached_descriptors_survive_the_handoff(
-    new_consumer: NewConsumer, provider: Serving, wanted: NamespaceRequest
-) -> None:
-    with new_consumer().obtain(wanted) as handoff:
+def test_detached_descriptors_survive_the_handoff(rig: Rig) -> None:
+    rig.provide()
+    with rig.obtain() as handoff:
         mine = [Descriptor(fd) for fd in handoff.bundle.detach()]
-        identities = handoff.identities
-    with ExitStack() as stack:
-        for descriptor in mine:
-            stack.enter_context(descriptor)
-        inspect = SimulatedInspector().inspect
-        assert tuple(inspect(descriptor.fileno()) for descriptor in mine) == identities
+    with DescriptorBundle(ALL, mine) as bundle:
+        assert rig.identities(bundle) == handoff.identities
 
 
-def test_leaving_the_context_closes_the_descriptors(
-    new_consumer: NewConsumer, provider: Serving, wanted: NamespaceRequest
+def test_the_seeds_method_keeps_the_handoff_to_be_taken(rig: Rig) -> None:
+    rig.provide()
+    consumer = rig.consumer()
+    response = consumer.request_namespaces(rig.wanted)
+    with consumer.handoff_of(rig.wanted.allocation_id) as handoff:
+        assert handoff.response is response
+    with pytest.raises(KeyError):
+        consumer.handoff_of(rig.wanted.allocation_id)
+
+
+def test_a_handoff_that_is_not_taken_is_closed_when_replaced_and_with_its_consumer(
+    rig: Rig,
 ) -> None:
-    with new_consumer().obtain(wanted) as handoff:
-        pass
-    assert handoff.bundle.closed
+    rig.provide()
+    consumer, kept = rig.consumer(), []
+    for _ in range(2):
+        consumer.request_namespaces(rig.wanted)
+        kept.append(consumer._handoffs[rig.wanted.allocation_id])
+    assert [handoff.bundle.closed for handoff in kept] == [True, False]
+    consumer.close()
+    assert kept[1].bundle.closed
 
 
-def test_a_handoff_can_be_closed_twice(
-    new_consumer: NewConsumer, provider: Serving, wanted: NamespaceRequest
-) -> None:
-    handoff = new_consumer().obtain(wanted)
-    handoff.close()
-    handoff.close()
-    assert handoff.bundle.closed
+FORM_PAIRS: Final = [
+    (Consumer, AsyncConsumer),
+    (linux.Consumer, linux.AsyncConsumer),
+    (Handoff, AsyncHandoff),
+]
 
 
-@pytest.mark.clause("FD-5")
-def test_descriptors_are_not_inherited(
-    new_consumer: NewConsumer, provider: Serving, wanted: NamespaceRequest
-) -> None:
-    with new_consumer().obtain(wanted) as handoff:
-        assert not any(os.get_inheritable(fd) for fd in handoff.bundle.filenos())
+@pytest.mark.parametrize(("blocking", "awaiting"), FORM_PAIRS, ids=lambda kind: kind.__name__)
+def test_both_forms_have_the_same_verbs(blocking: type, awaiting: type) -> None:
+    theirs = {name.replace("__a", "__"): names for name, names in _surface(awaiting).items()}
+    assert _surface(blocking) == theirs
+    assert {"end", "close", "__enter__", "__exit__"} <= set(theirs)
+    for name, verb in inspect.getmembers(awaiting, inspect.isfunction):
+        is_public = not name.startswith("_") or name in ("__aenter__", "__aexit__")
+        if is_public and name != "handoff_of":
+            assert inspect.iscoroutinefunction(verb), name
 
 
-def test_the_seeds_method_keeps_the_handoff_to_be_taken(
-    path: Path, provider: Serving, wanted: NamespaceRequest
-) -> None:
-    with closing(Consumer(path, SimulatedInspector())) as consumer:
-        response = consumer.request_namespaces(wanted)
-        with consumer.handoff_of(wanted.allocation_id) as handoff:
-            assert handoff.response is response
-        with pytest.raises(KeyError):
-            consumer.handoff_of(wanted.allocation_id)
+def _surface(kind: type) -> dict[str, list[str] | None]:
+    """What a class offers: its properties, and its verbs with the names of their parameters."""
+    special = {"__aenter__", "__aexit__", "__enter__", "__exit__"}
+    if issubclass(kind, BaseConsumer):
+        special.add("__init__")
+    return {
+        name: None if isinstance(found, property) else [*inspect.signature(found).parameters]
+        for name, found in inspect.getmembers(kind)
+        if name in special or not name.startswith("_")
+    }
 
 
-def test_a_handoff_that_is_not_taken_is_closed_with_its_consumer(
-    path: Path, provider: Serving, wanted: NamespaceRequest, lent: tuple[int, ...]
-) -> None:
-    with closing(Consumer(path, SimulatedInspector())) as consumer:
-        consumer.request_namespaces(wanted)
-        first = consumer._handoffs[wanted.allocation_id]
-        consumer.request_namespaces(wanted)
-        assert first.bundle.closed
+def test_what_they_are_is_shown(rig: Rig) -> None:
+    rig.provide()
+    consumer = rig.consumer()
+    assert repr(consumer).endswith(f"onsumer of {rig.path}, without self-service>")
+    with consumer.obtain(NamespaceRequest("a", (PID,))) as handoff:
+        (fd,) = handoff.bundle.filenos()
+        shown = f"andoff 'a' by the provider, held: DescriptorBundle(Pid: Descriptor({fd}))>"
+        assert repr(handoff).endswith(shown)
+
+
+@pytest.mark.parametrize(
+    "program", ["from transport.request import Consumer", "from linux import Consumer; Consumer()"]
+)
+def test_a_consumer_that_blocks_does_not_import_asyncio(program: str) -> None:
+    command = [sys.executable, "-c", f"import sys; {program}; print(*sys.modules)"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = set(run.stdout.split())
+    assert "transport.request.blocking" in loaded
+    assert loaded.isdisjoint({"asyncio", "transport.serve", "linux.backend", "subprocess"})
 
 
 # --- Not to be had: self-service, in time, loudly -----------------------------------------------
@@ -330,7 +357,11 @@ def _hang_up(line: Line) -> None:
 @contextmanager
 def _strict_provider(path: Path) -> Iterator[None]:
     limits = Limits(allowed_uids=frozenset({54_321}))
-    with a_node() as (_, backend), Serving(path, backend, limits=limits):
+    with (
+        closing(SimulatedNode()) as node,
+        closing(SimulatedBackend(node)) as backend,
+        Serving(path, backend, limits=limits),
+    ):
         yield
 
 
@@ -356,9 +387,9 @@ def _unready_provider(path: Path) -> Iterator[None]:
 UNREACHABLE: Final[dict[str, tuple[Callable[[Path], AbstractContextManager[object]], str]]] = {
     "absent": (_nothing_there, "does not exist"),
     "no directory": (_no_directory, "does not exist"),
-    "bound, not listening": (_bound_only, "nobody listens"),
-    "stale socket": (_stale, "nobody listens"),
-    "plain file": (_plain_file, "nobody listens"),
+    "bound, not listening": (_bound_only, "no process listens"),
+    "stale socket": (_stale, "no process listens"),
+    "plain file": (_plain_file, "no process listens"),
     "backlog full": (_full_backlog, "backlog is full"),
     "silent": (_liar(_say_nothing), "no whole answer within the answer deadline"),
     "hangs up unheard": (_liar(_hang_up_unheard), "the"),
@@ -374,115 +405,74 @@ unreachable = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.clause("SELF-1", "ERR-6")
+@pytest.mark.clause("SELF-1", "SELF-4", "ERR-6")
 @pytest.mark.needs_root
 @unreachable
-def test_without_a_provider_the_consumer_serves_itself(
-    new_consumer: NewConsumer,
-    path: Path,
-    service: SimulatedBackend,
-    wanted: NamespaceRequest,
-    situation: Callable[[Path], AbstractContextManager[object]],
-    reason: str,
-) -> None:
-    with situation(path), new_consumer(service=service, patience=HASTY).obtain(wanted) as handoff:
-        assert handoff.is_degraded
-        assert reason in handoff.fallback.text
-        assert handoff.response == answer_to(wanted)
-        with service.bundle_of(wanted.allocation_id) as own:
-            inspect = SimulatedInspector().inspect
-            assert handoff.identities == tuple(inspect(fd) for fd in own.filenos())
-        handoff.end()
-
-
-@pytest.mark.clause("SELF-4")
-@pytest.mark.needs_root
-@unreachable
-def test_the_fallback_is_loud_and_said_once(
-    new_consumer: NewConsumer,
-    path: Path,
-    service: SimulatedBackend,
-    wanted: NamespaceRequest,
+def test_without_a_provider_the_consumer_serves_itself_loudly_and_in_time(
+    rig: Rig,
     caplog: pytest.LogCaptureFixture,
     situation: Callable[[Path], AbstractContextManager[object]],
     reason: str,
 ) -> None:
     audited: list[Fallback] = []
-    consumer = new_consumer(service=service, patience=HASTY, audit=audited.append)
-    with situation(path), consumer.obtain(wanted) as handoff:
-        handoff.end()
-        assert audited == [Fallback(wanted.allocation_id, handoff.fallback, AUDIT_EVENT)]
-        warnings = [r for r in caplog.records if r.name == driver.__name__]
-        assert [r.levelno for r in warnings] == [logging.WARNING]
-        assert "namespace.handoff_failed" in warnings[0].getMessage()
-        assert reason in warnings[0].getMessage()
+    consumer = rig.consumer(service=rig.service, patience=HASTY, audit=audited.append)
+    with situation(rig.path):
+        with Stopwatch() as watch:
+            handoff = consumer.obtain(rig.wanted)
+        # Far below the default deadlines, with room for a machine that has other things to do.
+        assert watch.seconds < 0.9
+        with handoff:
+            assert handoff.is_degraded
+            assert reason in handoff.fallback.text
+            assert handoff.response == rig.answer
+            with rig.service.bundle_of(rig.wanted.allocation_id) as own:
+                assert handoff.identities == rig.identities(own)
+            handoff.end()
+    assert audited == [Fallback(rig.wanted.allocation_id, handoff.fallback, AUDIT_EVENT)]
+    (warning,) = [r for r in caplog.records if r.name == exchange.__name__]
+    assert warning.levelno == logging.WARNING
+    assert "namespace.handoff_failed" in warning.getMessage()
+    assert reason in warning.getMessage()
 
 
 @pytest.mark.clause("SELF-6")
 @pytest.mark.needs_root
 @unreachable
 def test_without_self_service_the_original_error_is_raised(
-    new_consumer: NewConsumer,
-    path: Path,
-    wanted: NamespaceRequest,
-    situation: Callable[[Path], AbstractContextManager[object]],
-    reason: str,
+    rig: Rig, situation: Callable[[Path], AbstractContextManager[object]], reason: str
 ) -> None:
-    with situation(path), pytest.raises((SocketUnavailable, FdPassing), match=reason):
-        new_consumer(patience=HASTY).obtain(wanted)
-
-
-@pytest.mark.clause("SELF-1")
-@pytest.mark.needs_root
-@unreachable
-def test_the_consumer_waits_no_longer_than_its_patience(
-    new_consumer: NewConsumer,
-    path: Path,
-    service: SimulatedBackend,
-    wanted: NamespaceRequest,
-    situation: Callable[[Path], AbstractContextManager[object]],
-    reason: str,
-) -> None:
-    consumer = new_consumer(service=service, patience=HASTY)
-    with situation(path), Stopwatch() as watch:
-        handoff = consumer.obtain(wanted)
-    handoff.close()
-    # Far below the default deadlines, with room for a machine that has other things to do.
-    assert watch.seconds < 0.9
+    with situation(rig.path), pytest.raises((SocketUnavailable, FdPassing), match=reason):
+        rig.obtain(patience=HASTY)
 
 
 @pytest.mark.clause("ERR-6")
-def test_an_answer_cut_off_at_any_byte_is_no_answer(
-    new_consumer: NewConsumer,
-    path: Path,
-    wanted: NamespaceRequest,
-    lent: tuple[int, ...],
-) -> None:
-    frame = frame_of(answer_to(wanted))
+def test_an_answer_cut_off_at_any_byte_is_no_answer(rig: Rig) -> None:
+    frame = frame_of(rig.answer)
     cuts = iter(range(len(frame)))
 
     def cut_off(line: Line) -> None:
         if isinstance(line.hear(), AllocationEnded):
-            line.say(AllocationEnded(wanted.allocation_id))
+            line.say(rig.ended)
             return
         cut = next(cuts)
         if cut:
-            line.say(frame[:cut], lent)
+            line.say(frame[:cut], rig.lent)
         line.hang_up()
         line.is_over.set()
 
-    consumer = new_consumer(patience=Patience(redial_s=0.01))
-    with Liar(path, *[cut_off] * (2 * len(frame))):
-        for cut in range(len(frame)):
-            place = "in the middle of a frame" if cut else "the connection"
-            with pytest.raises(SocketUnavailable, match=f"the peer closed {place}"):
-                consumer.obtain(wanted)
-            assert copies_of(lent) == len(lent)
+    consumer = rig.consumer(patience=Patience(redial_s=0.01))
+    rig.lie(*[cut_off] * (2 * len(frame)))
+    for cut in range(len(frame)):
+        place = "in the middle of a frame" if cut else "the connection"
+        with pytest.raises(SocketUnavailable, match=f"the peer closed {place}"):
+            consumer.obtain(rig.wanted)
+        assert copies_of(rig.lent) == len(rig.lent)
 
 
-def test_a_user_who_may_not_connect_is_told_so(path: Path, wanted: NamespaceRequest) -> None:
+def test_a_user_who_may_not_connect_is_told_so() -> None:
     script = """
 import os, sys
+import linux
 from linux.simulated import SimulatedInspector
 from statemachine.errors import SocketUnavailable
 from statemachine.messages import NamespaceRequest
@@ -512,113 +502,80 @@ except SocketUnavailable as error:
 
 
 @pytest.mark.clause("SELF-3")
-def test_only_this_allocation_is_self_served(
-    new_consumer: NewConsumer,
-    path: Path,
-    node: SimulatedNode,
-    service: SimulatedBackend,
-    wanted: NamespaceRequest,
-) -> None:
-    consumer = new_consumer(service=service)
-    other = NamespaceRequest(f"{wanted.allocation_id}-other", ALL)
-    with consumer.obtain(wanted) as degraded, closing(SimulatedBackend(node)) as backend:
-        with Serving(path, backend), consumer.obtain(other) as handoff:
+def test_only_this_allocation_is_self_served(rig: Rig) -> None:
+    consumer = rig.consumer(service=rig.service)
+    with consumer.obtain(rig.wanted) as degraded:
+        rig.provide()
+        with consumer.obtain(NamespaceRequest("other", ALL)) as handoff:
             assert degraded.is_degraded
             assert not handoff.is_degraded
         degraded.end()
 
 
-def test_a_full_backlog_that_empties_in_time_is_waited_for(
-    new_consumer: NewConsumer, path: Path, node: SimulatedNode, wanted: NamespaceRequest
-) -> None:
-    with closing(SimulatedBackend(node)) as backend:
-        serving = Serving(path, backend, backlog=0)
-        with ExitStack() as stack:
-            _fill(path, stack)
-            threading.Timer(0.05, serving.__enter__).start()
-            try:
-                with new_consumer().obtain(wanted) as handoff:
-                    assert not handoff.is_degraded
-            finally:
-                wait_until(lambda: serving._thread.ident is not None)
-                serving.__exit__(None, None, None)
+def test_a_full_backlog_that_empties_in_time_is_waited_for(rig: Rig) -> None:
+    with closing(SimulatedBackend(rig.node)) as backend, ExitStack() as stack:
+        serving = Serving(rig.path, backend, backlog=0)
+        _fill(rig.path, stack)
+        threading.Timer(0.05, serving.__enter__).start()
+        try:
+            with rig.obtain() as handoff:
+                assert not handoff.is_degraded
+        finally:
+            wait_until(lambda: serving._thread.ident is not None)
+            serving.__exit__(None, None, None)
 
 
-def test_self_service_does_not_wait_until_the_provider_can_be_told(
-    new_consumer: NewConsumer, path: Path, service: SimulatedBackend, wanted: NamespaceRequest
-) -> None:
+def test_self_service_does_not_wait_until_the_provider_can_be_told(rig: Rig) -> None:
     with ExitStack() as stack:
 
         def fill_and_hang_up(line: Line) -> None:
             line.hear()
             liar.stop_listening()
             liar._listener.close()
-            path.unlink()
-            stack.enter_context(_full_backlog(path))
+            rig.path.unlink()
+            stack.enter_context(_full_backlog(rig.path))
             line.hang_up()
 
-        liar = stack.enter_context(Liar(path, fill_and_hang_up))
+        liar = rig.lie(fill_and_hang_up)
         with Stopwatch() as watch:
-            handoff = new_consumer(service=service, patience=Patience(connect_s=5)).obtain(wanted)
+            handoff = rig.obtain(service=rig.service, patience=Patience(connect_s=5))
         assert watch.seconds < 2
         handoff.end(0.0)
         handoff.close()
 
 
+class Broken(SimulatedBackend):
+    """Has a bug."""
+
+    def create_namespaces(self, request: NamespaceRequest) -> NamespaceResponse:
+        raise RuntimeError("a bug")
+
+
+class Closed(SimulatedBackend):
+    """Cannot open what it makes."""
+
+    def bundle_of(self, allocation_id: str) -> DescriptorBundle:
+        raise FdPassing("no descriptor is left")
+
+
 @pytest.mark.clause("SELF-5")
-def test_self_service_that_fails_too_is_reported_with_both_reasons(
-    new_consumer: NewConsumer, path: Path, service: SimulatedBackend, allocation_id: str
+@pytest.mark.parametrize(
+    ("kind", "image", "reason"),
+    [
+        (SimulatedBackend, "missing.sqfs", r"failed too: .*missing\.sqfs.*does not exist"),
+        (Broken, None, "failed too: RuntimeError: a bug .*does not exist"),
+        (Closed, None, "failed too: no descriptor is left .*does not exist"),
+    ],
+    ids=["refuses", "has a bug", "cannot open"],
+)
+def test_self_service_that_fails_too_says_both_reasons_and_leaves_nothing(
+    rig: Rig, kind: type[SimulatedBackend], image: str | None, reason: str
 ) -> None:
-    request = NamespaceRequest(allocation_id, (MOUNT,), "missing.sqfs")
-    with pytest.raises(CreationFailed, match=r"failed too: .*missing\.sqfs.*does not exist"):
-        new_consumer(service=service).obtain(request)
-
-
-def test_a_bug_of_self_service_is_a_failure_and_no_hang(
-    new_consumer: NewConsumer, path: Path, wanted: NamespaceRequest
-) -> None:
-    class Broken(SimulatedBackend):
-        def create_namespaces(self, request: NamespaceRequest) -> NamespaceResponse:
-            raise RuntimeError("a bug")
-
-    with (
-        closing(SimulatedNode()) as node,
-        closing(Broken(node)) as service,
-        pytest.raises(CreationFailed, match="failed too: RuntimeError: a bug"),
-    ):
-        new_consumer(service=service).obtain(wanted)
-
-
-def test_what_self_service_made_and_cannot_open_is_released(
-    new_consumer: NewConsumer, path: Path, wanted: NamespaceRequest
-) -> None:
-    class Closed(SimulatedBackend):
-        def bundle_of(self, allocation_id: str) -> DescriptorBundle:
-            raise FdPassing("no descriptor is left")
-
-    with closing(SimulatedNode()) as node, closing(Closed(node)) as service:
-        with pytest.raises(CreationFailed, match="no descriptor is left"):
-            new_consumer(service=service).obtain(wanted)
-        assert node.is_clean
-
-
-@pytest.mark.clause("SELF-2")
-@pytest.mark.needs_root
-def test_real_self_service_follows_the_nodes_conventions(
-    new_consumer: NewConsumer, path: Path, wanted: NamespaceRequest, cgroup2: Path
-) -> None:
-    features = Features.probe()
-    settings = NodeSettings(cgroup2=cgroup2)
-    backend = LinuxBackend.for_self_service(settings, clock=lambda: 0.0, features=features)
-    with closing(backend) as service:
-        consumer = new_consumer(KernelInspector(features), service=service)
-        scope = cgroup2 / "workload.slice" / f"{wanted.allocation_id}.scope"
-        with consumer.obtain(wanted) as handoff:
-            assert handoff.is_degraded
-            assert [identity.kind for identity in handoff.identities] == list(ALL)
-            assert scope.is_dir()
-            assert handoff.end()
-        assert not scope.exists()
+    request = NamespaceRequest(rig.wanted.allocation_id, ALL, image)
+    with closing(kind(rig.own)) as service:
+        with pytest.raises(CreationFailed, match=reason):
+            rig.consumer(service=service).obtain(request)
+        assert rig.own.is_clean
 
 
 # --- Reported, not papered over ----------------------------------------------------------------
@@ -626,28 +583,21 @@ def test_real_self_service_follows_the_nodes_conventions(
 
 @pytest.mark.clause("ERR-5")
 @pytest.mark.parametrize("error", [CreationFailed("no room"), AllocationNotFound("a")], ids=repr)
-def test_what_the_provider_refuses_is_reported(
-    new_consumer: NewConsumer,
-    path: Path,
-    own_node: SimulatedNode,
-    service: SimulatedBackend,
-    wanted: NamespaceRequest,
-    error: NamespaceError,
-) -> None:
+def test_what_the_provider_refuses_is_reported(rig: Rig, error: NamespaceError) -> None:
     audited: list[Fallback] = []
-    with Liar(path, _say(error)), pytest.raises(type(error)) as raised:
-        new_consumer(service=service, audit=audited.append).obtain(wanted)
+    rig.lie(_say(error))
+    with pytest.raises(type(error)) as raised:
+        rig.obtain(service=rig.service, audit=audited.append)
     assert raised.value == error
     assert not audited
-    assert own_node.is_clean
+    assert rig.own.is_clean
 
 
-def test_a_real_providers_refusal_is_reported(
-    new_consumer: NewConsumer, provider: Serving, service: SimulatedBackend, allocation_id: str
-) -> None:
-    request = NamespaceRequest(allocation_id, (MOUNT,), "missing.sqfs")
+def test_a_real_providers_refusal_is_reported(rig: Rig) -> None:
+    rig.provide()
+    request = NamespaceRequest(rig.wanted.allocation_id, (MOUNT,), "missing.sqfs")
     with pytest.raises(CreationFailed, match=r"ENOENT: missing\.sqfs"):
-        new_consumer(service=service).obtain(request)
+        rig.consumer(service=rig.service).obtain(request)
 
 
 @pytest.mark.parametrize(
@@ -664,364 +614,224 @@ def test_a_real_providers_refusal_is_reported(
     ids=["empty", "slash", "long", "surrogate", "repeated", "no mount", "escape"],
 )
 def test_an_invalid_request_is_refused_before_any_connection(
-    new_consumer: NewConsumer, path: Path, service: SimulatedBackend, request_: NamespaceRequest
+    rig: Rig, request_: NamespaceRequest
 ) -> None:
-    with Liar(path) as liar:
-        with pytest.raises(CreationFailed):
-            new_consumer(service=service).obtain(request_)
-        assert not liar.lines
+    liar = rig.lie()
+    with pytest.raises(CreationFailed):
+        rig.consumer(service=rig.service).obtain(request_)
+    assert not liar.lines
 
 
 # --- Never two live sets -----------------------------------------------------------------------
 
 
-@pytest.mark.clause("SELF-9")
-def test_a_late_answer_is_closed_and_answered_with_the_end(
-    new_consumer: NewConsumer,
-    path: Path,
-    service: SimulatedBackend,
-    wanted: NamespaceRequest,
-    lent: tuple[int, ...],
-) -> None:
-    ended = AllocationEnded(wanted.allocation_id)
-
+@pytest.mark.clause("SELF-7", "SELF-9")
+def test_a_late_answer_is_closed_answered_with_the_end_and_changes_nothing(rig: Rig) -> None:
     def answer_late(line: Line) -> None:
         line.hear()
-        assert line.hear() == ended
-        line.say(answer_to(wanted), lent)
-        line.say(ended)
+        assert line.hear() == rig.ended
+        line.say(rig.answer, rig.lent)
+        line.say(rig.ended)
 
-    with (
-        Liar(path, answer_late) as liar,
-        new_consumer(service=service, patience=HASTY).obtain(wanted) as handoff,
-    ):
+    liar = rig.lie(answer_late)
+    with rig.obtain(service=rig.service, patience=HASTY) as handoff:
         assert handoff.settle()
-        assert liar.told(0) == [wanted, ended]
-        assert copies_of(lent) == len(lent)
+        assert liar.told(0) == [rig.wanted, rig.ended]
+        assert copies_of(rig.lent) == len(rig.lent)
+        assert handoff.identities == rig.identities(handoff.bundle)
         handoff.end()
 
 
-@pytest.mark.clause("SELF-7")
-def test_a_late_answer_does_not_change_what_the_caller_holds(
-    new_consumer: NewConsumer,
-    path: Path,
-    service: SimulatedBackend,
-    wanted: NamespaceRequest,
-    lent: tuple[int, ...],
-) -> None:
-    ended = AllocationEnded(wanted.allocation_id)
-
-    def answer_late(line: Line) -> None:
-        line.hear()
-        line.hear()
-        line.say(answer_to(wanted), lent)
-        line.say(ended)
-
-    consumer = new_consumer(service=service, patience=HASTY)
-    with Liar(path, answer_late), consumer.obtain(wanted) as handoff:
-        handoff.settle()
-        inspect = SimulatedInspector().inspect
-        assert handoff.identities == tuple(inspect(fd) for fd in handoff.bundle.filenos())
-        handoff.end()
-
-
-def test_a_real_providers_late_set_is_ended(
-    new_consumer: NewConsumer,
-    path: Path,
-    own_node: SimulatedNode,
-    service: SimulatedBackend,
-    wanted: NamespaceRequest,
-) -> None:
-    may_go_on = threading.Event()
-
-    def wait_at_anchor(step: Step, name: str) -> None:
-        if step is Step.ANCHOR:
-            assert may_go_on.wait(10)
-
-    with (
-        a_node(hook=wait_at_anchor) as (node, backend),
-        Serving(path, backend),
-        new_consumer(service=service, patience=HASTY).obtain(wanted) as handoff,
-    ):
-        may_go_on.set()
+def test_a_real_providers_late_set_is_ended(rig: Rig) -> None:
+    hook = rig.node.hook = AtAnchor()
+    rig.provide()
+    with rig.obtain(service=rig.service, patience=HASTY) as handoff:
+        hook.may_go_on.set()
         assert handoff.settle()
-        wait_until(lambda: node.is_clean, "the provider's release")
-        assert not own_node.is_clean
+        wait_until(lambda: rig.node.is_clean, "the provider's release")
+        assert not rig.own.is_clean
         handoff.end()
 
 
 @pytest.mark.clause("SELF-8")
-def test_the_end_is_told_on_a_new_connection_when_the_old_one_is_lost(
-    new_consumer: NewConsumer, path: Path, service: SimulatedBackend, wanted: NamespaceRequest
-) -> None:
-    with (
-        Liar(path, _hang_up) as liar,
-        new_consumer(service=service, patience=HASTY).obtain(wanted) as handoff,
-    ):
+def test_the_end_is_told_on_a_new_connection_when_the_old_one_is_lost(rig: Rig) -> None:
+    liar = rig.lie(_hang_up)
+    with rig.obtain(service=rig.service, patience=HASTY) as handoff:
         assert handoff.settle()
-        assert liar.told(1) == [AllocationEnded(wanted.allocation_id)]
+        assert liar.told(1) == [rig.ended]
         handoff.end()
 
 
-@contextmanager
-def in_debt(
-    consumer: Any, path: Path, request: NamespaceRequest
-) -> Iterator[tuple[Any, Callable[[], Liar]]]:
-    """A handoff whose provider may have made a set, and died; and a way to bring one back."""
+def lie_and_die(rig: Rig) -> None:
+    """Start a provider that may make a set, and is gone."""
 
     def die(line: Line) -> None:
         line.hear()
         liar.stop_listening()
-        path.unlink()
+        rig.path.unlink()
         line.hang_up()
 
-    with ExitStack() as stack:
-        liar = stack.enter_context(Liar(path, die))
-        handoff = consumer.obtain(request)
-        stack.callback(handoff.close)
-        assert handoff.is_in_debt
-        yield handoff, lambda: stack.enter_context(Liar(path))
+    liar = rig.lie(die)
 
 
-def test_a_debt_is_paid_by_settling_when_the_provider_is_back(
-    new_consumer: NewConsumer, path: Path, service: SimulatedBackend, wanted: NamespaceRequest
+def _leave(handoff: Any) -> None:
+    with handoff:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("tell", "redial_s"),
+    [(lambda handoff: handoff.settle(), 0.02), (_leave, 0.02), (lambda h: h.close(), 60.0)],
+    ids=["settling", "leaving the context", "closing"],
+)
+def test_an_end_that_is_owed_is_told_when_the_provider_is_back(
+    rig: Rig, tell: Callable[[Any], object], redial_s: float
 ) -> None:
-    consumer = new_consumer(service=service, patience=HASTY)
-    with in_debt(consumer, path, wanted) as (handoff, revive):
-        liar = revive()
-        assert handoff.settle()
-        assert liar.told(0) == [AllocationEnded(wanted.allocation_id)]
-        handoff.end()
+    lie_and_die(rig)
+    handoff = rig.obtain(service=rig.service, patience=HASTY._replace(redial_s=redial_s))
+    with closing(handoff):
+        assert handoff.owes_end
+        liar = rig.lie()
+        tell(handoff)
+        assert liar.told(0) == [rig.ended]
 
 
-def test_a_debt_is_paid_by_leaving_the_context(
-    new_consumer: NewConsumer, path: Path, service: SimulatedBackend, wanted: NamespaceRequest
-) -> None:
-    consumer = new_consumer(service=service, patience=HASTY)
-    with in_debt(consumer, path, wanted) as (handoff, revive):
-        liar = revive()
-        with handoff:
-            pass
-        assert not handoff.is_in_debt
-        assert liar.told(0) == [AllocationEnded(wanted.allocation_id)]
-
-
-def test_a_debt_is_said_by_closing(
-    new_consumer: NewConsumer, path: Path, service: SimulatedBackend, wanted: NamespaceRequest
-) -> None:
-    consumer = new_consumer(service=service, patience=Patience(redial_s=60.0))
-    with in_debt(consumer, path, wanted) as (handoff, revive):
-        liar = revive()
-        handoff.close()
-        assert liar.told(0) == [AllocationEnded(wanted.allocation_id)]
-
-
-def test_a_debt_is_paid_in_the_background_of_an_event_loop(
-    path: Path, service: SimulatedBackend, wanted: NamespaceRequest
-) -> None:
-    def die(line: Line) -> None:
-        line.hear()
-        liar.stop_listening()
-        path.unlink()
-        line.hang_up()
+def test_an_end_that_is_owed_is_told_in_the_background_of_an_event_loop(plain: Rig) -> None:
+    lie_and_die(plain)
 
     async def main() -> None:
-        consumer = AsyncConsumer(path, SimulatedInspector(), service=service, patience=HASTY)
-        async with await consumer.obtain(wanted) as handoff:
-            assert handoff.is_in_debt
-            with Liar(path) as revived:
-                while handoff.is_in_debt:
-                    await asyncio.sleep(0.002)
-                assert revived.told(0) == [AllocationEnded(wanted.allocation_id)]
+        consumer = AsyncConsumer(
+            plain.path, SimulatedInspector(), service=plain.service, patience=HASTY
+        )
+        async with await consumer.obtain(plain.wanted) as handoff:
+            assert handoff.owes_end
+            revived = plain.lie()
+            while handoff.owes_end:
+                await asyncio.sleep(0.002)
+            assert revived.told(0) == [plain.ended]
             await handoff.end()
 
-    with Liar(path, die) as liar:
-        asyncio.run(asyncio.wait_for(main(), 10))
+    asyncio.run(asyncio.wait_for(main(), 10))
 
 
-def test_a_debt_that_cannot_be_paid_does_not_hold_up_the_caller(
-    new_consumer: NewConsumer, path: Path, service: SimulatedBackend, wanted: NamespaceRequest
-) -> None:
-    consumer = new_consumer(service=service, patience=HASTY)
-    with in_debt(consumer, path, wanted) as (handoff, _):
-        with Stopwatch() as watch:
-            assert not handoff.settle(0.05)
-            handoff.close()
-        assert watch.seconds < 1.0
+def test_an_end_that_cannot_be_told_does_not_hold_up_the_caller(rig: Rig) -> None:
+    lie_and_die(rig)
+    handoff = rig.obtain(service=rig.service, patience=HASTY)
+    with Stopwatch() as watch:
+        assert not handoff.settle(0.05)
+        handoff.close()
+    assert watch.seconds < 1.0
 
 
 # --- The caller's end --------------------------------------------------------------------------
 
 
 @pytest.mark.clause("SELF-11")
-def test_an_end_releases_the_providers_set(
-    new_consumer: NewConsumer, provider: Serving, node: SimulatedNode, wanted: NamespaceRequest
-) -> None:
-    with new_consumer().obtain(wanted) as handoff:
+@pytest.mark.parametrize("is_own", [False, True], ids=["the provider's", "its own"])
+def test_an_end_has_released_the_set_when_it_returns(rig: Rig, is_own: bool) -> None:
+    node = rig.own if is_own else rig.node
+    if not is_own:
+        rig.provide()
+    with rig.obtain(service=rig.service) as handoff:
+        node.start_process(rig.wanted.allocation_id)
         assert handoff.end()
         assert handoff.is_ended
         assert node.is_clean
-
-
-def test_an_end_has_released_the_own_set_when_it_returns(
-    new_consumer: NewConsumer,
-    path: Path,
-    own_node: SimulatedNode,
-    service: SimulatedBackend,
-    wanted: NamespaceRequest,
-) -> None:
-    with new_consumer(service=service).obtain(wanted) as handoff:
         assert handoff.end()
-        assert own_node.is_clean
 
 
-def test_an_end_of_an_own_set_waits_for_its_processes_to_die(
-    new_consumer: NewConsumer,
-    path: Path,
-    own_node: SimulatedNode,
-    service: SimulatedBackend,
-    wanted: NamespaceRequest,
-) -> None:
-    with new_consumer(service=service).obtain(wanted) as handoff:
-        own_node.start_process(wanted.allocation_id)
-        assert handoff.end()
-        assert own_node.is_clean
+@pytest.mark.parametrize("is_own", [False, True], ids=["the provider's", "its own"])
+def test_an_end_can_be_said_after_the_context_was_left(rig: Rig, is_own: bool) -> None:
+    if not is_own:
+        rig.provide()
+    with rig.obtain(service=rig.service) as handoff:
+        pass
+    assert handoff.end(5.0)
+    assert rig.own.is_clean
+    assert rig.node.is_clean
 
 
 def test_an_own_set_that_does_not_die_is_reported(
-    new_consumer: NewConsumer,
-    path: Path,
-    own_node: SimulatedNode,
-    service: SimulatedBackend,
-    wanted: NamespaceRequest,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    rig: Rig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "OWN_RELEASE_PAUSE_MAX_S", 0.005)
-    with new_consumer(service=service).obtain(wanted) as handoff:
-        own_node.start_process(wanted.allocation_id)
-        own_node.hang(wanted.allocation_id)
+    monkeypatch.setattr(exchange, "OWN_RELEASE_PAUSE_MAX_S", 0.005)
+    with rig.obtain(service=rig.service) as handoff:
+        rig.own.start_process(rig.wanted.allocation_id)
+        rig.own.hang(rig.wanted.allocation_id)
         assert handoff.end()
         assert "remove the scope: 1 processes do not die" in caplog.text
 
 
-def test_an_end_can_be_said_twice(
-    new_consumer: NewConsumer, provider: Serving, wanted: NamespaceRequest
-) -> None:
-    with new_consumer().obtain(wanted) as handoff:
-        assert handoff.end()
-        assert handoff.end()
-
-
-def test_an_end_can_be_said_after_the_context_was_left(
-    new_consumer: NewConsumer, provider: Serving, node: SimulatedNode, wanted: NamespaceRequest
-) -> None:
-    with new_consumer().obtain(wanted) as handoff:
-        pass
-    assert handoff.end(5.0)
-    assert node.is_clean
-
-
-def test_an_end_of_an_own_set_can_be_said_after_the_context_was_left(
-    new_consumer: NewConsumer,
-    path: Path,
-    own_node: SimulatedNode,
-    service: SimulatedBackend,
-    wanted: NamespaceRequest,
-) -> None:
-    with new_consumer(service=service).obtain(wanted) as handoff:
-        pass
-    assert handoff.end(5.0)
-    assert own_node.is_clean
-
-
-def test_an_end_after_the_connection_was_lost_goes_over_a_new_one(
-    new_consumer: NewConsumer, path: Path, node: SimulatedNode, wanted: NamespaceRequest
-) -> None:
-    consumer = new_consumer(patience=HASTY)
-    with closing(SimulatedBackend(node)) as backend, Serving(path, backend):
-        handoff = consumer.obtain(wanted)
-    with (
-        handoff,
-        closing(SimulatedBackend(node)) as backend,
-        Serving(path, backend),
-    ):
+def test_an_end_after_the_connection_was_lost_goes_over_a_new_one(rig: Rig) -> None:
+    first = rig.provide()
+    with rig.obtain(patience=HASTY) as handoff:
+        first.end()
+        rig.provide()
         assert not handoff.wait_ended(0.0)
         assert handoff.end(5.0)
-        assert node.is_clean
+        assert rig.node.is_clean
 
 
-def test_an_end_that_nobody_confirms_returns_in_time_and_goes_on_later(
-    new_consumer: NewConsumer, path: Path, wanted: NamespaceRequest, lent: tuple[int, ...]
-) -> None:
+def test_an_end_that_is_not_confirmed_returns_in_time_and_goes_on_later(rig: Rig) -> None:
     may_confirm = threading.Event()
 
     def confirm_late(line: Line) -> None:
-        line.hear()
-        line.say(answer_to(wanted), lent)
+        rig.hand_over(line)
         line.hear()
         assert may_confirm.wait(10)
-        line.say(AllocationEnded(wanted.allocation_id))
+        line.say(rig.ended)
 
-    with Liar(path, confirm_late), new_consumer().obtain(wanted) as handoff:
+    rig.lie(confirm_late)
+    with rig.obtain() as handoff:
         assert not handoff.end(0.02)
         may_confirm.set()
         assert handoff.end(5.0)
 
 
-def test_an_end_the_provider_does_not_know_is_an_end(
-    new_consumer: NewConsumer, path: Path, wanted: NamespaceRequest, lent: tuple[int, ...]
-) -> None:
+def test_an_end_the_provider_does_not_know_is_an_end(rig: Rig) -> None:
     def forget(line: Line) -> None:
+        rig.hand_over(line)
         line.hear()
-        line.say(answer_to(wanted), lent)
-        line.hear()
-        line.say(AllocationNotFound(wanted.allocation_id))
+        line.say(AllocationNotFound(rig.wanted.allocation_id))
 
-    with Liar(path, forget), new_consumer().obtain(wanted) as handoff:
+    rig.lie(forget)
+    with rig.obtain() as handoff:
         assert handoff.end()
 
 
 @pytest.mark.clause("WIRE-15")
-def test_a_pushed_end_is_noticed(
-    new_consumer: NewConsumer, provider: Serving, node: SimulatedNode, wanted: NamespaceRequest
-) -> None:
-    with new_consumer().obtain(wanted) as handoff:
+def test_a_pushed_end_is_noticed(rig: Rig) -> None:
+    rig.provide()
+    with rig.obtain() as handoff:
         assert not handoff.wait_ended(0.0)
-        node.start_process(wanted.allocation_id)
-        node.end_process(wanted.allocation_id)
+        rig.node.start_process(rig.wanted.allocation_id)
+        rig.node.end_process(rig.wanted.allocation_id)
         assert handoff.wait_ended(5.0)
         assert handoff.end()
 
 
 @pytest.mark.clause("END-15")
-def test_a_push_and_an_end_may_cross(
-    new_consumer: NewConsumer, path: Path, wanted: NamespaceRequest, lent: tuple[int, ...]
-) -> None:
-    ended = AllocationEnded(wanted.allocation_id)
-
+def test_a_push_and_an_end_may_cross(rig: Rig) -> None:
     def cross(line: Line) -> None:
-        line.hear()
-        line.say(answer_to(wanted), lent)
-        line.say(ended)
+        rig.hand_over(line)
+        line.say(rig.ended)
         if line.hear() is not None:
-            line.say(ended)
+            line.say(rig.ended)
 
-    with Liar(path, cross) as liar, new_consumer().obtain(wanted) as handoff:
+    liar = rig.lie(cross)
+    with rig.obtain() as handoff:
         assert handoff.end()
-        assert liar.told(0) in ([wanted], [wanted, ended])
+        assert liar.told(0) in ([rig.wanted], [rig.wanted, rig.ended])
 
 
 @pytest.mark.clause("CRASH-13")
-def test_losing_the_provider_is_no_end(
-    new_consumer: NewConsumer, path: Path, wanted: NamespaceRequest, lent: tuple[int, ...]
-) -> None:
+def test_losing_the_provider_is_no_end(rig: Rig) -> None:
     def hand_over_and_die(line: Line) -> None:
-        line.hear()
-        line.say(answer_to(wanted), lent)
+        rig.hand_over(line)
         line.hang_up()
 
-    with Liar(path, hand_over_and_die), new_consumer().obtain(wanted) as handoff:
+    rig.lie(hand_over_and_die)
+    with rig.obtain() as handoff:
         assert not handoff.wait_ended(0.05)
         assert not handoff.bundle.closed
 
@@ -1029,53 +839,46 @@ def test_losing_the_provider_is_no_end(
 # --- Ending what one does not hold ---------------------------------------------------------------
 
 
-def test_an_allocation_can_be_ended_by_its_id(
-    path: Path, provider: Serving, node: SimulatedNode, wanted: NamespaceRequest
-) -> None:
-    consumer = Consumer(path, SimulatedInspector())
-    with consumer.obtain(wanted) as handoff:
-        consumer.end(wanted.allocation_id)
-        assert node.is_clean
+def test_an_allocation_can_be_ended_by_its_id_and_again(rig: Rig) -> None:
+    rig.provide()
+    consumer = rig.consumer()
+    with consumer.obtain(rig.wanted) as handoff:
+        consumer.end(rig.wanted.allocation_id)
+        assert rig.node.is_clean
         assert handoff.wait_ended(5.0)
+        consumer.end(rig.wanted.allocation_id)
 
 
-def test_an_end_by_id_can_be_repeated(
-    path: Path, provider: Serving, wanted: NamespaceRequest
-) -> None:
-    with closing(Consumer(path, SimulatedInspector())) as consumer:
-        consumer.obtain(wanted).close()
-        consumer.end(wanted.allocation_id)
-        consumer.end(wanted.allocation_id)
-
-
-def test_an_end_of_an_unknown_id_says_so(path: Path, provider: Serving, allocation_id: str) -> None:
-    with pytest.raises(AllocationNotFound, match=allocation_id):
-        Consumer(path, SimulatedInspector()).end(allocation_id)
+def test_an_end_of_an_unknown_id_says_so(rig: Rig) -> None:
+    rig.provide()
+    with pytest.raises(AllocationNotFound, match="unknown"):
+        rig.consumer().end("unknown")
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "\ud800", "x" * 70_000], ids=range(4))
-def test_an_end_of_an_impossible_id_says_so_without_asking(path: Path, name: str) -> None:
-    with Liar(path) as liar:
-        with pytest.raises(AllocationNotFound):
-            Consumer(path, SimulatedInspector()).end(name)
-        assert not liar.lines
+def test_an_end_of_an_impossible_id_says_so_without_asking(rig: Rig, name: str) -> None:
+    liar = rig.lie()
+    with pytest.raises(AllocationNotFound):
+        rig.consumer().end(name)
+    assert not liar.lines
 
 
-def test_an_end_that_reaches_nobody_says_so(path: Path, allocation_id: str) -> None:
-    consumer = Consumer(path, SimulatedInspector(), patience=HASTY)
-    with pytest.raises(SocketUnavailable, match="does not exist"):
-        consumer.end(allocation_id, timeout_s=0.05)
+@pytest.mark.parametrize(
+    ("situation", "reason"),
+    [(_nothing_there, "does not exist"), (_liar(_say_nothing), "did not confirm")],
+    ids=["not reached", "not confirmed"],
+)
+def test_an_end_by_id_that_does_not_come_about_says_so(
+    rig: Rig, situation: Callable[[Path], AbstractContextManager[object]], reason: str
+) -> None:
+    with situation(rig.path), pytest.raises(SocketUnavailable, match=reason):
+        rig.consumer(patience=HASTY).end("a", timeout_s=0.05)
 
 
-def test_an_end_by_id_that_nobody_confirms_says_so(path: Path, allocation_id: str) -> None:
-    with Liar(path, _say_nothing), pytest.raises(SocketUnavailable, match="did not confirm"):
-        Consumer(path, SimulatedInspector()).end(allocation_id, timeout_s=0.05)
-
-
-def test_an_end_is_repeated_on_a_new_connection(path: Path, allocation_id: str) -> None:
-    with Liar(path, _hang_up) as liar:
-        Consumer(path, SimulatedInspector(), patience=HASTY).end(allocation_id)
-        assert liar.told(1) == [AllocationEnded(allocation_id)]
+def test_an_end_is_repeated_on_a_new_connection(rig: Rig) -> None:
+    liar = rig.lie(_hang_up)
+    rig.consumer(patience=HASTY).end("a")
+    assert liar.told(1) == [AllocationEnded("a")]
 
 
 # --- Cancellation ------------------------------------------------------------------------------
@@ -1096,54 +899,44 @@ async def _cancel_when(
         await task
 
 
+def _obtaining(rig: Rig, inspector: Any = None, **options: Any) -> asyncio.Task[AsyncHandoff]:
+    consumer = AsyncConsumer(rig.path, inspector or SimulatedInspector(), **options)
+    return asyncio.create_task(consumer.obtain(rig.wanted))
+
+
 @pytest.mark.parametrize("times", [1, 3])
-def test_cancelled_while_the_provider_is_called(
-    path: Path,
-    own_node: SimulatedNode,
-    service: SimulatedBackend,
-    wanted: NamespaceRequest,
-    times: int,
-) -> None:
+def test_cancelled_while_connecting(plain: Rig, times: int) -> None:
     async def main() -> None:
-        patience = Patience(connect_s=30.0)
-        consumer = AsyncConsumer(path, SimulatedInspector(), service=service, patience=patience)
-        task = asyncio.create_task(consumer.obtain(wanted))
+        task = _obtaining(plain, service=plain.service, patience=Patience(connect_s=30.0))
         await asyncio.sleep(0)
         await _cancel_when(task, lambda: True, times)
 
-    with _full_backlog(path), Stopwatch() as watch:
+    with _full_backlog(plain.path), Stopwatch() as watch:
         asyncio.run(main())
     assert watch.seconds < 1.0
-    assert own_node.is_clean
+    assert plain.own.is_clean
 
 
 @pytest.mark.parametrize("times", [1, 3])
-def test_cancelled_while_asking_the_provider_is_told(
-    path: Path, service: SimulatedBackend, wanted: NamespaceRequest, times: int
-) -> None:
-    async def main(liar: Liar) -> None:
-        consumer = AsyncConsumer(path, SimulatedInspector(), service=service)
-        task = asyncio.create_task(consumer.obtain(wanted))
+def test_cancelled_while_asking_the_provider_is_told(plain: Rig, times: int) -> None:
+    async def main() -> None:
+        task = _obtaining(plain, service=plain.service)
         await _cancel_when(task, lambda: liar.lines and liar.lines[0].heard, times)
 
-    with Liar(path, _say_nothing) as liar:
-        asyncio.run(main(liar))
-        assert liar.told(0) == [wanted, AllocationEnded(wanted.allocation_id)]
+    liar = plain.lie(_say_nothing)
+    asyncio.run(main())
+    assert liar.told(0) == [plain.wanted, plain.ended]
 
 
-def test_cancelled_with_the_answer_unread_nothing_stays_open(
-    path: Path, wanted: NamespaceRequest, lent: tuple[int, ...]
-) -> None:
+def test_cancelled_with_the_answer_unread_nothing_stays_open(plain: Rig) -> None:
     answered = threading.Event()
 
     def answer(line: Line) -> None:
-        line.hear()
-        line.say(answer_to(wanted), lent)
+        plain.hand_over(line)
         answered.set()
 
     async def main() -> None:
-        consumer = AsyncConsumer(path, SimulatedInspector())
-        task = asyncio.create_task(consumer.obtain(wanted))
+        task = _obtaining(plain)
         for _ in range(3):
             await asyncio.sleep(0)
         # The loop is not let near the socket any more.
@@ -1152,62 +945,30 @@ def test_cancelled_with_the_answer_unread_nothing_stays_open(
         with pytest.raises(asyncio.CancelledError):
             await task
 
-    with Liar(path, answer) as liar:
-        asyncio.run(main())
-        assert copies_of(lent) == len(lent)
-        assert liar.told(0) == [wanted, AllocationEnded(wanted.allocation_id)]
+    liar = plain.lie(answer)
+    asyncio.run(main())
+    assert copies_of(plain.lent) == len(plain.lent)
+    assert liar.told(0) == [plain.wanted, plain.ended]
 
 
 @pytest.mark.parametrize("times", [1, 3])
-def test_cancelled_during_self_service_what_it_makes_is_released(
-    path: Path, wanted: NamespaceRequest, times: int
+def test_cancelled_during_self_service_its_set_is_released_and_the_provider_told(
+    plain: Rig, times: int
 ) -> None:
-    begun, may_go_on = threading.Event(), threading.Event()
+    hook = plain.own.hook = AtAnchor()
 
-    def wait_at_anchor(step: Step, name: str) -> None:
-        if step is Step.ANCHOR:
-            begun.set()
-            assert may_go_on.wait(10)
+    async def main() -> None:
+        task = _obtaining(plain, service=plain.service)
+        asyncio.get_running_loop().call_later(0.1, hook.may_go_on.set)
+        await _cancel_when(task, hook.begun.is_set, times)
 
-    async def main(service: SimulatedBackend) -> None:
-        consumer = AsyncConsumer(path, SimulatedInspector(), service=service)
-        task = asyncio.create_task(consumer.obtain(wanted))
-        asyncio.get_running_loop().call_later(0.1, may_go_on.set)
-        await _cancel_when(task, begun.is_set, times)
-
-    with a_node(hook=wait_at_anchor) as (node, service):
-        asyncio.run(main(service))
-        assert node.is_clean
+    liar = plain.lie(_hang_up)
+    asyncio.run(main())
+    assert plain.own.is_clean
+    assert liar.told(1) == [plain.ended]
 
 
-def test_cancelled_during_self_service_the_provider_is_told_as_well(
-    path: Path, wanted: NamespaceRequest
-) -> None:
-    begun, may_go_on = threading.Event(), threading.Event()
-
-    def wait_at_anchor(step: Step, name: str) -> None:
-        if step is Step.ANCHOR:
-            begun.set()
-            assert may_go_on.wait(10)
-
-    async def main(service: SimulatedBackend) -> None:
-        consumer = AsyncConsumer(path, SimulatedInspector(), service=service)
-        task = asyncio.create_task(consumer.obtain(wanted))
-        asyncio.get_running_loop().call_later(0.05, may_go_on.set)
-        await _cancel_when(task, begun.is_set)
-
-    with a_node(hook=wait_at_anchor) as (_, service), Liar(path, _hang_up) as liar:
-        asyncio.run(main(service))
-        assert liar.told(1) == [AllocationEnded(wanted.allocation_id)]
-
-
-def test_cancelled_when_the_answer_is_in_hand_the_provider_is_told(
-    path: Path, wanted: NamespaceRequest, lent: tuple[int, ...]
-) -> None:
-    def answer(line: Line) -> None:
-        line.hear()
-        line.say(answer_to(wanted), lent)
-
+def test_cancelled_when_the_answer_is_in_hand_the_provider_is_told(plain: Rig) -> None:
     class Cancelling(SimulatedInspector):
         """Asked while the answer is being looked at, in the very turn of the loop."""
 
@@ -1216,29 +977,22 @@ def test_cancelled_when_the_answer_is_in_hand_the_provider_is_told(
 
     async def main() -> None:
         nonlocal task
-        task = asyncio.create_task(AsyncConsumer(path, Cancelling()).obtain(wanted))
+        task = _obtaining(plain, Cancelling())
         with pytest.raises(asyncio.CancelledError):
             await task
 
     task: asyncio.Task[Any]
-    with Liar(path, answer) as liar:
-        asyncio.run(main())
-        assert copies_of(lent) == len(lent)
-        assert liar.told(0) == [wanted, AllocationEnded(wanted.allocation_id)]
+    liar = plain.lie(plain.hand_over)
+    asyncio.run(main())
+    assert copies_of(plain.lent) == len(plain.lent)
+    assert liar.told(0) == [plain.wanted, plain.ended]
 
 
-def test_cancelled_while_leaving_the_context_everything_is_closed(
-    path: Path, service: SimulatedBackend, wanted: NamespaceRequest
-) -> None:
-    def die(line: Line) -> None:
-        line.hear()
-        liar.stop_listening()
-        path.unlink()
-        line.hang_up()
+def test_cancelled_while_leaving_the_context_everything_is_closed(plain: Rig) -> None:
+    lie_and_die(plain)
 
     async def main() -> None:
-        consumer = AsyncConsumer(path, SimulatedInspector(), service=service)
-        handoff = await consumer.obtain(wanted)
+        handoff = await _obtaining(plain, service=plain.service)
         task = asyncio.create_task(handoff.__aexit__(None, None, None))
         await asyncio.sleep(0.01)
         task.cancel()
@@ -1246,91 +1000,74 @@ def test_cancelled_while_leaving_the_context_everything_is_closed(
             await task
         assert handoff.bundle.closed
 
-    with Liar(path, die) as liar:
-        asyncio.run(main())
+    asyncio.run(main())
 
 
-def test_a_wait_that_is_cancelled_can_be_begun_again(
-    path: Path, provider: Serving, node: SimulatedNode, wanted: NamespaceRequest
-) -> None:
+def test_a_wait_that_is_cancelled_can_be_begun_again(plain: Rig) -> None:
     async def main() -> None:
-        async with await AsyncConsumer(path, SimulatedInspector()).obtain(wanted) as handoff:
+        async with await _obtaining(plain) as handoff:
             with pytest.raises(asyncio.TimeoutError):
                 await asyncio.wait_for(handoff.wait_ended(), 0.01)
-            node.start_process(wanted.allocation_id)
-            node.end_process(wanted.allocation_id)
+            plain.node.start_process(plain.wanted.allocation_id)
+            plain.node.end_process(plain.wanted.allocation_id)
             await asyncio.wait_for(handoff.wait_ended(), 5.0)
 
+    plain.provide()
     asyncio.run(main())
+
+
+def test_an_interrupted_caller_tells_the_provider(plain: Rig) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def silent(line: Line) -> None:
+        line.hear()
+        wait_until(lambda: sys._current_frames()[caller].f_code.co_name == "_wait")
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    caller = threading.get_ident()
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    liar = plain.lie(silent)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            plain.obtain()
+        assert liar.told(0) == [plain.wanted, plain.ended]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 # --- Many at once ------------------------------------------------------------------------------
 
 
-def test_many_allocations_in_one_loop(
-    path: Path, provider: Serving, node: SimulatedNode, allocation_id: str
-) -> None:
+@pytest.mark.parametrize("is_own", [False, True], ids=["the provider's", "its own"])
+def test_many_allocations_in_one_loop(plain: Rig, is_own: bool) -> None:
     async def one(consumer: AsyncConsumer, number: int) -> object:
-        request = NamespaceRequest(f"{allocation_id}-{number}", ALL)
+        request = NamespaceRequest(f"{plain.wanted.allocation_id}-{number}", ALL)
         async with await consumer.obtain(request) as handoff:
-            assert handoff.response == answer_to(request)
+            assert handoff.response == NamespaceResponse(request.allocation_id, ALL)
+            assert handoff.is_degraded == is_own
             await handoff.end()
             return handoff.identities
 
     async def main() -> list[object]:
-        consumer = AsyncConsumer(path, SimulatedInspector())
+        consumer = AsyncConsumer(plain.path, SimulatedInspector(), service=plain.service)
         return await asyncio.gather(*(one(consumer, number) for number in range(100)))
 
+    if not is_own:
+        plain.provide()
     assert len(set(asyncio.run(main()))) == 100
-    assert node.is_clean
+    assert plain.node.is_clean
+    assert plain.own.is_clean
 
 
-def test_many_consumers_of_one_allocation_get_the_same(
-    path: Path, provider: Serving, wanted: NamespaceRequest
-) -> None:
+def test_many_consumers_of_one_allocation_get_the_same(plain: Rig) -> None:
     async def main() -> None:
-        consumer = AsyncConsumer(path, SimulatedInspector())
+        consumer = AsyncConsumer(plain.path, SimulatedInspector())
         async with asyncio.timeout(10):
-            handoffs = await asyncio.gather(*(consumer.obtain(wanted) for _ in range(30)))
+            handoffs = await asyncio.gather(*(consumer.obtain(plain.wanted) for _ in range(30)))
         assert len({handoff.identities for handoff in handoffs}) == 1
         for handoff in handoffs:
             await handoff.close()
 
+    plain.provide()
     asyncio.run(main())
-
-
-def test_many_serve_themselves_in_one_loop(
-    path: Path, own_node: SimulatedNode, service: SimulatedBackend, allocation_id: str
-) -> None:
-    async def one(consumer: AsyncConsumer, number: int) -> None:
-        request = NamespaceRequest(f"{allocation_id}-{number}", ALL)
-        async with await consumer.obtain(request) as handoff:
-            assert handoff.is_degraded
-            await handoff.end()
-
-    async def main() -> None:
-        consumer = AsyncConsumer(path, SimulatedInspector(), service=service)
-        await asyncio.gather(*(one(consumer, number) for number in range(30)))
-
-    asyncio.run(main())
-    assert own_node.is_clean
-
-
-def test_an_interrupted_caller_tells_the_provider(path: Path) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    def silent(line: Line) -> None:
-        # Only now is it certain that the consumer waits for the answer.
-        line.hear()
-        os.kill(os.getpid(), signal.SIGUSR1)
-
-    before = signal.signal(signal.SIGUSR1, interrupt)
-    request = NamespaceRequest("interrupted", (NamespaceType.PID,))
-    try:
-        with Liar(path, silent) as provider:
-            with pytest.raises(KeyboardInterrupt):
-                Consumer(path, SimulatedInspector()).obtain(request)
-            assert provider.told(0) == [request, AllocationEnded("interrupted")]
-    finally:
-        signal.signal(signal.SIGUSR1, before)

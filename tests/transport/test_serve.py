@@ -1,9 +1,10 @@
-"""The provider's driver on a real socket: in order, in time, and each pays for itself."""
+"""The provider's driver on a real socket: in order, in time, and each peer pays for itself."""
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import os
 import resource
 import select
@@ -11,7 +12,7 @@ import selectors
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +20,7 @@ import pytest
 
 from linux.simulated import SimulatedBackend, SimulatedFailure, SimulatedNode
 from statemachine import events as on
+from statemachine.effects import Timer
 from statemachine.errors import (
     AllocationNotFound,
     CreationFailed,
@@ -37,19 +39,20 @@ from statemachine.messages import (
 from statemachine.provider import WAITING_MAX, Limits
 from tests.support.scarcity import descriptors_left
 from tests.support.serving import Serving
-from transport import serve as driver
 from transport.contract import Observation, Recovery, Sighting, Step
 from transport.descriptors import DescriptorBundle
 from transport.endpoint import SO_PASSRIGHTS, listen
-from transport.serve import Provider, Spans
+from transport.serve import Provider, Spans, peers, watch, work
+from transport.serve.timers import RETRY_MAX_S, Timers
 from transport.testing.peer import Line, copies_of, frame_of, wait_until
 
 PID, NET, MOUNT = NamespaceType.PID, NamespaceType.NET, NamespaceType.MOUNT
 ALL: Final = (PID, NET, MOUNT)
-CREATED, HANDED_OFF, ENDED = (
+CREATED, HANDED_OFF, ENDED, UNKNOWN = (
     AllocationState.CREATED,
     AllocationState.HANDED_OFF,
     AllocationState.ENDED,
+    AllocationState.UNKNOWN,
 )
 
 
@@ -78,37 +81,73 @@ class Gate:
             self.reached.set()
             assert self._is_open.wait(10)
 
+    def wait_reached(self) -> None:
+        assert self.reached.wait(10)
+
     def let_go(self) -> None:
         self._is_open.set()
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "s"
+class Recovering(SimulatedBackend):
+    """Recovers when a test lets it."""
+
+    def __init__(self, node: SimulatedNode) -> None:
+        super().__init__(node)
+        self._is_released = threading.Event()
+
+    def recover(self) -> Recovery:
+        assert self._is_released.wait(10)
+        return super().recover()
+
+    def let_go(self) -> None:
+        self._is_released.set()
+
+
+class Rig:
+    """A simulated node, and the providers and peers that a test starts; closed after it."""
+
+    def __init__(self, path: Path, stack: ExitStack) -> None:
+        self.path: Final = path
+        self.node: Final = stack.enter_context(closing(SimulatedNode(frozenset({"hello.sqfs"}))))
+        self._stack: Final = stack
+        self.held: Final[list[Gate | Recovering]] = []
+
+    def serve(self, backend: Any = SimulatedBackend, **options: Any) -> Serving:
+        """Start a provider on the node, with a backend of this kind."""
+        made = self._stack.enter_context(closing(backend(self.node)))
+        return self._stack.enter_context(Serving(self.path, made, **options))
+
+    def serve_recovering(self, **options: Any) -> tuple[Serving, Recovering]:
+        """Start a provider that is not ready before its backend is let go."""
+        made = self._stack.enter_context(closing(Recovering(self.node)))
+        self.held.append(made)
+        serving = Serving(self.path, made, waits_ready=False, **options)
+        return self._stack.enter_context(serving), made
+
+    def connect(self) -> Line:
+        return self._stack.enter_context(Line.to(self.path))
+
+    def use(self, name: str) -> None:
+        """Let a process come and go in an allocation."""
+        self.node.start_process(name)
+        self.node.end_process(name)
+
+    def gate(self, *names: str, step: Step = Step.ANCHOR) -> Gate:
+        """Hold up one step, of some allocations or of all."""
+        made = self.node.hook = Gate(step, *names)
+        self.held.append(made)
+        return made
 
 
 @pytest.fixture
-def node() -> Iterator[SimulatedNode]:
-    with closing(SimulatedNode(frozenset({"hello.sqfs"}))) as made:
-        yield made
-
-
-@pytest.fixture
-def backend(node: SimulatedNode) -> Iterator[SimulatedBackend]:
-    with closing(SimulatedBackend(node)) as made:
-        yield made
-
-
-@pytest.fixture
-def serving(path: Path, backend: SimulatedBackend) -> Iterator[Serving]:
-    with Serving(path, backend) as made:
-        yield made
-
-
-@contextmanager
-def served(path: Path, backend: SimulatedBackend, **options: Any) -> Iterator[Serving]:
-    with closing(backend), Serving(path, backend, **options) as made:
-        yield made
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    with ExitStack() as stack:
+        made = Rig(tmp_path / "s", stack)
+        try:
+            yield made
+        finally:
+            for each in made.held:
+                each.let_go()
 
 
 def hear_all(line: Line, count: int) -> list[Message | None]:
@@ -117,114 +156,112 @@ def hear_all(line: Line, count: int) -> list[Message | None]:
 
 def is_open(line: Line) -> bool:
     """Whether the provider still answers on a connection."""
-    line.say(ended("nobody"))
-    return line.hear() == AllocationNotFound("nobody")
+    return line.ask(ended("none")) == AllocationNotFound("none")
+
+
+def is_same(one: DescriptorBundle, other: DescriptorBundle) -> bool:
+    pairs = zip(one.filenos(), other.filenos(), strict=True)
+    return all(os.path.sameopenfile(*pair) for pair in pairs)
 
 
 # --- Answers -----------------------------------------------------------------------------------
 
 
-def test_basic_request_is_answered_with_its_descriptors(serving: Serving) -> None:
-    with serving.connect() as line:
-        line.say(wanted("a"))
-        assert line.hear() == handed("a")
-        with line.take() as bundle:
-            assert bundle.types == ALL
+def test_basic_request_is_answered_with_its_descriptors(rig: Rig) -> None:
+    rig.serve()
+    line = rig.connect()
+    assert line.ask(wanted("a")) == handed("a")
+    with line.take() as bundle:
+        assert bundle.types == ALL
 
 
-def test_an_end_is_answered_once_everything_is_gone(serving: Serving, node: SimulatedNode) -> None:
-    with serving.connect() as line:
-        line.say(wanted("a"))
-        line.hear()
-        line.say(ended("a"))
-        assert line.hear() == ended("a")
-        assert node.is_clean
+def test_an_end_is_answered_once_everything_is_gone(rig: Rig) -> None:
+    rig.serve()
+    line = rig.connect()
+    line.ask(wanted("a"))
+    assert line.ask(ended("a")) == ended("a")
+    assert rig.node.is_clean
 
 
 @pytest.mark.clause("WIRE-14")
-def test_answers_come_in_the_order_of_the_questions(path: Path, node: SimulatedNode) -> None:
-    gate = node.hook = Gate(Step.ANCHOR, "slow")
-    with served(path, SimulatedBackend(node)) as serving, serving.connect() as line:
-        line.say(b"".join(map(frame_of, (wanted("slow"), wanted("fast"), ended("none")))))
-        serving.wait_for(on.NamespacesCreated)
-        gate.let_go()
-        assert hear_all(line, 3) == [handed("slow"), handed("fast"), AllocationNotFound("none")]
+def test_answers_come_in_the_order_of_the_questions(rig: Rig) -> None:
+    gate = rig.gate("slow")
+    serving, line = rig.serve(), rig.connect()
+    line.say(b"".join(map(frame_of, (wanted("slow"), wanted("fast"), ended("none")))))
+    serving.wait_for(on.NamespacesCreated)
+    gate.let_go()
+    assert hear_all(line, 3) == [handed("slow"), handed("fast"), AllocationNotFound("none")]
 
 
 @pytest.mark.clause("WIRE-16")
-def test_descriptors_stay_with_their_answers_when_pipelined(serving: Serving) -> None:
+def test_descriptors_stay_with_their_answers_when_pipelined(rig: Rig) -> None:
+    rig.serve()
+    line = rig.connect()
     orders = [(PID, NET, MOUNT), (), (NET,), (MOUNT, PID)]
-    with serving.connect() as line:
-        for number, order in enumerate(orders):
-            line.say(NamespaceRequest(f"a{number}", order))
-        for order in orders:
-            line.hear()
-            with line.take() as bundle:
-                names = [os.readlink(f"/proc/self/fd/{fd}") for fd in bundle.filenos()]
-                assert [name.split("-")[1] for name in names] == [kind.value for kind in order]
+    for number, order in enumerate(orders):
+        line.say(NamespaceRequest(f"a{number}", order))
+    for order in orders:
+        line.hear()
+        with line.take() as bundle:
+            names = [os.readlink(f"/proc/self/fd/{fd}") for fd in bundle.filenos()]
+            assert [name.split("-")[1] for name in names] == [kind.value for kind in order]
 
 
 @pytest.mark.clause("WIRE-15")
-def test_a_push_comes_in_between_and_takes_no_answers_place(
-    path: Path, node: SimulatedNode
-) -> None:
-    gate = node.hook = Gate(Step.ANCHOR, "slow")
-    with served(path, SimulatedBackend(node)) as serving, serving.connect() as line:
+def test_a_push_comes_in_between_and_takes_no_answers_place(rig: Rig) -> None:
+    gate = rig.gate("slow")
+    rig.serve()
+    line = rig.connect()
+    line.ask(wanted("a"))
+    line.say(wanted("slow"))
+    gate.wait_reached()
+    rig.use("a")
+    assert line.hear() == ended("a")
+    gate.let_go()
+    assert line.hear() == handed("slow")
+
+
+@pytest.mark.clause("PEER-8")
+@pytest.mark.parametrize("step", [Step.ANCHOR, Step.PUBLISH, Step.KILL])
+def test_slow_work_for_one_allocation_makes_no_other_wait(rig: Rig, step: Step) -> None:
+    gate = rig.gate("slow", step=step)
+    rig.serve()
+    slow, fast = rig.connect(), rig.connect()
+    slow.say(wanted("slow"))
+    expected: Message = handed("slow")
+    if step is Step.KILL:
+        assert slow.hear() == expected
+        slow.say(expected := ended("slow"))
+    gate.wait_reached()
+    for number in range(20):
+        assert fast.ask(wanted(f"a{number}")) == handed(f"a{number}")
+    gate.let_go()
+    assert slow.hear() == expected
+
+
+def test_all_who_ask_while_it_is_made_get_the_same(rig: Rig) -> None:
+    gate = rig.gate()
+    serving, lines = rig.serve(), [rig.connect(), rig.connect()]
+    for line in lines:
         line.say(wanted("a"))
-        line.hear()
-        line.say(wanted("slow"))
-        assert gate.reached.wait(10)
-        node.start_process("a")
-        node.end_process("a")
-        assert line.hear() == ended("a")
-        gate.let_go()
-        assert line.hear() == handed("slow")
+    serving.wait_for(on.RequestReceived, 2)
+    gate.let_go()
+    assert [line.hear() for line in lines] == [handed("a")] * 2
+    with lines[0].take() as one, lines[1].take() as other:
+        assert is_same(one, other)
 
 
-def test_a_slow_allocation_keeps_nobody_else_waiting(path: Path, node: SimulatedNode) -> None:
-    gate = node.hook = Gate(Step.ANCHOR, "slow")
-    with (
-        served(path, SimulatedBackend(node)) as serving,
-        serving.connect() as slow,
-        serving.connect() as fast,
-    ):
-        slow.say(wanted("slow"))
-        assert gate.reached.wait(10)
-        for number in range(20):
-            fast.say(wanted(f"a{number}"))
-            assert fast.hear() == handed(f"a{number}")
-        gate.let_go()
-        assert slow.hear() == handed("slow")
-
-
-def test_who_asks_while_it_is_made_gets_the_same(path: Path, node: SimulatedNode) -> None:
-    gate = node.hook = Gate(Step.ANCHOR)
-    with (
-        served(path, SimulatedBackend(node)) as serving,
-        serving.connect() as first,
-        serving.connect() as second,
-    ):
-        for line in (first, second):
-            line.say(wanted("a"))
-        serving.wait_for(on.RequestReceived, 2)
-        gate.let_go()
-        assert first.hear() == second.hear() == handed("a")
-        with first.take() as one, second.take() as other:
-            same = zip(one.filenos(), other.filenos(), strict=True)
-            assert all(os.path.sameopenfile(*pair) for pair in same)
-
-
-def test_an_end_overtakes_a_creation(path: Path, node: SimulatedNode) -> None:
-    gate = node.hook = Gate(Step.ANCHOR)
-    with served(path, SimulatedBackend(node)) as serving, serving.connect() as line:
-        line.say(wanted("a"))
-        line.say(ended("a"))
-        serving.wait_for(on.EndReceived)
-        gate.let_go()
-        refusal, confirmation = hear_all(line, 2)
-        assert isinstance(refusal, CreationFailed)
-        assert confirmation == ended("a")
-        assert node.is_clean
+def test_an_end_overtakes_a_creation(rig: Rig) -> None:
+    gate = rig.gate()
+    serving, line = rig.serve(), rig.connect()
+    line.say(wanted("a"))
+    line.say(ended("a"))
+    serving.wait_for(on.EndReceived)
+    gate.let_go()
+    refusal, confirmation = hear_all(line, 2)
+    assert isinstance(refusal, CreationFailed)
+    assert confirmation == ended("a")
+    assert rig.node.is_clean
 
 
 class Noted(SimulatedBackend):
@@ -253,141 +290,108 @@ class Noted(SimulatedBackend):
         super().release_namespaces(allocation_id)
 
 
-def test_a_release_waits_for_the_creation_before_it(path: Path, node: SimulatedNode) -> None:
-    gate = node.hook = Gate(Step.ANCHOR, "a")
-    backend = Noted(node)
-    with served(path, backend) as serving, serving.connect() as line, serving.connect() as other:
+def test_a_release_waits_for_the_creation_before_it(rig: Rig) -> None:
+    gate = rig.gate("a")
+    serving, line, other = rig.serve(Noted), rig.connect(), rig.connect()
+    line.say(wanted("a"))
+    line.say(ended("a"))
+    serving.wait_for(on.EndReceived)
+    # Whatever was handed to the backend with the end has begun before this is done.
+    assert other.ask(wanted("b")) == handed("b")
+    gate.let_go()
+    hear_all(line, 2)
+    calls = serving.provider._backend.calls
+    assert [call for call in calls if call.endswith(" a")] == ["create a", "release a"]
+
+
+def test_all_of_an_events_effects_come_before_what_they_bring_about(rig: Rig) -> None:
+    gate = rig.gate()
+    serving, lines = rig.serve(Noted), [rig.connect(), rig.connect()]
+    for line in lines:
         line.say(wanted("a"))
-        line.say(ended("a"))
-        serving.wait_for(on.EndReceived)
-        # Whatever was handed to the backend with the end has begun before this is done.
-        other.say(wanted("b"))
-        assert other.hear() == handed("b")
-        gate.let_go()
-        hear_all(line, 2)
-    assert [call for call in backend.calls if call.endswith(" a")] == ["create a", "release a"]
+    serving.wait_for(on.RequestReceived, 2)
+    gate.let_go()
+    assert [line.hear() for line in lines] == [handed("a")] * 2
+    serving.wait_for(on.ResponseSent, 2)
+    assert serving.provider._backend.calls == ["create a", "open a", "open a", "record a"]
 
 
-def test_all_of_an_events_effects_come_before_what_they_bring_about(
-    path: Path, node: SimulatedNode
-) -> None:
-    gate = node.hook = Gate(Step.ANCHOR)
-    backend = Noted(node)
-    with (
-        served(path, backend) as serving,
-        serving.connect() as first,
-        serving.connect() as second,
-    ):
-        for line in (first, second):
-            line.say(wanted("a"))
-        serving.wait_for(on.RequestReceived, 2)
-        gate.let_go()
-        assert first.hear() == second.hear() == handed("a")
-        serving.wait_for(on.ResponseSent, 2)
-    assert backend.calls == ["create a", "open a", "open a", "record a"]
+def test_an_end_counts_though_its_sender_takes_no_answers_any_more(rig: Rig) -> None:
+    # The repeated request is answered at once, in vain. The end behind it counts all the same.
+    rig.serve()
+    line = rig.connect()
+    line.ask(wanted("a"))
+    line.sock.shutdown(socket.SHUT_RD)
+    line.say(frame_of(wanted("a")) + frame_of(ended("a")))
+    wait_until(lambda: rig.node.is_clean, "the release")
 
 
-def test_an_end_is_heard_though_its_sender_takes_no_answers_any_more(
-    serving: Serving, node: SimulatedNode
-) -> None:
-    # The repeated request is answered at once, to nobody. The end behind it counts all the same.
-    with serving.connect() as line:
-        line.say(wanted("a"))
-        line.hear()
-        line.sock.shutdown(socket.SHUT_RD)
-        line.say(frame_of(wanted("a")) + frame_of(ended("a")))
-    wait_until(lambda: node.is_clean, "the release")
-
-
-def test_whoever_takes_no_answers_is_dropped_after_the_farewell(
-    path: Path, backend: SimulatedBackend
-) -> None:
-    with (
-        Serving(path, backend, spans=Spans(farewell_s=0.02)) as serving,
-        serving.connect() as line,
-    ):
-        line.sock.shutdown(socket.SHUT_RD)
-        line.say(ended("none"))
-        serving.wait_for(on.ConnectionLost)
+def test_a_peer_that_takes_no_answers_is_dropped_after_the_linger_time(rig: Rig) -> None:
+    serving, line = rig.serve(spans=Spans(linger_s=0.02)), rig.connect()
+    line.sock.shutdown(socket.SHUT_RD)
+    line.say(ended("none"))
+    serving.wait_for(on.ConnectionLost)
 
 
 # --- Peers that read slowly, or send slowly -------------------------------------------------------
 
 
-def test_answers_to_a_peer_that_does_not_read_wait_for_it(serving: Serving) -> None:
-    questions = 4000
-    with serving.connect() as line:
-        sender = threading.Thread(
-            target=lambda: [line.say(frame_of(ended("n" * 100)) * 40) for _ in range(100)]
-        )
-        sender.start()
-        try:
-            with serving.connect() as other:
-                assert is_open(other)
-            for _ in range(questions):
-                assert line.hear() == AllocationNotFound("n" * 100)
-        finally:
-            sender.join()
+@pytest.mark.clause("PEER-8")
+def test_answers_to_a_peer_that_does_not_read_wait_for_it(rig: Rig) -> None:
+    rig.serve()
+    line, questions = rig.connect(), 4000
+    sender = threading.Thread(
+        target=lambda: [line.say(frame_of(ended("n" * 100)) * 40) for _ in range(100)]
+    )
+    sender.start()
+    try:
+        assert is_open(rig.connect())
+        assert hear_all(line, questions) == [AllocationNotFound("n" * 100)] * questions
+    finally:
+        sender.join()
 
 
-def test_a_peer_that_never_reads_is_dropped_and_holds_no_descriptors(
-    path: Path, backend: SimulatedBackend
-) -> None:
+def test_a_peer_that_never_reads_is_dropped_and_holds_no_descriptors(rig: Rig) -> None:
     limits = Limits(open_per_connection=1_000_000, open_per_uid=1_000_000)
-    with Serving(path, backend, limits=limits) as serving, serving.connect() as line:
-        with suppress(BrokenPipeError, ConnectionResetError):
-            while True:
-                line.say(frame_of(wanted("a")) * 10)
-        serving.wait_for(on.ConnectionLost)
-        line.hear_rest()
-        with backend.bundle_of("a") as bundle:
-            # The node's own, and the one just opened.
-            assert copies_of(bundle.filenos()) == 2 * len(ALL)
+    serving, line = rig.serve(limits=limits), rig.connect()
+    with suppress(BrokenPipeError, ConnectionResetError):
+        while True:
+            line.say(frame_of(wanted("a")) * 10)
+    serving.wait_for(on.ConnectionLost)
+    line.hear_rest()
+    with serving.provider._backend.bundle_of("a") as bundle:
+        # The node's own, and the one just opened.
+        assert copies_of(bundle.filenos()) == 2 * len(ALL)
 
 
 @pytest.mark.clause("PEER-7")
-def test_a_frame_that_does_not_become_whole_is_refused_in_time(
-    path: Path, backend: SimulatedBackend
-) -> None:
-    with (
-        Serving(path, backend, spans=Spans(partial_frame_s=0.03)) as serving,
-        serving.connect() as line,
-    ):
-        line.say(frame_of(wanted("a"))[:-1])
-        assert line.hear() == FdPassing("a frame was not whole within 0.03 s")
-        assert line.hear() is None
+def test_a_frame_that_does_not_become_whole_is_refused_in_time(rig: Rig) -> None:
+    rig.serve(spans=Spans(partial_frame_s=0.03))
+    line, idle = rig.connect(), rig.connect()
+    idle.ask(wanted("a"))
+    line.say(frame_of(wanted("b"))[:-1])
+    assert line.hear() == FdPassing("a frame was not whole within 0.03 s")
+    assert line.hear() is None
+    # Where no frame has begun, there is no deadline.
+    assert is_open(idle)
 
 
-def test_a_frame_in_pieces_is_read_as_long_as_it_is_whole_in_time(serving: Serving) -> None:
-    with serving.connect() as line:
-        for byte in frame_of(wanted("a")):
-            line.say(bytes([byte]))
-        assert line.hear() == handed("a")
+def test_a_frame_in_pieces_is_read_as_long_as_it_is_whole_in_time(rig: Rig) -> None:
+    rig.serve()
+    line = rig.connect()
+    for byte in frame_of(wanted("a")):
+        line.say(bytes([byte]))
+    assert line.hear() == handed("a")
 
 
-def test_bytes_that_trickle_in_buy_no_more_time(path: Path, backend: SimulatedBackend) -> None:
-    with (
-        Serving(path, backend, spans=Spans(partial_frame_s=0.2)) as serving,
-        serving.connect() as line,
-    ):
-        for byte in frame_of(wanted("x" * 30)):
-            line.say(bytes([byte]))
-            if select.select([line.sock], [], [], 0.02)[0]:
-                break
-        assert line.hear() == FdPassing("a frame was not whole within 0.2 s")
-
-
-def test_an_idle_connection_has_no_deadline(path: Path, backend: SimulatedBackend) -> None:
-    with (
-        Serving(path, backend, spans=Spans(partial_frame_s=0.02)) as serving,
-        serving.connect() as line,
-        serving.connect() as other,
-    ):
-        line.say(wanted("a"))
-        line.hear()
-        other.say(frame_of(wanted("b"))[:-1])
-        assert isinstance(other.hear(), FdPassing)
-        assert is_open(line)
+def test_bytes_that_trickle_in_buy_no_more_time(rig: Rig) -> None:
+    rig.serve(spans=Spans(partial_frame_s=0.2))
+    line = rig.connect()
+    for byte in frame_of(wanted("x" * 30)):
+        line.say(bytes([byte]))
+        if select.select([line.sock], [], [], 0.02)[0]:
+            break
+    assert line.hear() == FdPassing("a frame was not whole within 0.2 s")
 
 
 # --- Frames that cannot be read ----------------------------------------------------------------
@@ -402,239 +406,171 @@ UNREADABLE: Final = {
 }
 
 
-@pytest.mark.clause("WIRE-11")
+@pytest.mark.clause("WIRE-11", "WIRE-12")
 @pytest.mark.parametrize(("frame", "reason"), UNREADABLE.values(), ids=UNREADABLE.keys())
-def test_an_unreadable_frame_is_told_what_is_wrong_and_closed(
-    serving: Serving, frame: bytes, reason: str
+def test_an_unreadable_frame_is_refused_in_its_turn_and_is_the_last(
+    rig: Rig, frame: bytes, reason: str
 ) -> None:
-    with serving.connect() as line:
-        line.say(frame)
-        answer = line.hear()
-        assert isinstance(answer, FdPassing)
-        assert reason in answer.reason
-        assert line.hear() is None
-
-
-@pytest.mark.parametrize(("frame", "reason"), UNREADABLE.values(), ids=UNREADABLE.keys())
-def test_the_refusal_of_a_frame_waits_for_its_turn(
-    path: Path, node: SimulatedNode, frame: bytes, reason: str
-) -> None:
-    gate = node.hook = Gate(Step.ANCHOR)
-    with served(path, SimulatedBackend(node)) as serving, serving.connect() as line:
-        line.say(frame_of(wanted("a")) + frame)
-        serving.wait_for(on.FrameRejected)
-        gate.let_go()
-        assert line.hear() == handed("a")
-        assert isinstance(line.hear(), FdPassing)
-        assert line.hear() is None
-
-
-@pytest.mark.parametrize(("frame", "reason"), UNREADABLE.values(), ids=UNREADABLE.keys())
-def test_what_follows_an_unreadable_frame_has_no_effect(
-    path: Path, node: SimulatedNode, frame: bytes, reason: str
-) -> None:
-    gate = node.hook = Gate(Step.ANCHOR)
-    with served(path, SimulatedBackend(node)) as serving, serving.connect() as line:
-        line.say(frame_of(wanted("a")) + frame + frame_of(wanted("b")))
-        serving.wait_for(on.FrameRejected)
-        gate.let_go()
-        line.hear_rest()
-        assert serving.state_of("b") is AllocationState.UNKNOWN
-
-
-@pytest.mark.clause("WIRE-12")
-def test_an_unreadable_frame_affects_nobody_else(serving: Serving) -> None:
-    with serving.connect() as line, serving.connect() as other:
-        other.say(wanted("a"))
-        other.hear()
-        line.say(b"\0\0\0\0")
-        line.hear_rest()
-        assert is_open(other)
-        assert serving.state_of("a") is HANDED_OFF
+    gate = rig.gate("a")
+    serving, line, other = rig.serve(), rig.connect(), rig.connect()
+    other.ask(wanted("other"))
+    line.say(frame_of(wanted("a")) + frame + frame_of(wanted("b")))
+    serving.wait_for(on.FrameRejected)
+    gate.let_go()
+    answer, refusal = hear_all(line, 2)
+    assert answer == handed("a")
+    assert isinstance(refusal, FdPassing)
+    assert reason in refusal.reason
+    line.hear_rest()
+    assert serving.state_of("b") is UNKNOWN
+    assert is_open(other)
+    assert serving.state_of("other") is HANDED_OFF
 
 
 @pytest.mark.clause("WIRE-13")
-def test_an_error_that_fits_into_no_frame_is_shortened(path: Path, node: SimulatedNode) -> None:
+@pytest.mark.parametrize(
+    ("text", "sent"),
+    [
+        ("x" * 70_000, "x" * peers.ERROR_CHARACTERS_MAX),
+        (f"open: ENOENT: {os.fsdecode(b'/caf%c' % 0xE9)}", r"open: ENOENT: /caf\udce9"),
+    ],
+    ids=["fits into no frame", "is not Unicode"],
+)
+def test_an_error_that_cannot_be_sent_as_it_is_is_sent_all_the_same(
+    rig: Rig, text: str, sent: str
+) -> None:
     def fail(step: Step, name: str) -> None:
         if step is Step.ANCHOR:
-            raise SimulatedFailure("x" * 70_000)
+            raise SimulatedFailure(text)
 
-    node.hook = fail
-    with served(path, SimulatedBackend(node)) as serving, serving.connect() as line:
-        line.say(wanted("a"))
-        text = f"{Step.ANCHOR.value}: {'x' * 70_000}"[: driver.ERROR_CHARACTERS_MAX]
-        assert line.hear() == CreationFailed(text)
-        assert is_open(line)
-
-
-@pytest.mark.clause("WIRE-13")
-def test_an_error_that_is_not_unicode_is_sent_escaped(path: Path, node: SimulatedNode) -> None:
-    def fail(step: Step, name: str) -> None:
-        if step is Step.ANCHOR:
-            raise SimulatedFailure(f"open: ENOENT: {os.fsdecode(b'/caf%c' % 0xE9)}")
-
-    node.hook = fail
-    with served(path, SimulatedBackend(node)) as serving, serving.connect() as line:
-        line.say(wanted("a"))
-        answer = line.hear()
-        assert isinstance(answer, CreationFailed)
-        assert r"/caf\udce9" in answer.reason
+    rig.node.hook = fail
+    rig.serve()
+    line = rig.connect()
+    answer = line.ask(wanted("a"))
+    assert isinstance(answer, CreationFailed)
+    assert answer.reason.endswith(sent)
+    assert is_open(line)
 
 
-def test_descriptors_are_refused_where_they_are_sent(serving: Serving) -> None:
-    with serving.connect() as line, socket.socket() as some:
-        try:
-            line.sock.getsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS)
-        except OSError:
-            pytest.skip("kernel lacks SO_PASSRIGHTS")
-        with pytest.raises(PermissionError) as raised:
-            line.say(wanted("a"), [some.fileno()])
-        assert raised.value.errno == errno.EPERM
-        assert is_open(line)
+def test_descriptors_are_refused_where_they_are_sent(rig: Rig) -> None:
+    rig.serve()
+    line = rig.connect()
+    try:
+        line.sock.getsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS)
+    except OSError:
+        pytest.skip("kernel lacks SO_PASSRIGHTS")
+    with socket.socket() as some, pytest.raises(PermissionError) as raised:
+        line.say(wanted("a"), [some.fileno()])
+    assert raised.value.errno == errno.EPERM
+    assert is_open(line)
 
 
 @pytest.mark.clause("FD-11")
-def test_descriptors_are_dropped_where_they_cannot_be_refused(
-    path: Path, backend: SimulatedBackend
-) -> None:
-    with (
-        Serving(path, backend, use_passrights=False) as serving,
-        serving.connect() as line,
-        socket.socket() as some,
-    ):
+def test_descriptors_are_dropped_where_they_cannot_be_refused(rig: Rig) -> None:
+    serving, line = rig.serve(use_passrights=False), rig.connect()
+    with socket.socket() as some:
         line.say(wanted("a"), [some.fileno()])
         answer = line.hear()
         assert isinstance(answer, FdPassing)
         assert "none are accepted here" in answer.reason
         assert line.hear() is None
         assert copies_of([some.fileno()]) == 1
-        assert serving.state_of("a") is AllocationState.UNKNOWN
+    assert serving.state_of("a") is UNKNOWN
 
 
 # --- Who may, and how much -----------------------------------------------------------------------
 
 
-def test_a_user_who_is_not_allowed_is_told_and_has_no_effect(
-    path: Path, backend: SimulatedBackend
-) -> None:
+@pytest.mark.clause("PEER-2")
+def test_a_user_who_is_not_allowed_is_told_and_has_no_effect(rig: Rig) -> None:
     limits = Limits(allowed_uids=frozenset({54_321}))
-    with Serving(path, backend, limits=limits) as serving, serving.connect() as line:
-        reason = f"user {os.geteuid()} may not use this provider"
-        with suppress(BrokenPipeError):
-            line.say(wanted("a"))
-        assert line.hear() == SocketUnavailable(reason)
-        assert line.hear() is None
-        assert not serving.saw(on.RequestReceived)
+    serving, line = rig.serve(limits=limits), rig.connect()
+    with suppress(BrokenPipeError):
+        line.say(wanted("a"))
+    assert line.hear() == SocketUnavailable(f"user {os.geteuid()} may not use this provider")
+    assert line.hear() is None
+    assert not serving.saw(on.RequestReceived)
 
 
 def refused(reason: str) -> CreationFailed:
     return CreationFailed(f"limit reached: {reason}")
 
 
-def test_too_many_connections_are_refused_by_name(path: Path, backend: SimulatedBackend) -> None:
-    with (
-        Serving(path, backend, limits=Limits(connections_per_uid=2)) as serving,
-        serving.connect() as one,
-        serving.connect() as two,
-        serving.connect() as three,
-    ):
-        assert three.hear() == refused("connections of one user, at most 2")
-        assert three.hear() is None
-        assert is_open(one)
-        assert is_open(two)
+@pytest.mark.clause("PEER-4")
+def test_too_many_connections_are_refused_by_name(rig: Rig) -> None:
+    rig.serve(limits=Limits(connections_per_uid=2))
+    one, two, three = rig.connect(), rig.connect(), rig.connect()
+    assert three.hear() == refused("connections of one user, at most 2")
+    assert three.hear() is None
+    assert is_open(one)
+    assert is_open(two)
 
 
-@pytest.mark.clause("ERR-4")
-def test_too_many_live_allocations_are_refused_by_name(
-    path: Path, backend: SimulatedBackend
-) -> None:
-    with (
-        Serving(path, backend, limits=Limits(allocations_per_uid=1)) as serving,
-        serving.connect() as line,
-    ):
-        line.say(wanted("a"))
-        line.say(wanted("b"))
-        assert line.hear() == handed("a")
-        assert line.hear() == refused("live allocations of one user, at most 1")
-        line.say(ended("a"))
-        assert line.hear() == ended("a")
-        line.say(wanted("b"))
-        assert line.hear() == handed("b")
+@pytest.mark.clause("ERR-4", "PEER-4")
+def test_too_many_live_allocations_are_refused_by_name(rig: Rig) -> None:
+    rig.serve(limits=Limits(allocations_per_uid=1))
+    line = rig.connect()
+    line.say(wanted("a"))
+    line.say(wanted("b"))
+    assert line.hear() == handed("a")
+    assert line.hear() == refused("live allocations of one user, at most 1")
+    assert line.ask(ended("a")) == ended("a")
+    assert line.ask(wanted("b")) == handed("b")
 
 
-@pytest.mark.clause("ERR-4")
-def test_too_many_open_messages_of_a_connection_are_refused_by_name(
-    path: Path, node: SimulatedNode
-) -> None:
-    gate = node.hook = Gate(Step.ANCHOR)
-    limits = Limits(open_per_connection=2)
-    with (
-        served(path, SimulatedBackend(node), limits=limits) as serving,
-        serving.connect() as line,
-    ):
-        for name in "abc":
-            line.say(wanted(name))
-        serving.wait_for(on.RequestReceived, 3)
-        gate.let_go()
-        assert hear_all(line, 2) == [handed("a"), handed("b")]
-        assert line.hear() == refused("unanswered messages of one connection, at most 2")
+@pytest.mark.clause("ERR-4", "PEER-4")
+def test_too_many_open_messages_of_a_connection_are_refused_by_name(rig: Rig) -> None:
+    gate = rig.gate()
+    serving, line = rig.serve(limits=Limits(open_per_connection=2)), rig.connect()
+    for name in "abc":
+        line.say(wanted(name))
+    serving.wait_for(on.RequestReceived, 3)
+    gate.let_go()
+    assert hear_all(line, 2) == [handed("a"), handed("b")]
+    assert line.hear() == refused("unanswered messages of one connection, at most 2")
 
 
 @pytest.mark.clause("PEER-6")
-def test_far_too_many_open_messages_close_the_connection(path: Path, node: SimulatedNode) -> None:
-    gate = node.hook = Gate(Step.ANCHOR)
-    limits = Limits(open_per_connection=2)
-    with (
-        served(path, SimulatedBackend(node), limits=limits) as serving,
-        serving.connect() as line,
-        serving.connect() as other,
-    ):
-        line.say(b"".join(frame_of(wanted(f"a{number}")) for number in range(9)))
-        refusal = line.hear()
-        assert isinstance(refusal, NamespaceError)
-        assert "unanswered messages of one connection" in refusal.text
-        assert line.hear() is None
-        assert is_open(other)
-        gate.let_go()
+def test_far_too_many_open_messages_close_the_connection(rig: Rig) -> None:
+    rig.gate()
+    rig.serve(limits=Limits(open_per_connection=2))
+    line, other = rig.connect(), rig.connect()
+    refusal = line.ask(b"".join(frame_of(wanted(f"a{number}")) for number in range(9)))
+    assert isinstance(refusal, NamespaceError)
+    assert "unanswered messages of one connection" in refusal.text
+    assert line.hear() is None
+    assert is_open(other)
 
 
 @pytest.mark.clause("PEER-5")
-def test_too_many_open_messages_of_a_user_are_refused_by_name(
-    path: Path, node: SimulatedNode
-) -> None:
-    gate = node.hook = Gate(Step.ANCHOR)
-    with (
-        served(path, SimulatedBackend(node), limits=Limits(open_per_uid=1)) as serving,
-        serving.connect() as line,
-        serving.connect() as other,
-    ):
-        line.say(wanted("a"))
-        serving.wait_for(on.RequestReceived)
-        other.say(wanted("b"))
-        assert other.hear() == refused("unanswered messages of one user, at most 1")
-        gate.let_go()
-        assert line.hear() == handed("a")
+def test_too_many_open_messages_of_a_user_are_refused_by_name(rig: Rig) -> None:
+    gate = rig.gate()
+    serving = rig.serve(limits=Limits(open_per_uid=1))
+    line, other = rig.connect(), rig.connect()
+    line.say(wanted("a"))
+    serving.wait_for(on.RequestReceived)
+    assert other.ask(wanted("b")) == refused("unanswered messages of one user, at most 1")
+    gate.let_go()
+    assert line.hear() == handed("a")
 
 
-def test_many_connections_at_once_are_all_served(path: Path, backend: SimulatedBackend) -> None:
+def test_many_connections_at_once_are_all_served(rig: Rig) -> None:
     count = 500
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
     try:
-        with Serving(path, backend) as serving, ExitStack() as stack:
-            lines = [stack.enter_context(serving.connect()) for _ in range(count)]
-            for line in lines:
-                line.say(wanted("a"))
-            assert [line.hear() for line in lines] == [handed("a")] * count
-            assert len(serving.saw(on.NamespacesCreated)) == 1
+        serving, lines = rig.serve(), [rig.connect() for _ in range(count)]
+        for line in lines:
+            line.say(wanted("a"))
+        assert [line.hear() for line in lines] == [handed("a")] * count
+        assert len(serving.saw(on.NamespacesCreated)) == 1
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.clause("PEER-11")
-def test_without_descriptors_connections_are_turned_away_and_later_served(
-    serving: Serving,
-) -> None:
+def test_without_descriptors_connections_are_turned_away_and_later_served(rig: Rig) -> None:
+    serving = rig.serve()
     with ExitStack() as stack:
         waiting = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(3)]
         lines = [Line(sock) for sock in waiting]
@@ -643,191 +579,140 @@ def test_without_descriptors_connections_are_turned_away_and_later_served(
                 line.sock.connect(str(serving.path))
             reason = "the provider has no file descriptor left"
             assert [line.hear() for line in lines] == [SocketUnavailable(reason)] * 3
-        with serving.connect() as line:
-            assert is_open(line)
+        assert is_open(rig.connect())
 
 
 # --- Before it is ready ------------------------------------------------------------------------
 
 
-class Recovering(SimulatedBackend):
-    """Takes as long to recover as a test wants."""
-
-    def __init__(self, node: SimulatedNode) -> None:
-        super().__init__(node)
-        self.may_go_on = threading.Event()
-
-    def recover(self) -> Recovery:
-        assert self.may_go_on.wait(10)
-        return super().recover()
-
-
-@contextmanager
-def recovering(
-    path: Path, node: SimulatedNode, **options: Any
-) -> Iterator[tuple[Serving, Recovering]]:
-    with closing(Recovering(node)) as backend:
-        serving = Serving(path, backend, waits_ready=False, **options)
-        try:
-            with serving:
-                yield serving, backend
-        finally:
-            backend.may_go_on.set()
+@pytest.mark.clause("LIFE-13")
+def test_what_is_asked_before_it_is_ready_waits_in_order(rig: Rig) -> None:
+    serving, backend = rig.serve_recovering()
+    lines = [rig.connect() for _ in range(5)]
+    for number, line in enumerate(lines):
+        line.say(wanted(f"a{number}"))
+        serving.wait_for(on.RequestReceived, number + 1)
+    backend.let_go()
+    assert [line.hear() for line in lines] == [handed(f"a{number}") for number in range(5)]
+    ready = next(effects for event, effects in serving.turns if isinstance(event, on.ProviderReady))
+    created = [e.request.allocation_id for e in ready if hasattr(e, "request")]
+    assert created == [f"a{number}" for number in range(5)]
 
 
-def test_what_is_asked_before_it_is_ready_waits_in_order(path: Path, node: SimulatedNode) -> None:
-    with recovering(path, node) as (serving, backend), ExitStack() as stack:
-        lines = [stack.enter_context(serving.connect()) for _ in range(5)]
-        for number, line in enumerate(lines):
+def test_no_more_wait_before_it_is_ready_than_may(rig: Rig) -> None:
+    serving, backend = rig.serve_recovering()
+    lines = [rig.connect() for _ in range(3)]
+    for line in lines:
+        for number in range(WAITING_MAX // 2):
             line.say(wanted(f"a{number}"))
-            serving.wait_for(on.RequestReceived, number + 1)
-        backend.may_go_on.set()
-        assert [line.hear() for line in lines] == [handed(f"a{number}") for number in range(5)]
-        ready = next(
-            effects for event, effects in serving.turns if isinstance(event, on.ProviderReady)
-        )
-        created = [e.request.allocation_id for e in ready if hasattr(e, "request")]
-        assert created == [f"a{number}" for number in range(5)]
-
-
-def test_no_more_wait_before_it_is_ready_than_may(path: Path, node: SimulatedNode) -> None:
-    with recovering(path, node) as (serving, backend), ExitStack() as stack:
-        lines = [stack.enter_context(serving.connect()) for _ in range(3)]
-        for line in lines:
-            for number in range(WAITING_MAX // 2):
-                line.say(wanted(f"a{number}"))
-        serving.wait_for(on.RequestReceived, 3 * WAITING_MAX // 2)
-        reason = f"{WAITING_MAX} messages already wait for the provider"
-        backend.may_go_on.set()
-        heard = [line.hear() for line in lines for _ in range(WAITING_MAX // 2)]
-        assert heard.count(SocketUnavailable(reason)) == WAITING_MAX // 2
+    serving.wait_for(on.RequestReceived, 3 * WAITING_MAX // 2)
+    backend.let_go()
+    heard = [line.hear() for line in lines for _ in range(WAITING_MAX // 2)]
+    reason = f"{WAITING_MAX} messages already wait for the provider"
+    assert heard.count(SocketUnavailable(reason)) == WAITING_MAX // 2
 
 
 @pytest.mark.clause("LIFE-14")
-def test_who_waits_too_long_for_it_to_be_ready_is_told(path: Path, node: SimulatedNode) -> None:
-    with (
-        recovering(path, node, spans=Spans(readiness_s=0.02)) as (serving, backend),
-        serving.connect() as line,
-    ):
-        line.say(wanted("a"))
-        line.say(ended("a"))
-        reason = "the provider did not become ready in time"
-        assert hear_all(line, 2) == [SocketUnavailable(reason)] * 2
-        backend.may_go_on.set()
-        line.say(wanted("a"))
-        assert line.hear() in (handed("a"), SocketUnavailable(reason))
+def test_what_waits_too_long_for_it_to_be_ready_is_told(rig: Rig) -> None:
+    _, backend = rig.serve_recovering(spans=Spans(readiness_s=0.02))
+    line = rig.connect()
+    line.say(wanted("a"))
+    line.say(ended("a"))
+    late = SocketUnavailable("the provider did not become ready in time")
+    assert hear_all(line, 2) == [late] * 2
+    backend.let_go()
+    assert line.ask(wanted("a")) in (handed("a"), late)
 
 
-def test_what_an_earlier_provider_left_is_handed_over_again(
-    path: Path, node: SimulatedNode
-) -> None:
-    with served(path, SimulatedBackend(node)) as first, first.connect() as line:
-        line.say(wanted("a"))
-        line.hear()
-        bundle = line.take()
-    with bundle, served(path, SimulatedBackend(node)) as second, second.connect() as line:
-        line.say(wanted("a"))
-        assert line.hear() == handed("a")
+def test_what_an_earlier_provider_left_is_handed_over_again(rig: Rig) -> None:
+    first, line = rig.serve(), rig.connect()
+    line.ask(wanted("a"))
+    with line.take() as bundle:
+        first.end()
+        rig.serve()
+        line = rig.connect()
+        assert line.ask(wanted("a")) == handed("a")
         with line.take() as again:
-            same = zip(bundle.filenos(), again.filenos(), strict=True)
-            assert all(os.path.sameopenfile(*pair) for pair in same)
+            assert is_same(bundle, again)
 
 
-def test_what_an_earlier_provider_ended_is_confirmed_again(path: Path, node: SimulatedNode) -> None:
-    with served(path, SimulatedBackend(node)) as first, first.connect() as line:
-        for message in (wanted("a"), ended("a")):
-            line.say(message)
-            line.hear()
-    with served(path, SimulatedBackend(node)) as second, second.connect() as line:
-        line.say(ended("a"))
-        assert line.hear() == ended("a")
+def test_what_an_earlier_provider_ended_is_confirmed_again(rig: Rig) -> None:
+    first, line = rig.serve(), rig.connect()
+    line.ask(wanted("a"))
+    line.ask(ended("a"))
+    first.end()
+    rig.serve()
+    assert rig.connect().ask(ended("a")) == ended("a")
 
 
-def test_a_backend_that_cannot_recover_stops_the_provider(path: Path, node: SimulatedNode) -> None:
+def test_a_backend_that_cannot_recover_stops_the_provider(rig: Rig) -> None:
     class Lost(SimulatedBackend):
         def recover(self) -> Recovery:
             raise RuntimeError("no journal")
 
     async def main() -> None:
-        with closing(Lost(node)) as backend:
-            await Provider(listen(path), backend).run()
+        with closing(Lost(rig.node)) as backend:
+            await Provider(listen(rig.path), backend).run()
 
     with pytest.raises(RuntimeError, match="no journal"):
         asyncio.run(main())
-    assert not path.exists()
+    assert not rig.path.exists()
 
 
 # --- Stopping ----------------------------------------------------------------------------------
 
 
-def test_what_is_alive_stays_alive_when_it_stops(
-    path: Path, node: SimulatedNode, backend: SimulatedBackend
-) -> None:
-    with Serving(path, backend) as serving, serving.connect() as line:
-        line.say(wanted("a"))
-        line.hear()
-        serving.stop()
-        assert line.hear() is None
-    assert node.allocations["a"].is_init_alive
+@pytest.mark.clause("CRASH-12")
+def test_what_is_alive_stays_alive_when_it_stops(rig: Rig) -> None:
+    serving, line = rig.serve(), rig.connect()
+    line.ask(wanted("a"))
+    serving.stop()
+    assert line.hear() is None
+    serving.join()
+    assert rig.node.lives["a"].is_init_alive
 
 
-def test_nothing_of_it_goes_on_in_its_loop_when_it_has_stopped(
-    path: Path, node: SimulatedNode, backend: SimulatedBackend
-) -> None:
+def test_nothing_of_it_goes_on_in_its_loop_when_it_has_stopped(rig: Rig) -> None:
     faults: list[object] = []
 
-    async def main() -> None:
+    async def main(backend: SimulatedBackend) -> None:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(lambda _, context: faults.append(context))
-        provider = Provider(listen(path), backend, spans=Spans(claim_s=0.01))
+        provider = Provider(listen(rig.path), backend, spans=Spans(claim_s=0.01))
         running = loop.create_task(provider.run())
-        line = await loop.run_in_executor(None, Line.to, path)
-        line.say(wanted("a"))
-        await loop.run_in_executor(None, line.hear)
+        line = await loop.run_in_executor(None, rig.connect)
+        await loop.run_in_executor(None, line.ask, wanted("a"))
         provider.stop()
         await running
         line.hang_up()
         await asyncio.sleep(0.05)
         assert provider.kernel.state_of("a") is HANDED_OFF
 
-    asyncio.run(main())
+    with closing(SimulatedBackend(rig.node)) as backend:
+        asyncio.run(main(backend))
     assert not faults
-    assert node.allocations["a"].is_init_alive
+    assert rig.node.lives["a"].is_init_alive
 
 
 @pytest.mark.clause("CRASH-12")
-def test_who_asks_while_it_stops_is_told_and_who_asked_before_is_served(
-    path: Path, node: SimulatedNode
-) -> None:
-    gate = node.hook = Gate(Step.ANCHOR)
-    with served(path, SimulatedBackend(node)) as serving, serving.connect() as line:
-        line.say(wanted("a"))
-        assert gate.reached.wait(10)
-        serving.stop()
-        serving.wait_for(on.ProviderStopping)
-        line.say(wanted("b"))
-        serving.wait_for(on.RequestReceived, 2)
-        gate.let_go()
-        assert line.hear() == handed("a")
-        assert line.hear() == SocketUnavailable("the provider is shutting down")
-        assert line.hear() is None
+def test_what_was_asked_before_it_stops_is_served_and_what_is_asked_then_refused(rig: Rig) -> None:
+    gate = rig.gate()
+    serving, line = rig.serve(), rig.connect()
+    line.say(wanted("a"))
+    gate.wait_reached()
+    serving.stop()
+    serving.wait_for(on.ProviderStopping)
+    with pytest.raises(FileNotFoundError):
+        rig.connect()
+    line.say(wanted("b"))
+    serving.wait_for(on.RequestReceived, 2)
+    gate.let_go()
+    assert line.hear() == handed("a")
+    assert line.hear() == SocketUnavailable("the provider is shutting down")
+    assert line.hear() is None
 
 
-def test_nobody_can_connect_to_it_while_it_stops(path: Path, node: SimulatedNode) -> None:
-    gate = node.hook = Gate(Step.ANCHOR)
-    with served(path, SimulatedBackend(node)) as serving, serving.connect() as line:
-        line.say(wanted("a"))
-        assert gate.reached.wait(10)
-        serving.stop()
-        serving.wait_for(on.ProviderStopping)
-        with pytest.raises(FileNotFoundError):
-            serving.connect()
-        gate.let_go()
-
-
-def test_it_stops_without_waiting_for_what_is_kept_for_a_while(
-    path: Path, node: SimulatedNode
-) -> None:
+def test_it_stops_without_waiting_for_what_is_kept_for_a_while(rig: Rig) -> None:
     is_kept = threading.Event()
 
     class Keeping(SimulatedBackend):
@@ -837,44 +722,42 @@ def test_it_stops_without_waiting_for_what_is_kept_for_a_while(
                 is_kept.set()
             return due_s
 
-    with served(path, Keeping(node)) as serving, serving.connect() as line:
-        line.say(NamespaceRequest("a", (MOUNT,), "hello.sqfs"))
-        line.hear()
-        line.say(ended("a"))
-        line.hear()
-        assert is_kept.wait(10)
-        # That it is due in a minute is known now; a moment later it is waited for.
-        assert is_open(line)
-        serving.stop()
-        serving._thread.join(1.0)
-        assert not serving._thread.is_alive()
+    serving, line = rig.serve(Keeping), rig.connect()
+    line.ask(NamespaceRequest("a", (MOUNT,), "hello.sqfs"))
+    line.ask(ended("a"))
+    assert is_kept.wait(10)
+    # That it is due in a minute is known now; a moment later it is waited for.
+    assert is_open(line)
+    serving.stop()
+    serving._thread.join(1.0)
+    assert not serving._thread.is_alive()
 
 
-def test_it_can_be_stopped_while_it_recovers(
-    path: Path, node: SimulatedNode, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(driver, "STOP_TIMEOUT_S", 0.02)
-    with recovering(path, node) as (serving, _), serving.connect() as line:
-        line.say(wanted("a"))
-        serving.wait_for(on.RequestReceived)
-        serving.stop()
-        assert line.hear() == SocketUnavailable("the provider is shutting down")
-        serving.join()
+def test_it_can_be_stopped_while_it_recovers(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "STOP_TIMEOUT_S", 0.02)
+    serving, _ = rig.serve_recovering()
+    line = rig.connect()
+    line.say(wanted("a"))
+    serving.wait_for(on.RequestReceived)
+    serving.stop()
+    assert line.hear() == SocketUnavailable("the provider is shutting down")
+    serving.join()
 
 
 def test_work_that_hangs_does_not_keep_it_from_stopping(
-    path: Path, node: SimulatedNode, monkeypatch: pytest.MonkeyPatch
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "STOP_TIMEOUT_S", 0.02)
-    gate = node.hook = Gate(Step.ANCHOR)
-    with served(path, SimulatedBackend(node)) as serving, serving.connect() as line:
-        line.say(wanted("a"))
-        assert gate.reached.wait(10)
-        serving.stop()
-        assert line.hear() is None
-        serving.join()
-        gate.let_go()
-        wait_until(lambda: "a" in node.allocations and not _is_working(), "the end of the work")
+    monkeypatch.setattr(work, "STOP_TIMEOUT_S", 0.02)
+    gate = rig.gate()
+    serving, line = rig.serve(), rig.connect()
+    line.say(wanted("a"))
+    gate.wait_reached()
+    serving.stop()
+    assert line.hear() is None
+    serving.join()
+    assert serving.provider.has_hung
+    gate.let_go()
+    wait_until(lambda: "a" in rig.node.lives and not _is_working(), "the end of the work")
 
 
 def _is_working() -> bool:
@@ -884,103 +767,35 @@ def _is_working() -> bool:
 # --- What ends an allocation -------------------------------------------------------------------
 
 
-def test_what_nobody_uses_and_nobody_claims_is_ended(path: Path, node: SimulatedNode) -> None:
-    with served(path, SimulatedBackend(node), spans=Spans(claim_s=0.02)) as serving:
-        with serving.connect() as line:
-            line.say(wanted("a"))
-            line.hear()
-        serving.wait_for(on.NamespacesReleased)
-        assert serving.saw(on.ClaimExpired) == [on.ClaimExpired("a")]
-        assert node.is_clean
+def test_what_is_neither_used_nor_claimed_is_ended(rig: Rig) -> None:
+    serving, line = rig.serve(spans=Spans(claim_s=0.02)), rig.connect()
+    line.ask(wanted("a"))
+    line.hang_up()
+    serving.wait_for(on.NamespacesReleased)
+    assert serving.saw(on.ClaimExpired) == [on.ClaimExpired("a")]
+    assert rig.node.is_clean
 
 
-def test_what_is_used_needs_nobody_to_claim_it(path: Path, node: SimulatedNode) -> None:
-    with (
-        served(path, SimulatedBackend(node), spans=Spans(claim_s=0.01)) as serving,
-        serving.connect() as line,
-        serving.connect() as other,
-    ):
-        line.say(wanted("a"))
-        line.hear()
-        node.start_process("a")
-        serving.wait_for(on.ScopePopulated)
-        line.hang_up()
-        serving.wait_for(on.ConnectionLost)
-        other.say(wanted("b"))
-        other.hear()
-        other.hang_up()
-        serving.wait_for(on.ClaimExpired)
-        assert serving.state_of("a") is HANDED_OFF
+def test_what_is_used_needs_no_claim(rig: Rig) -> None:
+    serving, line, other = rig.serve(spans=Spans(claim_s=0.01)), rig.connect(), rig.connect()
+    line.ask(wanted("a"))
+    rig.node.start_process("a")
+    serving.wait_for(on.ScopePopulated)
+    line.hang_up()
+    serving.wait_for(on.ConnectionLost)
+    other.ask(wanted("b"))
+    other.hang_up()
+    serving.wait_for(on.ClaimExpired)
+    assert serving.state_of("a") is HANDED_OFF
 
 
-def test_a_claim_in_time_keeps_it(path: Path, node: SimulatedNode) -> None:
-    with served(path, SimulatedBackend(node), spans=Spans(claim_s=60)) as serving:
-        with serving.connect() as line:
-            line.say(wanted("a"))
-            line.hear()
-        serving.wait_for(on.ConnectionLost)
-        with serving.connect() as line:
-            line.say(wanted("a"))
-            assert line.hear() == handed("a")
-            assert serving.ask(lambda: not serving.provider._clock.handles)
-
-
-def test_a_dead_init_ends_it(serving: Serving, node: SimulatedNode) -> None:
-    with serving.connect() as line:
-        line.say(wanted("a"))
-        line.hear()
-        node.kill_init("a")
-        assert line.hear() == ended("a")
-
-
-def test_an_empty_cgroup_ends_it_at_once_without_a_grace(
-    serving: Serving, node: SimulatedNode
-) -> None:
-    with serving.connect() as line:
-        line.say(wanted("a"))
-        line.hear()
-        node.start_process("a")
-        node.end_process("a")
-        assert line.hear() == ended("a")
-
-
-@pytest.mark.clause("END-7")
-def test_a_grace_lets_one_program_follow_another(path: Path, node: SimulatedNode) -> None:
-    with (
-        served(path, SimulatedBackend(node), spans=Spans(empty_grace_s=60)) as serving,
-        serving.connect() as line,
-    ):
-        line.say(wanted("a"))
-        line.hear()
-        node.start_process("a")
-        node.end_process("a")
-        wait_until(lambda: serving.ask(lambda: "a" in serving.provider._clock.graces))
-        node.start_process("a")
-        wait_until(lambda: serving.ask(lambda: "a" not in serving.provider._clock.graces))
-        assert serving.state_of("a") is HANDED_OFF
-
-
-def test_a_grace_that_passes_ends_it(path: Path, node: SimulatedNode) -> None:
-    with (
-        served(path, SimulatedBackend(node), spans=Spans(empty_grace_s=0.02)) as serving,
-        serving.connect() as line,
-    ):
-        line.say(wanted("a"))
-        line.hear()
-        node.start_process("a")
-        node.end_process("a")
-        assert line.hear() == ended("a")
-
-
-def test_freezing_ends_nothing(serving: Serving, node: SimulatedNode) -> None:
-    with serving.connect() as line:
-        line.say(wanted("a"))
-        line.hear()
-        node.start_process("a")
-        node.freeze("a")
-        node.freeze("a", is_frozen=False)
-        serving.wait_for(on.ScopePopulated, 2)
-        assert serving.state_of("a") is HANDED_OFF
+def test_a_claim_in_time_keeps_it(rig: Rig) -> None:
+    serving, line = rig.serve(spans=Spans(claim_s=60)), rig.connect()
+    line.ask(wanted("a"))
+    line.hang_up()
+    serving.wait_for(on.ConnectionLost)
+    assert rig.connect().ask(wanted("a")) == handed("a")
+    assert serving.ask(lambda: not serving.provider._timers._running)
 
 
 class Blurred(SimulatedBackend):
@@ -990,20 +805,51 @@ class Blurred(SimulatedBackend):
         return [Observation(seen.allocation_id, Sighting.CHANGED) for seen in super().observe()]
 
 
-def test_a_change_without_proof_is_looked_at_again(path: Path, node: SimulatedNode) -> None:
-    with served(path, Blurred(node)) as serving, serving.connect() as line:
-        line.say(wanted("a"))
-        line.hear()
-        node.start_process("a")
-        node.end_process("a")
-        assert line.hear() == ended("a")
+@pytest.mark.parametrize(
+    ("happens", "backend", "grace_s"),
+    [
+        (lambda rig: rig.node.kill_init("a"), SimulatedBackend, 0.0),
+        (lambda rig: rig.use("a"), SimulatedBackend, 0.0),
+        (lambda rig: rig.use("a"), SimulatedBackend, 0.02),
+        (lambda rig: rig.use("a"), Blurred, 0.0),
+    ],
+    ids=["a dead init", "an empty cgroup", "a grace that passes", "a change, looked at again"],
+)
+def test_its_end_is_seen(
+    rig: Rig, happens: Callable[[Rig], None], backend: Any, grace_s: float
+) -> None:
+    rig.serve(backend, spans=Spans(empty_grace_s=grace_s))
+    line = rig.connect()
+    line.ask(wanted("a"))
+    happens(rig)
+    assert line.hear() == ended("a")
+
+
+@pytest.mark.clause("END-7")
+def test_a_grace_lets_one_program_follow_another(rig: Rig) -> None:
+    serving, line = rig.serve(spans=Spans(empty_grace_s=60)), rig.connect()
+    graces = serving.provider._watcher._graces
+    line.ask(wanted("a"))
+    rig.use("a")
+    wait_until(lambda: serving.ask(lambda: "a" in graces))
+    rig.node.start_process("a")
+    wait_until(lambda: serving.ask(lambda: "a" not in graces))
+    assert serving.state_of("a") is HANDED_OFF
+
+
+def test_freezing_ends_nothing(rig: Rig) -> None:
+    serving, line = rig.serve(), rig.connect()
+    line.ask(wanted("a"))
+    rig.node.start_process("a")
+    rig.node.freeze("a")
+    rig.node.freeze("a", is_frozen=False)
+    serving.wait_for(on.ScopePopulated, 2)
+    assert serving.state_of("a") is HANDED_OFF
 
 
 @pytest.mark.clause("END-4")
-def test_a_change_without_use_ends_nothing(
-    path: Path, node: SimulatedNode, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(driver, "LOOK_AGAIN_S", 0.001)
+def test_a_change_without_use_ends_nothing(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "LOOK_AGAIN_S", 0.001)
     looked = threading.Event()
 
     class Unused(Blurred):
@@ -1011,78 +857,54 @@ def test_a_change_without_use_ends_nothing(
             looked.set()
             return super().is_over(allocation_id)
 
-    with served(path, Unused(node)) as serving, serving.connect() as line:
-        line.say(wanted("a"))
-        line.hear()
-        node.freeze("a")
-        with node.lock:
-            serving.provider._backend.hear(Observation("a", Sighting.CHANGED))
-        assert looked.wait(10)
-        assert serving.state_of("a") is HANDED_OFF
+    serving, line = rig.serve(Unused), rig.connect()
+    line.ask(wanted("a"))
+    rig.node.freeze("a")
+    with rig.node.lock:
+        serving.provider._backend.hear(Observation("a", Sighting.CHANGED))
+    assert looked.wait(10)
+    assert serving.state_of("a") is HANDED_OFF
 
 
 # --- Releasing ---------------------------------------------------------------------------------
 
 
 @pytest.mark.clause("END-9")
-def test_a_release_is_tried_until_it_is_done_and_announced_in_time(
-    path: Path, node: SimulatedNode
-) -> None:
-    with (
-        served(path, SimulatedBackend(node), spans=Spans(release_s=0.03)) as serving,
-        serving.connect() as line,
-        serving.connect() as other,
-    ):
-        line.say(wanted("a"))
-        line.hear()
-        node.start_process("a")
-        node.hang("a")
-        line.say(ended("a"))
-        assert line.hear() == ended("a")
-        assert serving.state_of("a") is ENDED
-        other.say(wanted("b"))
-        assert other.hear() == handed("b")
-        node.hang("a", 0)
-        serving.wait_for(on.NamespacesReleased)
-        assert "a" not in node.allocations
+def test_a_release_is_tried_until_it_is_done_and_announced_in_time(rig: Rig) -> None:
+    serving, line, other = rig.serve(spans=Spans(release_s=0.03)), rig.connect(), rig.connect()
+    line.ask(wanted("a"))
+    rig.node.start_process("a")
+    rig.node.hang("a")
+    assert line.ask(ended("a")) == ended("a")
+    assert serving.state_of("a") is ENDED
+    assert other.ask(wanted("b")) == handed("b")
+    refusal = line.ask(wanted("a"))
+    assert isinstance(refusal, CreationFailed)
+    assert "1 processes do not die" in refusal.reason
+    rig.node.hang("a", 0)
+    serving.wait_for(on.NamespacesReleased)
+    assert "a" not in rig.node.lives
 
 
-def test_a_drain_says_what_it_waits_for(path: Path, node: SimulatedNode) -> None:
-    with (
-        served(path, SimulatedBackend(node), spans=Spans(release_s=0.01)) as serving,
-        serving.connect() as line,
-    ):
-        line.say(wanted("a"))
-        line.hear()
-        node.start_process("a")
-        node.hang("a")
-        line.say(ended("a"))
-        line.hear()
-        line.say(wanted("a"))
-        refusal = line.hear()
-        assert isinstance(refusal, CreationFailed)
-        assert "1 processes do not die" in refusal.reason
-        node.hang("a", 0)
-        serving.wait_for(on.NamespacesReleased)
-
-
-def test_the_pauses_between_tries_double_up_to_a_limit(path: Path, node: SimulatedNode) -> None:
-    with closing(SimulatedBackend(node)) as backend, listen(path) as listener:
-        provider = Provider(listener, backend)
-        spans = [provider._span_of(driver.Timer.RETRY, "a") for _ in range(40)]
-        provider._pool.shutdown()
+def test_the_pauses_between_tries_double_up_to_a_limit() -> None:
+    timers = Timers(Spans(), lambda _: None)
+    spans = [timers._span_of(Timer.RETRY, "a") for _ in range(40)]
     assert spans[:4] == [0.001, 0.002, 0.004, 0.008]
-    assert spans[-1] == driver.RETRY_MAX_S
+    assert spans[-1] == RETRY_MAX_S
 
 
 # --- A backend with bugs -----------------------------------------------------------------------
 
 
-def _broken(method: str, name: str = "bad") -> Callable[[SimulatedNode], SimulatedBackend]:
-    def fail(self: SimulatedBackend, asked: Any, *rest: Any) -> Any:
-        if getattr(asked, "allocation_id", asked) == name:
+def _broken(method: str, times: float = float("inf")) -> type[SimulatedBackend]:
+    """A backend of which one method fails, some times, for the allocation `bad` or for all."""
+    failures = itertools.count()
+
+    def fail(self: SimulatedBackend, *asked: Any) -> Any:
+        is_meant = not asked or getattr(asked[0], "allocation_id", asked[0]) == "bad"
+        if is_meant and next(failures) < times:
             raise RuntimeError("a bug")
-        return getattr(SimulatedBackend, method)(self, asked, *rest)
+        return getattr(SimulatedBackend, method)(self, *asked)
 
     return type(f"Broken_{method}", (SimulatedBackend,), {method: fail})
 
@@ -1099,98 +921,66 @@ BROKEN: Final = (
 
 @pytest.mark.clause("ERR-7")
 @pytest.mark.parametrize("method", BROKEN)
-def test_a_bug_of_the_backend_costs_one_allocation(
-    path: Path, node: SimulatedNode, method: str
-) -> None:
-    with (
-        served(path, _broken(method)(node)) as serving,
-        serving.connect() as line,
-        serving.connect() as other,
-    ):
-        line.say(wanted("bad"))
-        assert isinstance(line.hear(), (CreationFailed, FdPassing, NamespaceResponse))
-        with suppress(KeyError):
-            node.start_process("bad")
-            node.end_process("bad")
-        other.say(wanted("good"))
-        assert other.hear() == handed("good")
-        node.start_process("good")
-        node.end_process("good")
-        assert other.hear() == ended("good")
+def test_a_bug_of_the_backend_costs_one_allocation(rig: Rig, method: str) -> None:
+    rig.serve(_broken(method))
+    line, other = rig.connect(), rig.connect()
+    answer = line.ask(wanted("bad"))
+    assert isinstance(answer, (CreationFailed, FdPassing, NamespaceResponse))
+    with suppress(KeyError):
+        rig.use("bad")
+    assert other.ask(wanted("good")) == handed("good")
+    rig.use("good")
+    assert other.hear() == ended("good")
 
 
-def test_what_cannot_be_watched_is_ended(path: Path, node: SimulatedNode) -> None:
-    with served(path, _broken("watch")(node)) as serving, serving.connect() as line:
-        line.say(wanted("bad"))
-        assert line.hear() == handed("bad")
-        assert line.hear() == ended("bad")
-        assert node.is_clean
+def test_what_cannot_be_watched_is_ended(rig: Rig) -> None:
+    rig.serve(_broken("watch"))
+    line = rig.connect()
+    assert line.ask(wanted("bad")) == handed("bad")
+    assert line.hear() == ended("bad")
+    assert rig.node.is_clean
 
 
 @pytest.mark.clause("FD-13")
-def test_descriptors_that_cannot_be_had_are_answered_with_the_reason(
-    path: Path, node: SimulatedNode
-) -> None:
-    with served(path, _broken("bundle_of")(node)) as serving, serving.connect() as line:
-        line.say(wanted("bad"))
-        assert line.hear() == FdPassing("the descriptors of bad cannot be had: a bug")
-        assert serving.state_of("bad") is CREATED
+def test_descriptors_that_cannot_be_had_are_answered_with_the_reason(rig: Rig) -> None:
+    serving, line = rig.serve(_broken("bundle_of")), rig.connect()
+    assert line.ask(wanted("bad")) == FdPassing("the descriptors of bad cannot be had: a bug")
+    assert serving.state_of("bad") is CREATED
 
 
-def test_a_bundle_that_is_not_what_was_made_is_not_sent(path: Path, node: SimulatedNode) -> None:
+def test_a_bundle_that_is_not_what_was_made_is_not_sent(rig: Rig) -> None:
     class Mixed(SimulatedBackend):
         def bundle_of(self, allocation_id: str) -> DescriptorBundle:
             with super().bundle_of(allocation_id) as bundle:
                 return DescriptorBundle((NET,), [bundle[NET].duplicate()])
 
-    with served(path, Mixed(node)) as serving, serving.connect() as line:
-        line.say(wanted("a"))
-        answer = line.hear()
-        assert isinstance(answer, FdPassing)
-        assert "does not announce" in answer.reason
+    rig.serve(Mixed)
+    answer = rig.connect().ask(wanted("a"))
+    assert isinstance(answer, FdPassing)
+    assert "does not announce" in answer.reason
 
 
-def test_a_release_with_a_bug_is_tried_again(path: Path, node: SimulatedNode) -> None:
-    failures = iter(range(3))
-
-    class Stubborn(SimulatedBackend):
-        def release_namespaces(self, allocation_id: str) -> None:
-            if next(failures, None) is not None:
-                raise RuntimeError("a bug")
-            super().release_namespaces(allocation_id)
-
-    with served(path, Stubborn(node)) as serving, serving.connect() as line:
-        line.say(wanted("a"))
-        line.hear()
-        line.say(ended("a"))
-        assert line.hear() == ended("a")
-        assert node.is_clean
+def test_a_release_with_a_bug_is_tried_again(rig: Rig) -> None:
+    rig.serve(_broken("release_namespaces", 3))
+    line = rig.connect()
+    line.ask(wanted("bad"))
+    assert line.ask(ended("bad")) == ended("bad")
+    assert rig.node.is_clean
 
 
 def test_a_backend_that_cannot_observe_is_asked_again_after_a_pause(
-    path: Path, node: SimulatedNode, monkeypatch: pytest.MonkeyPatch
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "BACKEND_PAUSE_S", 0.02)
-    failures = iter(range(3))
-
-    class Blind(SimulatedBackend):
-        def observe(self) -> list[Observation]:
-            if next(failures, None) is not None:
-                raise RuntimeError("a bug")
-            return super().observe()
-
-    with served(path, Blind(node)) as serving, serving.connect() as line:
-        line.say(wanted("a"))
-        line.hear()
-        node.start_process("a")
-        node.end_process("a")
-        assert line.hear() == ended("a")
+    monkeypatch.setattr(watch, "BACKEND_PAUSE_S", 0.02)
+    rig.serve(_broken("observe", 3))
+    line = rig.connect()
+    line.ask(wanted("a"))
+    rig.use("a")
+    assert line.hear() == ended("a")
 
 
-def test_tidying_up_with_a_bug_is_tried_again(
-    path: Path, node: SimulatedNode, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(driver, "BACKEND_PAUSE_S", 0.01)
+def test_tidying_up_with_a_bug_is_tried_again(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "BACKEND_PAUSE_S", 0.01)
     tries: list[int] = []
 
     class Untidy(SimulatedBackend):
@@ -1200,20 +990,19 @@ def test_tidying_up_with_a_bug_is_tried_again(
                 raise RuntimeError("a bug")
             return super().tidy()
 
-    with served(path, Untidy(node)) as serving, serving.connect() as line:
-        wait_until(lambda: len(tries) >= 3, "the third try")
-        assert is_open(line)
+    rig.serve(Untidy)
+    wait_until(lambda: len(tries) >= 3, "the third try")
+    assert is_open(rig.connect())
 
 
 # --- To be seen --------------------------------------------------------------------------------
 
 
-def test_an_observer_sees_every_event_in_order(serving: Serving, node: SimulatedNode) -> None:
-    with serving.connect() as line:
-        line.say(wanted("a"))
-        line.hear()
-        line.say(ended("a"))
-        line.hear()
+def test_an_observer_sees_every_event_in_order(rig: Rig) -> None:
+    serving, line = rig.serve(), rig.connect()
+    line.ask(wanted("a"))
+    line.ask(ended("a"))
+    line.hang_up()
     serving.wait_for(on.ConnectionLost)
     names = [type(event).__name__ for event, _ in serving.turns]
     assert names == [
@@ -1228,7 +1017,14 @@ def test_an_observer_sees_every_event_in_order(serving: Serving, node: Simulated
     ]
 
 
-def test_an_idle_provider_does_not_wake_up(path: Path, backend: SimulatedBackend) -> None:
+def test_a_provider_shows_what_it_is(rig: Rig) -> None:
+    serving, line = rig.serve(), rig.connect()
+    line.ask(wanted("a"))
+    shown = f"<Provider on {rig.path}: 1 allocations, 1 connections>"
+    assert serving.ask(lambda: repr(serving.provider)) == shown
+
+
+def test_an_idle_provider_does_not_wake_up(rig: Rig) -> None:
     class Counting(selectors.EpollSelector):
         rounds = 0
 
@@ -1239,14 +1035,13 @@ def test_an_idle_provider_does_not_wake_up(path: Path, backend: SimulatedBackend
     selector = Counting()
     loop = asyncio.SelectorEventLoop(selector)
 
-    async def main() -> int:
-        provider = Provider(listen(path), backend)
+    async def main(backend: SimulatedBackend) -> int:
+        provider = Provider(listen(rig.path), backend)
         ready = asyncio.Event()
         running = loop.create_task(provider.run(ready.set))
         await ready.wait()
-        line = await loop.run_in_executor(None, Line.to, path)
-        line.say(wanted("a"))
-        await loop.run_in_executor(None, line.hear)
+        line = await loop.run_in_executor(None, rig.connect)
+        await loop.run_in_executor(None, line.ask, wanted("a"))
         await asyncio.sleep(0.02)
         before = selector.rounds
         await asyncio.sleep(0.2)
@@ -1257,24 +1052,24 @@ def test_an_idle_provider_does_not_wake_up(path: Path, backend: SimulatedBackend
         await loop.shutdown_default_executor()
         return rounds
 
-    try:
+    with closing(SimulatedBackend(rig.node)) as backend, closing(loop):
         # One for the sleep itself, and one in which it is noticed.
-        assert loop.run_until_complete(main()) <= 2
-    finally:
-        loop.close()
+        assert loop.run_until_complete(main(backend)) <= 2
 
 
 @pytest.mark.clause("CRASH-14")
-def test_losses_come_before_what_is_said_on_later_connections(serving: Serving) -> None:
+def test_losses_come_before_what_is_said_on_later_connections(rig: Rig) -> None:
+    serving = rig.serve()
     for number in range(50):
-        with serving.connect() as first:
+        with Line.to(rig.path) as first:
             first.say(wanted(f"a{number}"))
-        with serving.connect() as second:
-            second.say(AllocationEnded(f"a{number}"))
-            second.hear()
+        with Line.to(rig.path) as second:
+            second.ask(AllocationEnded(f"a{number}"))
     said = [event for event, _ in serving.turns]
     ends = [event for event in said if isinstance(event, on.EndReceived)]
     assert len(ends) == 50
+    lost = {
+        event.connection: at for at, event in enumerate(said) if type(event) is on.ConnectionLost
+    }
     for end in ends:
-        lost = said.index(on.ConnectionLost(end.connection - 1, "the peer closed the connection"))
-        assert lost < said.index(end)
+        assert lost[end.connection - 1] < said.index(end)

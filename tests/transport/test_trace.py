@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, Final, get_type_hints
+from typing import Any, Final
 
 import pytest
 from hypothesis import given, settings
@@ -17,19 +16,17 @@ from linux.cli.exits import ExitCode, Failure
 from linux.cli.trace import TraceFile
 from statemachine import effects as do
 from statemachine import events as on
-from statemachine.errors import NAMESPACE_ERRORS, CreationFailed, FdPassing, NamespaceError
+from statemachine.errors import CreationFailed, FdPassing
 from statemachine.events import Event
-from statemachine.lifecycle import _leaves
 from statemachine.messages import NamespaceRequest, NamespaceResponse
 from statemachine.provider import Limits, ProviderKernel
+from statemachine.testing.strategies import EFFECTS, PROVIDER_INPUTS, values_of
 from tests.support.programs import NET, PID, daemon_in, nshandoff, wait_until
 from transport.trace import Recovery, Start, TraceError, Turn, decode_line, encode_line, read_lines
 from transport.trace import records as trace
 from transport.trace.check import Impossible, Replay
 from transport.trace.diagram import sequence_diagram
 
-EVENTS: Final = sorted(_leaves(on, Event), key=lambda kind: kind.__name__)
-EFFECTS: Final = sorted(_leaves(do, do.Effect), key=lambda kind: kind.__name__)
 A: Final = NamespaceRequest("a", (PID, NET), None)
 MADE: Final = NamespaceResponse("a", (PID, NET), None)
 
@@ -37,19 +34,7 @@ MADE: Final = NamespaceResponse("a", (PID, NET), None)
 # --- Lines -------------------------------------------------------------------------------------
 
 
-def values_of(hint: Any) -> st.SearchStrategy[Any]:
-    """Every value that an annotation allows."""
-    if isinstance(hint, type) and issubclass(hint, NamespaceError):
-        kinds = [kind for kind in NAMESPACE_ERRORS if issubclass(kind, hint)]
-        return st.one_of([st.builds(kind, st.text()) for kind in kinds])
-    if is_dataclass(hint):
-        hints = get_type_hints(hint)
-        parts = {field.name: values_of(hints[field.name]) for field in fields(hint)}
-        return st.builds(hint, **parts)
-    return st.from_type(hint)
-
-
-@pytest.mark.parametrize("kind", [*EVENTS, *EFFECTS], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [*PROVIDER_INPUTS, *EFFECTS], ids=lambda kind: kind.__name__)
 def test_basic_every_event_and_effect_comes_back_as_it_was(kind: type) -> None:
     @settings(max_examples=10)
     @given(values_of(kind), st.integers(min_value=0))
@@ -91,6 +76,8 @@ def test_what_a_path_brings_along_that_is_no_unicode_comes_back() -> None:
         (b'{"schema":1,"seq":0,"event":{"Nonsense":{}},"effects":[]}', "is none of"),
         (b'{"schema":1,"seq":0,"event":{"ProviderReady":[]},"effects":[]}', "no ProviderReady"),
         (b'{"schema":1,"seq":0,"event":{"AllocationEvent":{}},"effects":[]}', "is none of"),
+        (b'{"schema":1,"seq":0,"event":{"EndWanted":{}},"effects":[]}', "is none of"),
+        (b'{"schema":1,"seq":0,"event":{"Unclaimed":{}},"effects":[]}', "is none of"),
     ],
 )
 def test_what_is_no_line_is_refused(text: bytes, says: str) -> None:
@@ -260,8 +247,6 @@ INVENTED: Final = [
     (on.ConnectionOpened, on.ConnectionOpened(1, 0), "1 is open", "RequestReceived"),
     (on.ConnectionLost, on.ReadinessOverdue(), "provider is ready", "ProviderStopping"),
     (on.ConnectionLost, on.ProviderReady(), "provider is ready", "ProviderStopping"),
-    (on.ConnectionLost, on.EndWanted(), "provider is ready", "ProviderStopping"),
-    (on.ConnectionLost, on.Unclaimed("a"), "provider is ready", "RequestReceived"),
 ]
 
 

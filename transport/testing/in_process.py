@@ -27,18 +27,20 @@ from statemachine.errors import (
     LocalProtocolError,
     RemoteProtocolError,
 )
-from statemachine.events import Event
+from statemachine.events import ConsumerInput, ProviderInput
 from statemachine.lifecycle import AllocationState, ConsumerState, NoticeState
 from statemachine.messages import AllocationEnded, Message, NamespaceRequest, NamespaceResponse
 from statemachine.provider import Limits, ProviderKernel, event_of
+from transport.channel import Delivery, Lost, Received, Rejected
+from transport.contract import Observation, Sighting
+from transport.descriptors import DescriptorBundle, Inspector, NamespaceIdentity
+from transport.request.exchange import Exchange, Patience
+from transport.serve import event_of_adoption
+from transport.serve.watch import OBSERVED_STATES
+from transport.serve.work import try_to_create, try_to_release
 
-from ..channel import Delivery, Lost, Received, Rejected
-from ..contract import Observation, Sighting
-from ..descriptors import DescriptorBundle, Inspector, NamespaceIdentity
-from ..request import Patience, _Exchange
-from ..serve import _OBSERVED, _adopted, _try_to_create, _try_to_release
-from .gated_backend import Reins
-from .machine import History, Work
+from ..testing.gated_backend import Reins
+from ..testing.machine import History, Work
 
 RETRIES_AT_ONCE: Final = 3
 """How often a release is tried again before that counts as time passing: dying takes two tries."""
@@ -50,7 +52,7 @@ RETRIES_AT_ONCE: Final = 3
 class ProviderBrain(Protocol):
     """What decides for a provider; `ProviderKernel` does."""
 
-    def receive(self, event: Event) -> Iterable[Effect]: ...
+    def receive(self, event: ProviderInput) -> Iterable[Effect]: ...
     def remember(self, names: Iterable[str]) -> None: ...
     def state_of(self, allocation_id: str) -> AllocationState: ...
 
@@ -67,7 +69,7 @@ class ProviderModel:
         self._now = model.Provider(model.Limits(allowed_uids=limits.allowed_uids))
         self._namer = ProviderKernel(limits)
 
-    def receive(self, event: Event) -> Iterable[Effect]:
+    def receive(self, event: ProviderInput) -> Iterable[Effect]:
         self._namer.receive(event)
         self._now, effects = model.provider_step(self._now, event)
         for name, state in self._namer.states.items():
@@ -89,7 +91,7 @@ class ConsumerModel(ConsumerKernel):
         super().__init__(request)
         self._now = model.Consumer(request)
 
-    def receive(self, event: Event) -> tuple[Effect, ...]:
+    def receive(self, event: ConsumerInput) -> tuple[Effect, ...]:
         try:
             after, effects = model.consumer_step(self._now, event)
         except Impossible as impossible:
@@ -109,7 +111,7 @@ class ConsumerModel(ConsumerKernel):
         return NoticeState(self._now.notice)
 
     @property
-    def is_in_debt(self) -> bool:
+    def owes_end(self) -> bool:
         return self.notice not in (NoticeState.SILENT, NoticeState.HEARD)
 
 
@@ -197,8 +199,8 @@ class Inside:
         self._opened: deque[int] = deque()
         self._deaf: set[int] = set()
         self._lanes: dict[str, deque[Effect]] = {}
-        self._made: dict[str, Event] = {}
-        self._events: deque[Event] = deque()
+        self._made: dict[str, ProviderInput] = {}
+        self._events: deque[ProviderInput] = deque()
         self._is_ready = False
 
     def connect(self) -> Pipe:
@@ -248,7 +250,7 @@ class Inside:
         recovery = self._backend.recover()
         self.brain.remember(recovery.remembered)
         for adoption in recovery.adoptions:
-            self._feed(_adopted(adoption))
+            self._feed(event_of_adoption(adoption))
         self._feed(on.ProviderReady())
         return True
 
@@ -291,7 +293,7 @@ class Inside:
 
     def _see(self, observation: Observation) -> None:
         name = observation.allocation_id
-        if self.brain.state_of(name) not in _OBSERVED:
+        if self.brain.state_of(name) not in OBSERVED_STATES:
             return
         match observation.sighting:
             case Sighting.POPULATED:
@@ -311,9 +313,9 @@ class Inside:
                 continue
             job = lane.popleft()
             if isinstance(job, do.CreateNamespaces):
-                self._made[name] = _try_to_create(self._backend, job)
+                self._made[name] = try_to_create(self._backend, job)
             elif isinstance(job, do.ReleaseNamespaces):
-                self._feed(_try_to_release(self._backend, job))
+                self._feed(try_to_release(self._backend, job))
             return True
         return False
 
@@ -325,7 +327,7 @@ class Inside:
 
     # What the brain wants.
 
-    def _feed(self, event: Event) -> None:
+    def _feed(self, event: ProviderInput) -> None:
         self._events.append(event)
         if len(self._events) > 1:
             return
@@ -336,7 +338,7 @@ class Inside:
         finally:
             self._events.clear()
 
-    def _turn(self, event: Event) -> None:
+    def _turn(self, event: ProviderInput) -> None:
         effects = tuple(self.brain.receive(event))
         self.turns.append((event, effects))
         for effect in effects:
@@ -386,7 +388,7 @@ class Inside:
 
 _WORK: Final = {do.CreateNamespaces: Work.CREATE, do.ReleaseNamespaces: Work.RELEASE}
 
-_EXPIRIES: Final[dict[Timer, Callable[[str], Event]]] = {
+_EXPIRIES: Final[dict[Timer, Callable[[str], ProviderInput]]] = {
     Timer.CLAIM: on.ClaimExpired,
     Timer.RELEASE: on.ReleaseOverdue,
     Timer.RETRY: on.RetryDue,
@@ -482,9 +484,9 @@ class InsideConsumer:
         finally:
             handoff.close()
 
-    def _begin(self, request: NamespaceRequest, event: Event) -> InsideHandoff:
+    def _begin(self, request: NamespaceRequest, event: ConsumerInput) -> InsideHandoff:
         brain = self._brain(request)
-        exchange = _Exchange(brain, self._inspector, None, Patience(), None, "")
+        exchange = Exchange(brain, self._inspector, None, Patience(), None, "")
         exchange.feed(event)
         return InsideHandoff(exchange, self._connect, self._work)
 
@@ -495,7 +497,7 @@ class InsideHandoff:
     is_degraded = False
 
     def __init__(
-        self, exchange: _Exchange, connect: Callable[[], Pipe], work: Callable[[], None]
+        self, exchange: Exchange, connect: Callable[[], Pipe], work: Callable[[], None]
     ) -> None:
         self.exchange = exchange
         self._connect = connect
@@ -547,8 +549,8 @@ class InsideHandoff:
                 return
 
 
-def put_through(exchange: _Exchange, end: Pipe) -> None:
-    """Let a consumer's call be answered by a pipe; as `_Exchange.connected`, which has a socket."""
+def put_through(exchange: Exchange, end: Pipe) -> None:
+    """Let a consumer's call be answered by a pipe; as `Exchange.connected`, which has a socket."""
     exchange.channel = end  # type: ignore[assignment]
-    exchange.unreachable = None
+    exchange._unreachable = None
     exchange.feed(on.Connected())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import select
 import socket
 import threading
 import time
@@ -97,6 +98,15 @@ class Line:
         self.heard.append(message)
         return message
 
+    def ask(self, what: Message | bytes) -> Message | None:
+        """Say something, and take the next message for the answer."""
+        self.say(what)
+        return self.hear()
+
+    def hears_nothing(self) -> bool:
+        """Whether nothing has arrived by now."""
+        return not select.select([self.sock], [], [], 0)[0]
+
     def hear_rest(self) -> list[Message]:
         """Everything until the other end hangs up."""
         rest = []
@@ -121,12 +131,7 @@ class Line:
     def __enter__(self) -> Line:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.hang_up()
 
     def _read(self, size: int) -> bytes | None:
@@ -178,7 +183,7 @@ class Liar:
         self.lines: list[Line] = []
 
     def stop_listening(self) -> None:
-        """Accept no more; whoever calls now is refused."""
+        """Accept no more; further connections are refused."""
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
 

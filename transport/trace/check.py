@@ -16,10 +16,10 @@ from statemachine import effects as do
 from statemachine import events as on
 from statemachine.effects import Effect, Timer
 from statemachine.errors import ProtocolError
-from statemachine.events import ConnectionId, Event
-from statemachine.lifecycle import PROVIDER, AllocationState
+from statemachine.events import ConnectionId, Event, ProviderInput
+from statemachine.lifecycle import ALLOCATION, AllocationState, ServiceState
 from statemachine.messages import NamespaceRequest, NamespaceResponse
-from statemachine.provider import REMEMBERED_MAX, Limits, Phase, ProviderKernel
+from statemachine.provider import REMEMBERED_MAX, Limits, ProviderKernel
 
 from . import Entry, Recovery, Start, TraceError, Turn, encode_effect, read_lines
 
@@ -95,7 +95,7 @@ class Replay:
             self._turn(number, entry)
             self.turns += 1
         elif isinstance(entry, Recovery):
-            if self._kernel.phase is not Phase.STARTING:
+            if self._kernel.service is not ServiceState.STARTING:
                 raise Impossible(number, "a recovery, but the provider is ready")
             self._kernel.remember(entry.remembered)
             if self._left is not None:
@@ -104,8 +104,8 @@ class Replay:
     def _check_place(self, number: int, event: Event) -> None:
         """Have nothing but adoptions after a gap, and none but of what can have been left."""
         is_adoption = isinstance(event, _ADOPTIONS)
-        if is_adoption and self._kernel.phase is not Phase.STARTING:
-            reason = f"{_name(event)}, but the provider is {self._kernel.phase.value}"
+        if is_adoption and self._kernel.service is not ServiceState.STARTING:
+            reason = f"{_name(event)}, but the provider is {self._kernel.service.value}"
             raise Impossible(number, reason, self._allowed_for(event))
         if self._left is not None:
             self._left.check(number, event)
@@ -148,7 +148,7 @@ class Replay:
         elif isinstance(event, on.RemainsFound):
             self._lives[event.allocation_id] = _Life(event.request)
 
-    def _not_asked_for(self, number: int, event: Event) -> Impossible:
+    def _not_asked_for(self, number: int, event: ProviderInput) -> Impossible:
         allowed = self._allowed_for(event)
         try:
             self._kernel.receive(event)
@@ -159,13 +159,15 @@ class Replay:
     def _allowed_for(self, event: Event, refusal: ProtocolError | None = None) -> str:
         """Say what may happen where that stands which the event is about."""
         if not isinstance(event, on.AllocationEvent):
-            return _allowed(_AFTER[refusal.state if refusal else self._kernel.phase.value])
+            return _allowed(_AFTER[refusal.state if refusal else self._kernel.service.value])
         name = event.allocation_id
         state = self._kernel.state_of(name)
         # Of what is released only the name is left, and it may begin anew.
         states = {state, _UNKNOWN} if state is AllocationState.RELEASED else {state}
-        kinds = [_FED_AS.get(row.event, row.event) for row in PROVIDER.rows if row.source in states]
-        if self._kernel.phase is not Phase.STARTING:
+        kinds = [
+            _FED_AS.get(row.event, row.event) for row in ALLOCATION.rows if row.source in states
+        ]
+        if self._kernel.service is not ServiceState.STARTING:
             kinds = [kind for kind in kinds if kind not in _ADOPTIONS]
         return _allowed(kind for kind in kinds if self._owed.has(kind, name))
 
@@ -311,6 +313,7 @@ _REPORTS: Final[dict[type[Event], _Asked]] = {
 """What each of these is the report of."""
 
 _FED_AS: Final[dict[type[Event], type[Event]]] = {
+    on.RequestAdmitted: on.RequestReceived,
     on.RequestRepeated: on.RequestReceived,
     on.RequestConflicting: on.RequestReceived,
     on.RequestEarly: on.RequestReceived,
@@ -324,9 +327,10 @@ _AFTER: Final[dict[str, list[type[Event]]]] = {
     "not open": [on.ConnectionOpened],
     "open": [on.RequestReceived, on.EndReceived, on.FrameRejected, on.ConnectionLost],
     "closing": [on.ConnectionLost],
-    Phase.STARTING.value: [*_ADOPTIONS, on.ProviderReady, on.ProviderStopping],
-    Phase.READY.value: [on.ProviderStopping],
-    Phase.STOPPING.value: [],
+    ServiceState.STARTING.value: [*_ADOPTIONS, on.ProviderReady, on.ProviderStopping],
+    ServiceState.READY.value: [on.ProviderStopping],
+    ServiceState.STOPPING.value: [],
+    ServiceState.ABORTED.value: [],
 }
 """What may follow where a connection, or the provider, stands as the kernel's refusal says."""
 

@@ -23,10 +23,9 @@ from types import ModuleType, NoneType, UnionType
 from typing import Any, Final, TypeAlias, cast, get_args, get_origin, get_type_hints
 
 from statemachine import effects as do
-from statemachine import events as on
 from statemachine.effects import Effect
 from statemachine.errors import NAMESPACE_ERRORS, NamespaceError
-from statemachine.events import Event
+from statemachine.events import ConsumerInput, Event, ProviderInput
 from statemachine.provider import Limits
 
 _write_json: Final = json.JSONEncoder(separators=(",", ":")).encode
@@ -67,7 +66,7 @@ class Recovery:
 class Turn:
     """The kernel was fed an event, and decided."""
 
-    event: Event
+    event: ProviderInput
     effects: tuple[Effect, ...]
 
 
@@ -170,6 +169,18 @@ def encode_effect(effect: Effect) -> Any:
     return _EFFECT.encode(effect)
 
 
+def decode_event(plain: Any) -> ProviderInput | ConsumerInput:
+    """Read what `encode_event` wrote; raise `ValueError` if it is something else."""
+    event: ProviderInput | ConsumerInput = _EVENT.decode(plain)
+    return event
+
+
+def decode_effect(plain: Any) -> Effect:
+    """Read what `encode_effect` wrote; raise `ValueError` if it is something else."""
+    effect: Effect = _EFFECT.decode(plain)
+    return effect
+
+
 class _Unreadable(ValueError):
     """A value that no encoder here writes."""
 
@@ -184,8 +195,10 @@ class _Codec:
 
 def _codec_of(annotation: Any) -> _Codec:
     """Make the codec of an annotation; made once for each, on import."""
-    if annotation in (Event, Effect):
-        return _tagged({kind: _fields_of(kind) for kind in _leaves(_HOMES[annotation], annotation)})
+    if annotation in (ProviderInput, _FED):
+        return _tagged({kind: _fields_of(kind) for kind in get_args(annotation)})
+    if annotation is Effect:
+        return _tagged({kind: _fields_of(kind) for kind in _leaves(do, Effect)})
     if get_origin(annotation) is UnionType:
         return _optional(_codec_of(next(x for x in get_args(annotation) if x is not NoneType)))
     if get_origin(annotation) in (tuple, frozenset):
@@ -281,11 +294,11 @@ def _leaves(module: ModuleType, root: type) -> list[type]:
     return [kind for kind in kinds if sum(issubclass(c, kind) for c in kinds) == 1]
 
 
-_HOMES: Final[dict[Any, ModuleType]] = {Event: on, Effect: do}
+_FED: Final = ProviderInput | ConsumerInput
 _INTEGER: Final = _exactly(int)
 _TEXT: Final = _exactly(str)
 _LIST: Final = _exactly(list)
-_EVENT: Final = _codec_of(Event)
+_EVENT: Final = _codec_of(_FED)
 _EFFECT: Final = _codec_of(Effect)
 _ENTRIES: Final[dict[type[Entry], _Codec]] = {
     kind: _codec_of(kind) for kind in cast("tuple[type[Entry], ...]", get_args(Entry))

@@ -1,4 +1,4 @@
-"""The golden cases about what is read: what is written as well, and what nobody writes."""
+"""Golden cases of reading: frames that are written as well, and others that are only accepted."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ CONTAINERS: Final = {
 
 
 def accepted() -> Iterator[Case]:
-    """Yield frames that nobody writes and everybody reads."""
+    """Yield frames that no sender writes and every receiver reads."""
     for name, body, document in _lenient():
         yield {"id": f"accepted/{name}", "frame": framed(body).hex(), "message": document}
 

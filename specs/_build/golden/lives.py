@@ -30,8 +30,9 @@ from statemachine.errors import (
     SocketUnavailable,
 )
 from statemachine.events import Event
+from statemachine.lifecycle import ServiceState
 from statemachine.messages import NamespaceRequest, NamespaceResponse, NamespaceType
-from statemachine.provider import Limits, Phase, ProviderKernel
+from statemachine.provider import Limits, ProviderKernel
 from transport.trace import encode_effect, encode_event
 
 PID, NET, MOUNT = NamespaceType
@@ -52,7 +53,7 @@ def response_to(request: NamespaceRequest) -> NamespaceResponse:
 
 
 def plain_effect(effect: Effect) -> Any:
-    """Write an effect; the words of a reason, which are nobody's contract, as null."""
+    """Write an effect; the text of a reason, which no contract prescribes, as null."""
     ((name, content),) = encode_effect(effect).items()
     if "reason" in content:
         content["reason"] = None
@@ -186,14 +187,14 @@ def possible(cast: Cast, world: World, kernel: ProviderKernel) -> Iterator[Event
             yield from (on.RequestReceived(c, request) for request in cast.requests)
             yield from (on.EndReceived(c, name) for name in cast.names)
             yield on.FrameRejected("not a message", c)
-    if kernel.phase is Phase.STARTING:
+    if kernel.service is ServiceState.STARTING:
         yield on.ProviderReady()
         for adoption in cast.adoptions:
             if isinstance(adoption, on.AllocationEvent):
                 state = kernel.state_of(adoption.allocation_id).value
                 if state in ("unknown", "released"):
                     yield adoption
-    if kernel.phase is not Phase.STOPPING:
+    if not kernel.service.is_stopping:
         yield on.ProviderStopping()
     yield from _of_the_driver(world)
     for name, state in kernel.states.items():
@@ -269,10 +270,10 @@ def shortest_lives() -> Iterator[tuple[str, Life]]:
             steps += 1
             after, effects = take(world, event, limits)
             life = (*lives[world], event)
-            kind = (type(event), kernel.phase, before, tuple(map(_kind_of, effects)))
+            kind = (type(event), kernel.service, before, tuple(map(_kind_of, effects)))
             if kind not in seen:
                 seen.add(kind)
-                yield f"step-{kernel.phase.value}-{before}-{type(event).__name__}", life
+                yield f"step-{kernel.service.value}-{before}-{type(event).__name__}", life
             if after not in lives:
                 lives[after] = life
                 queue.append(after)
@@ -350,7 +351,7 @@ def _numbers_from(seed: int) -> Callable[[int], int]:
 
 
 def told_lives() -> Iterator[tuple[str, Limits, tuple[str, ...], Life]]:
-    """Yield lives that somebody thought of: limits, order of answers, restarts, memory."""
+    """Yield lives written by hand: limits, order of answers, restarts, memory."""
     a, b = request_for("a"), request_for("b", NET)
     ready = (on.ConnectionOpened(1, 0), on.ProviderReady())
 
@@ -550,6 +551,28 @@ def _lives_at_limits(
     yield "stopping", plain, (), life
     life = (on.ConnectionOpened(1, 0), *waiting, on.ProviderStopping(), on.EndReceived(1, "a"))
     yield "stopping-before-it-was-ready", plain, (), life
+    yield "a-granted-response-is-overtaken", plain, (), (
+        *ready, on.RequestReceived(1, b), on.RequestReceived(1, a), made,
+        on.ScopeEmptied("a"), on.NamespacesReleased("a"),
+        on.NamespacesCreated("b", response_to(b)),
+    )  # fmt: skip
+    few = replace(plain, open_per_connection=1, open_per_uid=3)
+    begins: dict[str, Life] = {
+        "starting": (),
+        "ready": (on.ProviderReady(),),
+        "stopping": (on.ProviderReady(), on.RequestReceived(1, a), on.ProviderStopping()),
+        "aborted": (on.ProviderStopping(),),
+    }
+    for state, begin in begins.items():
+        names = {"stopping": "ab", "aborted": "a"}.get(state, "abc")
+        asked = [on.RequestReceived(1, request_for(name)) for name in names]
+        life = (on.ConnectionOpened(1, 0), *begin, on.ConnectionOpened(2, 1000), *asked)
+        yield f"limits-while-{state}", few, (), life
+    # What is left over on a closed connection counts for its user until the connection is lost.
+    opened = (on.ConnectionOpened(1, 0), on.ConnectionOpened(2, 0))
+    flood = (on.RequestReceived(1, request_for(name)) for name in "abc")
+    life = (*opened, *flood, on.ProviderStopping(), on.RequestReceived(2, a))
+    yield "over-a-limit-while-aborted", few, (), life
 
 
 def provider() -> Iterator[Case]:

@@ -17,7 +17,7 @@ from ...errors import (
     FdPassing,
     SocketUnavailable,
 )
-from ...events import Event
+from ...events import ConsumerInput
 from ...lifecycle import ConsumerState, NoticeState
 from ...messages import (
     AllocationEnded,
@@ -73,7 +73,7 @@ def client_moves(setting: Setting, ground: Ground, index: int, client: Client) -
     found: list[Move] = []
     bounds = setting.bounds
     view: ConsumerView | None = setting.kernels.consumer_views[client.kernel]
-    is_free = view is None or (view.hold in DONE and not view.is_in_debt)
+    is_free = view is None or (view.hold in DONE and not view.owes_end)
     if is_free and (bounds.wishes is None or client.wishes < bounds.wishes):
         for number in range(len(bounds.requests)):
             found.append(("want", index, number))
@@ -169,11 +169,11 @@ class ClientDraft:
         if not client.kernel or self.link:
             return False
         is_idle = not (client.timers or client.is_calling or client.is_serving or client.has_own)
-        return is_idle and self.view.hold in DONE and not self.view.is_in_debt
+        return is_idle and self.view.hold in DONE and not self.view.owes_end
 
     # --- The caller ----------------------------------------------------------------------------
 
-    def join(self, request: int, event: Event) -> None:
+    def join(self, request: int, event: ConsumerInput) -> None:
         self._disown()
         is_counted = self.setting.bounds.wishes is not None
         if self.client.wishes:
@@ -197,7 +197,7 @@ class ClientDraft:
 
     # --- The driver ----------------------------------------------------------------------------
 
-    def tell(self, event: Event) -> None:
+    def tell(self, event: ConsumerInput) -> None:
         """Feed the kernel, and perform what it says."""
         kernels = self.setting.kernels
         step = kernels.step_consumer(self.client.kernel, event)
@@ -339,7 +339,7 @@ class ClientDraft:
 def may_have_two_sets(setting: Setting, client: Client) -> bool:
     """Whether a client has a set of its own, and owes nothing: then it has none elsewhere."""
     view = setting.kernels.consumer_views[client.kernel]
-    return bool(client.has_own or client.is_serving) and not view.is_in_debt
+    return bool(client.has_own or client.is_serving) and not view.owes_end
 
 
 def is_provided(setting: Setting, ground: Ground, index: int) -> bool:
@@ -362,16 +362,17 @@ def is_provided(setting: Setting, ground: Ground, index: int) -> bool:
     return is_held or any(isinstance(m, NamespaceRequest) for m in coming)
 
 
-def _spoilt(request: NamespaceRequest, fate: int) -> Event:
-    return {
+def _spoilt(request: NamespaceRequest, fate: int) -> ConsumerInput:
+    said: dict[int, ConsumerInput] = {
         CUT: on.FrameRejected("descriptors were cut off"),
         MISMATCHED: on.ResponseMismatched("fd_types is another"),
         NOT_FOUND: on.NotFoundReceived(AllocationNotFound(request.allocation_id)),
         FAILED_TO_PASS: on.PassingFailed(FdPassing("no descriptor is left")),
-    }[fate]
+    }
+    return said[fate]
 
 
-_EXPIRIES: Final[dict[Timer, Callable[[], Event]]] = {
+_EXPIRIES: Final[dict[Timer, Callable[[], ConsumerInput]]] = {
     Timer.ANSWER: on.AnswerOverdue,
     Timer.NOTICE: on.NoticeOverdue,
     Timer.REDIAL: on.NoticeDue,

@@ -37,13 +37,11 @@ from typing import Any
 
 from specs import invariants as always
 
-from ... import consumer as consumer_module
-from ... import provider as provider_module
 from ...consumer import ConsumerKernel
-from ...lifecycle import CONSUMER, NOTICE, PROVIDER
-from ...messages import NamespaceRequest, NamespaceType
-from ...provider import Limits, ProviderKernel
+from ...lifecycle import ALLOCATION, CONSUMER, NOTICE
+from ...provider import ProviderKernel
 from ...table import Table
+from ..tables import replaced, watched
 from .client import CLIENT_MOVES, ClientDraft, client_moves, is_provided, may_have_two_sets
 from .ground import (
     GROUND_MOVES,
@@ -53,49 +51,19 @@ from .ground import (
     check_ground,
     ground_moves,
 )
-from .kernels import Kernels, RecordingTable, Row
+from .kernels import Kernels, Row
 from .liveness import check_at_rest
 from .search import Lost, Search
 from .story import Story, as_python
 from .world import (
     BY_ITSELF,
-    CUT,
-    FAILED_TO_PASS,
-    MISMATCHED,
-    NOT_FOUND,
-    SOUND,
-    SPENDS,
     Bounds,
     Client,
-    Finding,
     Ground,
     Move,
     Node,
     World,
 )
-
-__all__ = [
-    "BY_ITSELF",
-    "CUT",
-    "FAILED_TO_PASS",
-    "MISMATCHED",
-    "MOVES",
-    "NOT_FOUND",
-    "SOUND",
-    "SPENDS",
-    "Bounds",
-    "Broken",
-    "Explorer",
-    "Finding",
-    "Limits",
-    "Move",
-    "NamespaceRequest",
-    "NamespaceType",
-    "Result",
-    "World",
-    "all_rows",
-    "only",
-]
 
 MOVES = frozenset({*GROUND_MOVES, *CLIENT_MOVES})
 """Every move there is, but for dying in the middle of one, which "crash" stands for, too."""
@@ -185,7 +153,7 @@ class Explorer:
         *,
         provider: type[ProviderKernel] = ProviderKernel,
         consumer: type[ConsumerKernel] = ConsumerKernel,
-        tables: tuple[Table, Table, Table] = (PROVIDER, CONSUMER, NOTICE),
+        tables: tuple[Table, Table, Table] = (ALLOCATION, CONSUMER, NOTICE),
         lockstep: bool = True,
         has_symmetry: bool = True,
     ) -> None:
@@ -271,19 +239,18 @@ class Explorer:
 
     @contextmanager
     def _recording(self, rows: list[Row]) -> Iterator[None]:
-        homes = (provider_module, consumer_module, consumer_module)
-        places = list(zip(homes, ("PROVIDER", "CONSUMER", "NOTICE"), strict=True))
-        before = [vars(module)[name] for module, name in places]
         # A collector of circles finds none here, and looks at millions of tuples for them.
         is_collecting = gc.isenabled()
         gc.disable()
         try:
-            for (module, name), table in zip(places, self._tables, strict=True):
-                vars(module)[name] = RecordingTable(table, rows)
-            yield
+            with (
+                replaced(*self._tables),
+                watched(
+                    lambda table, event, state: rows.append((table, event.__name__, state.value))
+                ),
+            ):
+                yield
         finally:
-            for (module, name), table in zip(places, before, strict=True):
-                vars(module)[name] = table
             if is_collecting:
                 gc.enable()
 

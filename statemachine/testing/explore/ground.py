@@ -15,15 +15,14 @@ from ... import effects as do
 from ... import events as on
 from ...effects import Effect, Timer
 from ...errors import CreationFailed, FdPassing
-from ...events import Event
-from ...lifecycle import AllocationState
+from ...events import ProviderInput
+from ...lifecycle import AllocationState, ServiceState
 from ...messages import (
     AllocationEnded,
     Message,
     NamespaceRequest,
     NamespaceResponse,
 )
-from ...provider import Phase
 from ...provider import event_of as provider_event_of
 from .kernels import Kernels, ProviderView
 from .world import (
@@ -206,10 +205,10 @@ def _moves_of_provider(setting: Setting, ground: Ground, found: list[Move]) -> N
     if not ground.provider:
         found.extend(("recover", *order) for order in _orders_of_recovery(ground))
         return
-    phase = setting.kernels.provider_views[ground.provider].phase
-    if phase is Phase.STARTING:
+    service = setting.kernels.provider_views[ground.provider].service
+    if service is ServiceState.STARTING:
         found.append(("ready",))
-    if phase is Phase.STOPPING:
+    if service.is_stopping:
         found.append(("exit",))
     else:
         found.append(("stop",))
@@ -262,7 +261,7 @@ class GroundDraft:
         self.forks: list[Ground] | None = [] if has_forks else None
         self.last: type = object
         """What was done last, or has just happened."""
-        self.events: deque[Event] = deque()
+        self.events: deque[ProviderInput] = deque()
 
     def make(self, move: Move) -> None:
         """
@@ -314,13 +313,13 @@ class GroundDraft:
 
     # --- The provider's program ----------------------------------------------------------------
 
-    def feed(self, event: Event) -> None:
+    def feed(self, event: ProviderInput) -> None:
         """Feed the kernel, and perform what it says, until nothing follows from it any more."""
         self.events.append(event)
         while self.events:
             self._turn(self.events.popleft())
 
-    def _turn(self, event: Event) -> None:
+    def _turn(self, event: ProviderInput) -> None:
         before = self.view.states
         try:
             step = self.kernels.step_provider(self.provider, event)
@@ -657,7 +656,7 @@ class GroundDraft:
         self._note_read(event)
         self.feed(event)
 
-    def _note_read(self, event: Event) -> None:
+    def _note_read(self, event: ProviderInput) -> None:
         if isinstance(event, on.EndReceived):
             state = self.view.states[self._index(event.allocation_id)]
             self.setting.see(f"an end is read of what is {state.value}")
@@ -774,7 +773,7 @@ def _who(link: Link) -> str:
     return f"S{link.number}" if link.client == STRANGER else f"C{max(link.client - 1, 0)}"
 
 
-_EXPIRIES: Final[dict[Timer, Callable[[str], Event]]] = {
+_EXPIRIES: Final[dict[Timer, Callable[[str], ProviderInput]]] = {
     Timer.CLAIM: on.ClaimExpired,
     Timer.RELEASE: on.ReleaseOverdue,
     Timer.RETRY: on.RetryDue,

@@ -24,16 +24,15 @@ from ...errors import (
     ProtocolError,
     RemoteProtocolError,
 )
-from ...events import Event
-from ...lifecycle import AllocationState, ConsumerState, NoticeState
+from ...events import ConsumerInput, ProviderInput
+from ...lifecycle import AllocationState, ConsumerState, NoticeState, ServiceState
 from ...messages import (
     AllocationEnded,
     Message,
     NamespaceRequest,
     NamespaceResponse,
 )
-from ...provider import Limits, Phase, ProviderKernel, Snapshot
-from ...table import Table
+from ...provider import Limits, ProviderKernel, Snapshot
 from .world import Bounds, Finding, Numbers
 
 Row = tuple[str, str, str]
@@ -47,7 +46,7 @@ Swap = tuple[int, ...]
 class ProviderView:
     """What is looked at of a provider's kernel."""
 
-    phase: Phase
+    service: ServiceState
     states: tuple[AllocationState, ...]
     numbers: tuple[int, ...]
     """Every connection that the snapshot mentions."""
@@ -62,7 +61,7 @@ class ConsumerView:
     hold: ConsumerState
     notice: NoticeState
     is_connected: bool
-    is_in_debt: bool
+    owes_end: bool
 
 
 @dataclass(slots=True)
@@ -73,23 +72,6 @@ class Step:
     effects: tuple[Effect, ...]
     rows: tuple[Row, ...]
     uses: int = 0
-
-
-class RecordingTable:
-    """A table that notes which of its rows are taken."""
-
-    def __init__(self, table: Table, rows: list[Row]) -> None:
-        self._table = table
-        self._rows = rows
-
-    def row(self, event: type[Event], state: Any) -> Any:
-        return self._table.row(event, state)
-
-    def fire(self, moved: Any, event: type[Event], subject: str) -> Any:
-        state = moved.state
-        orders = self._table.fire(moved, event, subject)
-        self._rows.append((self._table.name, event.__name__, str(state.value)))
-        return orders
 
 
 class Kernels:
@@ -126,8 +108,8 @@ class Kernels:
         self._index = {name: i for i, name in enumerate(self.names)}
         self._providers: Numbers[tuple[Snapshot, Any]] = Numbers()
         self._consumers: Numbers[tuple[Snapshot, Any]] = Numbers()
-        self._provider_steps: dict[tuple[int, Event], Step] = {}
-        self._consumer_steps: dict[tuple[int, Event], Step | None] = {}
+        self._provider_steps: dict[tuple[int, ProviderInput], Step] = {}
+        self._consumer_steps: dict[tuple[int, ConsumerInput], Step | None] = {}
         self._renamed: dict[tuple[int, Swap, str | tuple[int, ...]], int] = {}
 
     def index_of(self, name: str) -> int:
@@ -165,7 +147,7 @@ class Kernels:
             started = model.Provider(limits=model.Limits(**limits), remembered=names)
         return self._number_provider(kernel, started)
 
-    def step_provider(self, number: int, event: Event) -> Step:
+    def step_provider(self, number: int, event: ProviderInput) -> Step:
         """
         Feed the provider's kernel.
 
@@ -180,7 +162,7 @@ class Kernels:
         self.decided = step.effects
         return step
 
-    def _take_provider_step(self, number: int, event: Event) -> Step:
+    def _take_provider_step(self, number: int, event: ProviderInput) -> Step:
         before, known = self._providers.things[number]
         kernel = self._provider.restore(before, self._limits)
         self.rows.clear()
@@ -196,16 +178,16 @@ class Kernels:
         return Step(self._number_provider(kernel, known), effects, rows)
 
     def _follow_provider(
-        self, known: Any, event: Event, effects: tuple[Effect, ...], kernel: ProviderKernel
+        self, known: Any, event: ProviderInput, effects: tuple[Effect, ...], kernel: ProviderKernel
     ) -> Any:
         """Have the model take the same step, and compare."""
         try:
             after, said = model.provider_step(known, event)
         except model.Impossible as impossible:
             raise Finding(f"the model knows no way to {event}: {impossible}") from impossible
-        found = model.agree(effects, said)
-        if kernel.phase.value != after.phase:
-            found.append(f"the kernel is {kernel.phase.value}, the model {after.phase}")
+        found = model.differences(effects, said)
+        if kernel.service.value != after.phase:
+            found.append(f"the kernel is {kernel.service.value}, the model {after.phase}")
         for name in self.names:
             ours, theirs = kernel.state_of(name).value, after.state_of(name)
             if ours != theirs:
@@ -224,7 +206,7 @@ class Kernels:
             numbers = {c for c, _ in snapshot[1]}
             for frozen in snapshot[2]:
                 numbers.update(*frozen[5:8], frozen[8])
-            view = ProviderView(kernel.phase, states, tuple(sorted(numbers)))
+            view = ProviderView(kernel.service, states, tuple(sorted(numbers)))
             self.provider_views.append(view)
         return number
 
@@ -235,7 +217,7 @@ class Kernels:
         started = model.Consumer(request) if self._has_model else None
         return self._number_consumer(self._consumer(request), started)
 
-    def step_consumer(self, number: int, event: Event) -> Step | None:
+    def step_consumer(self, number: int, event: ConsumerInput) -> Step | None:
         """
         Feed a consumer's kernel.
 
@@ -253,7 +235,7 @@ class Kernels:
             step.uses += 1
         return step
 
-    def _take_consumer_step(self, number: int, event: Event) -> Step | None:
+    def _take_consumer_step(self, number: int, event: ConsumerInput) -> Step | None:
         before, known = self._consumers.things[number]
         kernel = self._consumer.restore(before)
         self.rows.clear()
@@ -284,7 +266,7 @@ class Kernels:
                     kernel.state,
                     kernel.notice,
                     kernel.is_connected,
-                    kernel.is_in_debt,
+                    kernel.owes_end,
                 )
             )
         return number
@@ -335,14 +317,14 @@ class Kernels:
 
 
 def _follow_consumer(
-    known: Any, event: Event, effects: tuple[Effect, ...], kernel: ConsumerKernel
+    known: Any, event: ConsumerInput, effects: tuple[Effect, ...], kernel: ConsumerKernel
 ) -> Any:
     """Have the model take the same step, and compare."""
     try:
         after, said = model.consumer_step(known, event)
     except model.Impossible as impossible:
         raise Finding(f"the model knows no way to {event}: {impossible}") from impossible
-    found = model.agree(effects, said)
+    found = model.differences(effects, said)
     ours, theirs = (kernel.state.value, kernel.notice.value), (after.state, after.notice)
     if ours != theirs:
         found.append(f"the kernel is {ours}, the model {theirs}")
@@ -350,7 +332,7 @@ def _follow_consumer(
     return after
 
 
-def _is_impossible(known: Any, event: Event) -> bool:
+def _is_impossible(known: Any, event: ConsumerInput) -> bool:
     try:
         model.consumer_step(known, event)
     except model.Impossible as impossible:
@@ -420,27 +402,26 @@ class _Namer:
         """
         Bring what a provider's model keeps into an order of which all counts.
 
-        When the provider is ready, what is unread waits for a release: only what is about the same
+        When the provider is ready, what waits does so for a release: only what is about the same
         allocation has an order.
         """
-        is_ready = known.phase != Phase.STARTING.value
-        unread = sorted(known.unread, key=_name_in) if is_ready else known.unread
-        return known._replace(unread=tuple(unread), remembered=self.in_memory(known.remembered))
+        is_ready = known.phase != ServiceState.STARTING.value
+        waiting = sorted(known.waiting, key=_name_in) if is_ready else known.waiting
+        return known._replace(waiting=tuple(waiting), remembered=self.in_memory(known.remembered))
 
     def of_provider(self, snapshot: Snapshot) -> Snapshot:
         """Rename what a provider's snapshot says."""
-        phase, connections, allocations, waiting, remembered, has_been_ready = snapshot
+        service, connections, allocations, held, remembered = snapshot
         number = self._number
         return (
-            phase,
+            service,
             tuple(
-                (number(c), (uid, is_closing, self.of(slots)))
-                for c, (uid, is_closing, slots) in connections
+                (number(c), (uid, is_closing, self.of(messages)))
+                for c, (uid, is_closing, messages) in connections
             ),
             tuple(sorted((self._allocation(frozen) for frozen in allocations), key=_first)),
-            tuple((number(c), index) for c, index in waiting),
+            tuple((number(c), index) for c, index in held),
             self.in_memory(tuple(map(self._name, remembered))),
-            has_been_ready,
         )
 
     def _allocation(self, frozen: Snapshot) -> Snapshot:
@@ -476,8 +457,8 @@ class _Namer:
         return " ".join(words)
 
 
-def _name_in(unread: tuple[int, Any]) -> str:
-    name: str = unread[1].allocation_id
+def _name_in(waiting: tuple[int, Any]) -> str:
+    name: str = waiting[1].allocation_id
     return name
 
 

@@ -9,8 +9,7 @@ from typing import Final
 
 from specs import invariants as always
 
-from ...lifecycle import AllocationState, ConsumerState
-from ...provider import Phase
+from ...lifecycle import AllocationState, ConsumerState, ServiceState
 from .client import DONE
 from .ground import Setting
 from .kernels import ConsumerView
@@ -34,7 +33,7 @@ def waits_of(setting: Setting, client: Client) -> int:
     view: ConsumerView | None = setting.kernels.consumer_views[client.kernel]
     if view is None:
         return 0
-    return (view.hold is ConsumerState.ASKING) | view.is_in_debt << 2
+    return (view.hold is ConsumerState.ASKING) | view.owes_end << 2
 
 
 # --- At rest -----------------------------------------------------------------------------------
@@ -48,7 +47,7 @@ def check_at_rest(setting: Setting, ground: Ground, clients: Iterable[Client]) -
         Finding, InvariantBroken: it has not.
     """
     view = setting.kernels.provider_views[ground.provider]
-    if view is None or view.phase is not Phase.READY:
+    if view is None or view.service is not ServiceState.READY:
         raise Finding("at rest without a provider that is ready")
     for link in ground.links:
         numbers = range(len(ground.nodes))
@@ -81,7 +80,7 @@ def _check_client_at_rest(setting: Setting, client: Client) -> None:
         return
     if view.hold not in (*DONE, ConsumerState.HELD, ConsumerState.SELF_HELD):
         raise Finding(f"at rest, a consumer is {view.hold.value}")
-    if view.is_in_debt:
+    if view.owes_end:
         raise Finding("at rest, a consumer is in debt")
     if client.timers:
         raise Finding("at rest, a consumer's timer runs")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from ...effects import Effect
-from ...events import Event
+from ...events import ProviderInput
 from ...messages import Message
 from .world import Bounds, Move
 
-Life = tuple[tuple[str, ...], list[tuple[Event, tuple[Effect, ...]]]]
+Life = tuple[tuple[str, ...], list[tuple[ProviderInput, tuple[Effect, ...]]]]
 """From a provider's start to its death: the names it remembers, and each event with its effects."""
 
 
@@ -53,7 +53,7 @@ class Story:
         """A provider starts, and its backend remembers names."""
         self.lives.append((remembered, []))
 
-    def turn(self, event: Event, effects: tuple[Effect, ...]) -> None:
+    def turn(self, event: ProviderInput, effects: tuple[Effect, ...]) -> None:
         """The provider's kernel is fed, and has decided; if it stumbled, nothing."""
         self.lives[-1][1].append((event, effects))
 

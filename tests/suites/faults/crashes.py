@@ -22,7 +22,7 @@ from typing import Any, Final
 from linux.testing.worlds import eventually
 from statemachine.errors import NamespaceError
 from statemachine.messages import NamespaceRequest
-from tests.suites.faults.faults import Call, Death, Doorkeeper
+from tests.suites.faults.faults import Call, Death, FaultInjector
 from tests.suites.faults.lives import Broken, LinuxStage, SimulatedStage, Stage
 from transport import calls
 from transport.endpoint import listen
@@ -36,7 +36,7 @@ PHASES: Final = ("obtaining", "ending", "recovering")
 """What the program is doing when it dies."""
 
 
-class Doomed(Doorkeeper):
+class Doomed(FaultInjector):
     """Lets the provider's calls pass until it is doomed; then the k-th is its last."""
 
     def __init__(self, on_death: Callable[[Call], None] | None = None) -> None:
@@ -162,7 +162,7 @@ class Dropped(Program):
     def __init__(self, stage: SimulatedStage) -> None:
         self.stage = stage
         self._dropping: asyncio.Task[None] | None = None
-        self._doomed = self.stage.doorkeeper = Doomed(self._die)
+        self._doomed = self.stage.injector = Doomed(self._die)
 
     def _die(self, _: Call) -> None:
         self._dropping = self.stage.loop.create_task(self._drop())
@@ -176,7 +176,7 @@ class Dropped(Program):
         if self._dropping is not None:
             await self._dropping
             self._dropping = None
-        self._doomed = self.stage.doorkeeper = Doomed(self._die)
+        self._doomed = self.stage.injector = Doomed(self._die)
         if doomed_at is not None:
             self._doomed.doom(doomed_at)
         self.stage.world.launch()
@@ -285,7 +285,7 @@ class Killed(Program):
         loop.add_reader(control, lambda: doomed.doom(int(control.recv(64) or b"0")))
         if doomed_at is not None:
             doomed.doom(doomed_at)
-        with calls.guarded_by(doomed):
+        with calls.hook_syscalls(doomed):
             world = self.stage.world
             world.launch()
             provider = Provider(listen(self.stage.path), world.backend)
@@ -307,7 +307,7 @@ def dropped(directory: Path) -> Iterator[Dropped]:
         stage.start()
         with stage._complaining():
             program = Dropped(stage)
-            with calls.guarded_by(program):
+            with calls.hook_syscalls(program):
                 yield program
             program._doomed.is_asleep = True
         if stage.world.leftovers():

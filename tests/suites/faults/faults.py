@@ -1,4 +1,4 @@
-"""Who stands in the door of `transport.calls`: counts what passes, and has some of it fail.
+"""A hook of `transport.calls` that injects faults: counts system calls, and has some of them fail.
 
 A call is known by who makes it and where, by its name, and by how often it was made there: so that
 the same call of the same life is meant, run after run, whatever else happens beside it. A plan says
@@ -181,7 +181,7 @@ def short_faults_of(call: Call) -> list[Fault]:
 
 
 @dataclass
-class Doorkeeper:
+class FaultInjector:
     """
     Lets calls pass, one by one, and does to some of them what the plan says.
 
@@ -316,7 +316,7 @@ def _place_of(code: CodeType) -> tuple[str, bool]:
     """A function's name, if it is one that counts; and whether only consumers have it."""
     path = code.co_filename
     place = "" if path.endswith(_UNTOLD) else f"{Path(path).stem}.{code.co_qualname}"
-    return place, path.endswith("transport/request.py")
+    return place, "/transport/request/" in path
 
 
 def _caller(frame: FrameType | None) -> tuple[str, str]:

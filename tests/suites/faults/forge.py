@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from linux.forge import child as forge_child
-from tests.suites.faults.faults import Call, Doorkeeper, Fault
-from transport.calls import guarded_by
+from tests.suites.faults.faults import Call, Fault, FaultInjector
+from transport.calls import hook_syscalls
 
 
-class ForgeDoorkeeper(Doorkeeper):
+class ForgeFaultInjector(FaultInjector):
     """One that asks anew what to do whenever the forge may have begun something new."""
 
     def __init__(self, plan: Path, log: Path) -> None:
@@ -50,7 +50,7 @@ class ForgeDoorkeeper(Doorkeeper):
 def main() -> None:
     _, plan, log, number = sys.argv
     sys.argv = [sys.argv[0], number]
-    with guarded_by(ForgeDoorkeeper(Path(plan), Path(log))):
+    with hook_syscalls(ForgeFaultInjector(Path(plan), Path(log))):
         forge_child.main()
 
 

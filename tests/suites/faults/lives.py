@@ -45,13 +45,13 @@ from linux.testing.worlds import (
 from statemachine.errors import NamespaceError
 from statemachine.lifecycle import AllocationState
 from statemachine.messages import AllocationEnded, NamespaceRequest
-from tests.suites.faults.faults import Call, Death, Doorkeeper, Fault, Plan
-from transport import calls, request
+from tests.suites.faults.faults import Call, Death, Fault, FaultInjector, Plan
+from transport import calls
 from transport.channel import Channel, Delivery
 from transport.contract import SelfService
 from transport.descriptors import NamespaceIdentity
 from transport.endpoint import begin_connect, listen
-from transport.request import AsyncConsumer, AsyncHandoff
+from transport.request import AsyncConsumer, AsyncHandoff, exchange
 from transport.serve import Provider
 
 SETTLING_S: Final = 0.004
@@ -143,7 +143,7 @@ class Stage(ABC):
         self.world = world
         self.path = directory / "handoff.sock"
         self.nowhere = directory / "nowhere.sock"
-        self.doorkeeper = Doorkeeper(is_asleep=True)
+        self.injector = FaultInjector(is_asleep=True)
         self.complaints: list[str] = []
         self.loop = HurriedLoop(patience_s)
         self.loop.set_exception_handler(self._hear_complaint)
@@ -170,7 +170,7 @@ class Stage(ABC):
             self.world.backend.close()
             raise
         self.provider = Provider(listener, self.world.backend)
-        self.provider._pool = Inline()
+        self.provider._work._pool = Inline()
         running = self.running = asyncio.ensure_future(self.provider.run(ready.set))
         waiting = asyncio.ensure_future(ready.wait())
         await asyncio.wait({running, waiting}, return_when=asyncio.FIRST_COMPLETED)
@@ -190,22 +190,17 @@ class Stage(ABC):
     async def drop(self, provider: Provider) -> None:
         """Drop the program where it stands, as the kernel does when it is killed."""
         provider._is_closed = True
-        self.loop.remove_reader(provider._listener._sock.fileno())
+        listener = provider._connections._listener
+        self.loop.remove_reader(listener._sock.fileno())
         with suppress(ValueError):
             self.loop.remove_reader(self.world.backend.fileno())
-        for peer in provider._peers.values():
-            self.loop.remove_reader(peer.channel.fileno())
-            self.loop.remove_writer(peer.channel.fileno())
-            for timer in (peer.deadline, peer.farewell):
-                if timer is not None:
-                    timer.cancel()
-            peer.channel.close()
-            peer.credentials.close()
-        for timer in (*provider._clock.handles.values(), *provider._clock.graces.values()):
-            timer.cancel()
-        provider._listener._reserve.close()
-        provider._listener._sock.close()
-        tasks = [*provider._lanes.values(), provider._tidying, self.running]
+        for connection in provider._connections._open.values():
+            connection.abandon()
+        provider._timers.close()
+        provider._watcher.close()
+        listener._reserve.close()
+        listener._sock.close()
+        tasks = [*provider._work._last.values(), provider._work._tidying, self.running]
         living = [task for task in tasks if task is not None and not task.done()]
         for task in living:
             task.cancel()
@@ -240,11 +235,11 @@ class Stage(ABC):
     @contextmanager
     def unseen(self) -> Iterator[None]:
         """Let the body's calls pass: they are not the program's."""
-        self.doorkeeper.is_asleep = True
+        self.injector.is_asleep = True
         try:
             yield
         finally:
-            self.doorkeeper.is_asleep = False
+            self.injector.is_asleep = False
 
     # Consumers.
 
@@ -270,19 +265,19 @@ class Stage(ABC):
         """
         name = self.new_name()
         self.complaints.clear()
-        keeper = self.doorkeeper = Doorkeeper(plan)
+        injector = self.injector = FaultInjector(plan)
         self.plan_forge(plan)
         spent = self.hurry.passed_s
         self.hurry.turns = 0
         with self._complaining():
             try:
-                with calls.guarded_by(keeper):
+                with calls.hook_syscalls(injector):
                     outcome = self._run(self._outcome(life, name))
             finally:
-                keeper.is_asleep = True
+                injector.is_asleep = True
                 forge_passed, forge_fired = self.passed_in_forge()
                 self.plan_forge(())
-            told = Told(outcome, [*keeper.passed, *forge_passed], [*keeper.fired, *forge_fired])
+            told = Told(outcome, [*injector.passed, *forge_passed], [*injector.fired, *forge_fired])
             try:
                 self._look(name, told, asks_afterwards)
             except (AssertionError, Broken) as error:
@@ -347,9 +342,9 @@ class Stage(ABC):
         kernel = self.provider.kernel
         while True:
             await asyncio.sleep(0.001)
-            names = list(self.provider._lanes)
+            names = list(self.provider._work._last)
             alive = [n for n in self.world_names() if n != self.neighbour]
-            if not names and not alive and len(self.provider._peers) <= 1:
+            if not names and not alive and len(self.provider._connections) <= 1:
                 return
             assert not any(
                 kernel.state_of(name) in (AllocationState.CREATED, AllocationState.HANDED_OFF)
@@ -430,16 +425,14 @@ class Stage(ABC):
         loggers = [logging.getLogger(name) for name in ("transport", "linux")]
         for logger in loggers:
             logger.addHandler(handler)
-        real_time, request.time = (
-            request.time,
-            types.SimpleNamespace(  # type: ignore[assignment]
-                monotonic=self.loop.time, sleep=self._pass
-            ),
+        real_time = exchange.time
+        exchange.time = types.SimpleNamespace(  # type: ignore[assignment]
+            monotonic=self.loop.time, sleep=self._pass
         )
         try:
             yield
         finally:
-            request.time = real_time
+            exchange.time = real_time
             for logger in loggers:
                 logger.removeHandler(handler)
 
@@ -495,16 +488,14 @@ class SimulatedStage(Stage):
 
     def __init__(self, directory: Path) -> None:
         world = SimulatedWorld()
-        world.node.hook = lambda step, _: self.doorkeeper.step(
-            "provider", f"simulated.{step.value}"
-        )
+        world.node.hook = lambda step, _: self.injector.step("provider", f"simulated.{step.value}")
         super().__init__(directory, world, 0.0)
         self.node = world.node
         self.own_node = SimulatedNode(frozenset({IMAGE}), hook=self._own_step)
         self._own = SimulatedBackend(self.own_node, has_journal=False)
 
     def _own_step(self, step: Any, name: str) -> None:
-        self.doorkeeper.step("consumer", f"simulated.{step.value}")
+        self.injector.step("consumer", f"simulated.{step.value}")
 
     def prepare_backend(self) -> None:
         self.world.backend._clock = self.loop.time

@@ -15,7 +15,7 @@ import os
 import random
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,8 +28,8 @@ from tests.suites.faults.crashes import PHASES, crash_points, dropped, killed
 from tests.suites.faults.faults import (
     ERRNOS,
     Call,
-    Doorkeeper,
     Fault,
+    FaultInjector,
     errnos_of,
     faults_of,
     short_faults_of,
@@ -43,10 +43,9 @@ from tests.suites.faults.lives import (
     simulated_stage,
     whole_life,
 )
-from tests.support.served import Wire
 from tests.test_architecture import Module, modules
-from transport.calls import guarded_by, syscall
-from transport.serve import Provider
+from transport.calls import hook_syscalls, syscall
+from transport.testing.peer import Line
 
 SEED: Final = 20261122
 PAIRS_ON_SIMULATED: Final = 150
@@ -63,7 +62,7 @@ def stage(tmp_path: Path) -> Iterator[Stage]:
         yield stage
 
 
-# --- The door -----------------------------------------------------------------------------------
+# --- The hook -----------------------------------------------------------------------------------
 
 NOT_FALLIBLE: Final = re.compile(
     "fsencode|fsdecode|fspath|strerror|getpid|geteuid|getpgrp|umask|_exit|isatty"
@@ -78,24 +77,24 @@ FALLIBLE_METHODS: Final = re.compile(
 """What paths, sockets, databases and epolls ask it for."""
 
 OURS: Final = re.compile(r"(self\._listener|.*channel)\.\w+|self\.\w+")
-"""What is called alike and passes the door further inside."""
+"""What is called alike and goes through `syscall` further inside."""
 
 OUTSIDE: Final = {
-    "transport/calls.py": "it is the door",
-    "linux/forge/exec.py": "runs in a process without these packages",
-    "linux/cli": "programs above the door; strace refuses them things",
-    "linux/demo": "programs above the door",
+    "transport/calls.py": "it has the hook",
+    "linux/forge_exec.py": "runs in a process without these packages",
+    "linux/cli": "programs; strace refuses them things",
+    "linux/demo": "programs",
     "linux/simulated": "a node that is none",
 }
 """What is not held to it, by how its path begins, and why."""
 
 BESIDE: Final = {
-    ("linux/cgroups.py", "os.open"): "called by `open`, which passed the door",
-    ("linux/forge/child.py", "socket.socket"): "takes over a descriptor that is there",
+    ("linux/cgroups.py", "os.open"): "called by `open`, which went through `syscall`",
+    ("linux/forge_child.py", "socket.socket"): "takes over a descriptor that is there",
 }
 
 
-def calls_beside_the_door(module: Module) -> Iterator[str]:
+def calls_without_the_hook(module: Module) -> Iterator[str]:
     for node in module.nodes:
         if not isinstance(node, ast.Call):
             continue
@@ -111,32 +110,32 @@ def calls_beside_the_door(module: Module) -> Iterator[str]:
             yield name
 
 
-def test_basic_nothing_that_can_be_refused_is_asked_for_beside_the_door() -> None:
+def test_basic_nothing_that_can_be_refused_is_asked_for_without_the_hook() -> None:
     found = {
         (module.path, name)
         for module in modules("transport", "linux")
-        if not module.is_testing and not module.path.startswith(tuple(OUTSIDE))
-        for name in calls_beside_the_door(module)
+        if not module.path.startswith(tuple(OUTSIDE))
+        for name in calls_without_the_hook(module)
     }
     assert found == set(BESIDE)
 
 
 @pytest.mark.parametrize("text", ["os.mkdir(p)", "p.read_text()", "s.accept()", "open(p)"])
-def test_the_rule_sees_a_call_beside_the_door(text: str) -> None:
-    assert list(calls_beside_the_door(Module("linux/x.py", text)))
+def test_the_rule_sees_a_call_without_the_hook(text: str) -> None:
+    assert list(calls_without_the_hook(Module("linux/x.py", text)))
 
 
-def test_the_rule_lets_pass_what_goes_through_the_door() -> None:
+def test_the_rule_lets_pass_what_goes_through_the_hook() -> None:
     text = "syscall(os.mkdir, p); syscall(p.read_text); os.getpid()"
-    assert not list(calls_beside_the_door(Module("linux/x.py", text)))
+    assert not list(calls_without_the_hook(Module("linux/x.py", text)))
 
 
-def test_nobody_stands_in_the_door_unless_asked(tmp_path: Path) -> None:
-    keeper = Doorkeeper()
-    with guarded_by(keeper):
+def test_a_hook_is_there_only_while_it_is_installed(tmp_path: Path) -> None:
+    injector = FaultInjector()
+    with hook_syscalls(injector):
         syscall((tmp_path / "a").mkdir)
     syscall((tmp_path / "b").mkdir)
-    (call,) = keeper.passed
+    (call,) = injector.passed
     assert (call.name, call.nth) == ("mkdir", 1)
     assert (tmp_path / "b").is_dir()
 
@@ -238,7 +237,7 @@ def test_a_scope_whose_events_could_not_be_read_is_heard_of_again(
         with scope.open_events() as events, ScopeWatch[str]() as watch:
             watch.add("x", events.fileno())
             no_memory = Fault(Call("provider", "cgroups._rearm", "pread", 1), "ENOMEM")
-            with guarded_by(Doorkeeper((no_memory,))):
+            with hook_syscalls(FaultInjector((no_memory,))):
                 assert watch.poll() == ["x"]
             assert watch.poll() == ["x"]
             assert watch.poll() == []
@@ -252,29 +251,32 @@ def test_a_scope_whose_events_could_not_be_read_is_heard_of_again(
 def test_a_connection_that_cannot_be_listened_to_is_told_so_at_once(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refused = _refuse_once(monkeypatch, stage, "add_reader", "_accept")
-    with Wire(stage.path) as wire:
+    refused = _refuse_once(monkeypatch, stage, "add_reader", "Connection.start")
+    with Line.to(stage.path) as line:
         stage.loop.run_until_complete(asyncio.sleep(0.01))
-        answer = wire.take()
+        answer = line.hear()
         assert refused
         assert isinstance(answer, SocketUnavailable)
         assert "Cannot allocate memory" in answer.reason
-        assert wire.hears_the_end()
+        assert line.hear() is None
     assert stage.tell(end_by_consumer).outcome == "served"
 
 
-@pytest.mark.parametrize("resume", [Provider._resume_accepting, Provider._resume_observing])
+@pytest.mark.parametrize("caller", ["Connections.start", "Watcher.start"])
 def test_listening_is_taken_up_again_though_that_is_refused_once(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch, resume: Callable[[Provider], None]
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, caller: str
 ) -> None:
     provider = stage.provider
     assert provider is not None
-    stage.loop.remove_reader(provider._listener.fileno())
+    stage.loop.remove_reader(provider._connections._listener.fileno())
     stage.loop.remove_reader(stage.world.backend.fileno())
-    for each in {Provider._resume_accepting, Provider._resume_observing} - {resume}:
-        each(provider)
-    refused = _refuse_once(monkeypatch, stage, "add_reader", resume.__name__)
-    resume(provider)
+    refused = _refuse_once(monkeypatch, stage, "add_reader", caller)
+
+    async def resume() -> None:
+        provider._connections._resume_accepting()
+        provider._watcher._resume_observing()
+
+    stage.loop.run_until_complete(resume())
     assert refused
     assert stage.tell(whole_life).outcome == "served"
 
@@ -284,7 +286,7 @@ def test_an_answer_whose_rest_cannot_be_sent_ends_in_a_fallback(
 ) -> None:
     calls = stage.tell(end_by_consumer).passed
     answer = next(c for c in calls if (c.who, c.name) == ("provider", "sendmsg"))
-    refused = _refuse_once(monkeypatch, stage, "add_writer", "_put")
+    refused = _refuse_once(monkeypatch, stage, "add_writer", "Connection.send")
     outcome = stage.tell(end_by_consumer, (Fault(answer, "EAGAIN"),)).outcome
     assert refused
     assert outcome == "self-served: SocketUnavailable"
@@ -298,7 +300,7 @@ def _refuse_once(
     real = getattr(stage.loop, name)
 
     def add(*arguments: Any) -> None:
-        if not refused and sys._getframe(1).f_code.co_name == caller:
+        if not refused and sys._getframe(1).f_code.co_qualname == caller:
             refused.append(caller)
             raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
         real(*arguments)

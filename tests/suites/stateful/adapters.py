@@ -23,8 +23,8 @@ from statemachine.effects import Timer
 from statemachine.events import Event
 from statemachine.lifecycle import AllocationState
 from statemachine.provider import Limits, ProviderKernel
-from tests.support.served import Served
-from transport.serve import Provider, Spans
+from tests.support.serving import Serving
+from transport.serve import Spans
 from transport.testing.gated_backend import Reins
 from transport.testing.in_process import (
     ConsumerBrain,
@@ -158,33 +158,30 @@ class OnSocketOfOurs(OnWorld):
         return self.served.turns
 
     def serve(self) -> None:
-        self.served = Served(self.path, self.reins, spans=FOREVER)
-        if Work.RECOVER not in self._held:
-            self.wait_ready()
+        is_held = Work.RECOVER in self._held
+        serving = Serving(self.path, self.reins, spans=FOREVER, waits_ready=not is_held)
+        self.served = serving.__enter__()
 
     def wait_ready(self) -> None:
         self.served.wait_ready()
 
     def stop(self) -> None:
         self.past += self.served.turns
-        self.served.stop()
+        self.served.end()
 
     def release(self, name: str) -> None:
-        self.served.ask_provider(lambda provider: provider._feed(on.ReleaseRequested(name)))
+        self.served.ask(lambda: self.served.provider._feed(on.ReleaseRequested(name)))
 
     def wait_held(self, work: Work) -> None:
         self.reins.wait_held(work)
 
     def is_running(self, timer: Timer, name: str) -> bool:
-        return self.served.ask_provider(lambda p: (timer, name) in p._clock.handles)
+        timers = self.served.provider._timers
+        return self.served.ask(lambda: (timer, name) in timers._running)
 
     def expire(self, timer: Timer, name: str) -> None:
-        def run_out(provider: Provider) -> None:
-            provider._clock.handles[timer, name].cancel()
-            provider._expire(timer, name)
-
         wait_until(lambda: self.is_running(timer, name), f"{timer} of {name}")
-        self.served.ask_provider(run_out)
+        self.served.ask(lambda: self.served.provider._timers.expire(timer, name))
 
     def wait_released(self, name: str) -> None:
         wait_until(lambda: self.served.state_of(name) is AllocationState.RELEASED)
@@ -193,7 +190,7 @@ class OnSocketOfOurs(OnWorld):
         with ExitStack() as stack:
             stack.callback(self._folder.cleanup)
             stack.callback(self.world.close)
-            stack.callback(self.served.stop)
+            stack.callback(self.served.end)
 
 
 class InProcess(OnWorld):

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any
 
-from statemachine import consumer, provider
 from statemachine.events import Event
-from statemachine.lifecycle import CONSUMER, NOTICE, PROVIDER
-from statemachine.table import Row, Table
-
-_HOMES: Final = ((provider, PROVIDER), (consumer, CONSUMER), (consumer, NOTICE))
+from statemachine.table import Table
+from statemachine.testing.tables import watched
 
 
 def cell(table: str, event: type[Event], state: Any) -> str:
@@ -25,35 +22,16 @@ def cells_of(*tables: Table) -> set[str]:
     return {cell(table.name, row.event, row.source) for table in tables for row in table.rows}
 
 
-class _Counting:
-    """A table that counts what it fires."""
-
-    def __init__(self, table: Table, hits: Counter[str]) -> None:
-        self._table = table
-        self._hits = hits
-
-    def row(self, event: type[Event], state: Any) -> Row | None:
-        return self._table.row(event, state)
-
-    def fire(self, model: Any, event: type[Event], subject: str) -> Any:
-        name = cell(self._table.name, event, model.state)
-        orders = self._table.fire(model, event, subject)
-        self._hits[name] += 1
-        return orders
-
-
 @contextmanager
 def counted() -> Iterator[Counter[str]]:
-    """Count every row that any kernel takes meanwhile, in whichever thread."""
+    """Count every row that any kernel takes meanwhile, in every thread."""
     hits: Counter[str] = Counter()
-    before = [vars(module)[table.name.upper()] for module, table in _HOMES]
-    try:
-        for (module, table), there in zip(_HOMES, before, strict=True):
-            setattr(module, table.name.upper(), _Counting(there, hits))
+
+    def count(*row: Any) -> None:
+        hits[cell(*row)] += 1
+
+    with watched(count):
         yield hits
-    finally:
-        for (module, table), there in zip(_HOMES, before, strict=True):
-            setattr(module, table.name.upper(), there)
 
 
 def missing(hits: Iterable[str], *tables: Table) -> list[str]:

@@ -21,7 +21,7 @@ from linux.testing.adversary import Dealings, dealings
 from specs.invariants import InvariantBroken
 from statemachine import effects as do
 from statemachine import provider as kernel
-from statemachine.lifecycle import CONSUMER, NOTICE, PROVIDER
+from statemachine.lifecycle import ALLOCATION, CONSUMER, NOTICE
 from statemachine.table import compile_table
 from tests.campaign import stateful_campaign
 from tests.suites.stateful.adapters import Node, adapter_of, counterpart_of, machine
@@ -80,7 +80,7 @@ def test_a_consumer_keeps_its_promises(name: str, dealing: type[Dealings]) -> No
 def test_every_row_of_a_provider_is_taken(name: str, handoffs: type[Handoffs]) -> None:
     with counted() as hits:
         take(handoffs, PROVIDER_TOUR)
-    assert missing(hits, PROVIDER) == []
+    assert missing(hits, ALLOCATION) == []
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -93,8 +93,8 @@ def test_every_row_of_a_consumer_is_taken(name: str, dealing: type[Dealings]) ->
 def test_a_row_that_is_not_taken_is_named(allocation_id: str) -> None:
     with counted() as hits:
         take(machine(allocation_id, lambda: adapter_of("kernels", None)), PROVIDER_TOUR[:2])
-    assert "provider unknown RequestReceived" not in missing(hits, PROVIDER)
-    assert "provider handed_off InitDied" in missing(hits, PROVIDER)
+    assert "allocation unknown RequestAdmitted" not in missing(hits, ALLOCATION)
+    assert "allocation handed_off InitDied" in missing(hits, ALLOCATION)
 
 
 # --- The machines can fail ---------------------------------------------------------------------
@@ -172,10 +172,10 @@ def test_an_effect_that_is_left_out_is_found(
             if (each.event.__name__, each.source.value) == row
             else each.effects,
         )
-        for each in PROVIDER.rows
+        for each in ALLOCATION.rows
     ]
-    mutant = compile_table("provider", rows, initial=PROVIDER.initial, finals=PROVIDER.finals)
-    monkeypatch.setattr(kernel, "PROVIDER", mutant)
+    mutant = compile_table("allocation", rows, initial=ALLOCATION.initial, finals=ALLOCATION.finals)
+    monkeypatch.setattr(kernel, "ALLOCATION", mutant)
     with pytest.raises((AssertionError, KeyError)):
         take(kernels, PROVIDER_TOUR)
 

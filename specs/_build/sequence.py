@@ -1,4 +1,4 @@
-"""Draws a sequence diagram: of Mermaid's language what `Explorer.chart` and `trace show` write.
+"""Draws a sequence diagram, in as much of Mermaid's language as this project writes.
 
 participant P as provider      C0->>P: said        P--xC0: gone        Note over P: why
 """
@@ -31,6 +31,8 @@ class NotDrawable(ValueError):
 
 @dataclass(frozen=True)
 class Arrow:
+    """A message from one participant to another."""
+
     source: str
     target: str
     said: str
@@ -40,6 +42,8 @@ class Arrow:
 
 @dataclass(frozen=True)
 class Note:
+    """Words over one or two participants."""
+
     over: tuple[str, ...]
     lines: tuple[str, ...]
 

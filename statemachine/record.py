@@ -1,0 +1,131 @@
+"""Frozen value classes: a dataclass with slots, at a fraction of the import time.
+
+`dataclass(frozen=True, slots=True)` compiles eight functions for each class and builds the class
+twice, which was most of what importing this package cost: it has some eighty events, effects and
+messages. `record` compiles one small source for each class. Its classes work with
+`dataclasses.fields`, `replace`, `asdict` and `is_dataclass`, with `match`, `copy` and `pickle`;
+mypy takes them for frozen dataclasses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache, lru_cache
+from typing import Any, ClassVar, Final, TypeVar, dataclass_transform
+
+T = TypeVar("T")
+
+# A slot's own `__set__` passes by the `__setattr__` that refuses every change.
+_SOURCE: Final = """
+def __init__(self{parameters}):
+    {body}
+def __eq__(self, other):
+    if other.__class__ is not self.__class__:
+        return NotImplemented
+    return {equal}
+def __hash__(self):
+    return hash((self.__class__, {values}))
+"""
+
+
+class _OfDataclass:
+    """What `dataclasses` looks for in a class, made on demand."""
+
+    def __init__(self, attribute: str) -> None:
+        self._attribute = attribute
+
+    def __get__(self, instance: object, owner: Any) -> Any:
+        return getattr(_dataclass_like(owner), self._attribute)
+
+
+@cache
+def _dataclass_like(cls: Any) -> type:
+    fields = [
+        (name, cls._types[name], dataclasses.field(default=cls._defaults[name]))
+        if name in cls._defaults
+        else (name, cls._types[name])
+        for name in cls.__match_args__
+    ]
+    return dataclasses.make_dataclass(cls.__name__, fields, frozen=True)
+
+
+class _Record:
+    """What all records have in common."""
+
+    __slots__ = ()
+    __match_args__: tuple[str, ...] = ()
+    __dataclass_fields__ = _OfDataclass("__dataclass_fields__")
+    __dataclass_params__ = _OfDataclass("__dataclass_params__")
+    _types: ClassVar[dict[str, Any]] = {}
+    _defaults: ClassVar[dict[str, Any]] = {}
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise dataclasses.FrozenInstanceError(f"cannot assign to field {name!r}")
+
+    def __delattr__(self, name: str) -> None:
+        raise dataclasses.FrozenInstanceError(f"cannot delete field {name!r}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(getattr(self, name) for name in self.__match_args__)
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.__match_args__)
+        return f"{type(self).__qualname__}({fields})"
+
+
+@dataclass_transform(frozen_default=True)
+def record(cls: type[T]) -> type[T]:
+    """
+    Make a class of immutable values out of its annotated fields.
+
+    Two values are equal, and hash alike, if they are of one class and their fields are equal. A
+    default value must be immutable; `__post_init__` is called if there is one. To change a field
+    raises `dataclasses.FrozenInstanceError`.
+    """
+    own: dict[str, Any] = vars(cls).get("__annotations__", {})
+    namespace = {
+        name: value
+        for name, value in vars(cls).items()
+        if name not in own and name not in ("__dict__", "__weakref__")
+    }
+    bases = cls.__bases__ if issubclass(cls, _Record) else (_Record,)
+    parent: Any = bases[0]
+    names = (*parent.__match_args__, *own)
+    defaults = parent._defaults | {name: vars(cls)[name] for name in own if name in vars(cls)}
+    namespace |= {
+        "__slots__": tuple(own),
+        "__match_args__": names,
+        "_types": parent._types | own,
+        "_defaults": defaults,
+    }
+    metaclass: Any = type(cls)
+    made: Any = metaclass(cls.__name__, bases, namespace)
+    for name, method in _methods(made, names, defaults).items():
+        setattr(made, name, method)
+    return made  # type: ignore[no-any-return]
+
+
+def _methods(made: type, names: tuple[str, ...], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Compile what is called often: construction, comparison and hash."""
+    known = {f"set_{name}": getattr(made, name).__set__ for name in names}
+    known |= {f"default_{name}": value for name, value in defaults.items()}
+    body = [f"set_{name}(self, {name})" for name in names]
+    if hasattr(made, "__post_init__"):
+        body.append("self.__post_init__()")
+    source = _SOURCE.format(
+        parameters="".join(
+            f", {name}=default_{name}" if name in defaults else f", {name}" for name in names
+        ),
+        body="; ".join(body) or "pass",
+        equal=" and ".join(f"self.{name} == other.{name}" for name in names) or "True",
+        values="".join(f"self.{name}, " for name in names),
+    )
+    methods: dict[str, Any] = {}
+    exec(_code(source), known, methods)
+    return methods
+
+
+@lru_cache
+def _code(source: str) -> Any:
+    # Many records have the same fields.
+    return compile(source, __name__, "exec")
