@@ -222,14 +222,14 @@ def test_a_push_comes_in_between_and_takes_no_answers_place(rig: Rig) -> None:
 
 
 @pytest.mark.clause("PEER-8")
-@pytest.mark.parametrize("step", [Step.ANCHOR, Step.PUBLISH, Step.KILL])
+@pytest.mark.parametrize("step", [Step.ANCHOR, Step.PUBLISH, Step.END_INIT])
 def test_slow_work_for_one_allocation_makes_no_other_wait(rig: Rig, step: Step) -> None:
     gate = rig.gate("slow", step=step)
     rig.serve()
     slow, fast = rig.connect(), rig.connect()
     slow.say(wanted("slow"))
     expected: Message = handed("slow")
-    if step is Step.KILL:
+    if step is Step.END_INIT:
         assert slow.hear() == expected
         slow.say(expected := ended("slow"))
     gate.wait_reached()
