@@ -24,10 +24,9 @@ import os
 import select
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from signal import SIGKILL
-from types import TracebackType
 from typing import Final
 
 from transport.calls import syscall
@@ -87,13 +86,7 @@ class AnchorIdentity:
 
     def as_json(self) -> dict[str, object]:
         """Return it as plain values, for the journal."""
-        return {
-            "boot_id": self.boot_id,
-            "pid": self.pid,
-            "pidfs_inode": self.pidfs_inode,
-            "start_time": self.start_time,
-            "namespaces": dict(self.namespaces),
-        }
+        return asdict(self)
 
     @classmethod
     def from_json(cls, plain: Mapping[str, object]) -> AnchorIdentity:
@@ -162,7 +155,7 @@ class Anchor:
         One that has ended already is no failure.
 
         Raises:
-            SyscallError: no permission (EPERM); the anchor lives on.
+            SyscallError: no permission (EPERM); the anchor stays alive.
             ValueError: the anchor is closed.
         """
         try:
@@ -190,18 +183,13 @@ class Anchor:
         return AnchorIdentity(boot_id(), self.pid, inode, start_time, namespaces)
 
     def close(self) -> None:
-        """Close the pidfd; the process lives on. Idempotent."""
+        """Close the pidfd; the process stays alive. Idempotent."""
         self.pidfd.close()
 
     def __enter__(self) -> Anchor:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:

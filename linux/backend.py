@@ -4,7 +4,7 @@ Here is how each step of `transport.contract` is done on Linux; `linux.steps` ru
 be undone yet is tried again by the next `release_namespaces`.
 
 Each incarnation of an allocation has a token of its own, which no other ever has. It is in the
-journal, in the anchor's environment and on the cgroup, and so tells after a crash what belongs to
+journal, in the anchor's environment and on the cgroup, and so shows after a crash what belongs to
 which allocation. Nothing without a token of ours is touched.
 
 A consumer that makes its own namespaces uses the same class (`LinuxBackend.for_self_service`):
@@ -391,7 +391,7 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
         try:
             self._watch_scope(allocation)
         except SyscallError:
-            # It is gone already, which the next look tells; or no descriptor is left for it.
+            # It is gone already, as the next look shows; or no descriptor is left for it.
             self._call_again(allocation.name)
         if allocation.anchor is not None:
             key: _WatchKey = ("anchor", allocation.name)

@@ -27,7 +27,6 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Final, Generic, Self, TypeVar
 
 from statemachine.messages import objection_to_id
@@ -443,12 +442,7 @@ class ScopeWatch(Generic[Key]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _disarm(self, fd: int) -> None:
@@ -533,12 +527,7 @@ class _Cursor:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._here.close()
 
     def walk(self) -> Iterator[Descriptor]:

@@ -24,7 +24,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Final, Self, TypeAlias, TypedDict, Unpack
 
 from statemachine.lifecycle import AllocationState
@@ -117,7 +116,7 @@ class Entry:
 
     allocation_id: str
     incarnation: str
-    """The token that tells this life of the id from earlier and later ones."""
+    """The token of this incarnation; another allocation of the same id has another."""
     state: AllocationState
     """One of `STATES`."""
     request: NamespaceRequest
@@ -166,17 +165,14 @@ class Journal:
 
     Args:
         state_dir: Where the journal lives; made (mode 0700) if absent.
-        boot_id: This boot's id. Entries of another boot are removed and returned as `voided`;
-            their ids are remembered as ended, which after a reboot they are.
+        boot_id: This boot's id. Entries of another boot are removed, and their ids
+            remembered as ended, which after a reboot they are.
 
     Raises:
         JournalBusy: another process holds `state_dir`.
         JournalCorrupt: the file is damaged or not ours; it is untouched.
         JournalUnavailable: the directory or the file cannot be opened or written.
     """
-
-    voided: Final[tuple[Entry, ...]]
-    """The entries of another boot that were found when the journal was opened."""
 
     def __init__(self, state_dir: Path, boot_id: str) -> None:
         self._path: Final = state_dir / JOURNAL_NAME
@@ -188,7 +184,7 @@ class Journal:
             self._lock.close()
             raise
         try:
-            self.voided = self._begin_boot(boot_id)
+            self._begin_boot(boot_id)
         except BaseException:
             self.close()
             raise
@@ -265,27 +261,20 @@ class Journal:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _begin_boot(self, boot_id: str) -> tuple[Entry, ...]:
+    def _begin_boot(self, boot_id: str) -> None:
         # Keeps CRASH-9.
         with self._transaction() as database:
+            entries = _read_entries(database)  # also to refuse what cannot be read now, not later
             if _read_boot_id(database) == boot_id:
-                _read_entries(database)  # a journal that cannot be read is refused now, not later
-                return ()
-            voided = _read_entries(database)
-            for entry in voided:
+                return
+            for entry in entries:
                 _remember(database, entry.allocation_id)
             syscall(database.execute, "DELETE FROM allocation")
             syscall(database.execute, "DELETE FROM boot")
             syscall(database.execute, "INSERT INTO boot VALUES (?)", (boot_id,))
-            return voided
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:

@@ -34,7 +34,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Final
 
-from .exits import PROGRAM, SIGNAL_BASE, ExitCode, Failure, Interrupted, tell
+from .exits import PROGRAM, SIGNAL_BASE, ExitCode, Failure, Interrupted, print_error
 
 DISTRIBUTION: Final = "namespace-handoff"
 """The name of the distribution on a package index."""
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parse(words)
         return int(_VERBS[options.verb](options))
     except Failure as failure:
-        tell(str(failure))
+        print_error(str(failure))
         return failure.code
     except Interrupted as interruption:
         return SIGNAL_BASE + interruption.number

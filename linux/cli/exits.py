@@ -66,6 +66,6 @@ class Interrupted(BaseException):
         self.number: Final = number
 
 
-def tell(text: str) -> None:
+def print_error(text: str) -> None:
     """Print a line on standard error; standard output is for results."""
     print(f"{PROGRAM}: {text}", file=sys.stderr, flush=True)

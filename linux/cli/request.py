@@ -27,7 +27,7 @@ from .consumer import (
     request_of,
     signals_taken,
 )
-from .exits import ExitCode, Interrupted, tell
+from .exits import ExitCode, Interrupted, print_error
 
 SCHEMA: Final = 1
 """Version of what `--json` prints; keys are added without a new one, never changed."""
@@ -74,7 +74,7 @@ def end(options: argparse.Namespace) -> ExitCode:
         consumer_of(options, KernelInspector(Features())).end(name, END_TIMEOUT_S)
     except NamespaceError as error:
         raise failure_of(error) from error
-    tell(f"{name} has ended")
+    print_error(f"{name} has ended")
     return ExitCode.OK
 
 
@@ -123,14 +123,14 @@ def _let_go(handoff: Handoff, *, ends: bool) -> None:
     """End the allocation if that was requested, and print what becomes of it."""
     name = handoff.request.allocation_id
     if handoff.is_ended:
-        tell(f"{name} has ended")
+        print_error(f"{name} has ended")
     elif ends:
         is_confirmed = handoff.end(END_TIMEOUT_S)
-        tell(f"{name} has ended" if is_confirmed else f"the end of {name} was not confirmed")
+        print_error(f"{name} has ended" if is_confirmed else f"the end of {name} was not confirmed")
     elif handoff.is_degraded:
-        tell(f"{name} was made by self-service and ends now")
+        print_error(f"{name} was made by self-service and ends now")
     else:
-        tell(f"{name} stays alive")
+        print_error(f"{name} stays alive")
 
 
 def _expect_provider(path: str) -> None:

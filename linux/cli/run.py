@@ -38,7 +38,7 @@ from .consumer import (
     request_of,
     signals_taken,
 )
-from .exits import SIGNAL_BASE, ExitCode, Failure, Interrupted, tell
+from .exits import SIGNAL_BASE, ExitCode, Failure, Interrupted, print_error
 
 PASSED_ON: Final = (
     signal.SIGHUP,
@@ -250,9 +250,9 @@ def _end(handoff: Handoff, features: Features) -> None:
     if handoff.is_degraded:
         return  # the consumer warns of what it cannot release
     if not is_confirmed:
-        tell(f"{name}: the provider did not confirm the end within {END_TIMEOUT_S:g} s")
+        print_error(f"{name}: the provider did not confirm the end within {END_TIMEOUT_S:g} s")
     elif (left := _what_is_left(handoff, features)) is not None:
-        tell(f"{name} has ended and is draining: {left}")
+        print_error(f"{name} has ended and is draining: {left}")
 
 
 def _what_is_left(handoff: Handoff, features: Features) -> str | None:
@@ -260,7 +260,7 @@ def _what_is_left(handoff: Handoff, features: Features) -> str | None:
     scope = _scope_of(handoff, None)
     if scope is not None and scope.is_dir():
         return f"processes in {scope}: {states_of(Scope(scope, '').processes())}"
-    # Linux kernels before 6.11 do not tell whether an init is dead.
+    # On Linux kernels before 6.11 it cannot be found out whether an init is dead.
     is_provable = features.pidfd_namespaces and NamespaceType.PID in handoff.bundle.types
     if is_provable and not has_dead_init(handoff.bundle[NamespaceType.PID], features):
         return "the init of its PID namespace is being killed"

@@ -120,8 +120,8 @@ def why_no_user_namespace() -> str | None:
         except OSError as error:
             return f"{UNSHARE[0]}: {error.strerror}"
         question.close()
-        said = _read_all(answer)
-        return None if child.wait() == 0 else said.strip() or f"{UNSHARE[0]} failed"
+        output = _read_all(answer)
+        return None if child.wait() == 0 else output.strip() or f"{UNSHARE[0]} failed"
 
 
 def enter_user_namespace(arguments: list[str]) -> NoReturn:
@@ -242,9 +242,9 @@ def _run_mksquashfs(program: str, host: Host) -> None:
             stderr=question.fileno(),
         )
         question.close()
-        said = _read_all(answer)
+        output = _read_all(answer)
     if child.wait() != 0:
-        raise CannotShow(f"mksquashfs: {said.strip()}")
+        raise CannotShow(f"mksquashfs: {output.strip()}")
 
 
 def _try_squashfs() -> str:

@@ -19,13 +19,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, TypeAlias
 
 from statemachine.events import Event
 from statemachine.lifecycle import AllocationState
 from statemachine.messages import NamespaceRequest
 from statemachine.provider import Limits
-from transport.descriptors import Descriptor, DescriptorBundle, Inspector
+from transport.descriptors import Descriptor, DescriptorBundle
 from transport.endpoint import listen
 from transport.request import Handoff
 from transport.serve import Provider
@@ -58,46 +58,6 @@ LOG_LINES_QUOTED_MAX: Final = 5
 
 class DemoError(Exception):
     """A process of the demonstration is gone, or does not answer."""
-
-
-class RunningProvider(Protocol):
-    """A provider that the demonstration has started."""
-
-    @property
-    def inspector(self) -> Inspector:
-        """Identifies the provider's descriptors."""
-        ...
-
-    @property
-    def description(self) -> str:
-        """What it is, as text."""
-        ...
-
-    @property
-    def is_running(self) -> bool:
-        """Whether it still serves."""
-        ...
-
-    def next_state(self, timeout_s: float) -> tuple[str, str] | None:
-        """
-        Return the next state that an allocation has reached.
-
-        Returns:
-            The allocation and the state; None if none was reached in time.
-
-        Raises:
-            DemoError: the provider is gone.
-        """
-        ...
-
-    def stop(self) -> int:
-        """
-        Stop the provider and wait for it. Idempotent.
-
-        Returns:
-            Its exit code.
-        """
-        ...
 
 
 class ProviderProcess:
@@ -139,7 +99,15 @@ class ProviderProcess:
         return self._child.poll() is None
 
     def next_state(self, timeout_s: float) -> tuple[str, str] | None:
-        """Read its log until the next state."""
+        """
+        Return the next state that an allocation has reached.
+
+        Returns:
+            The allocation and the state; None if none was reached in time.
+
+        Raises:
+            DemoError: the provider is gone.
+        """
         while True:
             line = self._log.take(timeout_s)
             if line is None:
@@ -149,7 +117,7 @@ class ProviderProcess:
                 return reached
 
     def stop(self) -> int:
-        """Send SIGTERM and wait; kill it if it does not stop."""
+        """Send SIGTERM and wait for it; kill it if it does not stop; return its exit code."""
         if self._child.returncode is None:
             self._child.send_signal(signal.SIGTERM)
             if not _has_ended(self._child.pid, STOP_TIMEOUT_S):
@@ -217,7 +185,7 @@ class ProviderThread:
             return None
 
     def stop(self) -> int:
-        """Stop its event loop, and wait."""
+        """Stop its event loop and wait for it; return 0 if it has ended."""
         if self._stop is not None:
             self._stop()
             self._stop = None
@@ -248,6 +216,10 @@ class ProviderThread:
             backend.close()
 
 
+RunningProvider: TypeAlias = ProviderProcess | ProviderThread
+"""A provider that the demonstration has started."""
+
+
 def _requested_id(event: Event) -> str | None:
     request = getattr(event, "request", None)
     return None if request is None else str(request.allocation_id)
@@ -269,13 +241,13 @@ class InnerProcess:
         self._answers: Final = _Lines()
         with ExitStack() as undo:
             undo.callback(self._answers.close)
-            hears, self._says = (undo.enter_context(Descriptor(fd)) for fd in os.pipe())
-            with self._answers.writable() as stdout, hears:
+            reading, self._questions = (undo.enter_context(Descriptor(fd)) for fd in os.pipe())
+            with self._answers.writable() as stdout, reading:
                 self._child = spawn_within(
                     _inside_command(image),
                     bundle,
                     scope=scope,
-                    stdin=hears.fileno(),
+                    stdin=reading.fileno(),
                     stdout=stdout.fileno(),
                 )
             undo.pop_all()
@@ -293,7 +265,7 @@ class InnerProcess:
             DemoError: it is gone, or does not answer.
         """
         try:
-            os.write(self._says.fileno(), f"{question}\n".encode())
+            os.write(self._questions.fileno(), f"{question}\n".encode())
         except OSError as error:
             raise DemoError(f"the process inside cannot be asked: {error}") from error
         answer = self._answers.take(ANSWER_TIMEOUT_S)
@@ -303,7 +275,7 @@ class InnerProcess:
 
     def leave(self) -> None:
         """Tell it to exit, without waiting."""
-        self._says.close()
+        self._questions.close()
 
     def wait(self) -> int | None:
         """Wait for its end and reap it; return its exit code, or None if it does not end."""
@@ -394,26 +366,26 @@ def leave_orphan(bundle: DescriptorBundle, scope: Descriptor | None) -> tuple[in
     Returns:
         Its pid inside, and a descriptor that ends it when closed; the caller owns that.
     """
-    said = _Lines()
+    output = _Lines()
     with ExitStack() as undo:
-        undo.callback(said.close)
-        hears, says = (undo.enter_context(Descriptor(fd)) for fd in os.pipe())
-        with said.writable() as stdout, hears:
+        undo.callback(output.close)
+        reading, writing = (undo.enter_context(Descriptor(fd)) for fd in os.pipe())
+        with output.writable() as stdout, reading:
             script = "exec 3<&0; cat <&3 >/dev/null & echo $!"
             child = spawn_within(
                 ["sh", "-c", script],
                 bundle,
                 scope=scope,
-                stdin=hears.fileno(),
+                stdin=reading.fileno(),
                 stdout=stdout.fileno(),
             )
-        answer = said.take(ANSWER_TIMEOUT_S)
+        answer = output.take(ANSWER_TIMEOUT_S)
         child.wait()
         if answer is None:
             raise DemoError("no orphan could be made")
-        said.close()
+        output.close()
         undo.pop_all()
-    return int(answer), says
+    return int(answer), writing
 
 
 def _inside_command(image: str | None) -> list[str]:

@@ -69,7 +69,7 @@ class SimulatedBackend(StepwiseBackend[_Allocation]):
         self._hold_time_s = hold_time_s
         self._clock = clock
         self._images: dict[str, _StoredImage] = {}
-        self._heard: list[Observation] = []
+        self._observed: list[Observation] = []
         self._signal = Descriptor(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
         node.attach(self)
 
@@ -117,7 +117,9 @@ class SimulatedBackend(StepwiseBackend[_Allocation]):
     def _stop(self, allocation: _Allocation) -> None:
         with self._node.lock:
             # What was seen of it is not reported any more: its name may be another's by then.
-            self._heard = [each for each in self._heard if each.allocation_id != allocation.name]
+            self._observed = [
+                each for each in self._observed if each.allocation_id != allocation.name
+            ]
             if allocation.image is not None:
                 allocation.image.end()
                 allocation.image = None
@@ -205,11 +207,11 @@ class SimulatedBackend(StepwiseBackend[_Allocation]):
             allocation.is_watched = True
             there = self._node.find(allocation_id)
             if allocation.has_init and there.is_init_gone:
-                self.hear(Observation(allocation_id, Sighting.INIT_DIED))
+                self.notify(Observation(allocation_id, Sighting.INIT_DIED))
             if allocation.has_scope and there.scope is not None and there.scope.is_populated:
-                self.hear(Observation(allocation_id, Sighting.POPULATED))
+                self.notify(Observation(allocation_id, Sighting.POPULATED))
             elif self.is_over(allocation_id):
-                self.hear(Observation(allocation_id, Sighting.EMPTIED))
+                self.notify(Observation(allocation_id, Sighting.EMPTIED))
 
     def fileno(self) -> int:
         """Lend the descriptor that is readable when there is something to observe."""
@@ -218,10 +220,10 @@ class SimulatedBackend(StepwiseBackend[_Allocation]):
     def observe(self) -> list[Observation]:
         """Say what has been seen since the last call."""
         with self._node.lock:
-            heard, self._heard = self._heard, []
+            observed, self._observed = self._observed, []
             with suppress(BlockingIOError):
                 os.eventfd_read(self._signal.fileno())
-            return heard
+            return observed
 
     def is_over(self, allocation_id: str) -> bool:
         """Read whether the cgroup was used and is empty; one that was removed counts as empty."""
@@ -259,11 +261,11 @@ class SimulatedBackend(StepwiseBackend[_Allocation]):
             self._images.clear()
             self._signal.close()
 
-    def hear(self, observation: Observation) -> None:
+    def notify(self, observation: Observation) -> None:
         """Take note of what happened on the node; called with the node's lock held."""
         allocation = self._allocations.get(observation.allocation_id)
         if allocation is not None and allocation.is_watched and not allocation.is_released:
-            self._heard.append(observation)
+            self._observed.append(observation)
             os.eventfd_write(self._signal.fileno(), 1)
 
     def _recover(self, entry: JournalLine) -> Adoption:

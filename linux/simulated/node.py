@@ -43,7 +43,7 @@ from .namespaces import (
 )
 
 SIMULATED_UENV_BASE: Final = "/run/pact/uenv"
-"""Where images are mounted on a simulated node, unless said otherwise."""
+"""Default directory of images inside an allocation of a simulated node."""
 
 _MEMFD_PREFIX: Final = "nshandoff-"
 
@@ -61,9 +61,9 @@ Hook = Callable[[Step, str], None]
 
 
 class Listener(Protocol):
-    """A program that is told what happens on a node."""
+    """A program that gets reports of what happens on a node."""
 
-    def hear(self, observation: Observation) -> None:
+    def notify(self, observation: Observation) -> None:
         """Take note of what happened; called with the node's lock held."""
         ...
 
@@ -82,7 +82,7 @@ class NodeNamespace:
         if self.mounts is None:
             return self.descriptor.duplicate()
         # An open file of its own with a lock on it. The lock lasts as long as any copy of this
-        # descriptor, in any process: so the node can tell whether one is still open.
+        # descriptor, in any process: so the node can find out whether one is still open.
         path = f"/proc/self/fd/{self.descriptor.fileno()}"
         opened = Descriptor(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
         fcntl.flock(opened.fileno(), fcntl.LOCK_SH)
@@ -248,21 +248,21 @@ class SimulatedNode:
             while allocation.unreaped:
                 allocation.unreaped.pop().reap()
             if allocation.is_init_gone and not was_gone:
-                self._tell(Observation(allocation_id, Sighting.INIT_DIED))
+                self._report(Observation(allocation_id, Sighting.INIT_DIED))
             self._drop_if_empty(allocation_id)
 
     def kill_init(self, allocation_id: str) -> None:
         """Kill the init, and with it everything in its PID namespace."""
         with self.lock:
             if self.end_init(allocation_id):
-                self._tell(Observation(allocation_id, Sighting.INIT_DIED))
-            self._tell_population(allocation_id)
+                self._report(Observation(allocation_id, Sighting.INIT_DIED))
+            self._report_population(allocation_id)
 
     def remove_scope(self, allocation_id: str) -> None:
         """Let another program remove the empty cgroup; EBUSY if it is not empty."""
         with self.lock:
             self.drop_scope(allocation_id)
-            self._tell(Observation(allocation_id, Sighting.EMPTIED))
+            self._report(Observation(allocation_id, Sighting.EMPTIED))
 
     @property
     def mounted(self) -> list[str]:
@@ -413,12 +413,12 @@ class SimulatedNode:
                 self._forge.setns(namespace, namespace.kind)
 
     def attach(self, listener: Listener) -> None:
-        """Tell a backend what happens from now on."""
+        """Report what happens to a program from now on."""
         with self.lock:
             self._listeners.append(listener)
 
     def detach(self, listener: Listener) -> None:
-        """Tell a backend no more."""
+        """Stop reporting to a program."""
         with self.lock:
             self._listeners = [each for each in self._listeners if each is not listener]
 
@@ -429,24 +429,24 @@ class SimulatedNode:
             if scope is None:
                 raise KeyError(f"the cgroup of {allocation_id} is gone")
             yield scope
-            self._tell_population(allocation_id)
+            self._report_population(allocation_id)
 
-    def _tell_population(self, allocation_id: str) -> None:
+    def _report_population(self, allocation_id: str) -> None:
         scope = self.find(allocation_id).scope
         if scope is not None and scope.is_populated:
-            self._tell(Observation(allocation_id, Sighting.POPULATED))
+            self._report(Observation(allocation_id, Sighting.POPULATED))
         elif scope is None or scope.was_used:
-            self._tell(Observation(allocation_id, Sighting.EMPTIED))
+            self._report(Observation(allocation_id, Sighting.EMPTIED))
         else:
-            self._tell(Observation(allocation_id, Sighting.CHANGED))
+            self._report(Observation(allocation_id, Sighting.CHANGED))
 
-    def _tell(self, observation: Observation) -> None:
+    def _report(self, observation: Observation) -> None:
         for listener in self._listeners:
-            listener.hear(observation)
+            listener.notify(observation)
 
 
 class SimulatedInspector:
-    """Tells what a simulated namespace's descriptor is, by its memfd's name; in any program."""
+    """Identifies a descriptor of a simulated namespace by the name of its memfd, in any program."""
 
     def inspect(self, fd: int) -> NamespaceIdentity:
         """

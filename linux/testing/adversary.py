@@ -41,7 +41,7 @@ from transport.request import Fallback, Patience
 from transport.request.blocking import perform
 from transport.request.exchange import Exchange
 from transport.testing.in_process import ConsumerBrain, Pipe, pipe, put_through
-from transport.testing.machine import census
+from transport.testing.machine import open_namespaces
 
 from ..backend import LinuxBackend
 from ..simulated import SimulatedBackend, SimulatedNode
@@ -216,7 +216,7 @@ class Dealings(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.before = census(self.counterpart.inspector)
+        self.before = open_namespaces(self.counterpart.inspector)
         self.request = self.counterpart.request
         self._begin()
 
@@ -397,7 +397,7 @@ class Dealings(RuleBasedStateMachine):
     def _check_descriptors(self) -> None:
         bundle = self.exchange.bundle
         is_held = bundle is not None and not bundle.closed
-        present = census(self.counterpart.inspector)
+        present = open_namespaces(self.counterpart.inspector)
         present.subtract(self.before)
         owners: dict[Hashable, Counter[Hashable]] = {
             "the caller": Counter(self.exchange.identities if is_held else ()),

@@ -41,7 +41,7 @@ from transport.testing.peer import DEADLINE_S, frame_of
 from ..features import Features
 from ..namespaces import KernelInspector
 from ..simulated import SimulatedInspector
-from .wire import Ear, Provider, Wire, case, cases, number_cases
+from .wire import Ear, ProviderUnderTest, Wire, case, cases, number_cases
 
 PID: Final = NamespaceType.PID
 NET: Final = NamespaceType.NET
@@ -53,18 +53,18 @@ _numbers: Final = count(1)
 
 
 @pytest.fixture(scope="module")
-def provider(pytestconfig: pytest.Config) -> Provider:
+def provider(pytestconfig: pytest.Config) -> ProviderUnderTest:
     """The provider that was named on the command line."""
     path = pytestconfig.getoption("--provider-socket")
     if path is None:
         pytest.fail("name a provider with --provider-socket=PATH", pytrace=False)
     is_simulated = pytestconfig.getoption("--provider-backend") == "simulated"
     inspector = SimulatedInspector() if is_simulated else KernelInspector(Features.probe())
-    return Provider(Path(path), inspector, pytestconfig.getoption("--provider-uenv"))
+    return ProviderUnderTest(Path(path), inspector, pytestconfig.getoption("--provider-uenv"))
 
 
 @pytest.fixture
-def wire(provider: Provider) -> Iterator[Wire]:
+def wire(provider: ProviderUnderTest) -> Iterator[Wire]:
     wire = Wire(provider, f"nsh-test-{os.getpid()}-w{next(_numbers)}")
     try:
         yield wire

@@ -269,7 +269,7 @@ class BackendContract:
             create(world, name)
         world.disentangle(name)
 
-    def test_what_cannot_end_yet_is_in_nobodys_way(self, world: World, name: str) -> None:
+    def test_what_cannot_end_yet_blocks_no_other(self, world: World, name: str) -> None:
         world.entangle(name)
         world.backend.release_namespaces(name)
         create(world, f"{name}-other")
@@ -296,7 +296,7 @@ class BackendContract:
         world.sees(name, Sighting.EMPTIED)
         assert world.backend.is_over(name)
 
-    def test_a_process_that_nobody_saw_counts(self, world: World, name: str) -> None:
+    def test_a_process_that_was_not_seen_counts(self, world: World, name: str) -> None:
         world.pass_through(name)
         # The proof may come a moment after the event, which is what CHANGED says.
         eventually(lambda: Sighting.EMPTIED in world.sightings(name) or world.backend.is_over(name))
@@ -325,7 +325,7 @@ class BackendContract:
         world.release(name)
         assert world.leftovers() == []
 
-    def test_a_scope_that_somebody_removed_is_over(self, world: World, name: str) -> None:
+    def test_a_scope_that_was_removed_is_over(self, world: World, name: str) -> None:
         world.remove_scope(name)
         world.sees(name, Sighting.EMPTIED)
         assert world.backend.is_over(name)
@@ -507,7 +507,7 @@ class BackendContract:
         assert recovery.remembered == tuple(reversed(names))
 
     def test_what_failed_is_remembered_too(self, world: World, allocation_id: str) -> None:
-        # Whoever ended it meanwhile may say so once more, and is confirmed once more.
+        # A consumer that ended it meanwhile may send the end again, which is confirmed again.
         with pytest.raises(CreationFailed):
             create(world, allocation_id, LIGHT, "missing.sqfs")
         assert world.restart().remembered == (allocation_id,)
@@ -565,7 +565,7 @@ class BackendContract:
             assert world.mounted() == [IMAGE, IMAGE]
         eventually(lambda: world.mounted() == [IMAGE])
 
-    def test_an_adopted_image_is_shared_with_who_comes_next(
+    def test_an_adopted_image_is_shared_with_the_next_user(
         self, world: World, allocation_id: str
     ) -> None:
         create(world, f"{allocation_id}-a", (MOUNT,), IMAGE)

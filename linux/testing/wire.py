@@ -1,7 +1,7 @@
-"""Speaking to a provider that is nothing but a socket, and numbering the cases that do.
+"""Speak to a provider over nothing but its socket, and number the cases that do.
 
-`Provider` is what the cases of `conformance` know of it. `Wire` is one case's dealings with it,
-which are over when the case is.
+`ProviderUnderTest` is what the cases of `conformance` know of it. `Wire` is what one case does with
+it, and ends with the case.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Identities = tuple[NamespaceIdentity, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Provider:
+class ProviderUnderTest:
     """What is known of a provider: where it listens, and how to look at what it passes."""
 
     socket: Path
@@ -79,7 +79,7 @@ class Wire:
         prefix: begins every allocation's id, and nobody else's.
     """
 
-    def __init__(self, provider: Provider, prefix: str) -> None:
+    def __init__(self, provider: ProviderUnderTest, prefix: str) -> None:
         self.provider = provider
         self.prefix = prefix
         self._names: list[str] = []

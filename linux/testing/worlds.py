@@ -1,8 +1,8 @@
-"""Two machines on which one suite can make the same things happen: a real one, a simulated one.
+"""A machine with a backend on it, simulated or real, for tests of any backend.
 
-A `World` is a machine with one provider's program (a backend) on it. What happens *to* the program
-(a crash, a restart) and what others do on the machine (processes that come, die, freeze, are not
-reaped) is the world's; what the program then says and does is for the tests to judge.
+A `World` does what happens *to* the backend's program (a crash, a restart, a step that fails) and
+what other programs do on the machine (processes that start, die, freeze, are not reaped). What the
+backend then does is for the tests to judge.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ PID: Final = NamespaceType.PID
 NET: Final = NamespaceType.NET
 MOUNT: Final = NamespaceType.MOUNT
 LIGHT: Final = (PID, MOUNT)
-"""What most tests ask for: a network namespace costs ten times as much."""
+"""What most tests request: a network namespace costs ten times as much."""
 
 SCOPE_PREFIX: Final = f"nsh-test-{os.getpid()}-"
-"""How the ids of all allocations begin that this process asks for."""
+"""Prefix of the ids of all allocations that this process requests."""
 
 DEADLINE_S: Final = 10.0
 HOLD_TIME_S: Final = 60.0
@@ -68,16 +68,16 @@ class World(ABC):
     now_s = 0.0
     """The backend's clock, for the hold time."""
     fails_at: Step | None = None
-    """The step that fails whenever it is come to."""
+    """The step that fails each time."""
     dies_at: Step | None = None
     """The step before which the program dies."""
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
-        """What the backend did, step by step."""
+        """The steps that the backend has done."""
 
     def before(self, step: Step, name: str) -> None:
-        """Note a step before it is done, have it fail, or let the program die."""
+        """Note a step before it is done; or let it fail, or let the program die."""
         if step is self.dies_at:
             self.die()
         if step is self.fails_at:
@@ -86,15 +86,15 @@ class World(ABC):
 
     @abstractmethod
     def fail(self) -> NoReturn:
-        """Fail as a step does."""
+        """Raise what a step raises that fails."""
 
     @abstractmethod
     def die(self) -> None:
-        """Let the program end here."""
+        """End the program here."""
 
     @abstractmethod
     def launch(self) -> None:
-        """Start the program on the machine as it is; whoever serves it lets it recover."""
+        """Start the program on the machine as it is; the caller lets it recover."""
 
     def start(self) -> Recovery:
         """Start the program, and let it recover."""
@@ -108,15 +108,15 @@ class World(ABC):
 
     @abstractmethod
     def crash(self, request: NamespaceRequest, step: Step) -> None:
-        """Let the program die before a step of creating and releasing; no other is started."""
+        """Create and release, and let the program die before a step; no other is started."""
 
     def remains(self, name: str) -> frozenset[Step]:
-        """What is there of an allocation, if it is the only one: by the steps that made it."""
+        """What is on the machine of its only allocation, by the steps that made it."""
         return frozenset(step for step in CREATION if self._is_there(step, name))
 
     @abstractmethod
     def _is_there(self, step: Step, name: str) -> bool:
-        """Whether there is anything of what a step made."""
+        """Whether what a step made is there."""
 
     # What processes do.
 
@@ -130,7 +130,7 @@ class World(ABC):
 
     @abstractmethod
     def pass_through(self, name: str) -> None:
-        """Let a process enter the cgroup and exit before anybody looks."""
+        """Let a process enter the cgroup and exit at once."""
 
     @abstractmethod
     def bury(self, name: str) -> None:
@@ -141,7 +141,7 @@ class World(ABC):
 
     @abstractmethod
     def entangle(self, name: str) -> None:
-        """Let something be in the allocation that cannot be ended for now."""
+        """Put something into the allocation that cannot be ended for now."""
 
     @abstractmethod
     def disentangle(self, name: str) -> None: ...
@@ -169,7 +169,7 @@ class World(ABC):
 
     @abstractmethod
     def leftovers(self) -> list[str]:
-        """Whatever there is of any allocation, except images that are only held."""
+        """What there is of any allocation, except images in their hold time."""
 
     @abstractmethod
     def close(self) -> None: ...
@@ -177,7 +177,7 @@ class World(ABC):
     # What tests say in one word.
 
     def identities(self, name: str) -> list[NamespaceIdentity]:
-        """Which namespaces the backend gives out for an allocation, in its order."""
+        """The namespaces that the backend opens for an allocation, in its order."""
         with self.backend.bundle_of(name) as bundle:
             return self.inspect(bundle)
 
@@ -185,7 +185,7 @@ class World(ABC):
         return [self.inspector.inspect(descriptor.fileno()) for _, descriptor in bundle]
 
     def release(self, name: str) -> None:
-        """Release as a provider does: again and again, until nothing is left."""
+        """Release until nothing is left, as a provider does."""
         eventually(lambda: self.is_released(name))
 
     def is_released(self, name: str) -> bool:
@@ -273,7 +273,7 @@ class SimulatedWorld(World):
         self.node.end_process(name, is_reaped=is_reaped)
 
     def bury(self, name: str) -> None:
-        """A simulated parent has reaped them."""
+        """Simulated parents reap."""
 
     def pass_through(self, name: str) -> None:
         self.node.start_process(name, is_inside=False)
@@ -312,7 +312,7 @@ class SimulatedWorld(World):
 
 
 class HookedBackend(LinuxBackend):
-    """Tells of each step before it is done."""
+    """Calls a function before each step."""
 
     before: Callable[[Step, str], None]
 
@@ -418,7 +418,7 @@ class LinuxWorld(World):
         self.adopt_process(name, self.scope(name))
 
     def adopt_process(self, name: str, cgroup: Path) -> subprocess.Popen[bytes]:
-        """Let a process enter some cgroup, and end it with this world at the latest."""
+        """Move a new process into a cgroup; it is killed with this world at the latest."""
         process = subprocess.Popen(["sleep", "infinity"])
         self._members.setdefault(name, []).append(process)
         (cgroup / "cgroup.procs").write_text(str(process.pid))
@@ -469,7 +469,7 @@ class LinuxWorld(World):
         self.scope(name).rmdir()
 
     def occupy_scope(self, name: str) -> None:
-        Scope.create(self._cgroup2, name, "somebody else")
+        Scope.create(self._cgroup2, name, "another owner")
         self.adopt_process(name, self.scope(name))
 
     def vacate_scope(self, name: str) -> None:

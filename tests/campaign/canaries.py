@@ -104,7 +104,7 @@ _WORK: Final = "transport/serve/work.py"
 _EXCHANGE: Final = "transport/request/exchange.py"
 _BACKEND: Final = "linux/backend.py"
 
-_INTEND: Final = 'self._journal.intend(Entry(life.name, life.token, "requested", life.request))'
+_INTEND: Final = "self._journal.intend(Entry(name, token, AllocationState.REQUESTED, "
 
 UPSTREAM: Final = "upstream"
 """The origin of the six bugs that the seed's own upstream has."""
@@ -142,14 +142,15 @@ CANARIES: Final = (
         (
             Change(
                 _BACKEND,
-                f"            {_INTEND}\n            life.is_journaled = True\n",
-                f"            with suppress(JournalError):\n                {_INTEND}\n"
-                "                life.is_journaled = True\n",
+                f"        {_INTEND}",
+                f"        with suppress(JournalError):\n            {_INTEND}",
             ),
             Change(
                 _BACKEND,
-                "        if self._journal is None:\n            return\n        assert life.anchor",
-                "        if not life.is_journaled:\n            return\n        assert life.anchor",
+                "        assert allocation.anchor is not None\n",
+                "        assert allocation.anchor is not None\n"
+                "        ids = [entry.allocation_id for entry in self._journal.entries()]\n"
+                "        if allocation.name not in ids:\n            return\n",
             ),
         ),
     ),
@@ -929,8 +930,8 @@ CANARIES: Final = (
         (
             Change(
                 "linux/journal.py",
-                "            if struck.rowcount:\n",
-                "            if not struck.rowcount:\n",
+                "            if removed.rowcount:\n",
+                "            if not removed.rowcount:\n",
             ),
         ),
     ),

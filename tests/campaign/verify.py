@@ -26,7 +26,7 @@ ROOT: Final = Path(__file__).parents[2]
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
-from linux.cli.exits import SIGNAL_BASE, ExitCode, Interrupted, tell  # noqa: E402
+from linux.cli.exits import SIGNAL_BASE, ExitCode, Interrupted, print_error  # noqa: E402
 from tests.campaign.outcome import Task  # noqa: E402
 from tests.campaign.report import report  # noqa: E402
 from tests.campaign.report_goals import goals_of, is_good  # noqa: E402
@@ -61,7 +61,7 @@ def main(words: list[str] | None = None) -> int:
         finally:
             record.close()
     except (Busy, OSError) as error:
-        tell(f"{type(error).__name__}: {error}")
+        print_error(f"{type(error).__name__}: {error}")
         return ExitCode.ENVIRONMENT
 
 
@@ -120,10 +120,10 @@ def _campaign(options: argparse.Namespace, record: Record) -> int:
     _show(summary)
     print(f"\n{page.resolve()}")
     if interruption is not None:
-        tell("interrupted; the same command goes on where it was")
+        print_error("interrupted; the same command goes on where it was")
         return SIGNAL_BASE + interruption.number
     if fingerprint() != record.head.fingerprint:
-        tell("the sources changed while it ran: what is written there is of no one tree")
+        print_error("the sources changed while it ran: what is written there is of no one tree")
         return ExitCode.NO
     return ExitCode.OK if is_good(summary) else ExitCode.NO
 
@@ -152,13 +152,13 @@ def _begin(options: argparse.Namespace, record: Record) -> None:
         if options.fresh:
             before = None
         elif before.fingerprint != sources:
-            tell("the sources have changed: starting anew")
+            print_error("the sources have changed: starting anew")
             before = None
         elif options.seed not in (None, before.seed):
-            tell(f"what is there has seed {before.seed}: starting anew")
+            print_error(f"what is there has seed {before.seed}: starting anew")
             before = None
         elif record.done:
-            tell(f"{len(record.done)} tasks are done already; --fresh starts anew")
+            print_error(f"{len(record.done)} tasks are done already; --fresh starts anew")
     if before is None:
         seed = fresh_seed() if options.seed is None else options.seed
         started = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")

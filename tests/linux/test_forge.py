@@ -1,4 +1,4 @@
-"""An anchor is made whole, or nothing is left of it; and it outlives its maker, or does not."""
+"""An anchor is made whole, or nothing is left of it; a forge that dies is replaced."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -41,7 +41,6 @@ from tests.support.forging import (
     features,
     forge,
     made,
-    new_token,
     own_links,
     pids_with_token,
     plan,
@@ -58,26 +57,8 @@ pytestmark = pytest.mark.needs_root
 
 PACKAGES = str(Path(__file__).parents[2])
 
-OWNER_PROGRAM = """
-import sys
-from pathlib import Path
-from linux.features import OLDEST, Features
-from linux.forge.client import Forge
-from linux.forge.plan import AnchorPlan
-from statemachine.messages import NamespaceType
-
-tied, scope, features, *tokens = sys.argv[1:]
-forge = Forge(
-    cgroup=None, tied=tied == "tied", features=OLDEST if features == "oldest" else Features.probe()
-)
-kept = [forge.make(AnchorPlan(t, tuple(NamespaceType), scope=scope or None)) for t in tokens]
-print(forge.pid, *[anchor.pid for anchor in kept], flush=True)
-sys.stdin.read()
-"""
-
-
 OWN_USER_NAMESPACE = ("unshare", "-Urmnpf", "--mount-proc")
-"""All that a forge leaves and comes home to belongs to that user namespace."""
+"""All namespaces that a forge leaves and returns to belong to that user namespace."""
 
 UNDER_PROGRAM = """
 import select, sys
@@ -125,34 +106,6 @@ def scope(cgroup2: Path, allocation_id: str) -> Iterator[Scope]:
     remove_slices(cgroup2)
 
 
-@contextmanager
-def owner(
-    features: Features, *tokens: str, tied: str = "", scope: str = ""
-) -> Iterator[tuple[subprocess.Popen[str], Anchor, list[Anchor]]]:
-    """Another process that owns a forge; with the forge, held as if it were an anchor."""
-    kernel = "newest" if features == Features.probe() else "oldest"
-    with ExitStack() as stack:
-        child = stack.enter_context(
-            subprocess.Popen(
-                [sys.executable, "-P", "-c", OWNER_PROGRAM, tied, scope, kernel, *tokens],
-                env={**os.environ, "PYTHONPATH": PACKAGES},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-        )
-        assert child.stdout
-        names = ("the forge", *tokens)
-        held = []
-        for pid, name in zip(map(int, child.stdout.readline().split()), names, strict=True):
-            anchor = Anchor(pid, syscalls.pidfd_open(pid), name)
-            stack.enter_context(anchor)
-            stack.callback(end, anchor)
-            held.append(anchor)
-        stack.callback(child.kill)
-        yield child, held[0], held[1:]
-
-
 def is_visible(anchor: Anchor) -> bool:
     """Whether its exec is over, and its token can be read."""
     return pids_with_token(anchor.token) == [anchor.pid]
@@ -175,7 +128,7 @@ def test_basic_anchor_has_the_namespaces_asked_for_and_no_others(
         theirs = links_of(anchor.pid)
         new = {PROC_NAMES[kind] for kind in kinds}
         assert {name for name in own if theirs[name] != own[name]} == new
-        assert links_of(forge.pid) == own, "the forge is at home again"
+        assert links_of(forge.pid) == own, "the forge has returned"
 
 
 @pytest.mark.clause("NODE-8")
@@ -205,6 +158,7 @@ def test_proc_stays_the_nodes_where_changing_it_would_change_the_node(
         assert run_within(bundle, "cat", f"/proc/{anchor.pid}/comm") == "sleep\n"
 
 
+@pytest.mark.clause("NODE-7")
 def test_orphans_are_reaped_by_an_anchor_that_knows_nothing_of_it(
     forge: Forge, features: Features
 ) -> None:
@@ -213,6 +167,7 @@ def test_orphans_are_reaped_by_an_anchor_that_knows_nothing_of_it(
         wait_until(lambda: run_within(bundle, "sh", "-c", "echo /proc/[0-9]*").count("/proc/") == 2)
 
 
+@pytest.mark.clause("NODE-7")
 def test_init_cannot_be_killed_from_inside(forge: Forge, features: Features) -> None:
     with allocation(forge, features) as (anchor, bundle):
         for sign in ("TERM", "INT", "HUP", "SEGV", "KILL", "STOP"):
@@ -622,33 +577,6 @@ def test_anchors_are_born_in_their_cgroup(features: Features, anchors_cgroup: Pa
 
 
 # --- whose end is whose -----------------------------------------------------------------------
-
-
-@pytest.mark.clause("CRASH-1", "NODE-7")
-def test_anchors_outlive_an_owner_that_is_killed(features: Features) -> None:
-    with owner(features, new_token()) as (child, forge, (anchor,)):
-        child.kill()
-        wait_dead(forge)
-        assert anchor.is_alive()
-
-
-@pytest.mark.clause("SELF-12")
-def test_tied_anchors_and_their_scope_end_with_an_owner_that_is_killed(
-    features: Features, scope: Scope
-) -> None:
-    tokens = [new_token(), new_token()]
-    with (
-        owner(features, *tokens, tied="tied", scope=str(scope.path)) as (child, forge, anchors),
-        scope.open_procs() as procs,
-        open_bundle(anchors[0], (NET,), features) as only_net,
-        spawn_within(["sleep", "infinity"], only_net, scope=procs) as job,
-    ):
-        child.kill()
-        wait_dead(forge)
-        for anchor in anchors:
-            assert not anchor.is_alive()
-        assert job.wait() == -signal.SIGKILL
-        assert not scope.path.exists()
 
 
 def test_tied_anchors_end_with_the_forges_context(features: Features, scope: Scope) -> None:

@@ -407,7 +407,7 @@ class Handoffs(RuleBasedStateMachine):
     """
 
     prefix = ""
-    """What every id begins with; census and operators tell by it whose the allocations are."""
+    """The prefix of every id, which shows whose the allocations are."""
 
     def open_adapter(self) -> Adapter:
         """Get the provider; called once for each run, and closed by the machine."""
@@ -416,7 +416,7 @@ class Handoffs(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.adapter = self.open_adapter()
-        self.before = census(self.adapter.inspector)
+        self.before = open_namespaces(self.adapter.inspector)
         self.requests = requests_of(self.prefix, self.adapter.image)
         self.numbers = count(1)
         self.lives: dict[str, Life] = {}
@@ -908,7 +908,7 @@ class Handoffs(RuleBasedStateMachine):
         }
 
         def found() -> list[str]:
-            present = census(self.adapter.inspector)
+            present = open_namespaces(self.adapter.inspector)
             present.subtract(self.before)
             return always.every_descriptor_has_one_owner(present, owners)
 
@@ -1129,7 +1129,7 @@ def ends_and_releases(history: History) -> tuple[list[Incarnation], list[Incarna
     return ends, releases
 
 
-def census(inspector: Inspector) -> Counter[Hashable]:
+def open_namespaces(inspector: Inspector) -> Counter[Hashable]:
     """Count the descriptors of each namespace that this process has open."""
     found: Counter[Hashable] = Counter()
     for number in os.listdir("/proc/self/fd"):

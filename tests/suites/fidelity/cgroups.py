@@ -1,4 +1,4 @@
-"""A tree of cgroups, and processes that are moved about in it: twice."""
+"""A tree of cgroups, and processes in it: simulated, and on Linux."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import itertools
 import os
 import select
 import signal
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 from linux.cgroups import find_cgroup2
 from linux.simulated.cgroups import SimulatedCgroup, SimulatedMember
@@ -28,48 +27,9 @@ PATHS: Final = ("a", "a/b", "a/c", "d")
 """Which cgroups there may be."""
 
 
-class Cgroups(ABC):
+class SimulatedCgroups(SimulatedMachine):
     """A tree of cgroups and some processes, all of which are at its top to begin with."""
 
-    @abstractmethod
-    def make(self, path: str) -> None: ...
-
-    @abstractmethod
-    def remove(self, path: str) -> None: ...
-
-    @abstractmethod
-    def enter(self, path: str, process: int) -> None: ...
-
-    @abstractmethod
-    def exit(self, process: int) -> None:
-        """Let a process die, and wait until it is a zombie."""
-
-    @abstractmethod
-    def reap(self, process: int) -> None: ...
-
-    @abstractmethod
-    def kill(self, path: str) -> None:
-        """Kill everything in a cgroup, and wait until it is dead."""
-
-    @abstractmethod
-    def freeze(self, path: str, is_told: bool) -> None: ...
-
-    @abstractmethod
-    def populated(self, path: str) -> bool:
-        """Read `populated`; what changed before counts as noticed."""
-
-    @abstractmethod
-    def frozen(self, path: str) -> bool: ...
-
-    @abstractmethod
-    def processes(self, path: str) -> list[int]: ...
-
-    @abstractmethod
-    def has_changed(self, path: str) -> bool:
-        """Whether `cgroup.events` has anything that was not noticed."""
-
-
-class SimulatedCgroups(SimulatedMachine, Cgroups):
     def __init__(self) -> None:
         self.reset()
 
@@ -93,6 +53,7 @@ class SimulatedCgroups(SimulatedMachine, Cgroups):
         self._find(path).enter(self._members[process])
 
     def exit(self, process: int) -> None:
+        """Let a process die, and wait until it is a zombie."""
         self._members[process].exit()
 
     def reap(self, process: int) -> None:
@@ -102,6 +63,7 @@ class SimulatedCgroups(SimulatedMachine, Cgroups):
         member.reap()
 
     def kill(self, path: str) -> None:
+        """Kill everything in a cgroup, and wait until it is dead."""
         cgroup = self._find(path)
         cgroup.kill()
         cgroup.settle()
@@ -110,6 +72,7 @@ class SimulatedCgroups(SimulatedMachine, Cgroups):
         self._find(path).freeze(is_told)
 
     def populated(self, path: str) -> bool:
+        """Read `populated`; what changed before counts as noticed."""
         cgroup = self._find(path)
         self._noticed[cgroup] = cgroup.changes
         return cgroup.is_populated
@@ -121,6 +84,7 @@ class SimulatedCgroups(SimulatedMachine, Cgroups):
         return sorted(self._members.index(member) for member in self._find(path).members)
 
     def has_changed(self, path: str) -> bool:
+        """Whether `cgroup.events` has changed since it was read."""
         cgroup = self._find(path)
         return cgroup.changes != self._noticed[cgroup]
 
@@ -131,7 +95,7 @@ class SimulatedCgroups(SimulatedMachine, Cgroups):
         return cgroup
 
 
-class LinuxCgroups(Cgroups):
+class LinuxCgroups:
     """
     Below a cgroup of its own.
 
@@ -253,6 +217,8 @@ class LinuxCgroups(Cgroups):
         with contextlib.suppress(KeyError):
             os.close(self._events.pop(path))
 
+
+Cgroups: TypeAlias = SimulatedCgroups | LinuxCgroups
 
 _tops: Final = itertools.count(1)
 

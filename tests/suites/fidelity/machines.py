@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 DEADLINE_S: Final = 10.0
 """How long to wait for what must come true, before a test is given up."""
@@ -41,17 +41,8 @@ class Call(NamedTuple):
         return f"{self.name}({', '.join(map(repr, self.arguments))})"
 
 
-class Machine(Protocol):
-    """Whatever operations are performed on; both of a family begin a program alike."""
-
-    def reset(self) -> None:
-        """Undo everything, for the next program."""
-
-    def close(self) -> None: ...
-
-
 class SimulatedMachine:
-    """What only those in memory have."""
+    """What the machines in memory have in common."""
 
     def told(self, call: Call, answer: object) -> None:
         """Learn what Linux answered to the call that comes next, if that cannot be known."""

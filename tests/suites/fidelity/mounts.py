@@ -1,4 +1,4 @@
-"""Mount namespaces, what propagates between them, and images: twice."""
+"""Mount namespaces, propagation and images: simulated, and on Linux."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import os
 import subprocess
 import tempfile
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from linux import syscalls
 from linux.features import Features
@@ -34,47 +33,13 @@ INSIDES: Final = 2
 """How many copies of the outside there may be; the outside is number 0."""
 
 
-class Mounts(ABC):
+class SimulatedMounts(SimulatedMachine):
     """
     An outside that shares what is mounted on it, copies of it, and images.
 
-    What asks for a copy or a file that there is not does nothing and says None.
+    What asks for a copy or a file that does not exist does nothing and returns None.
     """
 
-    @abstractmethod
-    def copy(self, inside: int, propagation: Propagation) -> None:
-        """Make the mount namespace of an inside anew."""
-
-    @abstractmethod
-    def end(self, inside: int) -> None: ...
-
-    @abstractmethod
-    def mount(self, side: int, place: str, image: int) -> None: ...
-
-    @abstractmethod
-    def unmount(self, side: int, place: str, is_lazy: bool) -> None: ...
-
-    @abstractmethod
-    def look(self, side: int, place: str) -> tuple[str, int] | None:
-        """Which image one sees, and of which of its superblocks."""
-
-    @abstractmethod
-    def open_in(self, side: int, place: str) -> None:
-        """Open a file in what one sees; ENOENT if there is no image."""
-
-    @abstractmethod
-    def close_file(self, number: int) -> None: ...
-
-    @abstractmethod
-    def drop(self, image: int) -> None:
-        """Let go of an image's master."""
-
-    @abstractmethod
-    def loops(self, image: int) -> int:
-        """How many loop devices have an image."""
-
-
-class SimulatedMounts(SimulatedMachine, Mounts):
     def __init__(self) -> None:
         self.reset()
 
@@ -85,6 +50,7 @@ class SimulatedMounts(SimulatedMachine, Mounts):
         self._files: list[SimulatedFileInMount | None] = []
 
     def copy(self, inside: int, propagation: Propagation) -> None:
+        """Make the mount namespace of an inside anew."""
         self.end(inside)
         self._trees[inside] = self._trees[0].copy(propagation)
 
@@ -105,12 +71,14 @@ class SimulatedMounts(SimulatedMachine, Mounts):
             self._trees[side].unmount(place, is_lazy=is_lazy)
 
     def look(self, side: int, place: str) -> tuple[str, int] | None:
+        """Which image is at a place, and on which of its superblocks."""
         mount = self._trees[side].find(place) if side in self._trees else None
         if mount is None:
             return None
         return mount.superblock.image, self._superblocks.index(mount.superblock)
 
     def open_in(self, side: int, place: str) -> None:
+        """Open a file in the image at a place; ENOENT if there is none."""
         if side in self._trees:
             mount = self._trees[side].find(place)
             if mount is None:
@@ -124,14 +92,16 @@ class SimulatedMounts(SimulatedMachine, Mounts):
                 file.close()
 
     def drop(self, image: int) -> None:
+        """Close an image's master."""
         self._images[image].drop()
 
     def loops(self, image: int) -> int:
+        """How many loop devices have an image."""
         name = IMAGES[image]
         return sum(each.is_alive and each.image == name for each in self._superblocks)
 
 
-class LinuxMounts(Mounts):
+class LinuxMounts:
     """
     In mount namespaces of its own, each held by a thread; the machine's own sees nothing of it.
 
@@ -256,6 +226,8 @@ class LinuxMounts(Mounts):
     def _file_at(self, place: str) -> Path:
         return self._base / place / MARKER
 
+
+Mounts: TypeAlias = SimulatedMounts | LinuxMounts
 
 MARKER: Final = "name.txt"
 """The file of an image that has its name in it."""

@@ -1,4 +1,4 @@
-"""A worker that makes and enters namespaces, and processes in them: twice."""
+"""A worker that makes and enters namespaces, and processes in them: simulated, and on Linux."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import re
 import select
 import signal
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,61 +40,14 @@ from transport.descriptors import Descriptor, close_all
 Kind: TypeAlias = NamespaceType | None
 
 
-class Namespaces(ABC):
+class SimulatedWorker(SimulatedMachine):
     """
-    A worker that enters and makes namespaces, and starts processes which stay where they are born.
+    A worker that enters and makes namespaces, and starts processes which stay where they are.
 
-    Processes and descriptors are numbered as they come. What asks for one that there is not does
-    nothing and says None.
+    Processes and descriptors are numbered as they come. What asks for one that does not exist does
+    nothing and returns None.
     """
 
-    @abstractmethod
-    def unshare(self, kind: NamespaceType) -> None: ...
-
-    @abstractmethod
-    def enter(self, descriptor: int, kind: Kind) -> None:
-        """Let the worker setns(2)."""
-
-    @abstractmethod
-    def go_home(self) -> None:
-        """Let the worker setns(2) to where it came from."""
-
-    @abstractmethod
-    def fork(self) -> int:
-        """Let the worker start a process; its number as its PID namespace counts, home is 0."""
-
-    @abstractmethod
-    def open(self, process: int, kind: NamespaceType) -> bool | None:
-        """Open a namespace that a process is in."""
-
-    @abstractmethod
-    def open_own(self, kind: NamespaceType) -> bool:
-        """Open a namespace that the worker's next child will be in, as /proc names it."""
-
-    @abstractmethod
-    def kind_of(self, descriptor: int) -> Kind:
-        """NS_GET_NSTYPE."""
-
-    @abstractmethod
-    def are_same(self, one: int, other: int) -> tuple[bool, bool] | None:
-        """Whether their ids are, and whether their inode numbers are."""
-
-    @abstractmethod
-    def find_init(self, descriptor: int) -> bool | None:
-        """NS_GET_PID_FROM_PIDNS of the number 1."""
-
-    @abstractmethod
-    def kill(self, process: int) -> None: ...
-
-    @abstractmethod
-    def is_dead(self, process: int) -> bool | None:
-        """Whether its pidfd is readable."""
-
-    @abstractmethod
-    def reap(self, process: int) -> None: ...
-
-
-class SimulatedWorker(SimulatedMachine, Namespaces):
     def __init__(self) -> None:
         self.reset()
 
@@ -117,18 +69,21 @@ class SimulatedWorker(SimulatedMachine, Namespaces):
             self._worker.setns(namespace, namespace.kind)
 
     def fork(self) -> int:
+        """Start a process; its pid in its own PID namespace, or 0 at home."""
         task = self._worker.fork()
         self._processes.append(task)
         is_home = self._worker.pid_for_children is self._worker.namespace(NamespaceType.PID)
         return 0 if is_home else task.number
 
     def open(self, process: int, kind: NamespaceType) -> bool | None:
+        """Open a namespace that a process is in."""
         if process >= len(self._processes):
             return None
         self._open.append(self._processes[process].namespace(kind))
         return True
 
     def open_own(self, kind: NamespaceType) -> bool:
+        """Open a namespace that the worker's next child will be in, by /proc."""
         is_pid = kind is NamespaceType.PID
         self._open.append(self._worker.pid_for_children if is_pid else self._worker.namespace(kind))
         return True
@@ -137,12 +92,14 @@ class SimulatedWorker(SimulatedMachine, Namespaces):
         return self._open[descriptor].kind if descriptor < len(self._open) else None
 
     def are_same(self, one: int, other: int) -> tuple[bool, bool] | None:
+        """Whether their ids are the same, and their inode numbers."""
         if max(one, other) >= len(self._open):
             return None
         first, second = self._open[one], self._open[other]
         return first.unique_id == second.unique_id, first.inode == second.inode
 
     def find_init(self, descriptor: int) -> bool | None:
+        """NS_GET_PID_FROM_PIDNS of pid 1."""
         if self.kind_of(descriptor) is not NamespaceType.PID:
             return None
         if not self._open[descriptor].has_init:
@@ -154,6 +111,7 @@ class SimulatedWorker(SimulatedMachine, Namespaces):
             self._processes[process].kill()
 
     def is_dead(self, process: int) -> bool | None:
+        """Whether its pidfd is readable."""
         if process >= len(self._processes):
             return None
         return self._processes[process].state in (TaskState.DEAD, TaskState.REAPED)
@@ -175,7 +133,7 @@ class _Child:
     is_killed: bool = False
 
 
-class LinuxWorker(Namespaces):
+class LinuxWorker:
     """A thread that shares its root with no other thread, and so may enter mount namespaces."""
 
     def __init__(self) -> None:
@@ -330,6 +288,9 @@ class LinuxWorker(Namespaces):
                 syscalls.ioctl(namespace, Ioctl.NS_GET_MNTNS_ID, answer)
                 ids.append(int.from_bytes(answer, "little"))
         return inodes, ids
+
+
+Namespaces: TypeAlias = SimulatedWorker | LinuxWorker
 
 
 def _is_readable(descriptor: Descriptor, patience_ms: int = 0) -> bool:

@@ -1,4 +1,4 @@
-"""One process' descriptors, and sockets between its own hands: twice."""
+"""The descriptors of one process and socket pairs in it: simulated, and on Linux."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import fcntl
 import os
 import resource
 import socket
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Final, TypeAlias
 
@@ -24,7 +23,7 @@ PASSRIGHTS: Final = 83
 """SO_PASSRIGHTS of asm-generic/socket.h (6.16)."""
 
 ROOM_BYTES: Final = 65_536
-"""What always fits into the buffer of a socket that nobody has changed."""
+"""What always fits into the buffer of a new socket."""
 
 Label: TypeAlias = str
 """Which file a descriptor refers to: `file 0`, `socket 1a`."""
@@ -33,17 +32,14 @@ Come: TypeAlias = tuple[int, Label, bool]
 """A descriptor that was received: its number, which file it is, whether it is inherited."""
 
 
-class Sockets(ABC):
-    """One process' descriptors, numbered from 0, and sockets between its own hands."""
+class _Sockets:
+    """The descriptors of one process, numbered from 0, and socket pairs in it."""
 
     _sends = 0
 
     def _letters(self, count: int) -> bytes:
         self._sends += 1
         return b"%c" % (64 + self._sends % 64) * count
-
-    @abstractmethod
-    def _label(self, fd: int) -> Label: ...
 
     def _would_loop(self, fd: int, fds: tuple[int, ...]) -> bool:
         """
@@ -62,56 +58,8 @@ class Sockets(ABC):
             return -1
         return int(number[:-1]) if sort == "socket" else -1
 
-    @abstractmethod
-    def open(self) -> int:
-        """Open the next file."""
 
-    @abstractmethod
-    def pair(self) -> tuple[int, int]: ...
-
-    @abstractmethod
-    def duplicate(self, fd: int) -> int: ...
-
-    @abstractmethod
-    def close_fd(self, fd: int) -> None: ...
-
-    @abstractmethod
-    def limit(self, descriptors_max: int) -> None:
-        """Set RLIMIT_NOFILE."""
-
-    @abstractmethod
-    def send(self, fd: int, count: int, fds: tuple[int, ...] = ()) -> int:
-        """Send some bytes, of another letter each time; and descriptors. -1: it is not asked."""
-
-    @abstractmethod
-    def receive(
-        self,
-        fd: int,
-        size: int,
-        control_bytes: int = 0,
-        is_peek: bool = False,
-        is_inherited: bool = False,
-    ) -> tuple[bytes, list[Come], bool]: ...
-
-    @abstractmethod
-    def read(self, fd: int, size: int) -> bytes:
-        """Read as whoever knows of no descriptors: recv(2)."""
-
-    @abstractmethod
-    def shutdown(self, fd: int, how: int) -> None: ...
-
-    @abstractmethod
-    def accept_rights(self, fd: int, are_taken: bool) -> None: ...
-
-    @abstractmethod
-    def table(self) -> list[tuple[int, Label]]: ...
-
-    @abstractmethod
-    def alive(self) -> list[Label]:
-        """Which files are open anywhere: in the table, or in flight."""
-
-
-class SimulatedSockets(SimulatedMachine, Sockets):
+class SimulatedSockets(SimulatedMachine, _Sockets):
     def __init__(self) -> None:
         self.reset()
 
@@ -159,9 +107,11 @@ class SimulatedSockets(SimulatedMachine, Sockets):
         self.process.close(fd)
 
     def limit(self, descriptors_max: int) -> None:
+        """Set RLIMIT_NOFILE."""
         self.process.descriptors_max = descriptors_max
 
     def send(self, fd: int, count: int, fds: tuple[int, ...] = ()) -> int:
+        """Send some bytes, of another letter each time, and descriptors; -1 if it is not tried."""
         if self._would_loop(fd, fds):
             return -1
         data = self._letters(count)
@@ -182,6 +132,7 @@ class SimulatedSockets(SimulatedMachine, Sockets):
         return data, come, is_truncated
 
     def read(self, fd: int, size: int) -> bytes:
+        """Read as a program does that does not expect descriptors: recv(2)."""
         return self.process.receive(fd, size).data
 
     def shutdown(self, fd: int, how: int) -> None:
@@ -194,13 +145,14 @@ class SimulatedSockets(SimulatedMachine, Sockets):
         return [(fd, self._label(fd)) for fd in self.process.fds]
 
     def alive(self) -> list[Label]:
+        """Which files are open: in the table, or in flight."""
         return [self._labels[file] for file in self._files if file.is_alive]
 
     def _label(self, fd: int) -> Label:
         return self._labels[self.process.file(fd)]
 
 
-class LinuxSockets(Sockets):
+class LinuxSockets(_Sockets):
     """
     The numbers 0, 1, … are this process' numbers from `_first` on; all below are in use.
 
@@ -335,6 +287,9 @@ class LinuxSockets(Sockets):
             return os.read(self._readers[number], 1) != b""
         except BlockingIOError:
             return True
+
+
+Sockets: TypeAlias = SimulatedSockets | LinuxSockets
 
 
 def _fill_holes(least: int) -> list[int]:

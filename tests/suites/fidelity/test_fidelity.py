@@ -56,28 +56,21 @@ def _in_the_sessions_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
-@pytest.fixture(params=BOTH)
-def sockets(request: pytest.FixtureRequest) -> Iterator[Sockets]:
-    with one_of(request.param, SimulatedSockets, linux_sockets) as machine:
-        yield machine
+def machine_of(simulated: Callable[[], M], linux: Callable[[], AbstractContextManager[M]]) -> Any:
+    """A fixture with the two machines of a family."""
+
+    @pytest.fixture(params=BOTH)
+    def machine(request: pytest.FixtureRequest) -> Iterator[M]:
+        with one_of(request.param, simulated, linux) as machine:
+            yield machine
+
+    return machine
 
 
-@pytest.fixture(params=BOTH)
-def cgroups(request: pytest.FixtureRequest) -> Iterator[Cgroups]:
-    with one_of(request.param, SimulatedCgroups, linux_cgroups) as machine:
-        yield machine
-
-
-@pytest.fixture(params=BOTH)
-def worker(request: pytest.FixtureRequest) -> Iterator[Namespaces]:
-    with one_of(request.param, SimulatedWorker, linux_worker) as machine:
-        yield machine
-
-
-@pytest.fixture(params=BOTH)
-def mounts(request: pytest.FixtureRequest) -> Iterator[Mounts]:
-    with one_of(request.param, SimulatedMounts, linux_mounts) as machine:
-        yield machine
+sockets = machine_of(SimulatedSockets, linux_sockets)
+cgroups = machine_of(SimulatedCgroups, linux_cgroups)
+worker = machine_of(SimulatedWorker, linux_worker)
+mounts = machine_of(SimulatedMounts, linux_mounts)
 
 
 @contextmanager
