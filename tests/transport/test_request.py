@@ -25,7 +25,7 @@ from typing import Any, Final
 import pytest
 
 import linux
-from linux.simulated import SimulatedBackend, SimulatedInspector, SimulatedNode, Step
+from linux.simulated import SimulatedBackend, SimulatedInspector, SimulatedNode
 from statemachine.errors import (
     AllocationNotFound,
     CreationFailed,
@@ -42,6 +42,7 @@ from statemachine.messages import (
 from statemachine.provider import Limits
 from tests.support.consumers import FORMS, Form, Stopwatch
 from tests.support.serving import Serving
+from transport.contract import Step
 from transport.descriptors import Descriptor, DescriptorBundle
 from transport.endpoint import listen
 from transport.request import (

@@ -222,14 +222,14 @@ def test_a_push_comes_in_between_and_takes_no_answers_place(rig: Rig) -> None:
 
 
 @pytest.mark.clause("PEER-8")
-@pytest.mark.parametrize("step", [Step.ANCHOR, Step.PUBLISH, Step.KILL])
+@pytest.mark.parametrize("step", [Step.ANCHOR, Step.PUBLISH, Step.END_INIT])
 def test_slow_work_for_one_allocation_makes_no_other_wait(rig: Rig, step: Step) -> None:
     gate = rig.gate("slow", step=step)
     rig.serve()
     slow, fast = rig.connect(), rig.connect()
     slow.say(wanted("slow"))
     expected: Message = handed("slow")
-    if step is Step.KILL:
+    if step is Step.END_INIT:
         assert slow.hear() == expected
         slow.say(expected := ended("slow"))
     gate.wait_reached()
@@ -431,7 +431,7 @@ def test_an_unreadable_frame_is_refused_in_its_turn_and_is_the_last(
 @pytest.mark.parametrize(
     ("text", "sent"),
     [
-        ("x" * 70_000, "x" * peers.ERROR_CHARACTERS_MAX),
+        ("x" * 70_000, "x" * (peers.ERROR_CHARACTERS_MAX - len("make the namespaces: "))),
         (f"open: ENOENT: {os.fsdecode(b'/caf%c' % 0xE9)}", r"open: ENOENT: /caf\udce9"),
     ],
     ids=["fits into no frame", "is not Unicode"],
@@ -669,7 +669,7 @@ def test_what_is_alive_stays_alive_when_it_stops(rig: Rig) -> None:
     serving.stop()
     assert line.hear() is None
     serving.join()
-    assert rig.node.lives["a"].is_init_alive
+    assert rig.node.allocations["a"].is_init_alive
 
 
 def test_nothing_of_it_goes_on_in_its_loop_when_it_has_stopped(rig: Rig) -> None:
@@ -691,7 +691,7 @@ def test_nothing_of_it_goes_on_in_its_loop_when_it_has_stopped(rig: Rig) -> None
     with closing(SimulatedBackend(rig.node)) as backend:
         asyncio.run(main(backend))
     assert not faults
-    assert rig.node.lives["a"].is_init_alive
+    assert rig.node.allocations["a"].is_init_alive
 
 
 @pytest.mark.clause("CRASH-12")
@@ -757,7 +757,7 @@ def test_work_that_hangs_does_not_keep_it_from_stopping(
     serving.join()
     assert serving.provider.has_hung
     gate.let_go()
-    wait_until(lambda: "a" in rig.node.lives and not _is_working(), "the end of the work")
+    wait_until(lambda: "a" in rig.node.allocations and not _is_working(), "the end of the work")
 
 
 def _is_working() -> bool:
@@ -861,7 +861,7 @@ def test_a_change_without_use_ends_nothing(rig: Rig, monkeypatch: pytest.MonkeyP
     line.ask(wanted("a"))
     rig.node.freeze("a")
     with rig.node.lock:
-        serving.provider._backend.hear(Observation("a", Sighting.CHANGED))
+        serving.provider._backend.notify(Observation("a", Sighting.CHANGED))
     assert looked.wait(10)
     assert serving.state_of("a") is HANDED_OFF
 
@@ -883,7 +883,7 @@ def test_a_release_is_tried_until_it_is_done_and_announced_in_time(rig: Rig) -> 
     assert "1 processes do not die" in refusal.reason
     rig.node.hang("a", 0)
     serving.wait_for(on.NamespacesReleased)
-    assert "a" not in rig.node.lives
+    assert "a" not in rig.node.allocations
 
 
 def test_the_pauses_between_tries_double_up_to_a_limit() -> None:
