@@ -111,5 +111,5 @@ def test_the_defaults_can_be_replaced(new_consumer: NewConsumer, nowhere: Path) 
     with closing(SimulatedNode()) as node, closing(SimulatedBackend(node)) as service:
         consumer = new_consumer(nowhere, SimulatedInspector(), service=service)
         with consumer.obtain(request) as handoff:
-            assert set(node.lives) == {"a"}
+            assert set(node.allocations) == {"a"}
             assert handoff.end()

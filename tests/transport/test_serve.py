@@ -861,7 +861,7 @@ def test_a_change_without_use_ends_nothing(rig: Rig, monkeypatch: pytest.MonkeyP
     line.ask(wanted("a"))
     rig.node.freeze("a")
     with rig.node.lock:
-        serving.provider._backend.hear(Observation("a", Sighting.CHANGED))
+        serving.provider._backend.notify(Observation("a", Sighting.CHANGED))
     assert looked.wait(10)
     assert serving.state_of("a") is HANDED_OFF
 

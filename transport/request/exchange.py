@@ -345,7 +345,13 @@ class Exchange:
     def _make_own(self, service: SelfService, request: NamespaceRequest) -> NamespaceResponse:
         """Make the namespaces and open them: both, or nothing is left of either."""
         # Keeps SELF-2, SELF-5.
-        response = service.create_namespaces(request)
+        is_free = service.why_alive(request.allocation_id) is None
+        try:
+            response = service.create_namespaces(request)
+        except CreationFailed:
+            if is_free:  # else the name is that of another handoff's set
+                self.release_own()
+            raise
         try:
             self.bundle = service.bundle_of(request.allocation_id)
             self.identities = tuple(

@@ -81,7 +81,9 @@ OURS: Final = re.compile(r"(self\._listener|.*channel)\.\w+|self\.\w+")
 
 OUTSIDE: Final = {
     "transport/calls.py": "it has the hook",
-    "linux/forge_exec.py": "runs in a process without these packages",
+    "linux/forge/exec.py": "runs in a process without these packages",
+    "transport/testing": "tests",
+    "linux/testing": "tests",
     "linux/cli": "programs; strace refuses them things",
     "linux/demo": "programs",
     "linux/simulated": "a node that is none",
@@ -90,7 +92,7 @@ OUTSIDE: Final = {
 
 BESIDE: Final = {
     ("linux/cgroups.py", "os.open"): "called by `open`, which went through `syscall`",
-    ("linux/forge_child.py", "socket.socket"): "takes over a descriptor that is there",
+    ("linux/forge/child.py", "socket.socket"): "takes over a descriptor that is there",
 }
 
 
