@@ -8,7 +8,7 @@ other. Each distinct step is taken once, and judged once: the same effects, and 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import Enum
 from typing import Any
@@ -33,6 +33,7 @@ from ...messages import (
     NamespaceResponse,
 )
 from ...provider import Limits, ProviderKernel, Snapshot
+from ..lockstep import model_limits, other_states
 from .world import Bounds, Finding, Numbers
 
 Row = tuple[str, str, str]
@@ -143,8 +144,7 @@ class Kernels:
         kernel.remember(names)
         started = None
         if self._has_model:
-            limits = {field.name: getattr(self._limits, field.name) for field in fields(Limits)}
-            started = model.Provider(limits=model.Limits(**limits), remembered=names)
+            started = model.Provider(limits=model_limits(self._limits), remembered=names)
         return self._number_provider(kernel, started)
 
     def step_provider(self, number: int, event: Event) -> Step:
@@ -174,26 +174,8 @@ class Kernels:
             raise Finding(f"the provider's kernel refuses its driver: {error}") from error
         rows = tuple(self.rows)
         if known is not None:
-            known = self._follow_provider(known, event, effects, kernel)
+            known = _follow(model.provider_step, known, event, effects, kernel)
         return Step(self._number_provider(kernel, known), effects, rows)
-
-    def _follow_provider(
-        self, known: Any, event: Event, effects: tuple[Effect, ...], kernel: ProviderKernel
-    ) -> Any:
-        """Have the model take the same step, and compare."""
-        try:
-            after, said = model.provider_step(known, event)
-        except model.Impossible as impossible:
-            raise Finding(f"the model knows no way to {event}: {impossible}") from impossible
-        found = model.differences(effects, said)
-        if kernel.service.value != after.phase:
-            found.append(f"the kernel is {kernel.service.value}, the model {after.phase}")
-        for name in self.names:
-            ours, theirs = kernel.state_of(name).value, after.state_of(name)
-            if ours != theirs:
-                found.append(f"{name} is {ours} to the kernel, {theirs} to the model")
-        always.require(found)
-        return after
 
     def _number_provider(self, kernel: ProviderKernel, known: Any) -> int:
         snapshot = kernel.snapshot()
@@ -250,7 +232,7 @@ class Kernels:
             raise Finding(f"the consumer's kernel refuses its driver: {error}") from error
         rows = tuple(self.rows)
         if known is not None:
-            known = _follow_consumer(known, event, effects, kernel)
+            known = _follow(model.consumer_step, known, event, effects, kernel)
         return Step(self._number_consumer(kernel, known), effects, rows)
 
     def _number_consumer(self, kernel: ConsumerKernel, known: Any) -> int:
@@ -259,16 +241,9 @@ class Kernels:
         if number == len(self.consumer_views):
             if self._consumer.restore(snapshot).snapshot() != snapshot:
                 raise Finding("a snapshot of the consumer's kernel does not restore it")
-            self.consumer_views.append(
-                ConsumerView(
-                    kernel.request,
-                    self._index[kernel.request.allocation_id],
-                    kernel.state,
-                    kernel.notice,
-                    kernel.is_connected,
-                    kernel.owes_end,
-                )
-            )
+            request, name = kernel.request, self._index[kernel.request.allocation_id]
+            held = (kernel.state, kernel.notice, kernel.is_connected, kernel.owes_end)
+            self.consumer_views.append(ConsumerView(request, name, *held))
         return number
 
     # --- Other names ---------------------------------------------------------------------------
@@ -316,19 +291,19 @@ class Kernels:
         return _Namer({c: i for i, c in enumerate(connections, 1)}, names, is_any_forgotten)
 
 
-def _follow_consumer(
-    known: Any, event: Event, effects: tuple[Effect, ...], kernel: ConsumerKernel
+def _follow(
+    take: Callable[[Any, Event], Any],
+    known: Any,
+    event: Event,
+    effects: tuple[Effect, ...],
+    kernel: ProviderKernel | ConsumerKernel,
 ) -> Any:
     """Have the model take the same step, and compare."""
     try:
-        after, said = model.consumer_step(known, event)
+        after, said = take(known, event)
     except model.Impossible as impossible:
         raise Finding(f"the model knows no way to {event}: {impossible}") from impossible
-    found = model.differences(effects, said)
-    ours, theirs = (kernel.state.value, kernel.notice.value), (after.state, after.notice)
-    if ours != theirs:
-        found.append(f"the kernel is {ours}, the model {theirs}")
-    always.require(found)
+    always.require(model.differences(effects, said) + other_states(kernel, after))
     return after
 
 
