@@ -76,15 +76,7 @@ class Step:
 
 
 class Kernels:
-    """
-    Every kernel that has come about, by number.
-
-    Args:
-        bounds: which allocations and which limits there are.
-        provider: the provider's kernel, or a mutant of it.
-        consumer: the consumer's kernel, or a mutant of it.
-        has_model: judge every step by the reference model.
-    """
+    """Every kernel that has come about, by number; `has_model`: the model judges each step."""
 
     def __init__(
         self,
@@ -148,12 +140,7 @@ class Kernels:
         return self._number_provider(kernel, started)
 
     def step_provider(self, number: int, event: Event) -> Step:
-        """
-        Feed the provider's kernel.
-
-        Raises:
-            Finding, InvariantBroken: it refuses what its driver says, or does what it must not.
-        """
+        """Feed the provider's kernel; raises `Finding` or `InvariantBroken` if it errs."""
         key = (number, event)
         step = self._provider_steps.get(key)
         if step is None:
@@ -201,10 +188,7 @@ class Kernels:
 
     def step_consumer(self, number: int, event: Event) -> Step | None:
         """
-        Feed a consumer's kernel.
-
-        Returns:
-            None: the provider may not say that now.
+        Feed a consumer's kernel; None: the provider may not say that now.
 
         Raises:
             Finding, InvariantBroken: it refuses what its driver says, or does what it must not.
@@ -270,10 +254,7 @@ class Kernels:
         """
         Find the provider that is the same under other names, in its normal form.
 
-        Args:
-            number: the provider.
-            connections: all there are, to be numbered 1, 2, 3, … in this order; none: as they are.
-            swap: which allocation gets which name.
+        Its `connections` are numbered 1, 2, 3, … in this order; none: they stay as they are.
         """
         key = (number, swap, connections)
         if key not in self._renamed:
