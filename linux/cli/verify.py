@@ -22,7 +22,7 @@ CAMPAIGN: Final = Path("tests/campaign/verify.py")
 EXTRA: Final = ("hypothesis", "pytest")
 """What it imports besides the package: the extra `test`."""
 
-HANDED_ON: Final = ("hours", "jobs", "seed", "output")
+HANDED_ON: Final = ("hours", "scale", "jobs", "seed", "output")
 """Options with a value that are passed on."""
 
 

@@ -26,7 +26,8 @@ from tests.suites.faults.crashes import PHASES, Program, dropped, killed
 from tests.suites.faults.faults import Call, Fault, Plan, errnos_of, faults_of, short_faults_of
 from tests.suites.faults.lives import LIVES, Stage, linux_stage, simulated_stage
 from tests.suites.test_strace import POINTS, survive
-from tests.support.census import Session, find_cgroup2
+from tests.support.census import Session
+from tests.support.isolation import find_cgroup2
 from tests.support.programs import warm_daemon_in
 
 BACKENDS: Final = ("simulated", "linux")

@@ -31,7 +31,7 @@ from tests.campaign.outcome import Discovery, Outcome, Task
 from tests.suites.stateful.adapters import NAMES, Node, adapter_of, counterpart_of, machine
 from tests.suites.stateful.cells import counted
 from tests.suites.stateful.tour import CONSUMER_TOUR, PROVIDER_TOUR, take
-from tests.support.census import find_cgroup2
+from tests.support.isolation import find_cgroup2
 from transport.testing.machine import STEPS
 
 CHUNKS: Final = 2

@@ -103,8 +103,11 @@ class Tree:
         for package in ("linux", "linux/cli"):
             (root / package / "__init__.py").write_text("")
         own = root / "tests" / "campaign"
-        own.mkdir(parents=True)
+        support = root / "tests" / "support"
+        for folder in (own, support):
+            folder.mkdir(parents=True)
         (root / "tests" / "__init__.py").write_text("")
+        shutil.copy(ROOT / "tests" / "support" / "isolation.py", support)
         for path in (p for pattern in MINE for p in (ROOT / "tests" / "campaign").glob(pattern)):
             shutil.copy(path, own)
 
@@ -442,8 +445,7 @@ def test_the_command_hands_on_every_option_of_the_program(
 ) -> None:
     became: list[list[str]] = []
     monkeypatch.setattr(os, "execv", lambda path, words: became.append(words))
-    values = {"--hours": "2", "--jobs": "3", "--seed": "4", "--output": str(tmp_path)}
-    words = [word for pair in values.items() for word in pair]
+    words = ["--hours=2", "--scale=0.5", "--jobs=3", "--seed=4", f"--output={tmp_path}"]
     options = cli.build_parser().parse_args(
         ["verify", "--tree", str(ROOT), *words, "--part", "rates", "--fresh"]
     )
@@ -454,6 +456,7 @@ def test_the_command_hands_on_every_option_of_the_program(
     taken = vars(verify._parse(became_words[2:]))
     assert taken == {
         "hours": 2.0,
+        "scale": 0.5,
         "jobs": 3,
         "seed": 4,
         "output": tmp_path,

@@ -1,6 +1,7 @@
 """The verification campaign: every part of it, task by task, and a page to look at in the end.
 
-    nshandoff verify [--hours H] [--jobs N] [--seed N] [--part NAME]... [--output DIR] [--fresh]
+    nshandoff verify [--hours H | --scale S] [--jobs N] [--seed N] [--part NAME]...
+                     [--output DIR] [--fresh]
 
 A *part* is a module `*_campaign.py` (what it has to offer is written in `outcome.py`). Its tasks
 run in processes of their own, and what each has to show is written down at once: a campaign that
@@ -73,7 +74,8 @@ def parts_of(folder: Path) -> list[str]:
 def _parse(words: list[str] | None) -> argparse.Namespace:
     parts = parts_of(Path(__file__).parent)
     parser = argparse.ArgumentParser(prog="nshandoff verify", allow_abbrev=False)
-    parser.add_argument("--hours", metavar="H", type=_hours)
+    parser.add_argument("--hours", metavar="H", type=_positive)
+    parser.add_argument("--scale", metavar="S", type=_positive, default=1.0)
     parser.add_argument("--jobs", metavar="N", type=_count, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--seed", metavar="N", type=int)
     parser.add_argument("--part", metavar="NAME", action="append", choices=parts)
@@ -84,11 +86,11 @@ def _parse(words: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def _hours(text: str) -> float:
-    hours = float(text)
-    if not (math.isfinite(hours) and hours > 0):
+def _positive(text: str) -> float:
+    number = float(text)
+    if not (math.isfinite(number) and number > 0):
         raise ValueError
-    return hours
+    return number
 
 
 def _count(text: str) -> int:
@@ -107,7 +109,7 @@ def _campaign(options: argparse.Namespace, record: Record) -> int:
     campaign = Campaign(record, progress, stop, Pool(options.jobs, record.directory))
     interruption = None
     try:
-        for number, scale in _rounds(options.hours, progress):
+        for number, scale in _rounds(options, progress):
             if not campaign.go_round(number, scale, options.part):
                 break
     except Interrupted as error:
@@ -165,14 +167,14 @@ def _begin(options: argparse.Namespace, record: Record) -> None:
         record.begin(Head(sources, seed, started, environment()))
 
 
-def _rounds(hours: float | None, progress: Progress) -> Iterator[tuple[int, float]]:
+def _rounds(options: argparse.Namespace, progress: Progress) -> Iterator[tuple[int, float]]:
     """Count rounds and how large each is: one, or ever larger ones until the time is up."""
-    if hours is None:
-        yield 0, 1.0
+    if options.hours is None:
+        yield 0, options.scale
         return
     number = 0
-    while progress.elapsed_s < hours * 3600:
-        yield number, min(2.0**number, SCALE_PER_HOUR * hours)
+    while progress.elapsed_s < options.hours * 3600:
+        yield number, min(2.0**number, SCALE_PER_HOUR * options.hours)
         number += 1
 
 

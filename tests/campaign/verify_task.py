@@ -15,10 +15,14 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 from tests.campaign.outcome import Outcome
+from tests.support import isolation
+from tests.support.isolation import find_cgroup2
 
 PR_SET_PDEATHSIG: Final = 1
 
@@ -33,13 +37,28 @@ def main() -> int:
     options = parser.parse_args()
     if options.parent is not None:
         end_with(options.parent)
-    outcome = perform(options.part, options.seed, options.arguments)
+    with isolated():
+        outcome = perform(options.part, options.seed, options.arguments)
     said = json.dumps(outcome.as_json())
     if options.outcome is None:
         print(said)
     else:
         options.outcome.write_text(said)
     return 0
+
+
+@contextmanager
+def isolated() -> Iterator[None]:
+    """Where that can be, see nothing of what others do with cgroups here, and leave nothing."""
+    root, own = find_cgroup2(), None
+    if os.geteuid() == 0 and root is not None:
+        with suppress(OSError):
+            own = isolation.enter(root)
+    try:
+        yield
+    finally:
+        if own is not None:
+            own.leave()
 
 
 def end_with(parent: int) -> None:

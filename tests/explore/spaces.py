@@ -188,7 +188,7 @@ TWO_BY_TWO: Final = Bounds(
 )
 LARGE: Final[dict[str, Space]] = {
     "the full space of two allocations and two connections, with crashes": Space(
-        TWO_BY_TWO, 850_000, 75
+        TWO_BY_TWO, 850_000, 75, scale=1
     ),
     "a stranger, two allocations, any number of crashes": Space(
         Bounds(consumers=0, strangers=1, requests=(A, B), in_flight=1, crashes=None, faults=0),

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Final
 
 from linux.testing.worlds import SCOPE_PREFIX
+from tests.support.isolation import find_cgroup2
 
 SETTLE_S: Final = 3.0
 """How long the kernel may take over what it frees asynchronously: namespaces, loop devices."""
@@ -203,15 +204,6 @@ class Session:
         except OSError as error:
             return "gone" if error.errno == errno.ENXIO else str(error)
         return "detached"
-
-
-def find_cgroup2() -> Path | None:
-    """Where this node has mounted cgroup v2, by filesystem type; hybrid nodes differ."""
-    for line in _read("/proc/self/mountinfo").splitlines():
-        fields = line.split()
-        if fields[fields.index("-") + 1] == "cgroup2":
-            return Path(fields[4])
-    return None
 
 
 def _directories(parent: Path) -> Iterator[os.DirEntry[str]]:

@@ -93,6 +93,15 @@ def enter(root: Path) -> Isolation:
     return isolation
 
 
+def find_cgroup2() -> Path | None:
+    """Where this node has mounted cgroup v2, by filesystem type; hybrid nodes differ."""
+    for line in _lines("/proc/self/mountinfo"):
+        fields = line.split()
+        if fields[fields.index("-") + 1] == "cgroup2":
+            return Path(fields[4])
+    return None
+
+
 def remove_stale(above: int) -> None:
     """Remove the cgroups of sessions on which there is no lock and in which there is no process."""
     for name in os.listdir(above):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import isolation
-from tests.support.census import find_cgroup2
+from tests.support.isolation import find_cgroup2
 from tests.support.programs import (
     DEADLINE_S,
     MOUNT,
