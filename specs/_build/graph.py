@@ -14,7 +14,7 @@ from enum import Enum
 from itertools import pairwise
 from typing import Final, NamedTuple
 
-from specs._build.svg import element, group, level_of, picture, rect, short, text, width_of
+from specs._build.svg import centred, element, group, level_of, picture, rect, short, width_of
 from statemachine.table import Row, Table
 
 STATE_HEIGHT: Final = 44.0
@@ -279,15 +279,9 @@ def _draw_label(table: Table, move: _Move, cells: Cells | None) -> str:
     box = rect(*corner, place.width, place.height, rx=4, class_="ground")
     top = place.y - LABEL_LINE * (len(move.rows) - 1) / 2
     words = [
-        text(
-            place.x,
-            top + i * LABEL_LINE,
-            row.event.__name__,
-            class_="label" if _visits(table, row, cells) else "label missed",
-            font_size=LABEL_PX,
-            text_anchor="middle",
-        )
+        centred(place.x, top + i * LABEL_LINE, row.event.__name__, name, LABEL_PX)
         for i, row in enumerate(move.rows)
+        for name in ["label" if _visits(table, row, cells) else "label missed"]
     ]
     return group([box, *words], _tip(table, move, cells))
 
@@ -361,27 +355,11 @@ def _draw_state(table: Table, state: Enum, place: _Place, cells: Cells | None) -
     x, y = place.x - place.width / 2, place.y - place.height / 2
     parts = [
         rect(x, y, place.width, place.height, rx=9, class_=" ".join(filter(None, names))),
-        text(
-            place.x,
-            place.y - (8 if second else 0),
-            _id(state),
-            class_="name",
-            font_size=14,
-            text_anchor="middle",
-        ),
+        centred(place.x, place.y - (8 if second else 0), _id(state), "name", 14),
     ]
     if second:
-        is_whole = all(stays.values())
-        parts.append(
-            text(
-                place.x,
-                place.y + 10,
-                second,
-                class_="faint" if is_whole else "label missed",
-                font_size=10,
-                text_anchor="middle",
-            )
-        )
+        name = "faint" if all(stays.values()) else "label missed"
+        parts.append(centred(place.x, place.y + 10, second, name, 10))
     lines = [_id(state) if cells is None else f"{_id(state)}: reached {arrivals:,} times"]
     lines += [_counted(f"stays on {event}", count, cells) for event, count in stays.items()]
     return group(parts, "\n".join(lines))

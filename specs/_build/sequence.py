@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from specs._build.svg import element, group, line, picture, rect, text, width_of
+from specs._build.svg import centred, element, group, line, picture, rect, text, width_of
 
 LANE_WIDTH_MIN: Final = 130.0
 STEP: Final = 30.0
@@ -147,7 +147,7 @@ def _head(x: float, y: float, name: str) -> list[str]:
     width = _head_width(name)
     return [
         rect(x - width / 2, y, width, HEAD - 4, rx=6, class_="state"),
-        text(x, y + HEAD / 2 - 2, name, class_="name", font_size=PX, text_anchor="middle"),
+        centred(x, y + HEAD / 2 - 2, name, "name", PX),
     ]
 
 
@@ -167,9 +167,7 @@ def _draw(step: Arrow | Note, at: dict[str, float], y: float, height: float) -> 
         words = text(x1 + 34, level - 6, step.said, class_="label", font_size=PX)
         return group([element("path", d=shape, **look), words])
     end = x2 - 8 * (1 if x2 > x1 else -1) if step.is_lost else x2
-    words = text(
-        (x1 + x2) / 2, level - 10, step.said, class_="label", font_size=PX, text_anchor="middle"
-    )
+    words = centred((x1 + x2) / 2, level - 10, step.said, "label", PX)
     return group([line(x1, level, end, level, **look), words])
 
 
@@ -177,18 +175,10 @@ def _draw_note(note: Note, at: dict[str, float], y: float, height: float) -> str
     ends = [at[name] for name in note.over]
     width = max(_note_width(note), max(ends) - min(ends) + 40)
     middle = sum(ends) / len(ends)
-    is_finding = note.lines[0].startswith("BROKEN")
-    box = rect(
-        middle - width / 2,
-        y + 5,
-        width,
-        height - 8,
-        rx=3,
-        class_="note broken" if is_finding else "note",
-    )
+    name = "note broken" if note.lines[0].startswith("BROKEN") else "note"
+    box = rect(middle - width / 2, y + 5, width, height - 8, rx=3, class_=name)
     words = [
-        text(middle, y + 14 + 15 * i, said, class_="label", font_size=PX, text_anchor="middle")
-        for i, said in enumerate(note.lines)
+        centred(middle, y + 14 + 15 * i, said, "label", PX) for i, said in enumerate(note.lines)
     ]
     return group([box, *words])
 

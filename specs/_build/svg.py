@@ -40,6 +40,11 @@ def text(x: float, y: float, said: str, **attributes: object) -> str:
     return element("text", escape(said), x=x, y=y, dy="0.34em", **attributes)
 
 
+def centred(x: float, y: float, said: str, class_: str, px: float) -> str:
+    """Write words around a point."""
+    return text(x, y, said, class_=class_, font_size=px, text_anchor="middle")
+
+
 def line(x1: float, y1: float, x2: float, y2: float, **attributes: object) -> str:
     """Draw a straight line."""
     return element("line", x1=x1, y1=y1, x2=x2, y2=y2, **attributes)

@@ -15,11 +15,9 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 if TYPE_CHECKING:
-    from hypothesis.stateful import RuleBasedStateMachine
-
     from statemachine.testing.explore import Bounds
 
-Layer = Callable[[], None]
+Layer = Callable[[], object]
 
 WALK_STEPS: Final = 4_000
 STATEFUL_EXAMPLES: Final = 1_000
@@ -57,12 +55,8 @@ def model(table: str, names: str) -> Layer:
     from statemachine.testing import lockstep
 
     if table == "consumer":
-        return lambda: _note(lockstep.explore_consumer())
+        return lockstep.explore_consumer
     return lambda: lockstep.walk_provider(1, names, WALK_STEPS)
-
-
-def _note(_: object) -> None:
-    """Take what is of no interest."""
 
 
 # --- At random ---------------------------------------------------------------------------------
@@ -70,18 +64,14 @@ def _note(_: object) -> None:
 
 def stateful(seed: int) -> Layer:
     """Let Hypothesis do to two kernels and a link whatever anybody may do."""
-    from tests.suites.test_pair import Pair
-
-    return _machine(Pair, STATEFUL_EXAMPLES, 40, seed)
-
-
-def _machine(kind: type[RuleBasedStateMachine], examples: int, steps: int, seed: int) -> Layer:
     import hypothesis
     from hypothesis.stateful import run_state_machine_as_test
 
+    from tests.suites.test_pair import Pair
+
     settings = hypothesis.settings(
-        max_examples=examples,
-        stateful_step_count=steps,
+        max_examples=STATEFUL_EXAMPLES,
+        stateful_step_count=40,
         database=None,
         derandomize=False,
         deadline=None,
@@ -89,7 +79,7 @@ def _machine(kind: type[RuleBasedStateMachine], examples: int, steps: int, seed:
         phases=[hypothesis.Phase.generate],
         suppress_health_check=list(hypothesis.HealthCheck),
     )
-    seeded: Any = hypothesis.seed(seed)(kind)
+    seeded: Any = hypothesis.seed(seed)(Pair)
     return lambda: run_state_machine_as_test(seeded, settings=settings)
 
 
@@ -138,14 +128,10 @@ class _FirstFailure:
 
         conftest.session_census.overlooked |= frozenset(census.MACHINE_WIDE)
 
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self._note(report)
-
-    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        self._note(report)
-
-    def _note(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+    def pytest_runtest_logreport(self, report: pytest.TestReport | pytest.CollectReport) -> None:
         if report.failed and not self.account:
             crash = getattr(report.longrepr, "reprcrash", None)
             why = crash.message if crash else str(report.longrepr)
             self.account = f"{report.nodeid.rpartition('/')[2]}: {why.splitlines()[0]}"
+
+    pytest_collectreport = pytest_runtest_logreport

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Final
@@ -16,9 +16,8 @@ from statemachine.table import Table
 from tests.campaign.report_charts import Bar, Dots, bars, dots, heat_map, stacks
 from tests.campaign.report_goals import (
     ADAPTERS,
-    KERNEL_EVENTS_A_SECOND,
+    RATES_A_SECOND,
     STATES_A_SECOND,
-    TRACE_EVENTS_A_SECOND,
     Goal,
     Verdict,
     column,
@@ -281,39 +280,33 @@ _TITLES: Final = {
 }
 
 
+def _bars(unit: str, these: Sequence[Bar], caption: str) -> Iterable[str]:
+    return [_figure(bars(unit, these), caption)] if these else []
+
+
+def _rated(part: Part, goals: Callable[[str], float | None], *columns: str) -> list[Bar]:
+    """Make a bar of every row that says how many a second."""
+    rates = [(label_of(row), column(row, *columns)) for row in part.rows]
+    return [Bar(label, rate, goals(label)) for label, rate in rates if rate is not None]
+
+
 def _explore(part: Part) -> Iterable[str]:
-    these = [
-        Bar(label_of(row), rate, STATES_A_SECOND)
-        for row in part.rows
-        if (rate := column(row, "states/s", "a second", "per second")) is not None
-    ]
-    if these:
-        yield _figure(bars("states a second", these), "Distinct states a second, by space.")
+    these = _rated(part, lambda _: STATES_A_SECOND, "states/s", "a second", "per second")
+    return _bars("states a second", these, "Distinct states a second, by space.")
 
 
 def _rates(part: Part) -> Iterable[str]:
-    goals = {
-        "events through the kernel": KERNEL_EVENTS_A_SECOND,
-        "trace events checked": TRACE_EVENTS_A_SECOND,
-    }
-    these = [
-        Bar(label_of(row), rate, goals.get(label_of(row)))
-        for row in part.rows
-        if (rate := column(row, "a second")) is not None
-    ]
-    if these:
-        yield _figure(bars("a second", these), "A second of one core; the line is the goal.")
+    these = _rated(part, RATES_A_SECOND.get, "a second")
+    return _bars("a second", these, "A second of one core; the line is the goal.")
 
 
 def _differential(part: Part) -> Iterable[str]:
-    programs = {
-        name.removesuffix(" programs"): count
+    these = [
+        Bar(name.removesuffix(" programs"), count)
         for name, count in part.figures.items()
         if name.endswith(" programs")
-    }
-    these = [Bar(family, count) for family, count in programs.items()]
-    if these:
-        yield _figure(bars("programs", these), "Random programs, by family.")
+    ]
+    return _bars("programs", these, "Random programs, by family.")
 
 
 def _faults(part: Part) -> Iterable[str]:

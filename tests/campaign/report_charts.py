@@ -7,7 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from specs._build.svg import element, group, level_of, line, picture, rect, short, text, width_of
+from specs._build.svg import (
+    centred,
+    element,
+    group,
+    level_of,
+    line,
+    picture,
+    rect,
+    short,
+    text,
+    width_of,
+)
 from statemachine.table import Table
 
 WIDTH_MAX: Final = 1112.0
@@ -89,14 +100,8 @@ def _cell(corner: tuple[float, float], cell: tuple[str, str], count: int, most: 
     tip = f"{cell[1]} in {cell[0]}: {count:,}" if count else f"{cell[1]} in {cell[0]}: missed"
     name = f"cell v{level}" if count else "cell missed"
     box = rect(x + 1, y + 1, CELL_WIDTH - 2, CELL_HEIGHT - 2, rx=2, class_=name)
-    words = text(
-        x + CELL_WIDTH / 2,
-        y + CELL_HEIGHT / 2,
-        short(count),
-        class_=f"on{level}" if count else "label missed",
-        font_size=10,
-        text_anchor="middle",
-    )
+    name = f"on{level}" if count else "label missed"
+    words = centred(x + CELL_WIDTH / 2, y + CELL_HEIGHT / 2, short(count), name, 10)
     return group([box, words], tip)
 
 
@@ -110,8 +115,6 @@ class Bar:
     label: str
     value: float
     goal: float | None = None
-    said: str = ""
-    """The value, as it is to be read."""
 
 
 def bars(unit: str, these: Sequence[Bar]) -> str:
@@ -133,11 +136,10 @@ def bars(unit: str, these: Sequence[Bar]) -> str:
             goal = x + bar.goal * scale
             parts.append(line(goal, y - 4, goal, y + BAR_HEIGHT + 4, class_="goal"))
             end = max(end, goal)
-        said = bar.said or f"{bar.value:,.0f}"
-        goal_said = "" if bar.goal is None else f" (goal {bar.goal:,.0f})"
-        parts.append(text(end + 8, y + BAR_HEIGHT / 2, said + goal_said, class_="label"))
+        said = f"{bar.value:,.0f}" + ("" if bar.goal is None else f" (goal {bar.goal:,.0f})")
+        parts.append(text(end + 8, y + BAR_HEIGHT / 2, said, class_="label"))
     width = names + BARS_WIDTH + 170 + 2 * MARGIN
-    label = f"Bars, {unit}: " + "; ".join(f"{b.label} {b.said or round(b.value)}" for b in these)
+    label = f"Bars, {unit}: " + "; ".join(f"{b.label} {round(b.value)}" for b in these)
     return picture(width, MARGIN * 2 + len(these) * BAR_STEP, label, parts)
 
 

@@ -20,8 +20,7 @@ from typing import Final
 
 from tests.campaign.report_summary import LEGAL, Part, Summary, number_in
 
-KERNEL_EVENTS_A_SECOND: Final = 100_000.0
-TRACE_EVENTS_A_SECOND: Final = 50_000.0
+RATES_A_SECOND: Final = {"events through the kernel": 100_000.0, "trace events checked": 50_000.0}
 STATES: Final = 200_000
 STATES_S: Final = 60.0
 STATES_A_SECOND: Final = STATES / STATES_S
@@ -179,11 +178,7 @@ def _full_space(explore: Part) -> Goal:
 
 
 def _rates(rates: Part) -> Iterator[Goal]:
-    wanted = {
-        "events through the kernel": KERNEL_EVENTS_A_SECOND,
-        "trace events checked": TRACE_EVENTS_A_SECOND,
-    }
-    for name, least in wanted.items():
+    for name, least in RATES_A_SECOND.items():
         count, seconds = figure(rates, name, without=("cpu",)), figure(rates, "cpu", name)
         rate = count / seconds if count and seconds else None
         goal = f"≥ {least:,.0f} a second of one core"
@@ -224,13 +219,7 @@ def _canaries(canaries: Part) -> Iterator[Goal]:
         yield _judge(f"canaries, time to catch: {layer}", f"< {most:g} s each", said, is_reached)
     survivors = figure(canaries, "survived")
     is_reached = None if survivors is None else survivors == 0
-    yield _judge(
-        "canaries that survive",
-        "0",
-        f"{survivors:g}" if survivors is not None else "",
-        is_reached,
-        is_promise=True,
-    )
+    yield _judge("canaries that survive", "0", f"{survivors or 0:g}", is_reached, is_promise=True)
 
 
 def goal_of_layer(row: Mapping[str, str]) -> float | None:

@@ -1,9 +1,7 @@
 """The stateful machines as a part of a verification campaign: many seeds, on every adapter of ours.
 
 Every task takes the tour through all rows first, so that a picture of the cells has no holes that
-are only bad luck. What it finds comes as a test that fails; a task is repeated by
-
-    python -m tests.campaign.stateful_campaign SEED ADAPTER MACHINE EXAMPLES
+are only bad luck. What it finds comes as a test that fails; `verify_task` repeats a task.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ import logging
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -28,6 +25,7 @@ from linux.testing.adversary import STEPS as DEALINGS_STEPS
 from linux.testing.adversary import dealings
 from linux.testing.worlds import IMAGE, SCOPE_PREFIX
 from tests.campaign.outcome import Discovery, Outcome, Task
+from tests.campaign.verify_pool import Job
 from tests.suites.stateful.adapters import NAMES, Node, adapter_of, counterpart_of, machine
 from tests.suites.stateful.cells import counted
 from tests.suites.stateful.tour import CONSUMER_TOUR, PROVIDER_TOUR, take
@@ -81,7 +79,8 @@ def run(seed: int, adapter: str, kind: str, examples: int) -> Outcome:
             take(counting, TOURS[kind])
             run_state_machine_as_test(seeded(seed)(counting), settings=wanted)
         except Exception as error:
-            again = f"python -m tests.campaign.stateful_campaign {seed} {adapter} {kind} {examples}"
+            arguments = {"adapter": adapter, "kind": kind, "examples": examples}
+            again = Job("stateful", Task("", arguments), 0, seed, False, 0.0).command
             outcome.discoveries += discoveries(error, adapter, kind, again)
     outcome.seconds = time.monotonic() - begin
     outcome.figures = {**done, "seconds": outcome.seconds}
@@ -166,15 +165,3 @@ def test_a_promise_that_is_not_kept() -> None:
     with opened("{adapter}", "{kind}") as Machine:
         {body}
 '''
-
-
-def main(seed: str, adapter: str, kind: str, examples: str) -> int:
-    outcome = run(int(seed), adapter, kind, int(examples))
-    print(f"seed {seed}: {outcome.figures}, {len(outcome.cells[adapter])} cells")
-    for found in outcome.discoveries:
-        print(found.title, found.script, sep="\n\n")
-    return bool(outcome.discoveries)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(*sys.argv[1:]))

@@ -148,11 +148,6 @@ def test_a_missed_cell_is_a_promise_not_kept() -> None:
     assert verdicts["cells hit: linux"] is Verdict.NOT_REACHED
 
 
-def test_what_was_found_is_never_good() -> None:
-    assert not is_good(summary_of([of("p", "t", Outcome(discoveries=[Discovery("a", "b")]))]))
-    assert is_good(summary_of([of("p", "t", Outcome())]))
-
-
 def goal(figure: str, *done: Done) -> Goal:
     return next(goal for goal in goals_of(summary_of(done)) if goal.figure == figure)
 

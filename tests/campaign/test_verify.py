@@ -21,7 +21,7 @@ from linux.cli import verify as cli_verify
 from tests.campaign import verify, verify_record
 from tests.campaign.outcome import Outcome, Task
 from tests.campaign.verify_pool import Job
-from tests.campaign.verify_record import Busy, Head, Record
+from tests.campaign.verify_record import Head, Record
 from tests.support.programs import DEADLINE_S, ROOT, environment, nshandoff, wait_until
 
 MINE: Final = ("verify*.py", "report*.py", "report.css", "outcome.py", "__init__.py")
@@ -120,14 +120,9 @@ class Tree:
         return [sys.executable, program, "--output", str(self.output)]
 
     def verify(self, *words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*self.command, *words],
-            env=environment(PYTHONPATH=""),
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE_S,
-            check=False,
-        )
+        with self.running(*words) as program:
+            out, errors = program.communicate(timeout=DEADLINE_S)
+        return subprocess.CompletedProcess(program.args, program.returncode, out, errors)
 
     @contextmanager
     def running(self, *words: str) -> Iterator[subprocess.Popen[str]]:
@@ -142,6 +137,18 @@ class Tree:
                 yield program
             finally:
                 program.kill()
+
+    @contextmanager
+    def paused(self) -> Iterator[subprocess.Popen[str]]:
+        """The counting part, one task after the other, until the third waits for `go_on`."""
+        self.part("count", COUNTING)
+        (self.root / "closed").touch()
+        with self.running("--jobs", "1") as program:
+            wait_until(lambda: self.numbers == [0, 1, 2])
+            yield program
+
+    def go_on(self) -> None:
+        (self.root / "closed").unlink()
 
     @property
     def ran(self) -> list[tuple[int, int, int]]:
@@ -191,14 +198,11 @@ def test_basic_every_task_is_done_once_and_shown(tree: Tree) -> None:
 
 
 def test_a_campaign_that_was_killed_goes_on_where_it_was(tree: Tree) -> None:
-    tree.part("count", COUNTING)
-    (tree.root / "closed").touch()
-    with tree.running("--jobs", "1") as program:
-        wait_until(lambda: tree.numbers == [0, 1, 2])
+    with tree.paused() as program:
         program.kill()
     # Its task does not outlive it.
     wait_until(lambda: is_gone(tree.ran[2][2]))
-    (tree.root / "closed").unlink()
+    tree.go_on()
     seed = tree.recorded()[0]["seed"]
 
     told = tree.verify("--jobs", "1")
@@ -219,10 +223,7 @@ def test_a_campaign_that_was_killed_goes_on_where_it_was(tree: Tree) -> None:
 def test_an_interrupted_campaign_ends_its_tasks_and_says_how_to_go_on(
     tree: Tree, number: signal.Signals
 ) -> None:
-    tree.part("count", COUNTING)
-    (tree.root / "closed").touch()
-    with tree.running("--jobs", "1") as program:
-        wait_until(lambda: tree.numbers == [0, 1, 2])
+    with tree.paused() as program:
         program.send_signal(number)
         out, errors = program.communicate(timeout=DEADLINE_S)
     assert program.returncode == 128 + number
@@ -290,12 +291,9 @@ def test_what_another_tree_has_shown_is_not_used(tree: Tree) -> None:
 
 
 def test_sources_that_change_meanwhile_make_no_verdict(tree: Tree) -> None:
-    tree.part("count", COUNTING)
-    (tree.root / "closed").touch()
-    with tree.running("--jobs", "1") as program:
-        wait_until(lambda: tree.numbers == [0, 1, 2])
+    with tree.paused() as program:
         (tree.root / "statemachine" / "more.py").touch()
-        (tree.root / "closed").unlink()
+        tree.go_on()
         _, errors = program.communicate(timeout=DEADLINE_S)
     assert program.returncode == 1
     assert "the sources changed while it ran" in errors
@@ -322,14 +320,11 @@ def test_hours_are_filled_with_rounds_of_other_seeds(tree: Tree) -> None:
 
 
 def test_two_campaigns_do_not_write_to_one_place(tree: Tree) -> None:
-    tree.part("count", COUNTING)
-    (tree.root / "closed").touch()
-    with tree.running("--jobs", "1") as program:
-        wait_until(lambda: tree.numbers == [0, 1, 2])
+    with tree.paused() as program:
         refused = tree.verify()
         assert refused.returncode == 3
-        assert "another campaign" in refused.stderr
-        (tree.root / "closed").unlink()
+        assert f"another campaign writes {tree.output / 'outcomes.ndjson'}" in refused.stderr
+        tree.go_on()
         program.communicate(timeout=DEADLINE_S)
     assert program.returncode == 0
 
@@ -391,14 +386,6 @@ def test_a_record_that_was_cut_off_is_read_up_to_there(tmp_path: Path) -> None:
     record = Record(tmp_path)
     assert list(record.done) == [job("whole").key, job("after").key]
     record.close()
-
-
-def test_a_record_is_had_by_one_at_a_time(tmp_path: Path) -> None:
-    record = Record(tmp_path)
-    with pytest.raises(Busy, match=r"outcomes\.ndjson"):
-        Record(tmp_path)
-    record.close()
-    Record(tmp_path).close()
 
 
 def test_a_fingerprint_is_of_names_and_contents(tmp_path: Path) -> None:

@@ -55,6 +55,11 @@ class Job:
         arguments = json.dumps(self.task.arguments, sort_keys=True)
         return [self.part, "--seed", str(self.seed), "--arguments", arguments]
 
+    @property
+    def command(self) -> str:
+        """What repeats it by hand."""
+        return shlex.join(["python", "-m", "tests.campaign.verify_task", *self.words])
+
 
 class Pool:
     """At most so many tasks at a time; `directory` keeps their logs, but not their outcomes."""
@@ -176,6 +181,5 @@ class _Process:
 
 def failure_of(job: Job, how: str, log: list[str], seconds: float = 0.0) -> Outcome:
     """Make the outcome of a task that came to no end of its own."""
-    command = shlex.join(["python", "-m", "tests.campaign.verify_task", *job.words])
-    script = "\n".join([command, "", *(f"# {line}".rstrip() for line in log)])
+    script = "\n".join([job.command, "", *(f"# {line}".rstrip() for line in log)])
     return Outcome(discoveries=[Discovery(f"{job.task.name}: {how}", script)], seconds=seconds)

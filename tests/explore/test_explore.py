@@ -271,16 +271,9 @@ class TellsAStranger(ProviderKernel):
         return (*effects, *(do.AnnounceEnd(last, name) for name in ends if is_open))
 
 
-def provider_table(*args: Any, **kwargs: Any) -> dict[str, Any]:
-    return {"tables": (changed(ALLOCATION, *args, **kwargs), CONSUMER, NOTICE)}
-
-
-def consumer_table(*args: Any, **kwargs: Any) -> dict[str, Any]:
-    return {"tables": (ALLOCATION, changed(CONSUMER, *args, **kwargs), NOTICE)}
-
-
-def notice_table(*args: Any, **kwargs: Any) -> dict[str, Any]:
-    return {"tables": (ALLOCATION, CONSUMER, changed(NOTICE, *args, **kwargs))}
+def edited(table: Table, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    other = changed(table, *args, **kwargs)
+    return {"tables": tuple(other if t is table else t for t in (ALLOCATION, CONSUMER, NOTICE))}
 
 
 S: Final = AllocationState
@@ -289,7 +282,7 @@ PAIR: Final = Bounds(consumers=2, without=only("want", "end", "crash"))
 MUTANTS: Final[dict[str, tuple[Bounds, dict[str, Any], str, int]]] = {
     "a repeated request is not answered": (
         PAIR,
-        provider_table(on.RequestRepeated, S.CREATED, S.HANDED_OFF, without=do.GrantAskers),
+        edited(ALLOCATION, on.RequestRepeated, S.CREATED, S.HANDED_OFF, without=do.GrantAskers),
         "never answered|consumer is asking",
         12,
     ),
@@ -301,7 +294,7 @@ MUTANTS: Final[dict[str, tuple[Bounds, dict[str, Any], str, int]]] = {
     ),
     "it is released before its end": (
         ONE,
-        provider_table(on.ResponseSent, S.CREATED, plus=(do.ReleaseNamespaces,)),
+        edited(ALLOCATION, on.ResponseSent, S.CREATED, plus=(do.ReleaseNamespaces,)),
         "before its end",
         6,
     ),
@@ -313,7 +306,7 @@ MUTANTS: Final[dict[str, tuple[Bounds, dict[str, Any], str, int]]] = {
     ),
     "the claim timer is not stopped": (
         replace(PAIR, crashes=1),
-        provider_table(on.RequestRepeated, without=do.stop(Timer.CLAIM)),
+        edited(ALLOCATION, on.RequestRepeated, without=do.stop(Timer.CLAIM)),
         "runs in vain",
         15,
     ),
@@ -325,31 +318,31 @@ MUTANTS: Final[dict[str, tuple[Bounds, dict[str, Any], str, int]]] = {
     ),
     "remains are not released": (
         replace(ONE, crashes=1),
-        provider_table(on.RemainsFound, without=do.ReleaseNamespaces),
+        edited(ALLOCATION, on.RemainsFound, without=do.ReleaseNamespaces),
         "before it is durable",
         13,
     ),
     "nothing is owed after a deadline": (
         ONE,
-        consumer_table(on.AnswerOverdue, without=do.OweEnd),
+        edited(CONSUMER, on.AnswerOverdue, without=do.OweEnd),
         "twice|wrong|nothing is",
         3,
     ),
     "a late answer's descriptors are kept": (
         ONE,
-        consumer_table(on.ResponseReceived, without=do.DiscardDescriptors),
+        edited(CONSUMER, on.ResponseReceived, without=do.DiscardDescriptors),
         "neither delivered nor discarded",
         9,
     ),
     "nobody calls again": (
         replace(ONE, crashes=1),
-        notice_table(on.ProviderUnreachable, without=do.start(Timer.REDIAL)),
+        edited(NOTICE, on.ProviderUnreachable, without=do.start(Timer.REDIAL)),
         "in debt|consumer is ending",
         9,
     ),
     "a confirmation is not taken": (
         Bounds(without=only("want", "end", "overdue")),
-        notice_table(on.EndAnnounced, plus=(do.start(Timer.REDIAL),), to=NoticeState.OWED),
+        edited(NOTICE, on.EndAnnounced, plus=(do.start(Timer.REDIAL),), to=NoticeState.OWED),
         "comes to rest|twice|does not run",
         20,
     ),
@@ -363,36 +356,38 @@ MUTANTS: Final[dict[str, tuple[Bounds, dict[str, Any], str, int]]] = {
 }
 
 
+def broken(name: str, **more: Any) -> Broken:
+    """A mutant's counterexample."""
+    bounds, mutation, finding, _ = MUTANTS[name]
+    with pytest.raises(Broken, match=finding if more else None) as caught:
+        Explorer(bounds, **mutation, **more).explore()
+    return caught.value
+
+
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_breaks_a_promise_by_a_shortest_script(name: str) -> None:
-    bounds, mutation, finding, length = MUTANTS[name]
-    with pytest.raises(Broken, match=finding) as caught:
-        Explorer(bounds, lockstep=False, **mutation).explore()
-    assert len(caught.value.script) <= length
-    assert "sequenceDiagram" in caught.value.chart
+    bounds, mutation, _, length = MUTANTS[name]
+    caught = broken(name, lockstep=False)
+    assert len(caught.script) <= length
+    assert "sequenceDiagram" in caught.chart
     # The script does it again, if it ends with something that must not be.
-    if "comes to rest" not in caught.value.finding:
+    if "comes to rest" not in caught.finding:
         with pytest.raises((Finding, InvariantBroken)):
-            Explorer(bounds, lockstep=False, **mutation).replay(caught.value.script)
+            Explorer(bounds, lockstep=False, **mutation).replay(caught.script)
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_the_model_sees_a_mutant_no_later(name: str) -> None:
-    bounds, mutation, _, length = MUTANTS[name]
-    with pytest.raises(Broken) as caught:
-        Explorer(bounds, **mutation).explore()
-    assert len(caught.value.script) <= length
+    assert len(broken(name).script) <= MUTANTS[name][3]
 
 
 # --- A counterexample is told in three ways ----------------------------------------------------
 
 
 def test_a_counterexample_is_a_test_that_fails() -> None:
-    bounds, mutation, _, _ = MUTANTS["the claim timer is not stopped"]
-    with pytest.raises(Broken) as caught:
-        Explorer(bounds, **mutation).explore()
-    program = caught.value.test.replace("Explorer(", "Mutant(")
-    told: dict[str, Any] = {"Mutant": partial(Explorer, **mutation)}
+    name = "the claim timer is not stopped"
+    program = broken(name).test.replace("Explorer(", "Mutant(")
+    told: dict[str, Any] = {"Mutant": partial(Explorer, **MUTANTS[name][1])}
     exec(program, told)
     with pytest.raises((Finding, InvariantBroken)):
         told["test_counterexample"]()
@@ -400,13 +395,12 @@ def test_a_counterexample_is_a_test_that_fails() -> None:
 
 def test_a_counterexample_calls_everybody_by_one_name() -> None:
     """The search numbers connections anew and changes names; who reads a script must not see it."""
-    bounds = Bounds(consumers=2, requests=(A, B), without=only("want", "end"))
     with pytest.raises(Broken) as caught:
-        Explorer(bounds, provider=TellsAStranger).explore()
+        Explorer(SMALL, provider=TellsAStranger).explore()
     assert {move[1] for move in caught.value.script if move[0] == "read"} == {1, 2}
     assert {move[1] for move in caught.value.script if move[0] == "want"} == {0, 1}
     with pytest.raises((Finding, InvariantBroken)):
-        Explorer(bounds, provider=TellsAStranger).replay(caught.value.script)
+        Explorer(SMALL, provider=TellsAStranger).replay(caught.value.script)
 
 
 # It decides as it should; only this search sees that it would not after a restart.
@@ -420,10 +414,7 @@ BY_THE_PROVIDER: Final = [
 
 @pytest.mark.parametrize("name", BY_THE_PROVIDER)
 def test_the_trace_of_a_counterexample_is_refused_at_its_last_event(name: str) -> None:
-    bounds, mutation, _, _ = MUTANTS[name]
-    with pytest.raises(Broken) as caught:
-        Explorer(bounds, **mutation).explore()
-    lines = trace_of(caught.value).splitlines(keepends=True)
+    lines = trace_of(broken(name)).splitlines(keepends=True)
     with pytest.raises(Impossible, match="has other effects") as refusal:
         Replay().take_all(lines)
     assert refusal.value.line == len(lines)
@@ -431,17 +422,11 @@ def test_the_trace_of_a_counterexample_is_refused_at_its_last_event(name: str) -
 
 def test_the_trace_of_a_sound_provider_is_possible() -> None:
     """A consumer's bug is none of the provider's: what the provider did can have happened."""
-    bounds, mutation, _, _ = MUTANTS["a late answer's descriptors are kept"]
-    with pytest.raises(Broken) as caught:
-        Explorer(bounds, **mutation).explore()
-    lines = trace_of(caught.value).splitlines(keepends=True)
+    lines = trace_of(broken("a late answer's descriptors are kept")).splitlines(keepends=True)
     assert len(lines) > 3
     Replay().take_all(lines)
-    assert any("NamespaceRequest" in line for line in drawn(lines))
-
-
-def drawn(lines: list[bytes]) -> list[str]:
-    return list(sequence_diagram(entry for _, _, entry in read_lines(lines)))
+    drawn = sequence_diagram(entry for _, _, entry in read_lines(lines))
+    assert any("NamespaceRequest" in line for line in drawn)
 
 
 # --- A campaign --------------------------------------------------------------------------------
@@ -471,7 +456,6 @@ def test_a_campaign_tells_of_what_is_broken(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_finding_comes_out_of_another_process_as_what_it_was() -> None:
     """Spaces may be explored in a pool; a finding that could not be sent would be lost."""
-    with pytest.raises(Broken) as broken:
-        Explorer(Bounds(), provider=TellsTwice).explore()
-    copy = pickle.loads(pickle.dumps(broken.value))
-    assert (str(copy), copy.script) == (str(broken.value), broken.value.script)
+    found = broken("the end is announced twice")
+    copy = pickle.loads(pickle.dumps(found))
+    assert (str(copy), copy.script) == (str(found), found.script)

@@ -510,10 +510,6 @@ def few(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_c_program_takes_a_copy(program: Path, few: Path) -> None:
-    assert run(program, few).returncode == 0
-
-
 FLIPS: Final = {
     "frames": (b"alloc-42", b"alloc-43"),
     "accepted": (b"alloc-42", b"alloc-43"),

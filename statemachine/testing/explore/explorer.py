@@ -99,8 +99,6 @@ class Result:
     states: int = 0
     moves: int = 0
     at_rest: int = 0
-    grounds: int = 0
-    """How many different sights there were on the provider's side."""
     kernel_steps: int = 0
     """How many distinct steps of kernels, each judged once."""
     hits: Counter[Row] = field(default_factory=Counter)
@@ -192,7 +190,6 @@ class Explorer:
             states=len(search),
             moves=search.moves_made,
             at_rest=len(search.graph.at_rest),
-            grounds=search.grounds,
             kernel_steps=setting.kernels.steps,
             hits=setting.kernels.hits(),
             seen=setting.seen,

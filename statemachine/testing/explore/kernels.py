@@ -114,11 +114,6 @@ class Kernels:
         """How many distinct steps were taken."""
         return len(self._provider_steps) + len(self._consumer_steps)
 
-    @property
-    def providers(self) -> tuple[int, int]:
-        """How many different snapshots providers had, and how many pairs with the model's."""
-        return len({pair[0] for pair in self._providers.things[1:]}), len(self.provider_views) - 1
-
     def hits(self) -> Counter[Row]:
         """Count how often each row was taken, each time that a step was asked for."""
         found: Counter[Row] = Counter()

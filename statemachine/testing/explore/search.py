@@ -115,11 +115,6 @@ class Search:
     def __len__(self) -> int:
         return len(self._worlds)
 
-    @property
-    def grounds(self) -> int:
-        """How many grounds there are."""
-        return len(self._sights) - 1
-
     def run(
         self, first: World, states_max: int | None, progress: Callable[[int, int], None] | None
     ) -> bool:
