@@ -128,6 +128,15 @@ def test_a_clash_with_python_statemachine_would_be_seen(
     assert owners == {PROJECT["name"], "python-statemachine"}
 
 
+def test_a_clash_with_python_statemachine_is_said_at_import(tmp_path: Path) -> None:
+    theirs = tmp_path / "statemachine"
+    theirs.mkdir()
+    (theirs / "__init__.py").write_text("from .state import State\n")
+    program = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; import transport"
+    run = subprocess.run([sys.executable, "-c", program], cwd="/", capture_output=True, text=True)
+    assert "python-statemachine is installed in the same environment" in run.stderr
+
+
 def test_the_command_is_where_the_project_says() -> None:
     (script,) = distribution(PROJECT["name"]).entry_points.select(group="console_scripts")
     assert {script.name: script.value} == PROJECT["scripts"] == {"nshandoff": "linux.cli:main"}
