@@ -1,1 +1,9 @@
-"""Tools that hold a backend or a provider on a node to the protocol."""
+"""Tools that hold a backend or a provider on a node to the protocol.
+
+    conformance    the cases over the wire, for pytest; `plugin` has their options, `wire` speaks
+    contract       the contract of a backend, as a suite to subclass
+    worlds         a machine with a backend on it: this one, or a simulated one
+    adversary      what a provider can do to a consumer's kernel, in any order
+
+Chapter 11 shows their use.
+"""

@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from enum import Enum
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, Final, Protocol, TypeVar, cast
 
 from specs import model
@@ -222,9 +223,13 @@ def _identity(kernel: Any) -> object:
     return _snapshot(kernel) or _frozen(kernel)
 
 
+_ATOMS: Final = (type, str, int, float, bytes, Enum, FunctionType, BuiltinFunctionType)
+"""What `copy` takes as it is."""
+
+
 def _frozen(value: Any) -> object:
     """Make a value that is equal when all that `copy` would copy is equal."""
-    if value is None or isinstance(value, type | str | int | float | bytes | Enum):
+    if value is None or isinstance(value, _ATOMS):
         return value
     if isinstance(value, dict):
         return tuple((_frozen(key), _frozen(each)) for key, each in value.items())

@@ -46,10 +46,10 @@ PROPERTIES: Final[Mapping[str, tuple[str, ...]]] = {
     "S07 every descriptor of the consumer has one owner, and is not inherited": (
         "every_descriptor_has_one_owner",
         "test_stateful::test_a_consumer_keeps_its_promises",
-        "test_request::test_descriptors_are_not_inherited",
+        "test_request::test_basic_a_handoff_has_what_was_asked_for_in_that_order",
     ),
     "S08 closed once, and not used afterwards": (
-        "test_descriptors::test_closing_twice_spares_whoever_has_the_number_now",
+        "test_descriptors::test_closing_twice_spares_what_has_the_number_now",
         "test_descriptors::test_a_closed_descriptor_has_no_number",
     ),
     "S09 descriptors belong to their frame, however it is cut": (
@@ -97,7 +97,7 @@ PROPERTIES: Final[Mapping[str, tuple[str, ...]]] = {
     ),
     "S21 never two live sets": (
         "at_most_one_live_set",
-        "test_request::test_a_late_answer_is_closed_and_answered_with_the_end",
+        "test_request::test_a_late_answer_is_closed_answered_with_the_end_and_changes_nothing",
     ),
     "S22 an image is mounted as long as it has users": (
         "test_mounts::test_a_user_who_acquires_twice_counts_once",
@@ -110,7 +110,7 @@ PROPERTIES: Final[Mapping[str, tuple[str, ...]]] = {
     ),
     "S24 a crash refines": (
         "test_explore::test_the_provider_dies_between_every_two_effects",
-        "contract::test_what_was_half_made_is_undone",
+        "contract::test_what_a_crash_leaves_is_released_after_it",
         "contract::test_what_is_alive_is_adopted_with_its_namespaces",
         "test_journal::test_whatever_was_written_survives_kill_9",
     ),
@@ -135,7 +135,7 @@ PROPERTIES: Final[Mapping[str, tuple[str, ...]]] = {
         "test_stateful::test_a_provider_keeps_its_promises",
     ),
     "L04 a consumer is not blocked for longer than it says": (
-        "test_request::test_the_consumer_waits_no_longer_than_its_patience",
+        "test_request::test_without_a_provider_the_consumer_serves_itself_loudly_and_in_time",
     ),
     "L05 an end that is owed is told": (
         "every_holder_has_heard",

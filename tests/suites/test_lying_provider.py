@@ -8,17 +8,15 @@ from __future__ import annotations
 import array
 import fcntl
 import itertools
-import os
 import socket
 import subprocess
 import sys
 import termios
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import pytest
 
@@ -27,21 +25,16 @@ from linux.features import Features
 from linux.namespaces import KernelInspector
 from statemachine.errors import CreationFailed, FdPassing, NamespaceError, SocketUnavailable
 from statemachine.messages import (
-    AllocationEnded,
     NamespaceRequest,
-    NamespaceResponse,
-    NamespaceType,
 )
 from tests.support.consumers import FORMS, Form
-from transport.descriptors import Descriptor, DescriptorBundle
-from transport.framing import FRAME_BYTES_MAX
+from transport.descriptors import DescriptorBundle
 from transport.request import Patience
-from transport.testing.peer import Liar, Line, Script, confirm_ends, copies_of, frame_of, wait_until
+from transport.testing.lies import ALL, LIES, NET, Lie, Stage, after_a_request, telling
+from transport.testing.peer import Liar, Line, Script, confirm_ends, copies_of, wait_until
 
 pytestmark = pytest.mark.needs_root
 
-PID, NET, MOUNT = NamespaceType.PID, NamespaceType.NET, NamespaceType.MOUNT
-ALL: Final = (PID, NET, MOUNT)
 TRUTH: Final = "truth"
 ROOT: Final = Path(__file__).parents[2]
 HASTY: Final = Patience(answer_s=0.1, redial_s=0.02)
@@ -58,42 +51,13 @@ def service() -> Iterator[LinuxBackend]:
         yield backend
 
 
-class Rig:
+class Rig(Stage):
     """What a lying provider has at hand, and the consumers that it is tried on."""
 
     def __init__(self, form: Form, path: Path, name: str, bundle: DescriptorBundle) -> None:
+        super().__init__(name, bundle)
         self.path: Final = path
-        self.request: Final = NamespaceRequest(name, ALL)
-        self.honest: Final = NamespaceResponse(name, ALL)
-        self.frame: Final = frame_of(self.honest)
-        self.ended: Final = AllocationEnded(name)
-        self.fds: Final = bundle.filenos()
-        """A process, a network and a mount namespace, as asked for."""
-        self.stack: Final = ExitStack()
         self._form = form
-
-    @cached_property
-    def strangers(self) -> dict[str, int]:
-        """Descriptors that were not asked for."""
-
-        def keep(fd: int) -> int:
-            return self.stack.enter_context(Descriptor(fd)).fileno()
-
-        reader, writer = map(keep, os.pipe())
-        return {
-            "uts": keep(os.open("/proc/self/ns/uts", os.O_RDONLY)),
-            "cgroup": keep(os.open("/proc/self/ns/cgroup", os.O_RDONLY)),
-            "own net": keep(os.open("/proc/self/ns/net", os.O_RDONLY)),
-            "own mount": keep(os.open("/proc/self/ns/mnt", os.O_RDONLY)),
-            "own pid": keep(os.open("/proc/self/ns/pid", os.O_RDONLY)),
-            "file": keep(os.open(__file__, os.O_RDONLY)),
-            "directory": keep(os.open("/proc/self/ns", os.O_RDONLY)),
-            "memfd": keep(os.memfd_create("nshandoff-Pid-1")),
-            "pipe": reader,
-            "pipe's end": writer,
-            "socket": self.stack.enter_context(socket.socket()).fileno(),
-            "pidfd": keep(os.pidfd_open(os.getpid())),
-        }
 
     def copies(self) -> int:
         """How many descriptors there are of all that can be sent."""
@@ -101,12 +65,7 @@ class Rig:
 
     def lie(self, script: Script) -> Liar:
         """Start a provider that acts so when it has heard the first request."""
-
-        def heard(line: Line) -> None:
-            line.hear()
-            script(line)
-
-        return self.stack.enter_context(Liar(self.path, heard))
+        return self.stack.enter_context(Liar(self.path, after_a_request(script)))
 
     def consumer(self, **options: Any) -> Any:
         made = self._form(self.path, INSPECTOR, **options)
@@ -126,143 +85,7 @@ def rig(
             yield made
 
 
-Lie: TypeAlias = Callable[[Rig], Iterable[tuple[Any, Sequence[int]]]]
-"""What is sent after a request was heard: messages or bytes, each with descriptors."""
-
-
-def _with(*positions: int) -> Lie:
-    """The honest answer, with some of its descriptors."""
-    return lambda rig: [(rig.honest, [rig.fds[position] for position in positions])]
-
-
-def _substitute(name: str, position: int) -> Lie:
-    def lie(rig: Rig) -> Iterable[tuple[Any, Sequence[int]]]:
-        fds = list(rig.fds)
-        fds[position] = rig.strangers[name]
-        return [(rig.honest, fds)]
-
-    return lie
-
-
-def _changed(fds: slice, **changes: Any) -> Lie:
-    """Another answer than the honest one."""
-    return lambda rig: [(replace(rig.honest, **changes), rig.fds[fds])]
-
-
-def _saying(what: Any, *, comes_with: bool = True) -> Lie:
-    return lambda rig: [(what, rig.fds if comes_with else ())]
-
-
-def _longer(rig: Rig) -> Iterable[tuple[Any, Sequence[int]]]:
-    body = rig.frame[4:] + b"\xc0"
-    return [(len(body).to_bytes(4, "big") + body, rig.fds)]
-
-
-ANY: Final = slice(None)
-OTHER: Final = AllocationEnded("other")
-NO_NAMESPACE: Final = "announced as Pid, cannot be used: it is no namespace"
-OF_NO_TYPE: Final = "announced as Mount, cannot be used: it is a namespace of another type"
-OWN: Final = "is the receiver's own namespace"
-
-LIES: Final[dict[str, tuple[str, Lie]]] = {
-    "swapped": ("descriptor 1 of 3, announced as Pid, is a Net namespace", _with(1, 0, 2)),
-    "one missing": ("announces 3 descriptors and came with 2", _with(0, 1)),
-    "one too many": ("descriptors were cut off: more than 3", _with(0, 1, 2, 0)),
-    "hundreds": ("descriptors were cut off: more than 3", _with(*(0, 1, 2) * 84)),
-    "none": ("announces 3 descriptors and came with 0", _with()),
-    "one twice": ("descriptor 2 of 3, announced as Net, is a Pid namespace", _with(0, 0, 2)),
-    **{f"{name} for Mount": (OF_NO_TYPE, _substitute(name, 2)) for name in ("uts", "cgroup")},
-    **{
-        f"{name} for Pid": (NO_NAMESPACE, _substitute(name, 0))
-        for name in ("file", "directory", "memfd", "pipe", "pipe's end", "socket", "pidfd")
-    },
-    "own pid": (OWN, _substitute("own pid", 0)),
-    "own net": (OWN, _substitute("own net", 1)),
-    "own mount": (OWN, _substitute("own mount", 2)),
-    "descriptors after the frame": (
-        "announces 3 descriptors and came with 0",
-        lambda rig: [(rig.frame, ()), (b"\0", rig.fds)],
-    ),
-    "descriptors with a frame before": (
-        "AllocationEnded announces 0 descriptors and came with 3",
-        lambda rig: [(rig.ended, rig.fds), (rig.honest, ())],
-    ),
-    "descriptors with an error": (
-        "CreationFailed announces 0 descriptors and came with 3",
-        _saying(CreationFailed("no")),
-    ),
-    "descriptors twice": (
-        "descriptors came twice with one frame",
-        lambda rig: [(rig.frame[:5], rig.fds), (rig.frame[5:], rig.fds)],
-    ),
-    "a length just over the limit": (
-        f"announces {FRAME_BYTES_MAX + 1} bytes",
-        _saying((FRAME_BYTES_MAX + 1).to_bytes(4, "big") + b"\x81"),
-    ),
-    "the longest length": ("announces 4294967295 bytes", _saying(b"\xff\xff\xff\xff")),
-    "a length of zero": ("announces 0 bytes", _saying(b"\0\0\0\0")),
-    "garbage": ("the body is not readable", _saying(b"\0\0\0\x04\xc1\xff\xc1\xff")),
-    "not a map": ("the body must be a map of one entry", _saying(b"\0\0\0\x01\x2a")),
-    "bytes after the message": ("more bytes follow the message", _longer),
-    "another allocation's": (
-        "the response is for 'other', not 'nsh-test-",
-        _changed(ANY, allocation_id="other"),
-    ),
-    "another allocation's, endless": (
-        "the response is for 'xxxx",
-        _changed(ANY, allocation_id="x" * 65_000),
-    ),
-    "another order": (
-        "fd_types is ['Mount', 'Net', 'Pid'], not ['Pid', 'Net', 'Mount']",
-        _changed(slice(None, None, -1), fd_types=ALL[::-1]),
-    ),
-    "fewer types": (
-        "fd_types is ['Pid', 'Net'], not",
-        _changed(slice(2), fd_types=(PID, NET)),
-    ),
-    "one type twice": (
-        "fd_types is ['Pid', 'Net', 'Net'], not",
-        lambda rig: [
-            (replace(rig.honest, fd_types=(PID, NET, NET)), (*rig.fds[:2], rig.fds[1])),
-        ],
-    ),
-    "a mount path that was not asked for": (
-        "uenv_mount_path must be there exactly if",
-        _changed(ANY, uenv_mount_path="/"),
-    ),
-    "a request": (
-        "NamespaceRequest is not for the consumer",
-        lambda rig: [(rig.request, ())],
-    ),
-    "the end of another": (
-        "AllocationEnded for 'other', which was never asked for",
-        _saying(OTHER, comes_with=False),
-    ),
-    # Quoted it would be four times as long, and fit into no frame.
-    "the end of another, endless": (
-        "AllocationEnded for '\\x01\\x01",
-        _saying(AllocationEnded("\1" * 65_000), comes_with=False),
-    ),
-    "the end before the answer": (
-        "EndAnnounced is not possible while",
-        lambda rig: [(rig.ended, ()), (rig.honest, rig.fds)],
-    ),
-    "ends without end": (
-        "AllocationEnded for 'other', which was never asked for",
-        lambda rig: itertools.repeat((OTHER, ())),
-    ),
-}
-"""Each with what the reason must say. The connection is closed at once, with that reason."""
-
 lies = pytest.mark.parametrize(("reason", "lie"), LIES.values(), ids=LIES.keys())
-
-
-def told_by(rig: Rig, lie: Lie) -> Liar:
-    def script(line: Line) -> None:
-        for what, fds in lie(rig):
-            line.say(what, fds)
-
-    return rig.lie(script)
 
 
 @pytest.mark.clause("FD-8", "FD-9", "ERR-6")
@@ -270,7 +93,7 @@ def told_by(rig: Rig, lie: Lie) -> Liar:
 def test_a_lie_is_caught_and_the_consumer_serves_itself(
     rig: Rig, service: LinuxBackend, reason: str, lie: Lie
 ) -> None:
-    told_by(rig, lie)
+    rig.lie(telling(rig, lie))
     with rig.obtain(service=service) as handoff:
         assert isinstance(handoff.fallback, FdPassing)
         assert reason in handoff.fallback.reason
@@ -284,7 +107,7 @@ def test_a_lie_is_raised_told_to_the_liar_and_followed_by_the_end(
     rig: Rig, reason: str, lie: Lie
 ) -> None:
     before = rig.copies()
-    liar = told_by(rig, lie)
+    liar = rig.lie(telling(rig, lie))
     with pytest.raises(FdPassing) as raised:
         rig.obtain()
     assert reason in raised.value.reason

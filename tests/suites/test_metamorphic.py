@@ -7,6 +7,7 @@ difference either is `test_channel.py`'s.)
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -32,7 +33,7 @@ from tests.suites.stateful.adapters import InProcess, machine
 from tests.suites.stateful.tour import PROVIDER_TOUR, take
 
 PREFIX: Final = "nsh-test-m"
-LIMITS: Final = Limits()
+LIMITS: Final = Limits(allowed_uids=frozenset({os.geteuid()}))
 RUNS: Final = 15
 NEWCOMER: Final[ConnectionId] = 1_000_000
 

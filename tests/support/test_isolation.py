@@ -13,7 +13,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from linux.testing.programs import (
+
+from tests.support import isolation
+from tests.support.census import find_cgroup2
+from tests.support.programs import (
     DEADLINE_S,
     MOUNT,
     PID,
@@ -22,9 +25,6 @@ from linux.testing.programs import (
     environment,
     wait_until,
 )
-
-from tests.support import isolation
-from tests.support.census import find_cgroup2
 from transport.request import Handoff
 
 ROOT = Path(__file__).parents[2]

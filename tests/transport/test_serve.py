@@ -431,7 +431,7 @@ def test_an_unreadable_frame_is_refused_in_its_turn_and_is_the_last(
 @pytest.mark.parametrize(
     ("text", "sent"),
     [
-        ("x" * 70_000, "x" * (peers.ERROR_CHARACTERS_MAX - len("make the namespaces: "))),
+        ("x" * 70_000, f"{Step.ANCHOR.value}: {'x' * 70_000}"[: peers.ERROR_CHARACTERS_MAX]),
         (f"open: ENOENT: {os.fsdecode(b'/caf%c' % 0xE9)}", r"open: ENOENT: /caf\udce9"),
     ],
     ids=["fits into no frame", "is not Unicode"],

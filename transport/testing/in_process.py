@@ -31,16 +31,16 @@ from statemachine.events import ConsumerInput, ProviderInput
 from statemachine.lifecycle import AllocationState, ConsumerState, NoticeState
 from statemachine.messages import AllocationEnded, Message, NamespaceRequest, NamespaceResponse
 from statemachine.provider import Limits, ProviderKernel, event_of
-from transport.channel import Delivery, Lost, Received, Rejected
-from transport.contract import Observation, Sighting
-from transport.descriptors import DescriptorBundle, Inspector, NamespaceIdentity
-from transport.request.exchange import Exchange, Patience
-from transport.serve import event_of_adoption
-from transport.serve.watch import OBSERVED_STATES
-from transport.serve.work import try_to_create, try_to_release
 
-from ..testing.gated_backend import Reins
-from ..testing.machine import History, Work
+from ..channel import Delivery, Lost, Received, Rejected
+from ..contract import Observation, Sighting
+from ..descriptors import DescriptorBundle, Inspector, NamespaceIdentity
+from ..request.exchange import Exchange, Patience
+from ..serve import event_of_adoption
+from ..serve.watch import OBSERVED_STATES
+from ..serve.work import try_to_create, try_to_release
+from .gated_backend import Reins
+from .machine import History, Work
 
 RETRIES_AT_ONCE: Final = 3
 """How often a release is tried again before that counts as time passing: dying takes two tries."""

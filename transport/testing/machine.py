@@ -769,7 +769,8 @@ class Handoffs(RuleBasedStateMachine):
     def its_release_takes_time(self, pick: int, how: str, meanwhile: list[str]) -> None:
         life = self.one(pick)
         with ExitStack() as calls:
-            with self.held(Work.RELEASE):
+            # Only what is released has been announced; with requests waiting, nothing else tells.
+            with self.adapter.seeing(on.NamespacesReleased, life.name), self.held(Work.RELEASE):
                 ending = _Ending(self, life, calls)
                 if how == "word" or not ending.is_disturbed(how):
                     ending.is_disturbed("end")

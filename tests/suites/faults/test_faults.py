@@ -231,6 +231,7 @@ def test_what_was_broken_once_is_whole(tmp_path: Path, cgroup2: Path, image_root
                 tell(stage, name, Fault(each, kind))
 
 
+@pytest.mark.needs_root
 def test_a_scope_whose_events_could_not_be_read_is_heard_of_again(
     cgroup2: Path, allocation_id: str
 ) -> None:

@@ -90,6 +90,18 @@ def test_every_row_of_a_consumer_is_taken(name: str, dealing: type[Dealings]) ->
     assert missing(hits, CONSUMER, NOTICE) == []
 
 
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_request_may_wait_for_a_release_that_an_operator_wanted(
+    name: str, handoffs: type[Handoffs]
+) -> None:
+    steps: list[tuple[str, dict[str, Any]]] = [
+        ("a_line_is_opened", {}),
+        ("a_line_asks_many_things_at_once", {"who": 0, "picks": [0]}),
+        ("its_release_takes_time", {"pick": 0, "how": "operator", "meanwhile": ["ask"]}),
+    ]
+    take(handoffs, tuple(steps))
+
+
 def test_a_row_that_is_not_taken_is_named(allocation_id: str) -> None:
     with counted() as hits:
         take(machine(allocation_id, lambda: adapter_of("kernels", None)), PROVIDER_TOUR[:2])
