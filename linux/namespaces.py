@@ -109,7 +109,7 @@ def has_dead_init(namespace: Descriptor, features: Features) -> bool:
     ENOMEM.
 
     Args:
-        namespace: A PID namespace; borrowed.
+        namespace: A PID namespace; lent, the caller goes on owning it.
         features: Without `pidfd_namespaces` (the same release brought both) nothing can be proven,
             and the answer is False.
 

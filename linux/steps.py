@@ -39,7 +39,9 @@ class StepwiseAllocation:
     is_journaled: bool = False
     """Whether the journal has an entry for it."""
     is_end_journaled: bool = False
+    """Whether the journal says that it has ended."""
     is_watched: bool = False
+    """Whether its cgroup and its init are watched."""
     is_released: bool = False
     """Whether its release has begun."""
     why: str | None = None

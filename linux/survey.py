@@ -82,6 +82,7 @@ class AllocationSeen:
     """One allocation: what the journal and the Linux kernel say of it."""
 
     entry: Entry
+    """What the journal says."""
     init_pid: int | None
     """The process that holds its namespaces; None if it has ended or was never started."""
     namespaces: tuple[NamespaceSeen, ...]

@@ -73,7 +73,9 @@ class NodeNamespace:
     """A namespace of a simulated node, with the memfd that stands for it."""
 
     namespace: SimulatedNamespace
+    """What the namespace model knows of it."""
     descriptor: Descriptor
+    """The memfd, which this owns."""
     mounts: SimulatedTree | None = None
     """Of a mount namespace with an image in it that has not gone."""
 
@@ -103,6 +105,7 @@ class NodeProcess:
     """A process in an allocation's cgroup; its parent reaps it when it dies by itself."""
 
     member: SimulatedMember
+    """Its place in the cgroup."""
     task: SimulatedTask | None
     """Its place in the allocation's namespaces; None if it is in none of them."""
 
@@ -120,11 +123,15 @@ class NodeAllocation:
     """Everything of one allocation that is on a simulated node."""
 
     namespaces: list[NodeNamespace] = field(default_factory=list)
+    """In the order of the request."""
     init: SimulatedTask | None = None
+    """What keeps the namespaces; None before it is made and after it is gone."""
     scope: SimulatedCgroup | None = None
+    """Its cgroup, if it has one."""
     image: str | None = None
     """What is mounted inside."""
     processes: list[NodeProcess] = field(default_factory=list)
+    """Those of its workload."""
     unreaped: list[SimulatedTask] = field(default_factory=list)
     """Dead in the PID namespace, and not reaped by their parent outside."""
 

@@ -93,12 +93,7 @@ class Place(NamedTuple):
 
 
 def clauses() -> dict[str, Clause]:
-    """
-    Read every clause.
-
-    Raises:
-        ValueError: an id is used twice, or its anchor is another.
-    """
+    """Read every clause; raises `ValueError` if an id is used twice, or its anchor is another."""
     found: dict[str, Clause] = {}
     for chapter in CHAPTERS:
         for clause in clauses_of(chapter):

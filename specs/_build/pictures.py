@@ -1,7 +1,7 @@
 """The tables as pictures: what the Mermaid diagrams say, drawn with nothing but this project.
 
-`specs/pictures/` holds one SVG a table, made by `python -m specs._build.refresh`; the site shows the same.
-It stands alone, has words for those who do not see it, and follows light and dark.
+`specs/pictures/` holds one SVG a table, made by `python -m specs._build.refresh`; the site shows the
+same. It stands alone, has words for those who do not see it, and follows light and dark.
 """
 
 from __future__ import annotations
@@ -91,12 +91,7 @@ def _told(table: Table) -> str:
 
 
 def of_diagram(diagram: str) -> str:
-    """
-    Find the picture of what a Mermaid diagram draws.
-
-    Raises:
-        ValueError: it is the diagram of no table.
-    """
+    """Find the picture of what a Mermaid diagram draws; raises `ValueError` if that is no table."""
     for table in TABLES:
         if mermaid(table) == diagram:
             return draw(table)

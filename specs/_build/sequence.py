@@ -58,12 +58,7 @@ class Sequence:
 
 
 def read(diagram: str) -> Sequence:
-    """
-    Read a diagram.
-
-    Raises:
-        NotDrawable: a line is neither a participant, an arrow nor a note.
-    """
+    """Read a diagram; raises `NotDrawable` at a line that is no participant, arrow or note."""
     lanes: dict[str, str] = {}
     steps: list[Arrow | Note] = []
     for number, raw in enumerate(diagram.splitlines(), 1):
@@ -88,12 +83,7 @@ def read(diagram: str) -> Sequence:
 
 
 def sequence(diagram: str) -> str:
-    """
-    Draw a diagram.
-
-    Raises:
-        NotDrawable: see `read`.
-    """
+    """Draw a diagram; raises as `read` does."""
     whole = read(diagram)
     at = _lanes_at(whole)
     heights = [STEP if isinstance(s, Arrow) else 14 + 15 * len(s.lines) for s in whole.steps]

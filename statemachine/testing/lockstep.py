@@ -177,7 +177,7 @@ def step(kernel: K, state: S, event: Event) -> tuple[K, S]:
         effects = kernel.receive(event)
     except ProtocolError as error:
         raise Difference(f"the kernel does not take {event}: {error}") from None
-    found = model.differences(effects, said) + _other_states(kernel, after)
+    found = model.differences(effects, said) + other_states(kernel, after)
     if found:
         raise Difference(f"{event}: {found}")
     return kernel, after
@@ -249,8 +249,8 @@ def _copied(kernel: K) -> K:
     return cast(K, type(kernel).restore(kernel.snapshot()))  # fifty times as fast
 
 
-def _other_states(kernel: Receiver, state: Any) -> list[str]:
-    """Compare the states as well, of a kernel that shows them as ours does."""
+def other_states(kernel: Receiver, state: Any) -> list[str]:
+    """Compare the states as well, of a kernel that shows them as ours does; list differences."""
     found = []
     if isinstance(kernel, ConsumerKernel):
         ours = (kernel.state.value, kernel.notice.value)

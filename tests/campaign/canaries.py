@@ -54,6 +54,12 @@ class Canary:
     """A second layer that sees it, whatever it draws; tried in campaigns, with many seeds."""
 
 
+def _bug(name: str, origin: str, layer: Layer, *words: str, also: Layer | None = None) -> Canary:
+    """Make a canary; `words`: of each change the file, what stands there and what is to."""
+    changes = map(Change, words[::3], words[1::3], words[2::3])
+    return Canary(name, origin, layer, tuple(changes), also)
+
+
 def _explorer(space: str) -> Layer:
     return Layer("explorer", "explorer", (space,))
 
@@ -111,261 +117,185 @@ UPSTREAM: Final = "upstream"
 
 CANARIES: Final = (
     # --- What upstream did ---------------------------------------------------------------------
-    Canary(
+    _bug(
         "a request that is repeated replaces the allocation",
         UPSTREAM,
         _explorer("a pair"),
-        (
-            Change(
-                _ALLOCATIONS,
-                "    if allocation is None:\n        uid =",
-                "    if allocation is None or allocation.request == request:\n        uid =",
-            ),
-        ),
+        _ALLOCATIONS,
+        "    if allocation is None:\n        uid =",
+        "    if allocation is None or allocation.request == request:\n        uid =",
     ),
-    Canary(
+    _bug(
         "the end of what never was is confirmed",
         UPSTREAM,
         _model("allocation"),
-        (
-            Change(
-                _LIFECYCLE,
-                "*_stay(on.EndReceived, _UNKNOWN, then=(do.RefuseUnknown,)),",
-                "*_stay(on.EndReceived, _UNKNOWN, then=(do.ConfirmEnd,)),",
-            ),
-        ),
+        _LIFECYCLE,
+        "*_stay(on.EndReceived, _UNKNOWN, then=(do.RefuseUnknown,)),",
+        "*_stay(on.EndReceived, _UNKNOWN, then=(do.ConfirmEnd,)),",
     ),
-    Canary(
+    _bug(
         "what cannot be recorded is handed over all the same",
         UPSTREAM,
         _backend("test_an_intent_that_cannot_be_journaled_creates_nothing"),
-        (
-            Change(
-                _BACKEND,
-                f"        {_INTEND}",
-                f"        with suppress(JournalError):\n            {_INTEND}",
-            ),
-            Change(
-                _BACKEND,
-                "        assert allocation.anchor is not None\n",
-                "        assert allocation.anchor is not None\n"
-                "        ids = [entry.allocation_id for entry in self._journal.entries()]\n"
-                "        if allocation.name not in ids:\n            return\n",
-            ),
-        ),
+        _BACKEND,
+        f"        {_INTEND}",
+        f"        with suppress(JournalError):\n            {_INTEND}",
+        _BACKEND,
+        "        assert allocation.anchor is not None\n",
+        "        assert allocation.anchor is not None\n"
+        "        ids = [entry.allocation_id for entry in self._journal.entries()]\n"
+        "        if allocation.name not in ids:\n            return\n",
     ),
-    Canary(
+    _bug(
         "a request is refused while the provider is not ready",
         UPSTREAM,
         _model("allocation"),
-        (
-            Change(
-                _SERVICE,
-                "if state.service.state is ServiceState.STARTING and "
-                "len(state.service.held) >= limits.waiting:",
-                "if state.service.state is ServiceState.STARTING:",
-            ),
-        ),
+        _SERVICE,
+        "if state.service.state is ServiceState.STARTING and "
+        "len(state.service.held) >= limits.waiting:",
+        "if state.service.state is ServiceState.STARTING:",
     ),
-    Canary(
+    _bug(
         "the image's ending is cut out wherever it stands",
         UPSTREAM,
         _messages(),
-        (
-            Change(
-                _MESSAGES,
-                "{base.rstrip('/')}/{image.removesuffix(UENV_SUFFIX)}",
-                "{base.rstrip('/')}/{image.replace(UENV_SUFFIX, '')}",
-            ),
-        ),
+        _MESSAGES,
+        "{base.rstrip('/')}/{image.removesuffix(UENV_SUFFIX)}",
+        "{base.rstrip('/')}/{image.replace(UENV_SUFFIX, '')}",
     ),
-    Canary(
+    _bug(
         "an image may be anywhere on the node",
         UPSTREAM,
         _mounts("test_what_is_no_image_is_refused_with_its_reason"),
-        (
-            Change(
-                "linux/mounts.py",
-                "resolve = RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS",
-                "resolve = RESOLVE_NO_MAGICLINKS",
-            ),
-        ),
+        "linux/mounts.py",
+        "resolve = RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS",
+        "resolve = RESOLVE_NO_MAGICLINKS",
     ),
-    Canary(
+    _bug(
         "a type that is asked for twice is granted",
         UPSTREAM,
         _messages(),
-        (Change(_MESSAGES, "types.count(kind) > 1]", "types.count(kind) > 2]"),),
+        _MESSAGES,
+        "types.count(kind) > 1]",
+        "types.count(kind) > 2]",
     ),
     # --- The order of answers, and who gets which ----------------------------------------------
-    Canary(
+    _bug(
         "answers leave as soon as they are known",
         "errors carry no id",
         _explorer("one"),
-        (
-            Change(
-                _ANSWERS,
-                "        message = connection.messages[0]\n"
-                "        state.fire_message(message, on.TurnCame)\n"
-                "        if message.state is not MessageState.ANSWERED:\n"
-                "            return\n"
-                "        connection.messages.popleft()",
-                "        message = connection.messages[-1]\n"
-                "        state.fire_message(message, on.TurnCame)\n"
-                "        if message.state is not MessageState.ANSWERED:\n"
-                "            return\n"
-                "        connection.messages.pop()",
-            ),
-        ),
+        _ANSWERS,
+        "        message = connection.messages[0]\n"
+        "        state.fire_message(message, on.TurnCame)\n"
+        "        if message.state is not MessageState.ANSWERED:\n"
+        "            return\n"
+        "        connection.messages.popleft()",
+        "        message = connection.messages[-1]\n"
+        "        state.fire_message(message, on.TurnCame)\n"
+        "        if message.state is not MessageState.ANSWERED:\n"
+        "            return\n"
+        "        connection.messages.pop()",
         also=STATEFUL,
     ),
-    Canary(
+    _bug(
         "whoever asked for the end hears of it twice",
         "the push and the answer are the same message",
         _explorer("one"),
-        (
-            Change(
-                _ALLOCATIONS,
-                "        elif number in allocation.holders and not",
-                "        if number in allocation.holders and not",
-            ),
-        ),
+        _ALLOCATIONS,
+        "        elif number in allocation.holders and not",
+        "        if number in allocation.holders and not",
     ),
-    Canary(
+    _bug(
         "the end is pushed to nobody but those who asked for it",
         "the push is the easiest message to forget",
         _explorer("a pair"),
-        (
-            Change(
-                _ALLOCATIONS,
-                "        elif number in allocation.holders and not",
-                "        elif number in allocation.asked and not allocation.holders and not",
-            ),
-        ),
+        _ALLOCATIONS,
+        "        elif number in allocation.holders and not",
+        "        elif number in allocation.asked and not allocation.holders and not",
     ),
-    Canary(
+    _bug(
         "an asker who came while it was made is forgotten",
         "only the first asker's connection is kept",
         _explorer("a pair"),
-        (
-            Change(
-                _ALLOCATIONS,
-                "    for number in sorted(allocation.asked):\n        for message",
-                "    for number in sorted(allocation.asked)[:1]:\n        for message",
-            ),
-        ),
+        _ALLOCATIONS,
+        "    for number in sorted(allocation.asked):\n        for message",
+        "    for number in sorted(allocation.asked)[:1]:\n        for message",
     ),
-    Canary(
+    _bug(
         "asked for twice while it is made, it is made twice",
         "a retry of an impatient consumer",
         _explorer("duplicates"),
-        (
-            Change(
-                _LIFECYCLE,
-                "*_stay(on.RequestRepeated, _REQUESTED, then=(do.AddAsker,)),",
-                "*_stay(on.RequestRepeated, _REQUESTED, then=(do.AddAsker, do.CreateNamespaces)),",
-            ),
-        ),
+        _LIFECYCLE,
+        "*_stay(on.RequestRepeated, _REQUESTED, then=(do.AddAsker,)),",
+        "*_stay(on.RequestRepeated, _REQUESTED, then=(do.AddAsker, do.CreateNamespaces)),",
     ),
-    Canary(
+    _bug(
         "another request gets what the first one asked for",
         "the id alone is looked up",
         _model("allocation"),
-        (
-            Change(
-                _ALLOCATIONS,
-                "on.RequestRepeated if request == allocation.request else on.RequestConflicting",
-                "on.RequestRepeated if request is not None else on.RequestConflicting",
-            ),
-        ),
+        _ALLOCATIONS,
+        "on.RequestRepeated if request == allocation.request else on.RequestConflicting",
+        "on.RequestRepeated if request is not None else on.RequestConflicting",
     ),
-    Canary(
+    _bug(
         "a refused frame does not close the connection",
         "the stream cannot be read any further",
         _model("allocation"),
-        (
-            Change(
-                _LIFECYCLE,
-                "Row(on.TurnCame, _UNREADABLE, _ANSWERED, (do.Refuse, do.CloseConnection)),",
-                "Row(on.TurnCame, _UNREADABLE, _ANSWERED, (do.Refuse,)),",
-            ),
-        ),
+        _LIFECYCLE,
+        "Row(on.TurnCame, _UNREADABLE, _ANSWERED, (do.Refuse, do.CloseConnection)),",
+        "Row(on.TurnCame, _UNREADABLE, _ANSWERED, (do.Refuse,)),",
     ),
     # --- Ends and releases ---------------------------------------------------------------------
-    Canary(
+    _bug(
         "the end is announced before it is decided what is left",
         "announcing is quick and releasing is slow",
         _explorer("one"),
-        (
-            Change(
-                _LIFECYCLE,
-                "_RELEASE: Final = (do.ReleaseNamespaces, start(Timer.RELEASE))",
-                "_RELEASE: Final = (do.TellEnd, do.ReleaseNamespaces, start(Timer.RELEASE))",
-            ),
-        ),
+        _LIFECYCLE,
+        "_RELEASE: Final = (do.ReleaseNamespaces, start(Timer.RELEASE))",
+        "_RELEASE: Final = (do.TellEnd, do.ReleaseNamespaces, start(Timer.RELEASE))",
     ),
-    Canary(
+    _bug(
         "it is released when its descriptors have left",
         "descriptors keep namespaces alive, so why keep the rest",
         _explorer("one"),
-        (
-            Change(
-                _LIFECYCLE,
-                "_HANDED_OFF, (do.RecordHandoff,)",
-                "_HANDED_OFF, (do.RecordHandoff, do.ReleaseNamespaces)",
-            ),
-        ),
+        _LIFECYCLE,
+        "_HANDED_OFF, (do.RecordHandoff,)",
+        "_HANDED_OFF, (do.RecordHandoff, do.ReleaseNamespaces)",
         also=STATEFUL,
     ),
-    Canary(
+    _bug(
         "a release that is delayed is not tried again",
         "the first try nearly always does it",
         _explorer("a failure"),
-        (
-            Change(
-                _LIFECYCLE,
-                "*_stay(on.ReleaseDelayed, _ENDED, then=(start(Timer.RETRY),)),",
-                "*_stay(on.ReleaseDelayed, _ENDED),",
-            ),
-        ),
+        _LIFECYCLE,
+        "*_stay(on.ReleaseDelayed, _ENDED, then=(start(Timer.RETRY),)),",
+        "*_stay(on.ReleaseDelayed, _ENDED),",
     ),
-    Canary(
+    _bug(
         "an end during the creation leaves its asker without an answer",
         "nobody waits for what has ended",
         _explorer("one"),
-        (
-            Change(
-                _LIFECYCLE,
-                "(stop(Timer.RELEASE), do.TellEnd, do.FailAskers, do.Forget),",
-                "(stop(Timer.RELEASE), do.TellEnd, do.Forget),",
-            ),
-        ),
+        _LIFECYCLE,
+        "(stop(Timer.RELEASE), do.TellEnd, do.FailAskers, do.Forget),",
+        "(stop(Timer.RELEASE), do.TellEnd, do.Forget),",
     ),
-    Canary(
+    _bug(
         "an end does not take back the request that waits for the release",
         "two lives of one name are easily mixed up",
         _explorer("a pair"),
-        (
-            Change(
-                _LIFECYCLE,
-                "*_stay(on.EndReceived, _ENDED, then=(do.WithdrawDeferred,)),",
-                "*_stay(on.EndReceived, _ENDED),",
-            ),
-        ),
+        _LIFECYCLE,
+        "*_stay(on.EndReceived, _ENDED, then=(do.WithdrawDeferred,)),",
+        "*_stay(on.EndReceived, _ENDED),",
     ),
-    Canary(
+    _bug(
         "a provider that was overdue announces the end again when it is done",
         "the deadline is an answer as well",
         _model("allocation"),
-        (
-            Change(
-                _ALLOCATIONS,
-                "    allocation.is_announced = True\n",
-                "    pass\n",
-            ),
-        ),
+        _ALLOCATIONS,
+        "    allocation.is_announced = True\n",
+        "    pass\n",
     ),
-    Canary(
+    _bug(
         "what is released is handed over when its turn comes",
         "announcing the end before refusing whoever asked; found by a life that mutants are put to",
         _in(
@@ -373,102 +303,70 @@ CANARIES: Final = (
             "statemachine/test_provider.py",
             "test_what_is_released_before_its_turn_is_not_handed_over",
         ),
-        (
-            Change(
-                _LIFECYCLE,
-                "_RELEASE_GRANTED: Final = (stop(Timer.CLAIM), do.WithdrawGrants, *_RELEASE)",
-                "_RELEASE_GRANTED: Final = (stop(Timer.CLAIM), *_RELEASE)",
-            ),
-        ),
+        _LIFECYCLE,
+        "_RELEASE_GRANTED: Final = (stop(Timer.CLAIM), do.WithdrawGrants, *_RELEASE)",
+        "_RELEASE_GRANTED: Final = (stop(Timer.CLAIM), *_RELEASE)",
     ),
     # --- Claims, adoption, limits --------------------------------------------------------------
-    Canary(
+    _bug(
         "the claim timer runs on when somebody asks again",
         "the row that starts a timer and the row that stops it are far apart",
         _explorer("a crash and another wish"),
-        (
-            Change(
-                _LIFECYCLE,
-                "then=(do.AddAsker, stop(Timer.CLAIM), do.GrantAskers),",
-                "then=(do.AddAsker, do.GrantAskers),",
-            ),
-        ),
+        _LIFECYCLE,
+        "then=(do.AddAsker, stop(Timer.CLAIM), do.GrantAskers),",
+        "then=(do.AddAsker, do.GrantAskers),",
     ),
-    Canary(
+    _bug(
         "nobody looks whether somebody is left to claim it when a connection is lost",
         "an allocation is not a connection; but somebody has to be there",
         _explorer("a death"),
-        (
-            Change(
-                _SERVICE,
-                "            allocation.asked.discard(number)\n"
-                "            check_claim(state, allocation)\n",
-                "            allocation.asked.discard(number)\n",
-            ),
-        ),
+        _SERVICE,
+        "            allocation.asked.discard(number)\n"
+        "            check_claim(state, allocation)\n",
+        "            allocation.asked.discard(number)\n",
     ),
-    Canary(
+    _bug(
         "what was handed over counts as created after a restart",
         "the journal says two things that look alike",
         _model("allocation"),
-        (
-            Change(
-                _LIFECYCLE,
-                "Row(on.HandedOffAdopted, _UNKNOWN, _HANDED_OFF,",
-                "Row(on.HandedOffAdopted, _UNKNOWN, _CREATED,",
-            ),
-        ),
+        _LIFECYCLE,
+        "Row(on.HandedOffAdopted, _UNKNOWN, _HANDED_OFF,",
+        "Row(on.HandedOffAdopted, _UNKNOWN, _CREATED,",
     ),
-    Canary(
+    _bug(
         "what is found half made after a crash is left there",
         "nobody asks for it",
         _explorer("a crash"),
-        (
-            Change(
-                _LIFECYCLE,
-                "Row(on.RemainsFound, _UNKNOWN, _ENDED, _RELEASE),",
-                "Row(on.RemainsFound, _UNKNOWN, _ENDED),",
-            ),
-        ),
+        _LIFECYCLE,
+        "Row(on.RemainsFound, _UNKNOWN, _ENDED, _RELEASE),",
+        "Row(on.RemainsFound, _UNKNOWN, _ENDED),",
         also=STATEFUL,
     ),
-    Canary(
+    _bug(
         "names that are remembered are lost in a snapshot",
         "a field is added in one place of three",
         _explorer("one"),
-        (
-            Change(
-                _STATE,
-                "        self.remember(remembered)\n",
-                "",
-            ),
-        ),
+        _STATE,
+        "        self.remember(remembered)\n",
+        "",
     ),
-    Canary(
+    _bug(
         "two equal messages of one connection are taken for one",
         "equal is not the same",
         _explorer("duplicates"),
-        (
-            Change(
-                _MODELS,
-                "@dataclass(slots=True, eq=False)\nclass Message:",
-                "@dataclass(slots=True)\nclass Message:",
-            ),
-        ),
+        _MODELS,
+        "@dataclass(slots=True, eq=False)\nclass Message:",
+        "@dataclass(slots=True)\nclass Message:",
     ),
-    Canary(
+    _bug(
         "one message more than allowed may be open",
         "off by one",
         _model("allocation"),
-        (
-            Change(
-                _SERVICE,
-                "        if count >= limits.open_per_connection:",
-                "        if count > limits.open_per_connection:",
-            ),
-        ),
+        _SERVICE,
+        "        if count >= limits.open_per_connection:",
+        "        if count > limits.open_per_connection:",
     ),
-    Canary(
+    _bug(
         "one allocation more than allowed may be alive",
         "off by one",
         _in(
@@ -476,383 +374,279 @@ CANARIES: Final = (
             "statemachine/test_provider.py",
             "test_allocations_too_many_of_one_user_are_refused_until_one_is_released",
         ),
-        (
-            Change(
-                _ALLOCATIONS,
-                "    if allocation is None and usage.allocations >= most:",
-                "    if allocation is None and usage.allocations > most:",
-            ),
-        ),
+        _ALLOCATIONS,
+        "    if allocation is None and usage.allocations >= most:",
+        "    if allocation is None and usage.allocations > most:",
     ),
-    Canary(
+    _bug(
         "the newest name is forgotten instead of the oldest",
         "a dictionary keeps its order, and one has to know which end is which",
         _model("allocation"),
-        (
-            Change(
-                _STATE,
-                "del self.remembered[next(iter(self.remembered))]",
-                "self.remembered.popitem()",
-            ),
-        ),
+        _STATE,
+        "del self.remembered[next(iter(self.remembered))]",
+        "self.remembered.popitem()",
     ),
     # --- The consumer --------------------------------------------------------------------------
-    Canary(
+    _bug(
         "nothing is owed to a provider that was not waited for",
         "it has not answered, so it has made nothing",
         _explorer("a slow answer"),
-        (
-            Change(
-                _LIFECYCLE, "_SELF_OWING: Final = (do.OweEnd, *_SELF)", "_SELF_OWING: Final = _SELF"
-            ),
-        ),
+        _LIFECYCLE,
+        "_SELF_OWING: Final = (do.OweEnd, *_SELF)",
+        "_SELF_OWING: Final = _SELF",
         also=STATEFUL,
     ),
-    Canary(
+    _bug(
         "the descriptors of an answer that comes too late are kept",
         "a late answer is still an answer",
         _explorer("a slow answer"),
-        (
-            Change(
-                _LIFECYCLE,
-                "*_stay(on.ResponseReceived, *_TURNED_AWAY, then=(do.DiscardDescriptors,)),",
-                "*_stay(on.ResponseReceived, *_TURNED_AWAY),",
-            ),
-        ),
+        _LIFECYCLE,
+        "*_stay(on.ResponseReceived, *_TURNED_AWAY, then=(do.DiscardDescriptors,)),",
+        "*_stay(on.ResponseReceived, *_TURNED_AWAY),",
     ),
-    Canary(
+    _bug(
         "a refusal is papered over with self-service",
         "self-service is there for when something fails",
         _model("consumer"),
-        (
-            Change(
-                _LIFECYCLE,
-                "Row(on.CreationRefused, _ASKING, _REFUSED, (*_HANG_UP, do.ReportRefusal)),",
-                "Row(on.CreationRefused, _ASKING, _SERVING_SELF, (*_HANG_UP, *_SELF)),",
-            ),
-        ),
+        _LIFECYCLE,
+        "Row(on.CreationRefused, _ASKING, _REFUSED, (*_HANG_UP, do.ReportRefusal)),",
+        "Row(on.CreationRefused, _ASKING, _SERVING_SELF, (*_HANG_UP, *_SELF)),",
     ),
-    Canary(
+    _bug(
         "whoever could not tell of the end does not try again",
         "the call was refused, and that is that",
         _explorer("a crash"),
-        (
-            Change(
-                _LIFECYCLE,
-                "Row(on.ProviderUnreachable, _DIALLING, _OWED, _LATER),",
-                "Row(on.ProviderUnreachable, _DIALLING, _OWED),",
-            ),
-        ),
+        _LIFECYCLE,
+        "Row(on.ProviderUnreachable, _DIALLING, _OWED, _LATER),",
+        "Row(on.ProviderUnreachable, _DIALLING, _OWED),",
     ),
-    Canary(
+    _bug(
         "the types of an answer are compared as a set",
         "the order of the descriptors is what they are known by",
         _liar("test_a_lie_is_caught_and_the_consumer_serves_itself"),
-        (
-            Change(
-                _CONSUMER,
-                "if response.fd_types != request.namespaces:",
-                "if set(response.fd_types) != set(request.namespaces):",
-            ),
-        ),
+        _CONSUMER,
+        "if response.fd_types != request.namespaces:",
+        "if set(response.fd_types) != set(request.namespaces):",
     ),
     # --- The traps of `transitions` ------------------------------------------------------------
-    Canary(
+    _bug(
         "there is a way from every state to every other",
         "transitions: auto_transitions is on by default",
         _table(),
-        (
-            Change(
-                _TABLE,
-                'auto_transitions=options.pop("auto_transitions", False)',
-                "auto_transitions=True",
-            ),
-        ),
+        _TABLE,
+        'auto_transitions=options.pop("auto_transitions", False)',
+        "auto_transitions=True",
     ),
-    Canary(
+    _bug(
         "an event without a row is taken for one that changes nothing",
         "transitions: ignore_invalid_triggers, and guards that say False",
         _model("consumer"),
-        (
-            Change(
-                _CONSUMER,
-                "        if not (is_fed and holds and (moves_hold or moves_notice)):\n",
-                "        if not (is_fed and holds):\n",
-            ),
-        ),
+        _CONSUMER,
+        "        if not (is_fed and holds and (moves_hold or moves_notice)):\n",
+        "        if not (is_fed and holds):\n",
     ),
-    Canary(
+    _bug(
         "every allocation there ever was is known to the machine",
         "transitions: add_model keeps the model, and looks through all of them",
         _table(),
-        (
-            Change(
-                _TABLE,
-                "            orders: tuple[Order, ...] = self._triggers[event](model)\n",
-                "            self._triggers[event].__self__.machine.models.append(model)\n"
-                "            orders: tuple[Order, ...] = self._triggers[event](model)\n",
-            ),
-        ),
+        _TABLE,
+        "            orders: tuple[Order, ...] = self._triggers[event](model)\n",
+        "            self._triggers[event].__self__.machine.models.append(model)\n"
+        "            orders: tuple[Order, ...] = self._triggers[event](model)\n",
     ),
     # --- Frames --------------------------------------------------------------------------------
-    Canary(
+    _bug(
         "the length of a frame is little-endian",
         "that of the machine is",
         _framing(),
-        (
-            Change(
-                _FRAMING,
-                'return len(body).to_bytes(HEADER_BYTES, "big")',
-                'return len(body).to_bytes(HEADER_BYTES, "little")',
-            ),
-            Change(
-                _FRAMING,
-                'self._buffer[:HEADER_BYTES], "big")',
-                'self._buffer[:HEADER_BYTES], "little")',
-            ),
-        ),
+        _FRAMING,
+        'return len(body).to_bytes(HEADER_BYTES, "big")',
+        'return len(body).to_bytes(HEADER_BYTES, "little")',
+        _FRAMING,
+        'self._buffer[:HEADER_BYTES], "big")',
+        'self._buffer[:HEADER_BYTES], "little")',
     ),
-    Canary(
+    _bug(
         "a frame may be empty",
         "an empty frame is no message",
         _framing(),
-        (
-            Change(
-                _FRAMING,
-                "if not 1 <= body_bytes <= FRAME_BYTES_MAX:",
-                "if body_bytes > FRAME_BYTES_MAX:",
-            ),
-        ),
+        _FRAMING,
+        "if not 1 <= body_bytes <= FRAME_BYTES_MAX:",
+        "if body_bytes > FRAME_BYTES_MAX:",
     ),
-    Canary(
+    _bug(
         "the longest frame is refused",
         "off by one",
         _framing(),
-        (
-            Change(
-                _FRAMING,
-                "if not 1 <= body_bytes <= FRAME_BYTES_MAX:",
-                "if not 1 <= body_bytes < FRAME_BYTES_MAX:",
-            ),
-        ),
+        _FRAMING,
+        "if not 1 <= body_bytes <= FRAME_BYTES_MAX:",
+        "if not 1 <= body_bytes < FRAME_BYTES_MAX:",
     ),
-    Canary(
+    _bug(
         "of a key that stands there twice the last counts",
         "that is what msgpack does, and what serde refuses",
         _codec(),
-        (
-            Change(
-                _CODEC,
-                "        if key in document:\n"
-                '            raise FdPassing(f"the key {_shown(key)} stands there twice")\n',
-                "",
-            ),
-        ),
+        _CODEC,
+        "        if key in document:\n"
+        '            raise FdPassing(f"the key {_shown(key)} stands there twice")\n',
+        "",
     ),
-    Canary(
+    _bug(
         "bytes after the message are overlooked",
         "a reader reads what it needs",
         _codec(),
-        (
-            Change(
-                _CODEC,
-                "    except (ValueError, msgpack.exceptions.UnpackException) as error:",
-                "    except msgpack.exceptions.ExtraData as error:\n"
-                "        return error.unpacked\n"
-                "    except (ValueError, msgpack.exceptions.UnpackException) as error:",
-            ),
-        ),
+        _CODEC,
+        "    except (ValueError, msgpack.exceptions.UnpackException) as error:",
+        "    except msgpack.exceptions.ExtraData as error:\n"
+        "        return error.unpacked\n"
+        "    except (ValueError, msgpack.exceptions.UnpackException) as error:",
     ),
-    Canary(
+    _bug(
         "a type is read in any case",
         "be liberal in what you accept",
         _codec(),
-        (
-            Change(
-                _CODEC,
-                "kind = _NAMESPACE_TYPES.get(_text(place, value))",
-                "kind = _NAMESPACE_TYPES.get(_text(place, value).capitalize())",
-            ),
-        ),
+        _CODEC,
+        "kind = _NAMESPACE_TYPES.get(_text(place, value))",
+        "kind = _NAMESPACE_TYPES.get(_text(place, value).capitalize())",
     ),
-    Canary(
+    _bug(
         "the types of a request are written in the seed's order",
         "a set has no order, and a list of them looks tidier sorted",
         _codec(),
-        (
-            Change(
-                _CODEC,
-                '"namespaces": [kind.value for kind in message.namespaces],',
-                '"namespaces": sorted(kind.value for kind in message.namespaces),',
-            ),
-        ),
+        _CODEC,
+        '"namespaces": [kind.value for kind in message.namespaces],',
+        '"namespaces": sorted(kind.value for kind in message.namespaces),',
     ),
-    Canary(
+    _bug(
         "a field that is None is not written",
         "rmp-serde writes nil",
         _codec(),
-        (
-            Change(
-                _CODEC,
-                '                    "uenv_mount_path": message.uenv_mount_path,\n',
-                '                    **({"uenv_mount_path": message.uenv_mount_path}'
-                " if message.uenv_mount_path else {}),\n",
-            ),
-        ),
+        _CODEC,
+        '                    "uenv_mount_path": message.uenv_mount_path,\n',
+        '                    **({"uenv_mount_path": message.uenv_mount_path}'
+        " if message.uenv_mount_path else {}),\n",
     ),
     # --- Descriptors on their way --------------------------------------------------------------
-    Canary(
+    _bug(
         "descriptors belong to the frame that their read began in",
         "Linux glues plain bytes in front of the next descriptors",
         _channel("test_every_cut_into_three_delivers_the_same[plain, then three]"),
-        (
-            Change(
-                _CHANNEL,
-                "if arrival.last_byte < frame.end]",
-                "if arrival.first_byte < frame.end]",
-            ),
-        ),
+        _CHANNEL,
+        "if arrival.last_byte < frame.end]",
+        "if arrival.first_byte < frame.end]",
     ),
-    Canary(
+    _bug(
         "descriptors are inherited by whatever is executed",
         "socket.recv_fds ignores its flags",
         _channel("test_basic_handoff"),
-        (Change(_CHANNEL, "socket.MSG_CMSG_CLOEXEC", "0"),),
+        _CHANNEL,
+        "socket.MSG_CMSG_CLOEXEC",
+        "0",
     ),
-    Canary(
+    _bug(
         "nobody looks whether descriptors were cut off",
         "recvmsg says so in a flag, and in no error",
         _channel(
             "test_a_receiver_without_descriptors_left_rejects_and_keeps_none",
             "test_a_provider_never_opens_what_a_consumer_sends",
         ),
-        (
-            Change(
-                _CHANNEL,
-                "is_truncated = bool(flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC))",
-                "is_truncated = bool(flags & socket.MSG_TRUNC)",
-            ),
-        ),
+        _CHANNEL,
+        "is_truncated = bool(flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC))",
+        "is_truncated = bool(flags & socket.MSG_TRUNC)",
     ),
-    Canary(
+    _bug(
         "descriptors are sent again with the rest of their frame",
         "a short write is a write",
         _channel("test_descriptors_leave_once_however_often_the_rest_is_sent"),
-        (
-            Change(
-                _CHANNEL,
-                "bundle, frame.bundle = frame.bundle, DescriptorBundle()",
-                "bundle = frame.bundle if sent == len(frame.rest) else DescriptorBundle()",
-            ),
-        ),
+        _CHANNEL,
+        "bundle, frame.bundle = frame.bundle, DescriptorBundle()",
+        "bundle = frame.bundle if sent == len(frame.rest) else DescriptorBundle()",
     ),
-    Canary(
+    _bug(
         "there is room for one descriptor more than is allowed",
         "CMSG_SPACE pads where CMSG_LEN does not",
         _channel("test_never_more_descriptors_than_there_is_room_for"),
-        (Change(_CHANNEL, "socket.CMSG_LEN(", "socket.CMSG_SPACE("),),
+        _CHANNEL,
+        "socket.CMSG_LEN(",
+        "socket.CMSG_SPACE(",
     ),
-    Canary(
+    _bug(
         "descriptors that no message announces stay open",
         "nobody asked for them, so nobody has them",
         _channel("test_a_wrong_number_of_descriptors_is_rejected"),
-        (
-            Change(
-                _CHANNEL,
-                "if len(descriptors) != len(types):",
-                "if len(descriptors) < len(types):",
-            ),
-        ),
+        _CHANNEL,
+        "if len(descriptors) != len(types):",
+        "if len(descriptors) < len(types):",
     ),
-    Canary(
+    _bug(
         "descriptors of a frame that never became whole stay open",
         "an error path",
         _channel("test_a_frame_cut_short_is_lost_and_its_descriptors_closed"),
-        (
-            Change(
-                _CHANNEL,
-                "close_all(descriptor for arrival in dropped for descriptor in",
-                "list(descriptor for arrival in dropped for descriptor in",
-            ),
-        ),
+        _CHANNEL,
+        "close_all(descriptor for arrival in dropped for descriptor in",
+        "list(descriptor for arrival in dropped for descriptor in",
     ),
-    Canary(
+    _bug(
         "closing a descriptor twice closes somebody else's",
         "numbers are given out again at once",
         _descriptors(),
-        (
-            Change(
-                _DESCRIPTORS,
-                "        fd, self._fd = self._fd, -1\n        if fd < 0:",
-                "        fd = self._fd\n        if fd < 0:",
-            ),
-        ),
+        _DESCRIPTORS,
+        "        fd, self._fd = self._fd, -1\n        if fd < 0:",
+        "        fd = self._fd\n        if fd < 0:",
     ),
     # --- Drivers -------------------------------------------------------------------------------
-    Canary(
+    _bug(
         "what an effect brings about is fed before the next effect is performed",
         "transitions and event loops make it easy to be called from within",
         _driver("test_all_of_an_events_effects_come_before_what_they_bring_about"),
-        (Change(_SERVE, "        if self._is_feeding:\n            return\n", ""),),
+        _SERVE,
+        "        if self._is_feeding:\n            return\n",
+        "",
     ),
-    Canary(
+    _bug(
         "work for one allocation is done side by side",
         "a pool is there to be used",
         _driver("test_a_release_waits_for_the_creation_before_it"),
-        (
-            Change(
-                _WORK,
-                "        if before is not None:\n            await asyncio.wait({before})\n",
-                "",
-            ),
-        ),
+        _WORK,
+        "        if before is not None:\n            await asyncio.wait({before})\n",
+        "",
     ),
-    Canary(
+    _bug(
         "every byte of a frame gives the next one as much time again",
         "a timer is most easily started anew",
         _driver("test_bytes_that_trickle_in_buy_no_more_time"),
-        (
-            Change(
-                _PEERS,
-                "        elif self._frame_deadline is None:\n",
-                "        else:\n            self._stop_frame_deadline()\n",
-            ),
-        ),
+        _PEERS,
+        "        elif self._frame_deadline is None:\n",
+        "        else:\n            self._stop_frame_deadline()\n",
     ),
-    Canary(
+    _bug(
         "what an earlier provider has ended is not remembered",
         "nobody is there to ask for it",
         _driver("test_what_an_earlier_provider_ended_is_confirmed_again"),
-        (Change(_SERVE, "        self._kernel.remember(recovery.remembered)\n", ""),),
+        _SERVE,
+        "        self._kernel.remember(recovery.remembered)\n",
+        "",
     ),
-    Canary(
+    _bug(
         "descriptors are taken for what the provider says they are",
         "fd_types says it, and who would lie",
         _liar("test_a_lie_is_caught_and_the_consumer_serves_itself"),
-        (
-            Change(
-                _EXCHANGE,
-                "self._arrived_identities = verify_bundle(bundle, self.inspector)\n",
-                "self._arrived_identities = tuple(\n"
-                "                    self.inspector.inspect(each.fileno()) for _, each in bundle\n"
-                "                )\n",
-            ),
-        ),
+        _EXCHANGE,
+        "self._arrived_identities = verify_bundle(bundle, self.inspector)\n",
+        "self._arrived_identities = tuple(\n"
+        "                    self.inspector.inspect(each.fileno()) for _, each in bundle\n"
+        "                )\n",
     ),
     # --- This node -----------------------------------------------------------------------------
-    Canary(
+    _bug(
         "a cgroup that nobody has used yet is over",
         "populated 0 is what it begins with",
         _linux("TestBackend::test_an_unused_scope_is_not_over[linux]"),
-        (
-            Change(
-                "linux/cgroups.py",
-                "if self.is_populated() or not (self._was_seen_populated or self.was_used()):",
-                "if self.is_populated():",
-            ),
-        ),
+        "linux/cgroups.py",
+        "if self.is_populated() or not (self._was_seen_populated or self.was_used()):",
+        "if self.is_populated():",
     ),
-    Canary(
+    _bug(
         "only what was seen running counts as use",
         "a process can come and go between two looks",
         _in(
@@ -861,79 +655,57 @@ CANARIES: Final = (
             "test_use_that_nobody_watched_is_still_proved",
             is_linux=True,
         ),
-        (
-            Change(
-                "linux/cgroups.py",
-                "not (self._was_seen_populated or self.was_used()):",
-                "not self._was_seen_populated:",
-            ),
-        ),
+        "linux/cgroups.py",
+        "not (self._was_seen_populated or self.was_used()):",
+        "not self._was_seen_populated:",
     ),
-    Canary(
+    _bug(
         "where the init is dead, memory is said to be short",
         "setns succeeds, and only then every fork fails with ENOMEM",
         _namespaces("test_dead_init_is_known_where_the_kernel_tells"),
-        (Change("linux/namespaces.py", "return error.errno == errno.ESRCH\n", "return False\n"),),
+        "linux/namespaces.py",
+        "return error.errno == errno.ESRCH\n",
+        "return False\n",
     ),
-    Canary(
+    _bug(
         "the loopback of a new network is down",
         "that is how Linux makes it",
         _forge("test_lo_is_up_and_alone"),
-        (
-            Change(
-                "linux/forge/child.py",
-                "request[:] = _IFREQ.pack(name, flags | _IFF_UP)",
-                "request[:] = _IFREQ.pack(name, flags)",
-            ),
-        ),
+        "linux/forge/child.py",
+        "request[:] = _IFREQ.pack(name, flags | _IFF_UP)",
+        "request[:] = _IFREQ.pack(name, flags)",
     ),
-    Canary(
+    _bug(
         "an image is dropped when its first user leaves",
         "use is counted, or it is not",
         _mounts("test_the_hold_time_begins_with_the_last_user"),
-        (
-            Change(
-                "linux/mounts.py",
-                "        if not entry.users and not entry.borrowers and entry.free_since is None:",
-                "        if not entry.borrowers and entry.free_since is None:",
-            ),
-        ),
+        "linux/mounts.py",
+        "        if not entry.users and not entry.borrowers and entry.free_since is None:",
+        "        if not entry.borrowers and entry.free_since is None:",
     ),
-    Canary(
+    _bug(
         "set-uid programs of an image run with their owner's rights",
         "read-only sounds safe enough",
         _mounts("test_the_mount_is_read_only_nosuid_and_nodev"),
-        (
-            Change(
-                "linux/mounts.py",
-                "MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV\n",
-                "MOUNT_ATTR_RDONLY | MOUNT_ATTR_NODEV\n",
-            ),
-        ),
+        "linux/mounts.py",
+        "MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV\n",
+        "MOUNT_ATTR_RDONLY | MOUNT_ATTR_NODEV\n",
     ),
-    Canary(
+    _bug(
         "a state in the journal can go back",
         "the hand-over is recorded after the end, when both are slow",
         _journal("test_a_state_never_goes_back"),
-        (
-            Change(
-                "linux/journal.py",
-                "if STATES.index(state) < STATES.index(entry.state):",
-                "if state not in STATES:",
-            ),
-        ),
+        "linux/journal.py",
+        "if STATES.index(state) < STATES.index(entry.state):",
+        "if state not in STATES:",
     ),
-    Canary(
+    _bug(
         "a release forgets the name",
         "what is gone is gone",
         _journal("test_basic"),
-        (
-            Change(
-                "linux/journal.py",
-                "            if removed.rowcount:\n",
-                "            if not removed.rowcount:\n",
-            ),
-        ),
+        "linux/journal.py",
+        "            if removed.rowcount:\n",
+        "            if not removed.rowcount:\n",
     ),
 )
 

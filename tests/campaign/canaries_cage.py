@@ -50,10 +50,7 @@ class Change:
 
     def applied(self, before: str | None = None) -> str:
         """
-        Return the whole file as it reads with the change.
-
-        Args:
-            before: the file, if it has been changed already.
+        Return the whole file as it reads with the change; `before`: as it has been changed already.
 
         Raises:
             Misfit: `old` does not stand there exactly once.

@@ -277,7 +277,7 @@ class _Life:
         with watched(note, asked=note):
             while len(self.events) < LIFE_STEPS:
                 event = beginning.pop(0) if beginning else chance.choice(alphabet)
-                if not _is_wanted(known, event, share, chance):
+                if not _can_be(known, event) and chance.random() >= share:
                     continue
                 self.befores.append((kernel.snapshot(), known))
                 self.events.append(event)
@@ -300,9 +300,17 @@ _QUEUE: Final[tuple[Event, ...]] = (
 )
 """A granted answer that waits behind another one, and one that is on its way."""
 
+_HELD_A: Final[tuple[Event, ...]] = (
+    on.ConnectionOpened(1, 1),
+    on.ProviderReady(),
+    on.RequestReceived(1, _A),
+    on.NamespacesCreated("a", response_to(_A)),
+    on.ResponseSent("a", 1),
+)
+"""One allocation in the hands of its only user."""
+
 _OVERTAKEN: Final[tuple[Event, ...]] = (
-    on.ConnectionOpened(1, 0),
-    on.ConnectionOpened(2, 1),
+    *(on.ConnectionOpened(c, c - 1) for c in (1, 2)),
     on.ProviderReady(),
     on.RequestReceived(1, _A),
     on.EndReceived(2, "a"),
@@ -311,11 +319,9 @@ _OVERTAKEN: Final[tuple[Event, ...]] = (
 """A request whose allocation has ended before it was made."""
 
 _UNREADABLE: Final[tuple[Event, ...]] = (
-    *(on.ConnectionOpened(c, c % 2) for c in (1, 2)),
-    on.ProviderReady(),
-    on.RequestReceived(1, _A),
-    on.NamespacesCreated("a", response_to(_A)),
-    on.ResponseSent("a", 1),
+    _HELD_A[0],
+    on.ConnectionOpened(2, 0),
+    *_HELD_A[1:],
     on.ReleaseRequested("a"),
     on.RequestReceived(1, _A),
     on.FrameRejected("x", 1),
@@ -323,11 +329,7 @@ _UNREADABLE: Final[tuple[Event, ...]] = (
 """A holder whose unreadable frame waits for the answer before it."""
 
 _BEHIND: Final[tuple[Event, ...]] = (
-    on.ConnectionOpened(1, 1),
-    on.ProviderReady(),
-    on.RequestReceived(1, _A),
-    on.NamespacesCreated("a", response_to(_A)),
-    on.ResponseSent("a", 1),
+    *_HELD_A,
     on.RequestReceived(1, REQUESTS["b"][0]),
     on.RequestReceived(1, _A),
     on.FrameRejected("x", 1),
@@ -369,11 +371,7 @@ _FLOODED_AND_STOPPED: Final[tuple[Event, ...]] = (
 """Messages left over on a closed connection, and their user over its limit by them."""
 
 _DEFERRED: Final[tuple[Event, ...]] = (
-    on.ConnectionOpened(1, 1),
-    on.ProviderReady(),
-    on.RequestReceived(1, _A),
-    on.NamespacesCreated("a", response_to(_A)),
-    on.ResponseSent("a", 1),
+    *_HELD_A,
     on.ScopeEmptied("a"),
     *(on.RequestReceived(1, request) for request in (_A, _A, REQUESTS["a"][1], _A)),
     on.NamespacesReleased("a"),
@@ -408,10 +406,6 @@ _BEGINNINGS: Final[tuple[tuple[Event, ...], ...]] = (
     *((first, *_AGAIN) for first in _AGAIN),
 )
 """What comes about too rarely by chance; the last ones are adopted, and then again."""
-
-
-def _is_wanted(known: model.Provider, event: Event, share: float, chance: random.Random) -> bool:
-    return _can_be(known, event) or chance.random() < share
 
 
 def _can_be(known: model.Provider, event: Event) -> bool:
@@ -508,12 +502,10 @@ def _has_no_open_request(mutant: Mutant) -> bool:
 
 def _has_no_deferred_request(mutant: Mutant) -> bool:
     """Say whether no request waits for the release of the allocation."""
-    event = mutant.cell[0]
     assert mutant.after is not None
     is_ended = mutant.after.target is AllocationState.ENDED
     is_fresh = mutant.before is not None and mutant.before.source is not AllocationState.ENDED
-    is_announced = event in (on.RequestDuringDrain, on.EndRepeated)
-    return not is_ended or is_fresh or is_announced
+    return not is_ended or is_fresh or _is_told_already(mutant)
 
 
 def _is_claimed_or_over(mutant: Mutant) -> bool:
@@ -528,6 +520,14 @@ def _is_claimed_or_over(mutant: Mutant) -> bool:
 
 def _adds_row(mutant: Mutant, *events: type[Event]) -> bool:
     return mutant.edit == "add a row" and mutant.cell[0] in events
+
+
+def _adds(mutant: Mutant, *orders: Order) -> bool:
+    return mutant.edit == "add an effect" and mutant.surplus in orders
+
+
+def _is_told_already(mutant: Mutant) -> bool:
+    return mutant.cell[0] in (on.RequestDuringDrain, on.EndRepeated)
 
 
 ARGUMENTS: Final = (
@@ -614,17 +614,12 @@ ARGUMENTS: Final = (
     ),
     Argument(
         "no request for it is open: each is granted or answered",
-        lambda m: (
-            m.surplus in (do.GrantAskers, do.FailAskers)
-            and m.edit == "add an effect"
-            and _has_no_open_request(m)
-        ),
+        lambda m: _adds(m, do.GrantAskers, do.FailAskers) and _has_no_open_request(m),
     ),
     Argument(
         "no request for it is open or deferred",
         lambda m: (
-            m.surplus is do.FailAllAskers
-            and m.edit == "add an effect"
+            _adds(m, do.FailAllAskers)
             and _has_no_open_request(m)
             and (_has_no_deferred_request(m) or m.cell[0] is on.ClaimExpired)
         ),
@@ -632,8 +627,7 @@ ARGUMENTS: Final = (
     Argument(
         "nothing is granted, or not any more",
         lambda m: (
-            m.surplus is do.WithdrawGrants
-            and m.edit == "add an effect"
+            _adds(m, do.WithdrawGrants)
             and (m.cell[1] not in _EXISTS or m.cell[0] in (on.Unclaimed, on.ClaimExpired))
             and m.cell[0] is not on.NamespacesCreated
         ),
@@ -655,7 +649,7 @@ ARGUMENTS: Final = (
         lambda m: (
             m.surplus is do.WithdrawDeferred
             and (
-                m.cell[0] in (on.RequestDuringDrain, on.EndRepeated)
+                _is_told_already(m)
                 or (
                     m.cell[0] in (on.RequestRepeated, on.RequestConflicting)
                     and m.cell[1] in _EXISTS
@@ -669,7 +663,7 @@ ARGUMENTS: Final = (
         lambda m: (
             m.surplus is do.TellEnd
             and (
-                m.cell[0] in (on.RequestDuringDrain, on.EndRepeated)
+                _is_told_already(m)
                 or (m.cell[0] is on.EndReceived and m.cell[1] is AllocationState.UNKNOWN)
             )
         ),

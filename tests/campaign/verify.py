@@ -185,12 +185,7 @@ class _Stop:
             signal.signal(number, self._note)
 
     def check(self) -> None:
-        """
-        Go on, or not.
-
-        Raises:
-            Interrupted: a signal came.
-        """
+        """Go on, or raise `Interrupted` if a signal came."""
         if self.number:
             raise Interrupted(self.number)
 
@@ -199,15 +194,7 @@ class _Stop:
 
 
 class Campaign:
-    """
-    Has tasks done, and what they have to show written down.
-
-    Args:
-        record: where.
-        progress: who is told.
-        stop: who may stop it, between two tasks and while they run.
-        pool: where they run.
-    """
+    """Has tasks done, and what they have to show written down; `stop` may end it at any time."""
 
     def __init__(self, record: Record, progress: Progress, stop: _Stop, pool: Pool) -> None:
         self._record = record
@@ -216,15 +203,7 @@ class Campaign:
         self._pool = pool
 
     def go_round(self, number: int, scale: float, parts: list[str]) -> int:
-        """
-        Do every task of some parts that is not done yet.
-
-        Returns:
-            How many tasks there are, done or not.
-
-        Raises:
-            Interrupted: a signal came; tasks may be running.
-        """
+        """Do what is not done yet, return how many tasks there are; raises `Interrupted`."""
         jobs = [job for part in parts for job in self._jobs_of(part, number, scale)]
         # First those that go one at a time, so that they do not all come last.
         jobs.sort(key=lambda job: not job.is_alone)

@@ -57,13 +57,7 @@ class Job:
 
 
 class Pool:
-    """
-    At most so many tasks at a time.
-
-    Args:
-        jobs_max: how many.
-        directory: for their logs, which stay, and their outcomes, which do not.
-    """
+    """At most so many tasks at a time; `directory` keeps their logs, but not their outcomes."""
 
     def __init__(self, jobs_max: int, directory: Path) -> None:
         self._jobs_max = jobs_max

@@ -14,12 +14,7 @@ _ERASE: Final = "\r\x1b[2K"
 
 
 class Progress:
-    """
-    Tells a person how far it is.
-
-    Args:
-        out: where; asked whether it is a terminal.
-    """
+    """Tells a person how far it is, in one way on a terminal and in another elsewhere."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out

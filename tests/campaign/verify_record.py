@@ -57,16 +57,7 @@ class Busy(Exception):
 
 
 class Record:
-    """
-    Outcomes in a file, read back if they are of this tree.
-
-    Args:
-        directory: where; made if there is none.
-
-    Raises:
-        Busy: another campaign has it.
-        OSError: it cannot be had.
-    """
+    """Outcomes in a file of a directory; raises `Busy` while another campaign writes there."""
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)

@@ -41,8 +41,6 @@ class Space:
     """About how long it takes on one core."""
     scale: float = 0
     """From which scale on a campaign has time for it."""
-    states_max: int | None = None
-    """Where to stop, if nobody has seen its end."""
 
 
 SPACES: Final[dict[str, Space]] = {

@@ -1,7 +1,7 @@
 """Plays the scenarios of `specs/scenarios/`: whole stories, and what every party does in them.
 
-A scenario is a Markdown file. In its blocks of kind `scenario`, a line after `> ` is a command (the
-methods of `Player` below that have one), and what stands below it is what every party did then:
+A scenario is a Markdown file. In its blocks of kind `scenario`, a line after `> ` is a command (see
+`_COMMANDS`), and what stands below it is what every party did then:
 
     > first wants job-1: Net Mount
     first → provider    NamespaceRequest job-1 Net Mount
@@ -285,20 +285,6 @@ class Consumer:
 
 # --- Playing -----------------------------------------------------------------------------------
 
-_COMMANDS: Final[list[tuple[re.Pattern[str], str]]] = []
-
-
-def command(pattern: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a method one of the things that a scenario can tell."""
-
-    def register(method: Callable[..., None]) -> Callable[..., None]:
-        regular = re.sub(r"WHO", r"(?P<who>[a-z]+)", pattern)
-        regular = re.sub(r"JOB", r"(?P<job>job-\\d+)", regular)
-        _COMMANDS.append((re.compile(regular), method.__name__))
-        return method
-
-    return register
-
 
 @dataclass
 class Player:
@@ -320,9 +306,9 @@ class Player:
 
     def play(self, told: str, expected: list[str]) -> list[str]:
         """Do what a command says; say what every party did until nothing is left to be done."""
-        for pattern, name in _COMMANDS:
-            if found := pattern.fullmatch(told):
-                getattr(self, name)(**found.groupdict())
+        for pattern, act in _COMMANDS.items():
+            if found := re.fullmatch(pattern, told):
+                act(self, **found.groupdict())
                 break
         else:
             raise ValueError(f"nobody knows how to play {told!r}")
@@ -419,97 +405,31 @@ class Player:
         calls = [c.calls[job] for c in self.consumers.values() if job in c.calls]
         return next(call for call in reversed(calls) if call.exchange.bundle is not None)
 
-    # The commands.
+    # What several lines are needed for.
 
-    @command("the provider starts")
-    def _start(self) -> None:
-        self.stage.start(is_held=False)
-
-    @command("the provider starts and is not ready yet")
-    def _start_slowly(self) -> None:
-        self.stage.start(is_held=True)
-
-    @command("the provider gets ready")
-    def _get_ready(self) -> None:
-        self.stage.let_go(Work.RECOVER)
-
-    @command("the provider is killed")
-    def _kill(self) -> None:
-        self.stage.kill()
-
-    @command(r"WHO wants JOB: (?P<kinds>[A-Z][A-Za-z ]*?)(?: with (?P<image>\S+))?")
-    def _want(self, who: str, job: str, kinds: str, image: str | None) -> None:
+    def want(self, who: str, job: str, kinds: str, image: str | None) -> None:
         types = tuple(map(NamespaceType, kinds.split()))
         request = NamespaceRequest(self.stage.real(job), types, image)
         self._consumer(who).call(job, request).exchange.feed(on.NamespacesWanted())
 
-    @command("WHO ends JOB")
-    def _end(self, who: str, job: str) -> None:
+    def end(self, who: str, job: str) -> None:
         consumer = self._consumer(who)
         call = consumer.calls.get(job)
         if call is None or call.exchange.kernel.state in _OVER:
             call = consumer.call(job, NamespaceRequest(self.stage.real(job), ()))
         call.exchange.feed(on.EndWanted())
 
-    @command("WHO dies")
-    def _die(self, who: str) -> None:
-        self.consumers.pop(who).close()
+    def look(self, who: str, where: str) -> None:
+        self._consumer(who).is_looking_away = where == "away"
 
-    @command("WHO looks away")
-    def _look_away(self, who: str) -> None:
-        self._consumer(who).is_looking_away = True
-
-    @command("WHO looks again")
-    def _look_again(self, who: str) -> None:
-        self._consumer(who).is_looking_away = False
-
-    @command("a process enters JOB")
-    def _enter(self, job: str) -> None:
+    def enter(self, job: str) -> None:
         call = self._holder(job)
         self.stage.enter(self.stage.real(job), call)
         kinds = " ".join(names_of(call.exchange.kernel.request.namespaces))
-        call.consumer.items.append(
-            Item(column("process", f"is in {kinds} of set {call.set_number}"))
-        )
+        inside = f"is in {kinds} of set {call.set_number}"
+        call.consumer.items.append(Item(column("process", inside)))
 
-    @command("a process leaves JOB")
-    def _leave(self, job: str) -> None:
-        self.stage.leave(self.stage.real(job))
-
-    @command("the init of JOB is killed")
-    def _kill_init(self, job: str) -> None:
-        self.stage.kill_init(self.stage.real(job))
-
-    @command("something in JOB cannot die")
-    def _entangle(self, job: str) -> None:
-        self.stage.entangle(self.stage.real(job), self._holder(job))
-
-    @command("what is in JOB can die")
-    def _disentangle(self, job: str) -> None:
-        self.stage.disentangle(self.stage.real(job))
-
-    @command("an operator releases JOB")
-    def _release(self, job: str) -> None:
-        self.stage.release(self.stage.real(job))
-
-    @command("(?P<work>creating|releasing) takes long")
-    def _hold(self, work: str) -> None:
-        self.stage.hold(_WORK[work])
-
-    @command("(?P<work>creating|releasing) goes on")
-    def _let_go(self, work: str) -> None:
-        self.stage.let_go(_WORK[work])
-
-    @command("the (?P<span>claim timeout|release deadline) of JOB passes")
-    def _expire(self, span: str, job: str) -> None:
-        self.stage.expire(_SPANS[span], self.stage.real(job))
-
-    @command("the hold time passes")
-    def _pass_hold_time(self) -> None:
-        self.stage.pass_hold_time()
-
-    @command("the (?P<span>answer deadline|redial pause) of WHO passes")
-    def _expire_consumer(self, span: str, who: str) -> None:
+    def expire(self, span: str, who: str) -> None:
         for call in self._consumer(who).calls.values():
             if _SPANS[span] in call.exchange.deadlines:
                 call.exchange.deadlines[_SPANS[span]] = 0.0
@@ -525,7 +445,37 @@ _SPANS: Final = {
     "redial pause": Timer.REDIAL,
 }
 
-VOCABULARY: Final = tuple(pattern.pattern for pattern, _ in _COMMANDS)
+_WHO: Final = r"(?P<who>[a-z]+)"
+_JOB: Final = r"(?P<job>job-\d+)"
+_HELD: Final = "(?P<work>creating|releasing)"
+_COMMANDS: Final[dict[str, Callable[..., None]]] = {
+    "the provider starts": lambda p: p.stage.start(is_held=False),
+    "the provider starts and is not ready yet": lambda p: p.stage.start(is_held=True),
+    "the provider gets ready": lambda p: p.stage.let_go(Work.RECOVER),
+    "the provider is killed": lambda p: p.stage.kill(),
+    rf"{_WHO} wants {_JOB}: (?P<kinds>[A-Z][A-Za-z ]*?)(?: with (?P<image>\S+))?": Player.want,
+    f"{_WHO} ends {_JOB}": Player.end,
+    f"{_WHO} dies": lambda p, who: p.consumers.pop(who).close(),
+    f"{_WHO} looks (?P<where>away|again)": Player.look,
+    f"a process enters {_JOB}": Player.enter,
+    f"a process leaves {_JOB}": lambda p, job: p.stage.leave(p.stage.real(job)),
+    f"the init of {_JOB} is killed": lambda p, job: p.stage.kill_init(p.stage.real(job)),
+    f"something in {_JOB} cannot die": lambda p, job: p.stage.entangle(
+        p.stage.real(job), p._holder(job)
+    ),
+    f"what is in {_JOB} can die": lambda p, job: p.stage.disentangle(p.stage.real(job)),
+    f"an operator releases {_JOB}": lambda p, job: p.stage.release(p.stage.real(job)),
+    f"{_HELD} takes long": lambda p, work: p.stage.hold(_WORK[work]),
+    f"{_HELD} goes on": lambda p, work: p.stage.let_go(_WORK[work]),
+    f"the (?P<span>claim timeout|release deadline) of {_JOB} passes": lambda p, span, job: (
+        p.stage.expire(_SPANS[span], p.stage.real(job))
+    ),
+    "the hold time passes": lambda p: p.stage.pass_hold_time(),
+    f"the (?P<span>answer deadline|redial pause) of {_WHO} passes": Player.expire,
+}
+"""Patterns of what a scenario can tell, and what is done then."""
+
+VOCABULARY: Final = tuple(_COMMANDS)
 
 
 def _in_words(sight: Sight) -> str:

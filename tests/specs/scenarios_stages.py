@@ -8,11 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 from linux.backend import LinuxBackend, NodeSettings
 from linux.cgroups import Scope
@@ -54,17 +53,15 @@ class Sight(NamedTuple):
     processes: int
 
 
-class Stage(ABC):
-    """Where a scenario is played: a node, and a provider that comes and goes on it."""
+class _Callers:
+    """Names of allocations, and of those who called each life of the provider, in order."""
 
     path = Path("nowhere")
-    inspector: Inspector
     is_sudden = True
     """Whether everything that follows from a step is done when it returns."""
 
     def __init__(self) -> None:
         self.callers: list[list[str]] = []
-        """Who called each life of the provider, in order."""
 
     def real(self, name: str) -> str:
         return name
@@ -85,66 +82,11 @@ class Stage(ABC):
         if self.callers:
             self.callers[-1].pop()
 
-    @abstractmethod
-    def start(self, *, is_held: bool) -> None: ...
-    @abstractmethod
-    def kill(self) -> None: ...
-    @abstractmethod
-    def hold(self, work: Work) -> None: ...
-    @abstractmethod
-    def let_go(self, work: Work) -> None: ...
-    @abstractmethod
-    def expire(self, timer: Timer, name: str) -> None: ...
-    @abstractmethod
-    def pass_hold_time(self) -> None: ...
-    @abstractmethod
-    def release(self, name: str) -> None: ...
-    @abstractmethod
-    def connect(self, exchange: Exchange) -> None: ...
-    @abstractmethod
-    def enter(self, name: str, call: Call) -> None: ...
-    @abstractmethod
-    def leave(self, name: str) -> None: ...
-    @abstractmethod
-    def kill_init(self, name: str) -> None: ...
-    @abstractmethod
-    def entangle(self, name: str, call: Call) -> None: ...
-    @abstractmethod
-    def disentangle(self, name: str) -> None: ...
-    @abstractmethod
-    def self_service(self, name: str) -> SelfService: ...
-    @abstractmethod
-    def work(self) -> None:
-        """Let the provider do what there is to do."""
 
-    @abstractmethod
-    def entries(self) -> list[Entry]:
-        """What the provider has traced since it was last asked."""
-
-    @abstractmethod
-    def sights(self) -> dict[str, Sight]:
-        """What is on the node of each allocation of the provider's."""
-
-    @abstractmethod
-    def own_sight(self, name: str, call: Call) -> Sight | None:
-        """What is on the node that a consumer made by itself."""
-
-    @abstractmethod
-    def images(self) -> dict[str, int]:
-        """The images that are mounted, and by how many allocations each is used."""
-
-    @abstractmethod
-    def own_is_gone(self, name: str) -> None:
-        """Take note that a consumer's own service is closed."""
-
-    @abstractmethod
-    def close(self) -> None: ...
-
-
-class OnKernels(Stage):
+class OnKernels(_Callers):
     """Kernels in this thread, on a simulated node."""
 
-    inspector = SimulatedInspector()
+    inspector: Inspector = SimulatedInspector()
 
     def __init__(self) -> None:
         super().__init__()
@@ -223,9 +165,11 @@ class OnKernels(Stage):
         return SimulatedBackend(node, has_journal=False)
 
     def own_is_gone(self, name: str) -> None:
+        """Take note that a consumer's own service is closed."""
         self._own.pop(name).close()
 
     def work(self) -> None:
+        """Let the provider do what there is to do."""
         if self._is_there:
             self._adapter._work()
 
@@ -235,13 +179,16 @@ class OnKernels(Stage):
         return turns
 
     def entries(self) -> list[Entry]:
+        """What the provider has traced since it was last asked."""
         fresh, self._fresh = self._fresh, []
         return [*fresh, *(self._turns() if self._is_there else [])]
 
     def sights(self) -> dict[str, Sight]:
+        """What is on the node of each allocation of the provider's."""
         return {name: self._sight(life) for name, life in self._world.node.allocations.items()}
 
     def own_sight(self, name: str, call: Call) -> Sight | None:
+        """What is on the node that a consumer made by itself."""
         life = self._own[call.consumer.name].allocations.get(name)
         return None if life is None else self._sight(life)
 
@@ -251,6 +198,7 @@ class OnKernels(Stage):
         return Sight(kinds, life.scope is not None, living)
 
     def images(self) -> dict[str, int]:
+        """The images that are mounted, and by how many allocations each is used."""
         lives = self._world.node.allocations.values()
         return {
             image: sum(life.image == image and not life.is_init_gone for life in lives)
@@ -308,7 +256,7 @@ class _Program(Daemon):
         self.program.stdin.write(json.dumps([*words]).encode() + b"\n")
 
 
-class OnDaemon(Stage):
+class OnDaemon(_Callers):
     """
     The daemon as a program of its own, on this node.
 
@@ -324,7 +272,7 @@ class OnDaemon(Stage):
     def __init__(self, directory: Path, cgroup2: Path, image_root: Path, prefix: str) -> None:
         super().__init__()
         self._features = Features.probe()
-        self.inspector = KernelInspector(self._features)
+        self.inspector: Inspector = KernelInspector(self._features)
         self._daemon = _Program(directory, image_root)
         self.path = self._daemon.socket
         self._settings = NodeSettings(cgroup2, image_root, self._daemon.uenv_base)
@@ -492,6 +440,9 @@ class OnDaemon(Stage):
         self._daemon.clear()
         self._daemon.stop()
 
+
+Stage: TypeAlias = OnKernels | OnDaemon
+"""Where a scenario is played: a node, and a provider that comes and goes on it."""
 
 _LINKS: Final = {NamespaceType.PID: "pid", NamespaceType.NET: "net", NamespaceType.MOUNT: "mnt"}
 

@@ -54,22 +54,16 @@ def _messages() -> Iterator[tuple[str, Document]]:
     for types in SUBSETS:
         for image in (None, "pytorch-2.5.sqfs"):
             said = "with" if image else "without"
-            yield (
-                f"request-{named_after(types)}-{said}-image",
-                REQUEST.document("job-1", [*types], image),
-            )
+            document = REQUEST.document("job-1", [*types], image)
+            yield f"request-{named_after(types)}-{said}-image", document
             path = image and f"/run/pact/uenv/{image.removesuffix('.sqfs')}"
-            yield (
-                f"response-{named_after(types)}-{said}-path",
-                RESPONSE.document("job-1", [*types], path),
-            )
+            document = RESPONSE.document("job-1", [*types], path)
+            yield f"response-{named_after(types)}-{said}-path", document
     for count in (2, 3):
         for types in itertools.product(TYPES, repeat=count):
             if len(set(types)) < count:
-                yield (
-                    f"request-repeats-{named_after(types)}",
-                    REQUEST.document("job-1", [*types], None),
-                )
+                document = REQUEST.document("job-1", [*types], None)
+                yield f"request-repeats-{named_after(types)}", document
     for count in (15, 16, 17, ELEMENTS_MAX):
         types = [TYPES[i % 3] for i in range(count)]
         yield f"request-of-{count}-types", REQUEST.document("job-1", types, None)
@@ -155,12 +149,8 @@ def _lenient() -> Iterator[tuple[str, bytes, Document]]:
         for text_value in (None, "u"):
             for struct in (REQUEST, RESPONSE):
                 document = struct.document("job-1", [*types], text_value)
-                said = "with" if text_value else "without"
-                yield (
-                    f"compact-{struct.name}-{named_after(types)}-{said}",
-                    compact(document),
-                    document,
-                )
+                said = f"{named_after(types)}-{'with' if text_value else 'without'}"
+                yield f"compact-{struct.name}-{said}", compact(document), document
     for struct, document in TYPICAL.items():
         _, fields = structs_in(document)
         pairs = [(packed(k), packed(v)) for k, v in fields.items()]
@@ -219,13 +209,10 @@ def _widely(value: Any, texts: int, counts: int) -> bytes:
         return wide(value.encode(), texts) if texts else packed(value)
     items = [x for pair in value.items() for x in pair] if isinstance(value, dict) else value
     inner = b"".join(_widely(item, texts, counts) for item in items)
+    short, long = (0x80, 0xDE) if isinstance(value, dict) else (0x90, 0xDC)
     if not counts:
-        return (
-            counted(*((0x80, 0xDE) if isinstance(value, dict) else (0x90, 0xDC)), len(value))
-            + inner
-        )
-    code = (0xDE if isinstance(value, dict) else 0xDC) + (counts == 4)
-    return bytes([code]) + len(value).to_bytes(counts, "big") + inner
+        return counted(short, long, len(value)) + inner
+    return bytes([long + (counts == 4)]) + len(value).to_bytes(counts, "big") + inner
 
 
 def _without_image() -> Iterator[tuple[str, bytes, Document]]:

@@ -94,14 +94,8 @@ NO_TYPES: Final = (
     *("User", "Ipc", "Uts", "Cgroup", "Time", "Mnt", "Network", "CLONE_NEWPID", "0", "\u0420id"),
 )
 NO_MESSAGES: Final = (
-    *(
-        "",
-        "Hello",
-        "namespace_request",
-        "namespaceRequest",
-        "NAMESPACEREQUEST",
-        "NamespaceRequest ",
-    ),
+    *("", "Hello", "namespace_request", "namespaceRequest", "NAMESPACEREQUEST"),
+    "NamespaceRequest ",
     *("NamespaceReques", "NamespaceRequests", "NamespaceRequest\0", "allocation_ended", "Error"),
     *(
         "AllocationEnd",
@@ -176,19 +170,13 @@ def _doubled() -> Iterator[Any]:
             name = f"duplicate-{struct.name}.{struct.fields[index]}"
             wide_key = wide(struct.fields[index].encode(), 1)
             yield f"{name}-next", _with_pairs(struct, pairs, index, (key, value)), "duplicate-key"
-            yield (
-                f"{name}-wide",
-                _with_pairs(struct, pairs, index, (wide_key, value)),
-                "duplicate-key",
-            )
+            body = _with_pairs(struct, pairs, index, (wide_key, value))
+            yield f"{name}-wide", body, "duplicate-key"
             body = struct.body(entries([*pairs, (key, value)]))
             yield f"{name}-last", body, "duplicate-key"
         new = (text(b"new"), NIL)
-        yield (
-            f"duplicate-{struct.name}-unknown",
-            struct.body(entries([*pairs, new, new])),
-            "duplicate-key",
-        )
+        body = struct.body(entries([*pairs, new, new]))
+        yield f"duplicate-{struct.name}-unknown", body, "duplicate-key"
         apart = struct.body(entries([new, *pairs, new]))
         yield f"duplicate-{struct.name}-unknown-apart", apart, "duplicate-key"
         whole = packed(document)[1:]
@@ -224,12 +212,8 @@ def _mistyped() -> Iterator[Any]:
                 extra = deep if kind in containers else ()
                 named = entries([(packed(k), v) for k, v in written.items()])
                 yield f"{name}", struct.body(named), "wrong-type", *extra
-                yield (
-                    f"{name}-compact",
-                    struct.body(array([*written.values()])),
-                    "wrong-type",
-                    *extra,
-                )
+                body = struct.body(array([*written.values()]))
+                yield f"{name}-compact", body, "wrong-type", *extra
         for kind, value in {**SCALARS, **TEXTS}.items():
             yield f"type-{struct.name}-{kind}", struct.body(value), "wrong-type"
     for kind, value in {**SCALARS, **containers}.items():
@@ -256,19 +240,13 @@ def _misnamed() -> Iterator[Any]:
     for name in NO_ERRORS:
         body = packed({"NamespaceError": {name: {"reason": "r"}}})
         yield f"name-error-{_slug(name)}", body, "unknown-error"
-        yield (
-            f"name-error-{_slug(name)}-compact",
-            packed({"NamespaceError": {name: ["r"]}}),
-            "unknown-error",
-        )
+        body = packed({"NamespaceError": {name: ["r"]}})
+        yield f"name-error-{_slug(name)}-compact", body, "unknown-error"
 
 
 def _slug(name: str) -> str:
-    return (
-        name
-        if name.isalnum() and name.isascii() and len(name) < 40
-        else f"x{name.encode().hex()[:40]}"
-    )
+    is_plain = name.isalnum() and name.isascii() and len(name) < 40
+    return name if is_plain else f"x{name.encode().hex()[:40]}"
 
 
 def _misshapen() -> Iterator[Any]:
@@ -352,12 +330,8 @@ def _extended() -> Iterator[Any]:
         unknown = (text(b"new"), array([NIL, value]))
         yield f"extension-in-unknown-{kind}", ENDED.body(entries([known, unknown])), fault
         if kind != "c1":
-            yield (
-                f"extension-key-{kind}",
-                ENDED.body(entries([known, (value, NIL)])),
-                fault,
-                "key-type",
-            )
+            body = ENDED.body(entries([known, (value, NIL)]))
+            yield f"extension-key-{kind}", body, fault, "key-type"
 
 
 def _overdone() -> Iterator[Any]:
@@ -371,11 +345,8 @@ def _overdone() -> Iterator[Any]:
                 yield f"deep-{struct.name}-{depth}-{kind}", body, "too-deep"
         for count in (ELEMENTS_MAX + 1, 100, 256):
             keys = [(text(b"x%d" % i), NIL) for i in range(count - len(pairs))]
-            yield (
-                f"many-{struct.name}-{count}-entries",
-                struct.body(entries([*pairs, *keys])),
-                "too-many",
-            )
+            body = struct.body(entries([*pairs, *keys]))
+            yield f"many-{struct.name}-{count}-entries", body, "too-many"
             if len(struct.path) == 1:
                 unknown = (text(b"new"), array([NIL] * count))
                 body = struct.body(entries([*pairs, unknown]))

@@ -125,16 +125,9 @@ def _reported(world: World, event: Event) -> World:
             return replace(world, releasing=_without(world.releasing, name))
         case on.ScopePopulated(allocation_id=name):
             return replace(world, used=world.used | {name})
-        case on.ReadinessOverdue():
-            return replace(world, timers=world.timers - {(Timer.READINESS, "")})
-        case on.ClaimExpired(allocation_id=name):
-            return replace(world, timers=world.timers - {(Timer.CLAIM, name)})
-        case on.ReleaseOverdue(allocation_id=name):
-            return replace(world, timers=world.timers - {(Timer.RELEASE, name)})
-        case on.RetryDue(allocation_id=name):
-            return replace(world, timers=world.timers - {(Timer.RETRY, name)})
         case _:
-            return world
+            over = {(timer, name) for timer, name in world.timers if _EXPIRES[timer](name) == event}
+            return replace(world, timers=world.timers - over)
 
 
 def _begun(world: World, effect: Effect) -> World:
@@ -367,53 +360,31 @@ def told_lives() -> Iterator[tuple[str, Limits, tuple[str, ...], Life]]:
         return (on.EndReceived(c, name), on.NamespacesReleased(name))
 
     plain = Limits()
-    yield "whole-life", plain, (), (*ready, *alive(1, a), on.ScopePopulated("a"), *_emptied("a"))
-    yield "second-incarnation", plain, (), (*ready, *alive(1, a), *dead(1, "a"), *alive(1, a))
-    yield (
-        "answers-keep-their-order",
-        plain,
-        (),
-        (
-            *ready,
+    told: dict[str, Life] = {
+        "whole-life": (*alive(1, a), on.ScopePopulated("a"), *_emptied("a")),
+        "second-incarnation": (*alive(1, a), *dead(1, "a"), *alive(1, a)),
+        "answers-keep-their-order": (
             on.RequestReceived(1, a),
             on.RequestReceived(1, b),
             on.EndReceived(1, "never"),
             on.NamespacesCreated("b", response_to(b)),
             on.NamespacesCreated("a", response_to(a)),
         ),
-    )
-    yield (
-        "the-unreadable-waits-for-its-turn",
-        plain,
-        (),
-        (
-            *ready,
+        "the-unreadable-waits-for-its-turn": (
             on.RequestReceived(1, a),
             on.FrameRejected("not a message", 1),
             on.NamespacesCreated("a", response_to(a)),
             on.ResponseSent("a", 1),
             on.ConnectionLost(1),
         ),
-    )
-    yield (
-        "ends-cross",
-        plain,
-        (),
-        (
-            *ready,
+        "ends-cross": (
             *alive(1, a),
             on.ScopePopulated("a"),
             *_emptied("a"),
             on.EndReceived(1, "a"),
             on.EndReceived(1, "a"),
         ),
-    )
-    yield (
-        "everybody-who-holds-it-is-told",
-        plain,
-        (),
-        (
-            *ready,
+        "everybody-who-holds-it-is-told": (
             on.ConnectionOpened(2, 0),
             on.ConnectionOpened(3, 0),
             *alive(1, a),
@@ -421,13 +392,7 @@ def told_lives() -> Iterator[tuple[str, Limits, tuple[str, ...], Life]]:
             on.ResponseSent("a", 2),
             *dead(3, "a"),
         ),
-    )
-    yield (
-        "early-requests-are-served-by-the-next",
-        plain,
-        (),
-        (
-            *ready,
+        "early-requests-are-served-by-the-next": (
             on.ConnectionOpened(2, 0),
             *alive(1, a),
             on.EndReceived(1, "a"),
@@ -436,13 +401,7 @@ def told_lives() -> Iterator[tuple[str, Limits, tuple[str, ...], Life]]:
             on.NamespacesReleased("a"),
             on.NamespacesCreated("a", response_to(a)),
         ),
-    )
-    yield (
-        "a-drain-is-announced-and-goes-on",
-        plain,
-        (),
-        (
-            *ready,
+        "a-drain-is-announced-and-goes-on": (
             *alive(1, a),
             on.EndReceived(1, "a"),
             on.RequestReceived(1, a),
@@ -456,13 +415,7 @@ def told_lives() -> Iterator[tuple[str, Limits, tuple[str, ...], Life]]:
             on.NamespacesReleased("a"),
             *alive(1, a),
         ),
-    )
-    yield (
-        "unclaimed",
-        plain,
-        (),
-        (
-            *ready,
+        "unclaimed": (
             *alive(1, a),
             on.ConnectionLost(1),
             on.ConnectionOpened(2, 0),
@@ -472,33 +425,25 @@ def told_lives() -> Iterator[tuple[str, Limits, tuple[str, ...], Life]]:
             on.ClaimExpired("a"),
             on.NamespacesReleased("a"),
         ),
-    )
+    }
+    yield from ((name, plain, (), (*ready, *life)) for name, life in told.items())
     adopted = on.HandedOffAdopted("a", a, response_to(a))
-    yield (
-        "adopted-and-handed-over-again",
-        plain,
-        ("old",),
-        (
-            adopted,
-            on.RemainsFound("b", b),
-            on.ConnectionOpened(1, 0),
-            on.RequestReceived(1, a),
-            on.EndReceived(1, "old"),
-            on.ProviderReady(),
-            on.ResponseSent("a", 1),
-            on.NamespacesReleased("b"),
-            on.EndReceived(1, "b"),
-            on.EndReceived(1, "never"),
-        ),
+    again = (
+        adopted,
+        on.RemainsFound("b", b),
+        on.ConnectionOpened(1, 0),
+        on.RequestReceived(1, a),
+        on.EndReceived(1, "old"),
+        on.ProviderReady(),
+        on.ResponseSent("a", 1),
+        on.NamespacesReleased("b"),
+        on.EndReceived(1, "b"),
+        on.EndReceived(1, "never"),
     )
-    few = replace(plain, remembered=2)
-    yield (
-        "memory-is-bounded",
-        few,
-        ("1", "2", "3"),
-        (*ready, *(on.EndReceived(1, name) for name in "123"), *alive(1, a), *dead(1, "a"),
-         *(on.EndReceived(1, name) for name in "123a")),
-    )  # fmt: skip
+    yield "adopted-and-handed-over-again", plain, ("old",), again
+    few, ends = replace(plain, remembered=2), [on.EndReceived(1, name) for name in "123a"]
+    life = (*ready, *ends[:3], *alive(1, a), *dead(1, "a"), *ends)
+    yield "memory-is-bounded", few, ("1", "2", "3"), life
     yield from _lives_at_limits(plain, a, b, ready)
 
 
@@ -517,25 +462,13 @@ def _lives_at_limits(
     most = replace(plain, waiting=2)
     waiting = [on.RequestReceived(1, request_for(name)) for name in "abc"]
     yield "limit-waiting", most, (), (on.ConnectionOpened(1, 0), *waiting, on.ProviderReady())
-    life = (
-        on.ConnectionOpened(1, 0),
-        *waiting,
-        on.ReadinessOverdue(),
-        *waiting,
-        on.ProviderReady(),
-    )
+    life = (ready[0], *waiting, on.ReadinessOverdue(), *waiting, on.ProviderReady())
     yield "limit-waiting-and-time", most, (), life
     most = replace(plain, allocations_per_uid=1)
     made = on.NamespacesCreated("a", response_to(a))
     asked = [on.RequestReceived(1, a), on.RequestReceived(1, b), on.RequestReceived(1, a)]
-    sent = on.ResponseSent("a", 1)
-    gone = (
-        sent,
-        sent,
-        on.EndReceived(1, "a"),
-        on.NamespacesReleased("a"),
-        on.RequestReceived(1, b),
-    )
+    sent, ended = on.ResponseSent("a", 1), on.EndReceived(1, "a")
+    gone = (sent, sent, ended, on.NamespacesReleased("a"), on.RequestReceived(1, b))
     yield "limit-allocations-per-uid", most, (), (*ready, *asked, made, *gone)
     most = replace(plain, open_per_connection=2)
     many = [on.RequestReceived(1, request_for(name)) for name in "abcde"]
@@ -544,7 +477,7 @@ def _lives_at_limits(
     most = replace(plain, open_per_uid=2)
     other = on.ConnectionOpened(2, 0)
     more = [
-        on.RequestReceived(c, request_for(n)) for c, n in ((1, "a"), (2, "b"), (2, "c"), (1, "d"))
+        on.RequestReceived(c, request_for(n)) for c, n in zip((1, 2, 2, 1), "abcd", strict=True)
     ]
     yield "limit-open-per-uid", most, (), (*ready, other, *more, made, on.ConnectionLost(2))
     life = (*ready, on.ProviderStopping(), on.RequestReceived(1, a), on.EndReceived(1, "a"))

@@ -232,14 +232,10 @@ def _misattributed() -> Iterator[Case]:
                 read = Read(plain + response, count)
                 yield _layout(f"{name}-after-plain", "consumer", [read], before, faults, 0)
         for count in range(len(types)):
-            yield _layout(
-                f"cut-off-{named_after(types)}-at-{count}",
-                "consumer",
-                [Read(response, count, is_cut_off=True)],
-                (),
-                ("descriptors-cut-off", "descriptors-count"),
-                0,
-            )
+            name = f"cut-off-{named_after(types)}-at-{count}"
+            faults = ("descriptors-cut-off", "descriptors-count")
+            read = Read(response, count, is_cut_off=True)
+            yield _layout(name, "consumer", [read], (), faults, 0)
         if types:
             reads = [Read(response[:1], len(types), is_cut_off=True), Read(response[1:])]
             name = f"cut-off-{named_after(types)}-before-it-is-whole"
@@ -255,25 +251,13 @@ def _misattributed() -> Iterator[Case]:
     for struct in (ENDED, *ERRORS, REQUEST):
         frame = framed(packed(TYPICAL[struct]))
         for count in (1, 2, 3):
-            yield _layout(
-                f"plain-{struct.name}-with-{count}",
-                "consumer",
-                [Read(frame, count)],
-                (),
-                ("descriptors-count",),
-                0,
-            )
-    response = framed(packed(_response("a", "Pid")))
-    swapped = [Read(response), Read(framed(packed(_response("b"))), 1)]
-    yield _layout("with-the-next-frame", "consumer", swapped[:1], (), ("descriptors-count",), 0)
-    yield _layout(
-        "with-the-frame-after",
-        "consumer",
-        [Read(plain + framed(packed(_response("a"))), 1)],
-        [{"message": ENDED.document("b"), "descriptors": [], "after": 0}],
-        ("descriptors-count",),
-        0,
-    )
+            name, reads = f"plain-{struct.name}-with-{count}", [Read(frame, count)]
+            yield _layout(name, "consumer", reads, (), ("descriptors-count",), 0)
+    reads = [Read(framed(packed(_response("a", "Pid"))))]
+    yield _layout("with-the-next-frame", "consumer", reads, (), ("descriptors-count",), 0)
+    reads = [Read(plain + framed(packed(_response("a"))), 1)]
+    before = [{"message": ENDED.document("b"), "descriptors": [], "after": 0}]
+    yield _layout("with-the-frame-after", "consumer", reads, before, ("descriptors-count",), 0)
 
 
 def _not_taken() -> Iterator[Case]:

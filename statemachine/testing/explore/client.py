@@ -113,15 +113,7 @@ def _moves_of_program(
 
 
 class ClientDraft:
-    """
-    A client, and the ground it stands on, while a move is made.
-
-    Args:
-        setting: what all moves have in common.
-        ground: as it is before.
-        index: which client it is.
-        client: as it is before.
-    """
+    """A client, and the ground it stands on, while a move is made."""
 
     def __init__(self, setting: Setting, ground: Ground, index: int, client: Client) -> None:
         self.setting = setting
@@ -133,12 +125,7 @@ class ClientDraft:
         self.has_parcel = False
 
     def make(self, move: Move) -> None:
-        """
-        Make a move.
-
-        Raises:
-            Finding, InvariantBroken: a promise is broken.
-        """
+        """Make a move; raises `Finding` or `InvariantBroken` if it breaks a promise."""
         self.ground.spend(move)
         CLIENT_MOVES[move[0]](self, *move[2:])
         self._check()

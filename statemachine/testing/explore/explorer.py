@@ -285,12 +285,7 @@ def _moves(setting: Setting, world: World) -> list[Move]:
 
 
 def _make(setting: Setting, world: World, move: Move) -> World:
-    """
-    Make a move.
-
-    Raises:
-        Finding, InvariantBroken: a promise is broken.
-    """
+    """Make a move; raises `Finding` or `InvariantBroken` if it breaks a promise."""
     clients = list(world.clients)
     if move[0] in CLIENT_MOVES:
         draft = ClientDraft(setting, world.ground, move[1], clients[move[1]])

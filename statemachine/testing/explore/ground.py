@@ -234,8 +234,7 @@ class GroundDraft:
     A ground while a move is made.
 
     Args:
-        setting: what all moves have in common.
-        ground: as it is before.
+        setting, ground: what all moves have in common, and how it is before.
         crash_after: after how many effects the provider dies; None: it lives.
         has_forks: note for each effect what were if the provider died before it.
     """
@@ -264,12 +263,7 @@ class GroundDraft:
         self.events: deque[ProviderInput] = deque()
 
     def make(self, move: Move) -> None:
-        """
-        Make a move.
-
-        Raises:
-            Finding, InvariantBroken: a promise is broken.
-        """
+        """Make a move; raises `Finding` or `InvariantBroken` if it breaks a promise."""
         try:
             self.spend(move)
             GROUND_MOVES[move[0]](self, *move[1:])
@@ -744,12 +738,7 @@ def left_of_node(node: Node, half: int) -> Node:
 
 
 def check_ground(setting: Setting, ground: Ground) -> None:
-    """
-    Hold a ground to what is true of every one.
-
-    Raises:
-        Finding: it is not.
-    """
+    """Hold a ground to what is true of every one; raises `Finding` if it is not."""
     for link in ground.links:
         if link.surplus and link.has_provider:
             raise Finding("an error answers nothing, and the connection stays open")

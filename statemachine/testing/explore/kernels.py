@@ -8,7 +8,7 @@ other. Each distinct step is taken once, and judged once: the same effects, and 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import Enum
 from typing import Any
@@ -24,7 +24,7 @@ from ...errors import (
     ProtocolError,
     RemoteProtocolError,
 )
-from ...events import ConsumerInput, ProviderInput
+from ...events import ConsumerInput, Event, ProviderInput
 from ...lifecycle import AllocationState, ConsumerState, NoticeState, ServiceState
 from ...messages import (
     AllocationEnded,
@@ -33,6 +33,7 @@ from ...messages import (
     NamespaceResponse,
 )
 from ...provider import Limits, ProviderKernel, Snapshot
+from ..lockstep import model_limits, other_states
 from .world import Bounds, Finding, Numbers
 
 Row = tuple[str, str, str]
@@ -75,15 +76,7 @@ class Step:
 
 
 class Kernels:
-    """
-    Every kernel that has come about, by number.
-
-    Args:
-        bounds: which allocations and which limits there are.
-        provider: the provider's kernel, or a mutant of it.
-        consumer: the consumer's kernel, or a mutant of it.
-        has_model: judge every step by the reference model.
-    """
+    """Every kernel that has come about, by number; `has_model`: the model judges each step."""
 
     def __init__(
         self,
@@ -143,17 +136,11 @@ class Kernels:
         kernel.remember(names)
         started = None
         if self._has_model:
-            limits = {field.name: getattr(self._limits, field.name) for field in fields(Limits)}
-            started = model.Provider(limits=model.Limits(**limits), remembered=names)
+            started = model.Provider(limits=model_limits(self._limits), remembered=names)
         return self._number_provider(kernel, started)
 
     def step_provider(self, number: int, event: ProviderInput) -> Step:
-        """
-        Feed the provider's kernel.
-
-        Raises:
-            Finding, InvariantBroken: it refuses what its driver says, or does what it must not.
-        """
+        """Feed the provider's kernel; raises `Finding` or `InvariantBroken` if it errs."""
         key = (number, event)
         step = self._provider_steps.get(key)
         if step is None:
@@ -174,26 +161,8 @@ class Kernels:
             raise Finding(f"the provider's kernel refuses its driver: {error}") from error
         rows = tuple(self.rows)
         if known is not None:
-            known = self._follow_provider(known, event, effects, kernel)
+            known = _follow(model.provider_step, known, event, effects, kernel)
         return Step(self._number_provider(kernel, known), effects, rows)
-
-    def _follow_provider(
-        self, known: Any, event: ProviderInput, effects: tuple[Effect, ...], kernel: ProviderKernel
-    ) -> Any:
-        """Have the model take the same step, and compare."""
-        try:
-            after, said = model.provider_step(known, event)
-        except model.Impossible as impossible:
-            raise Finding(f"the model knows no way to {event}: {impossible}") from impossible
-        found = model.differences(effects, said)
-        if kernel.service.value != after.phase:
-            found.append(f"the kernel is {kernel.service.value}, the model {after.phase}")
-        for name in self.names:
-            ours, theirs = kernel.state_of(name).value, after.state_of(name)
-            if ours != theirs:
-                found.append(f"{name} is {ours} to the kernel, {theirs} to the model")
-        always.require(found)
-        return after
 
     def _number_provider(self, kernel: ProviderKernel, known: Any) -> int:
         snapshot = kernel.snapshot()
@@ -219,10 +188,7 @@ class Kernels:
 
     def step_consumer(self, number: int, event: ConsumerInput) -> Step | None:
         """
-        Feed a consumer's kernel.
-
-        Returns:
-            None: the provider may not say that now.
+        Feed a consumer's kernel; None: the provider may not say that now.
 
         Raises:
             Finding, InvariantBroken: it refuses what its driver says, or does what it must not.
@@ -250,7 +216,7 @@ class Kernels:
             raise Finding(f"the consumer's kernel refuses its driver: {error}") from error
         rows = tuple(self.rows)
         if known is not None:
-            known = _follow_consumer(known, event, effects, kernel)
+            known = _follow(model.consumer_step, known, event, effects, kernel)
         return Step(self._number_consumer(kernel, known), effects, rows)
 
     def _number_consumer(self, kernel: ConsumerKernel, known: Any) -> int:
@@ -259,16 +225,9 @@ class Kernels:
         if number == len(self.consumer_views):
             if self._consumer.restore(snapshot).snapshot() != snapshot:
                 raise Finding("a snapshot of the consumer's kernel does not restore it")
-            self.consumer_views.append(
-                ConsumerView(
-                    kernel.request,
-                    self._index[kernel.request.allocation_id],
-                    kernel.state,
-                    kernel.notice,
-                    kernel.is_connected,
-                    kernel.owes_end,
-                )
-            )
+            request, name = kernel.request, self._index[kernel.request.allocation_id]
+            held = (kernel.state, kernel.notice, kernel.is_connected, kernel.owes_end)
+            self.consumer_views.append(ConsumerView(request, name, *held))
         return number
 
     # --- Other names ---------------------------------------------------------------------------
@@ -295,10 +254,7 @@ class Kernels:
         """
         Find the provider that is the same under other names, in its normal form.
 
-        Args:
-            number: the provider.
-            connections: all there are, to be numbered 1, 2, 3, … in this order; none: as they are.
-            swap: which allocation gets which name.
+        Its `connections` are numbered 1, 2, 3, … in this order; none: they stay as they are.
         """
         key = (number, swap, connections)
         if key not in self._renamed:
@@ -316,19 +272,19 @@ class Kernels:
         return _Namer({c: i for i, c in enumerate(connections, 1)}, names, is_any_forgotten)
 
 
-def _follow_consumer(
-    known: Any, event: ConsumerInput, effects: tuple[Effect, ...], kernel: ConsumerKernel
+def _follow(
+    take: Callable[[Any, Event], Any],
+    known: Any,
+    event: Event,
+    effects: tuple[Effect, ...],
+    kernel: ProviderKernel | ConsumerKernel,
 ) -> Any:
     """Have the model take the same step, and compare."""
     try:
-        after, said = model.consumer_step(known, event)
+        after, said = take(known, event)
     except model.Impossible as impossible:
         raise Finding(f"the model knows no way to {event}: {impossible}") from impossible
-    found = model.differences(effects, said)
-    ours, theirs = (kernel.state.value, kernel.notice.value), (after.state, after.notice)
-    if ours != theirs:
-        found.append(f"the kernel is {ours}, the model {theirs}")
-    always.require(found)
+    always.require(model.differences(effects, said) + other_states(kernel, after))
     return after
 
 

@@ -88,13 +88,7 @@ class _Sight(NamedTuple):
 
 
 class Search:
-    """
-    All worlds within bounds, the nearest first.
-
-    Args:
-        setting: the bounds, and the kernels.
-        has_symmetry: take worlds that differ only in names for one.
-    """
+    """All worlds within bounds, the nearest first; with `has_symmetry` names make no difference."""
 
     def __init__(self, setting: Setting, *, has_symmetry: bool) -> None:
         self.setting = setting
@@ -130,13 +124,10 @@ class Search:
         self, first: World, states_max: int | None, progress: Callable[[int, int], None] | None
     ) -> bool:
         """
-        Visit every world, and then look for what is waited for in vain.
+        Visit every world, then look for what is waited for in vain; raises `Lost` for a finding.
 
         Returns:
             Whether it came to the end before there were `states_max` worlds.
-
-        Raises:
-            Lost: a promise is broken.
         """
         self._arrive(0, 0, *self._enter(first))
         index = 0

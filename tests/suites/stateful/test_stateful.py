@@ -20,9 +20,9 @@ from linux.testing.adversary import STEPS as DEALINGS_STEPS
 from linux.testing.adversary import Dealings, dealings
 from specs.invariants import InvariantBroken
 from statemachine import effects as do
-from statemachine import provider as kernel
 from statemachine.lifecycle import ALLOCATION, CONSUMER, NOTICE
 from statemachine.table import compile_table
+from statemachine.testing.tables import replaced
 from tests.campaign import stateful_campaign
 from tests.suites.stateful.adapters import Node, adapter_of, counterpart_of, machine
 from tests.suites.stateful.cells import counted, missing
@@ -162,8 +162,8 @@ def test_descriptors_in_another_order_are_found(
     ("row", "leaves_out"),
     [
         (("InitDied", "handed_off"), do.ReleaseNamespaces),
-        (("NamespacesReleased", "ended"), do.AnnounceEnd),
-        (("RequestRepeated", "handed_off"), do.HandOver),
+        (("NamespacesReleased", "ended"), do.TellEnd),
+        (("RequestRepeated", "handed_off"), do.GrantAskers),
         (("Unclaimed", "created"), "start claim timer"),
     ],
     ids=["never released", "never told", "never answered", "never claimed"],
@@ -187,8 +187,7 @@ def test_an_effect_that_is_left_out_is_found(
         for each in ALLOCATION.rows
     ]
     mutant = compile_table("allocation", rows, initial=ALLOCATION.initial, finals=ALLOCATION.finals)
-    monkeypatch.setattr(kernel, "ALLOCATION", mutant)
-    with pytest.raises((AssertionError, KeyError)):
+    with replaced(mutant), pytest.raises((AssertionError, KeyError)):
         take(kernels, PROVIDER_TOUR)
 
 
