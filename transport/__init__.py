@@ -18,8 +18,8 @@ consumer does not load what only a provider needs.
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ __all__ = [
 
 # `python-statemachine` installs a package of the same name over ours, and pip does not object.
 _found = find_spec("statemachine")
-if _found is not None and not (Path(_found.origin or "").parent / "lifecycle.py").exists():
+if _found and not PathFinder.find_spec("lifecycle", _found.submodule_search_locations):
     raise ImportError(
         "the package `statemachine` here is not that of namespace-handoff: python-statemachine is "
         "installed in the same environment; give each an environment of its own"

@@ -267,7 +267,7 @@ class _Life:
         self.events: list[Event] = []
         self.cells: list[set[Cell]] = []
         beginning = list(_BEGINNINGS[seed % len(_BEGINNINGS)])
-        self.limits = (LIMITS, TIGHT, WIDE, LIMITS, LIMITS)[seed // len(_BEGINNINGS) % 5]
+        self.limits = _LIMITS_OF.get(tuple(beginning), LIMITS)
         kernel, known = ProviderKernel(self.limits), model.Provider(model_limits(self.limits))
         lookups: set[Cell] = set()
 
@@ -383,7 +383,17 @@ _AGAIN: Final[tuple[Event, ...]] = (
     on.HandedOffAdopted("a", _A, response_to(_A)),
     on.RemainsFound("a", _A),
 )
+_LIMITS_OF: Final[dict[tuple[Event, ...], Limits]] = {_LEFT_OVER: TIGHT, _DEFERRED: WIDE}
 _BEGINNINGS: Final[tuple[tuple[Event, ...], ...]] = (
+    # The first ones fill what is kept of a cell before chance does.
+    _LEFT_OVER,
+    _CROWDED,
+    (on.ProviderReady(), *_CROWDED),
+    (on.ProviderReady(), on.ProviderStopping(), *_CROWDED),
+    (on.ProviderStopping(), *_CROWDED),
+    _FLOODED,
+    _FLOODED_AND_STOPPED,
+    _DEFERRED,
     (),
     _QUEUE,
     (*_QUEUE[:-1], on.ScopeEmptied("a")),
@@ -395,14 +405,6 @@ _BEGINNINGS: Final[tuple[tuple[Event, ...], ...]] = (
     _BEHIND,
     _UNREADABLE,
     (*_UNREADABLE, on.ReleaseOverdue("a")),
-    _CROWDED,
-    (on.ProviderReady(), *_CROWDED),
-    (on.ProviderReady(), on.ProviderStopping(), *_CROWDED),
-    (on.ProviderStopping(), *_CROWDED),
-    _LEFT_OVER,
-    _FLOODED,
-    _FLOODED_AND_STOPPED,
-    _DEFERRED,
     *((first, *_AGAIN) for first in _AGAIN),
 )
 """What comes about too rarely by chance; the last ones are adopted, and then again."""
