@@ -1,4 +1,4 @@
-"""The two roles of the seed, as types: whoever has these methods plays the role.
+"""The seed's two traits as protocols: provider and consumer of namespaces.
 
 Names, parameters and results are the seed's. Descriptors do not appear: they travel beside the
 response, and each side offers them through its own package (`transport.descriptors`).

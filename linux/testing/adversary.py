@@ -126,7 +126,7 @@ class Counterpart(ABC):
 
     @abstractmethod
     def fail_to_connect(self, exchange: Exchange) -> None:
-        """Let its call reach nobody."""
+        """Let its attempt to connect fail."""
 
     @abstractmethod
     def garble(self) -> None:

@@ -76,7 +76,7 @@ class Wire:
 
     Args:
         provider: whom it tries.
-        prefix: begins every allocation's id, and nobody else's.
+        prefix: begins every allocation's id, and no other session's.
     """
 
     def __init__(self, provider: ProviderUnderTest, prefix: str) -> None:

@@ -20,7 +20,7 @@ class Reins:
     """
     A backend, and a hand on it; fulfils `transport.contract.Backend`.
 
-    Work that is held up waits in the thread that does it. Whoever has only one thread asks
+    Work that is held up waits in the thread that does it. A program with only one thread asks
     `is_held` instead, and leaves the work alone.
 
     Args:

@@ -2,7 +2,7 @@
 
 The brain decides: our kernels, or the model of `specs/model.py`. What it decides is performed on a
 backend at once, in order, as the drivers of `transport` do; messages and their descriptors wait in
-pipes; timers run out when they are told to. Whoever hears lets the provider work until there is
+pipes; timers run out when they are told to. Hearing lets the provider work until there is
 nothing left to do, so nothing here depends on time.
 
 The consumer's driver is `transport.request`'s own, on a pipe in place of a channel.
@@ -181,7 +181,7 @@ def pipe() -> tuple[Pipe, Pipe]:
 
 class Inside:
     """
-    A provider's program in whoever's thread asks it to work.
+    A provider's program that works in the thread that asks it to.
 
     Args:
         brain: decides.

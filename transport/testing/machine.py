@@ -188,7 +188,7 @@ class Adapter:
     What is not overridden is not called, or does nothing.
 
     Args:
-        path: The provider's socket. It listens there, and whoever runs the machine may use it.
+        path: The provider's socket. It listens there, and the user who runs the machine may use it.
         inspector: Tells what a descriptor is that the provider passes.
         image: A uenv image that the provider has; None if there is none to be tried.
     """
@@ -296,7 +296,7 @@ class Adapter:
         """Let a span that is measured run out now; returns when the provider knows."""
         raise NotImplementedError
 
-    # For whoever can look inside.
+    # For adapters that can look inside.
 
     def seeing(self, kind: type[Event], name: str) -> AbstractContextManager[None]:
         """Wait, at the end of the block, until the provider has seen what is done in it."""
@@ -452,7 +452,7 @@ class Handoffs(RuleBasedStateMachine):
         response: NamespaceResponse,
         identities: tuple[NamespaceIdentity, ...],
     ) -> Life:
-        """Note what somebody was handed; it begins an incarnation if none was alive."""
+        """Note what a consumer was handed; it begins an incarnation if none was alive."""
         life = self.begins(request)
         if life.identities is None:
             life.identities = identities
@@ -613,7 +613,7 @@ class Handoffs(RuleBasedStateMachine):
             self.is_taken(talker, life.request, answer)
 
     def hears_of_the_end(self, talker: Talker, life: Life, *, has_wished: bool) -> None:
-        """Whoever holds it is told once; a word may still cross the wish of whoever wished it."""
+        """Each holder is told once; the push may still cross an end that a consumer sends."""
         talker.say(self.never)
         heard = talker.hear_until(AllocationNotFound(self.never.allocation_id))
         assert set(heard) <= {AllocationEnded(life.name)}, heard
@@ -698,7 +698,7 @@ class Handoffs(RuleBasedStateMachine):
             self.has_ended(life)
 
     def is_noticed(self) -> None:
-        """Have the provider take in every loss: it does, before it hears whoever calls next."""
+        """Have the provider take in every loss; it does so before any newer connection."""
         with self.calling() as talker:
             talker.say(self.never)
             talker.hears(AllocationNotFound(self.never.allocation_id))
@@ -863,7 +863,7 @@ class Handoffs(RuleBasedStateMachine):
             self.has_ended(life)
 
     def nobody_serves(self) -> None:
-        """Stop the provider: what was handed over still is; only nobody is called any more."""
+        """Stop the provider: what was handed over still is; only new messages are refused."""
         self.adapter.stop()
         for life in self.lives.values():
             for handoff in life.holders:

@@ -46,7 +46,7 @@ class Replay:
     Takes time with the length of the trace, and memory only with what is alive in it. The end of
     the trace may be missing, and the end of every provider's life in it: that is a crash. Where
     other lines are missing there is no way on but through a crash, either, and what it left behind
-    nobody knows; a trace that does not begin with a start has such a gap before it.
+    is unknown; a trace that does not begin with a start has such a gap before it.
     """
 
     def __init__(self) -> None:
@@ -186,7 +186,7 @@ class _Left:
     What a provider that is gone can have left for the next one to find.
 
     It wrote each line before it performed anything, and its backend works on after its last line.
-    So what was being created may be found in any shape or not at all, an end that nobody was told
+    So what was being created may be found in any shape or not at all, an end that was not told
     may be forgotten, and a hand-over may not have been noted. But what has been created is found,
     or remembered as ended; what has been announced as ended is not alive; and nothing is found
     that was not there.

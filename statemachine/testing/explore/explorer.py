@@ -14,7 +14,7 @@ every step of theirs must be the same, in state and in effects.
 *Safety* is checked in every move and in every world. *Liveness* is checked at the end, on the
 graph of what happens by itself (`Move`s that are no fault, no wish and no deadline): from every
 world one can come to rest, every world at rest has kept its promises, and there is no fair circle
-in which somebody waits for ever.
+in which something is waited for without end.
 
 How a link behaves: it delays (each end reads when it likes), it loses (`lose`: for good, with all
 that was on its way), and it delivers a request twice (`duplicate`). It does not split: kernels are

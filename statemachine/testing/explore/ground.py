@@ -665,7 +665,7 @@ class GroundDraft:
         self.feed(on.ConnectionOpened(number, 0))
 
     def say(self, number: int, message: Message) -> None:
-        """A stranger says something. When it was said nobody can tell; only when it is read."""
+        """A stranger sends a message. Only when it is read counts, not when it was sent."""
         self.hear(number, self.kernels.messages.of(message))
 
     def hang_up(self, number: int) -> None:
@@ -687,7 +687,7 @@ class GroundDraft:
         self.set_link(number, to_consumer=tuple(parcels))
 
     def duplicate(self, number: int) -> None:
-        # No consumer of ours asks twice; of one that does, nobody vouches for how many sets it has.
+        # No consumer of ours asks twice; of one that does, the number of sets is not checked.
         doubled = (*self.links[number].to_provider, self.links[number].to_provider[-1])
         self.doubt(number)
         self.set_link(number, to_provider=doubled)
@@ -706,7 +706,7 @@ class GroundDraft:
 
 
 def _is_of_interest(link: Link) -> bool:
-    """A connection that both have left is none; a stranger's end alone is nobody's business."""
+    """Drop a connection that both ends have left; a stranger's end alone does not matter."""
     return bool(link.has_provider or (link.has_consumer and link.client != STRANGER))
 
 
@@ -754,7 +754,7 @@ def check_ground(setting: Setting, ground: Ground) -> None:
 
 
 def _is_claimed(ground: Ground, index: int) -> bool:
-    """Whether somebody whom the provider handed it to is still connected."""
+    """Whether a consumer that it was handed to is still connected."""
     return any(link.handed >> index & 1 and link.has_provider for link in ground.links)
 
 

@@ -16,7 +16,7 @@ from .kernels import ConsumerView
 from .world import Client, Finding, Ground
 
 WAITS: Final = ("a request is unanswered", "an end is unannounced", "a consumer is in debt")
-"""What somebody may wait for, but not for ever; each a bit."""
+"""What must not be waited for without end; each a bit."""
 
 
 def waits_on(setting: Setting, ground: Ground) -> int:
@@ -91,10 +91,10 @@ def _check_client_at_rest(setting: Setting, client: Client) -> None:
 
 @dataclass
 class Graph:
-    """What happens by itself: every world, and every move between two that nobody has to want."""
+    """What happens by itself: every world, and every move between two that needs no caller."""
 
     waits: array[int] = field(default_factory=lambda: array("B"))
-    """What somebody waits for in each world, as bits of `WAITS`."""
+    """What is waited for in each world, as bits of `WAITS`."""
     at_rest: list[int] = field(default_factory=list)
     sources: array[int] = field(default_factory=lambda: array("I"))
     targets: array[int] = field(default_factory=lambda: array("I"))
@@ -137,7 +137,7 @@ class Graph:
 
     def fair_circles(self, bit: int) -> Iterator[set[int]]:
         """
-        Find the circles in which somebody waits for ever and nothing is put off for ever.
+        Find cycles of states in which something is waited for, and no timer is put off.
 
         They are the strongly connected parts, with a move inside, of the worlds that wait; but not
         those in all of whose worlds a move is offered that is never made.

@@ -45,7 +45,7 @@ BY_ITSELF: Final = frozenset(
         "retry",
     }
 )
-"""The moves that happen by themselves once nothing fails and nobody wishes for anything."""
+"""The moves that happen by themselves once nothing fails and no caller wishes for more."""
 
 SPENDS: Final = frozenset(
     {
@@ -131,7 +131,7 @@ class Link(NamedTuple):
     is_broken: int = 0
     is_deaf: int = 0
     is_doubtful: int = 0
-    """Something was doubled or made a lie of: nobody vouches for how many sets there are."""
+    """A message was doubled or falsified: then the number of sets is not checked."""
     to_provider: tuple[int, ...] = ()
     to_consumer: tuple[tuple[int, int], ...] = ()
     open: tuple[int, ...] = ()
