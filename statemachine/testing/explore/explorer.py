@@ -53,7 +53,7 @@ from .ground import (
 )
 from .kernels import Kernels, Row
 from .liveness import check_at_rest
-from .search import Lost, Search
+from .search import Counterexample, Search
 from .story import Story, as_python
 from .world import (
     BY_ITSELF,
@@ -182,7 +182,7 @@ class Explorer:
         with self._recording(setting.kernels.rows):
             try:
                 is_complete = search.run(_first(setting), states_max, progress)
-            except Lost as lost:
+            except Counterexample as lost:
                 script = self._in_plain_names(search, lost)
                 story = self._tell(script, lost.finding)
                 raise Broken(self.bounds, script, lost.finding, story) from lost
@@ -217,7 +217,7 @@ class Explorer:
         story.end(finding)
         return story
 
-    def _in_plain_names(self, search: Search, lost: Lost) -> tuple[Move, ...]:
+    def _in_plain_names(self, search: Search, lost: Counterexample) -> tuple[Move, ...]:
         """Find the script in which connections, clients and allocations keep their names."""
         script: list[Move] = []
         world = _first(self._setting)

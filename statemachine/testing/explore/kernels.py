@@ -39,7 +39,7 @@ from .world import Bounds, Finding, Numbers
 Row = tuple[str, str, str]
 """A row of a table: the table's name, the event, the state."""
 
-Swap = tuple[int, ...]
+Permutation = tuple[int, ...]
 """For each allocation the index of the one whose name it gets; empty: as they are."""
 
 
@@ -103,7 +103,7 @@ class Kernels:
         self._consumers: Numbers[tuple[Snapshot, Any]] = Numbers()
         self._provider_steps: dict[tuple[int, ProviderInput], Step] = {}
         self._consumer_steps: dict[tuple[int, ConsumerInput], Step | None] = {}
-        self._renamed: dict[tuple[int, Swap, str | tuple[int, ...]], int] = {}
+        self._renamed: dict[tuple[int, Permutation, str | tuple[int, ...]], int] = {}
 
     def index_of(self, name: str) -> int:
         """Say which allocation has a name."""
@@ -227,7 +227,7 @@ class Kernels:
 
     # --- Other names ---------------------------------------------------------------------------
 
-    def rename_message(self, number: int, swap: Swap) -> int:
+    def rename_message(self, number: int, swap: Permutation) -> int:
         """Find the message that says the same of other allocations."""
         key = (number, swap, "message")
         if number and key not in self._renamed:
@@ -235,7 +235,7 @@ class Kernels:
             self._renamed[key] = self.messages.of(message)
         return self._renamed[key] if number else 0
 
-    def rename_consumer(self, number: int, swap: Swap) -> int:
+    def rename_consumer(self, number: int, swap: Permutation) -> int:
         """Find the consumer that is the same with another allocation."""
         key = (number, swap, "consumer")
         if number and key not in self._renamed:
@@ -245,7 +245,7 @@ class Kernels:
             self._renamed[key] = self._number_consumer(kernel, namer.of_model(known))
         return self._renamed[key] if number else 0
 
-    def rename_provider(self, number: int, connections: tuple[int, ...], swap: Swap) -> int:
+    def rename_provider(self, number: int, connections: tuple[int, ...], swap: Permutation) -> int:
         """
         Find the provider that is the same under other names, in its normal form.
 
@@ -261,7 +261,7 @@ class Kernels:
             self._renamed[key] = self._number_provider(kernel, known)
         return self._renamed[key]
 
-    def _namer(self, connections: tuple[int, ...], swap: Swap) -> _Namer:
+    def _namer(self, connections: tuple[int, ...], swap: Permutation) -> _Namer:
         names = {name: self.names[swap[i]] for i, name in enumerate(self.names)} if swap else {}
         is_any_forgotten = len(self.names) > self._limits.remembered
         return _Namer({c: i for i, c in enumerate(connections, 1)}, names, is_any_forgotten)

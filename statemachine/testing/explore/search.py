@@ -22,7 +22,7 @@ from specs import invariants as always
 from ...messages import NamespaceRequest
 from .client import ClientDraft, client_moves, is_provided, may_have_two_sets
 from .ground import GroundDraft, Setting, check_ground, ground_moves, may_crash
-from .kernels import Swap
+from .kernels import Permutation
 from .liveness import WAITS, Graph, check_at_rest, waits_of, waits_on
 from .world import (
     BY_ITSELF,
@@ -38,7 +38,7 @@ from .world import (
 )
 
 
-class Lost(Exception):
+class Counterexample(Exception):
     """
     A promise is broken.
 
@@ -69,7 +69,7 @@ class _Edge(NamedTuple):
 
     label: int
     ground: int
-    swap: Swap
+    swap: Permutation
     """How the clients' allocations are renamed on that ground."""
     client: int = 0
     is_by_itself: bool = False
@@ -80,7 +80,7 @@ class _Sight(NamedTuple):
 
     keys: tuple[tuple[object, ...], ...]
     """For each client what tells it from another one like it."""
-    ties: tuple[Swap, ...]
+    ties: tuple[Permutation, ...]
     """The ways to exchange allocations after which it may be the same ground."""
     provided: int
     """Clients who have a set at the provider, or will have, as bits."""
@@ -119,10 +119,13 @@ class Search:
         self, first: World, states_max: int | None, progress: Callable[[int, int], None] | None
     ) -> bool:
         """
-        Visit every world, then look for what is waited for in vain; raises `Lost` for a finding.
+        Visit every world, then look for what is waited for in vain.
 
         Returns:
             Whether it came to the end before there were `states_max` worlds.
+
+        Raises:
+            Counterexample: a promise is broken.
         """
         self._arrive(0, 0, *self._enter(first))
         index = 0
@@ -165,14 +168,14 @@ class Search:
                     left = (*clients[:i], edge.client, *clients[i + 1 :])
                     self._follow(index, edge, left)
         except _Stumble as stumble:
-            raise self._lost(index, stumble.error, stumble.move) from stumble.error
+            raise self._counterexample(index, stumble.error, stumble.move) from stumble.error
         if is_resting:
             self.graph.at_rest.append(index)
             known = [self._clients.things[client] for client in clients]
             try:
                 check_at_rest(self.setting, self._grounds.things[ground], known)
             except AssertionError as error:
-                raise self._lost(index, error) from error
+                raise self._counterexample(index, error) from error
 
     def _follow(self, index: int, edge: _Edge, clients: tuple[int, ...]) -> None:
         self.moves_made += 1
@@ -205,12 +208,14 @@ class Search:
                 view = self.setting.kernels.consumer_views[known.kernel]
                 item = (i, view.request.allocation_id)
                 error = always.InvariantBroken(*always.at_most_one_live_set([item], [], [item]))
-                raise self._lost(number, error)
+                raise self._counterexample(number, error)
         return waits
 
-    def _lost(self, index: int, error: AssertionError, move: Move | None = None) -> Lost:
+    def _counterexample(
+        self, index: int, error: AssertionError, move: Move | None = None
+    ) -> Counterexample:
         script, worlds = self._path(index)
-        return Lost((*script, move) if move else script, worlds, str(error))
+        return Counterexample((*script, move) if move else script, worlds, str(error))
 
     def _key(self, ground: int, clients: tuple[int, ...]) -> int:
         """Find the number of a world, which is that of all worlds that are the same."""
@@ -250,9 +255,9 @@ class Search:
         assert number < 1 << self._bits, "more clients than a world has room for"
         return number
 
-    def _settle(self, ground: Ground) -> tuple[int, Swap]:
+    def _settle(self, ground: Ground) -> tuple[int, Permutation]:
         """Give a ground the names that it has in common with all that are the same."""
-        swap: Swap = ()
+        swap: Permutation = ()
         if self._swaps:
             keys = [_key_of_node(node) for node in ground.nodes]
             swap = min([(), *self._swaps], key=lambda swap: _permuted(keys, swap))
@@ -273,7 +278,7 @@ class Search:
             waits_on(self.setting, ground),
         )
 
-    def _rename(self, ground: Ground, swap: Swap) -> Ground:
+    def _rename(self, ground: Ground, swap: Permutation) -> Ground:
         kernels = self.setting.kernels
         links, nodes, provider = ground.links, ground.nodes, ground.provider
         old = self._numbers_to_change(ground)
@@ -300,7 +305,7 @@ class Search:
             return ()
         return tuple(sorted({*known, *(link.number for link in ground.links)}))
 
-    def _swap_nodes(self, nodes: tuple[Node, ...], swap: Swap) -> tuple[Node, ...]:
+    def _swap_nodes(self, nodes: tuple[Node, ...], swap: Permutation) -> tuple[Node, ...]:
         rename = self.setting.kernels.rename_message
         swapped = list(nodes)
         for old, node in enumerate(nodes):
@@ -310,7 +315,7 @@ class Search:
             )
         return tuple(swapped)
 
-    def _swap_link(self, link: Link, swap: Swap) -> Link:
+    def _swap_link(self, link: Link, swap: Permutation) -> Link:
         rename = self.setting.kernels.rename_message
         return link._replace(
             to_provider=tuple(rename(m, swap) for m in link.to_provider),
@@ -321,7 +326,7 @@ class Search:
             pushed=_swapped_bits(link.pushed, swap),
         )
 
-    def _swap_client(self, number: int, swap: Swap) -> int:
+    def _swap_client(self, number: int, swap: Permutation) -> int:
         key = (number, swap, "client")
         if swap and key not in self._changed:
             client = self._clients.things[number]
@@ -329,7 +334,7 @@ class Search:
             self._changed[key] = self._number_client(client._replace(kernel=kernel))
         return self._changed[key] if swap else number
 
-    def _swap_ground(self, number: int, swap: Swap) -> int:
+    def _swap_ground(self, number: int, swap: Permutation) -> int:
         key = (number, swap, "swap")
         if key not in self._changed:
             self._changed[key] = self._add(self._rename(self._grounds.things[number], swap))
@@ -413,14 +418,14 @@ class Search:
     def _check_liveness(self) -> None:
         lost = self.graph.first_that_never_rests()
         if lost is not None:
-            raise self._lost(lost, Finding("from here on nothing ever comes to rest"))
+            raise self._counterexample(lost, Finding("from here on nothing ever comes to rest"))
         for bit, what in enumerate(WAITS):
             for circle in self.graph.fair_circles(1 << bit):
                 error = Finding(f"{what}, for ever: a circle of {len(circle)} worlds")
-                raise self._lost(min(circle), error)
+                raise self._counterexample(min(circle), error)
 
 
-def _swaps_of(bounds: Bounds) -> list[Swap]:
+def _swaps_of(bounds: Bounds) -> list[Permutation]:
     """Find the ways to exchange allocations that leave the set of requests as it is."""
     requests, names = set(bounds.requests), bounds.names
     swaps = []
@@ -445,7 +450,7 @@ def _key_of_client(ground: Ground, index: int) -> tuple[object, ...]:
     return (numbers, tuple(node.holders >> index & 1 for node in ground.nodes))
 
 
-def _permuted(keys: list[tuple[object, ...]], swap: Swap) -> list[tuple[object, ...]]:
+def _permuted(keys: list[tuple[object, ...]], swap: Permutation) -> list[tuple[object, ...]]:
     if not swap:
         return keys
     permuted = list(keys)
@@ -454,5 +459,5 @@ def _permuted(keys: list[tuple[object, ...]], swap: Swap) -> list[tuple[object, 
     return permuted
 
 
-def _swapped_bits(bits: int, swap: Swap) -> int:
+def _swapped_bits(bits: int, swap: Permutation) -> int:
     return sum(1 << swap[i] for i in range(len(swap)) if bits >> i & 1) if bits else 0
