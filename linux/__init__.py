@@ -1,4 +1,4 @@
-"""Does things to this node: the kernel backends and the programs.
+"""The backends on Linux and in the simulation, the consumers with defaults, and the programs.
 
     syscalls     the system calls, each failure with its call, errno and path
     features     which newer kernel features there are, found by trying
@@ -8,9 +8,10 @@
     cgroups      cgroup v2 scopes: populated, kill, remove
     mounts       uenv images: squashfs, once per image
     journal      what must be known after the provider's death
+    steps        creation and release, step by step, for both backends
     backend      `LinuxBackend`: all of that as `transport.contract.Backend`
     consumer     `Consumer`, and in consumer_async `AsyncConsumer`, with this node's defaults
-    self_service what they make themselves when the provider cannot be reached
+    self_service the namespaces that they make themselves when the provider cannot be reached
     simulated    `SimulatedBackend`: the same without a privileged machine
     survey       which allocations there are, and why one is still alive
     cli          the command `nshandoff`

@@ -1,7 +1,7 @@
 """`Consumer`: the blocking consumer of `transport.request` with this node's defaults.
 
-The Linux kernel is asked what a descriptor is, and self-service is this process' own. Each can be
-replaced.
+By default the Linux kernel says what a descriptor is, and this process makes the namespaces itself
+when it cannot reach the provider. Each can be replaced.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .self_service import OwnNamespaces
 
 class Consumer(request.Consumer):
     """
-    A consumer that blocks, and needs no argument; as `transport.request.Consumer`.
+    A blocking consumer that needs no argument; as `transport.request.Consumer`.
 
         with Consumer() as consumer, consumer.obtain(request) as handoff:
             ...
@@ -34,7 +34,7 @@ class Consumer(request.Consumer):
             they are made here, and end when the consumer is closed, or when neither it nor a
             handoff of them is left.
         patience: how long to wait.
-        audit: told of every turn to self-service.
+        audit: called with every `Fallback` to self-service.
     """
 
     def __init__(

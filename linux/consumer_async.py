@@ -16,7 +16,7 @@ from .consumer import node_defaults
 
 class AsyncConsumer(asynchronous.AsyncConsumer):
     """
-    A consumer for an event loop that needs no argument; as `transport.request.AsyncConsumer`.
+    A consumer for asyncio that needs no argument; as `transport.request.AsyncConsumer`.
 
         async with AsyncConsumer() as consumer, await consumer.obtain(request) as handoff:
             ...

@@ -1,4 +1,4 @@
-"""Self-service on demand: a `LinuxBackend` of the consumer's own, made when it is first needed."""
+"""Self-service of a consumer: a `LinuxBackend` of its own, made when it is first needed."""
 
 from __future__ import annotations
 
@@ -31,14 +31,15 @@ class OwnNamespaces:
     """
     Namespaces that a consumer makes itself, and that end with it: a `SelfService`.
 
-    Nothing is imported, looked up or started before it is needed, which is when the provider cannot
-    be had. `close` ends what was made; so does the loss of the last reference, which a handoff of
-    such namespaces is, too, and the end of the program.
+    Nothing is imported, looked up or started before the first request, which a consumer makes when
+    it cannot reach the provider. `close` ends what was made; so does the end of the program, and
+    the loss of the last reference, of which each handoff of such namespaces holds one.
 
     Args:
         features: what the Linux kernel can do.
         image_root: where images are looked for; None: where `NodeSettings` says.
-        uenv_base: where they appear; likewise. Made if it is missing and an image is asked for.
+        uenv_base: where they are mounted; likewise. Made if it is missing and a request has an
+            image.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class OwnNamespaces:
 
     @property
     def is_begun(self) -> bool:
-        """Whether any were asked for."""
+        """Whether any were requested."""
         return bool(self._made)
 
     def create_namespaces(self, request: NamespaceRequest) -> NamespaceResponse:

@@ -149,8 +149,8 @@ def survey_node(state_dir: Path, features: Features) -> NodeSeen:
 
 def states_of(pids: Iterable[int]) -> str:
     """List processes with the state of each, as text."""
-    told = [f"{pid} ({_STATE_WORDS.get(state, state)})" for pid, state, _ in _read_all(pids)]
-    return _shortened(told) or "none that can be seen"
+    processes = [f"{pid} ({_STATE_WORDS.get(state, state)})" for pid, state, _ in _read_all(pids)]
+    return _shortened(processes) or "none that can be seen"
 
 
 def zombies_below(init: int) -> str:
@@ -264,9 +264,9 @@ def _users_of(image: bytes, entries: list[Entry]) -> tuple[str, ...]:
     )
 
 
-def _shortened(told: list[str]) -> str:
-    more = len(told) - PROCESSES_SHOWN_MAX
-    shown = ", ".join(told[:PROCESSES_SHOWN_MAX])
+def _shortened(processes: list[str]) -> str:
+    more = len(processes) - PROCESSES_SHOWN_MAX
+    shown = ", ".join(processes[:PROCESSES_SHOWN_MAX])
     return f"{shown} and {more} more" if more > 0 else shown
 
 

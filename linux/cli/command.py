@@ -344,7 +344,7 @@ def _add_wishes(parser: argparse.ArgumentParser) -> None:
         "--fallback",
         choices=["unavailable", "never"],
         default="unavailable",
-        help="when to make the namespaces here: if the provider cannot be had (default), or never",
+        help="when to make the namespaces here: if no provider is reached (default), or never",
     )
 
 

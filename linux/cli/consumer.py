@@ -37,7 +37,7 @@ from ..simulated import SimulatedInspector
 from .exits import PROGRAM, ExitCode, Failure, Interrupted
 
 INTERRUPTIONS: Final = frozenset({signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM})
-"""Signals that tell the command to stop, while there is no other to pass them on to."""
+"""Signals that stop the command, while there is no inner command to pass them on to."""
 
 END_TIMEOUT_S: Final = 5.0
 """How long the confirmation of an end may take; a provider has its release deadline for that."""
@@ -169,7 +169,7 @@ def interruptible(
     taken: set[signal.Signals], is_interruptible: Callable[[], bool] = lambda: True
 ) -> Iterator[list[int]]:
     """
-    Turn the signals that tell a command to stop into `Interrupted` while the body runs.
+    Turn the signals that stop a command into `Interrupted` while the body runs.
 
     Args:
         taken: What `signals_taken` blocks, and blocks again afterwards.

@@ -1,4 +1,4 @@
-"""Tools that hold a backend or a provider on a node to the protocol.
+"""Test suites for a backend, a provider or a consumer on a node.
 
     conformance    the cases over the wire, for pytest; `plugin` has their options, `wire` speaks
     contract       the contract of a backend, as a suite to subclass

@@ -1,9 +1,9 @@
-"""A machine that is to one consumer whatever a provider could be, and knows what is promised.
+"""Stateful test of a consumer against a provider that may do anything, at any time.
 
-The provider here says anything at any time: the right answer, a wrong one, another one, garbage,
-nothing. The consumer is driven by `transport.request`'s own driver, one step at a time, so that
-every step may be late. `Dealings` has the rules and the invariants; a `Counterpart` says what the
-consumer is connected with: pipes, or real sockets and the Linux kernel's namespaces.
+The provider sends the right answer, a wrong one, another one, garbage, or nothing. The consumer
+runs on the driver of `transport.request`, one step at a time, so that every step may be late.
+`Dealings` has the rules and the invariants; a `Counterpart` says what the consumer is connected
+with: pipes, or real sockets and the Linux kernel's namespaces.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ KINDS: Final = (PID, MOUNT)
 STEPS: Final = 20
 
 FOREVER: Final = Patience(connect_s=1e6, answer_s=1e6, redial_s=1e6)
-"""Nothing runs out unless it is told to."""
+"""No deadline passes unless a rule lets it."""
 
 ENDABLE: Final = frozenset(
     {
@@ -76,11 +76,11 @@ OTHERS: Final = (
     "garbage",
 )
 REFUSALS: Final = ("creation failed", "not found")
-"""Answers that are the caller's to hear, and no reason to serve itself."""
+"""Answers that the caller is given, and no reason for self-service."""
 NOTHING_MADE: Final = (*REFUSALS, "unavailable")
-"""Answers to a request that tell that the provider has made nothing."""
+"""Answers to a request after which the provider has made nothing."""
 CONFIRMATIONS: Final = ("ended", "not found")
-"""Answers to an end that tell that the provider has nothing any more."""
+"""Answers to an end after which the provider has nothing any more."""
 
 
 class Counterpart(ABC):
@@ -104,7 +104,7 @@ class Counterpart(ABC):
         world.backend.create_namespaces(NamespaceRequest(self._stock, KINDS))
 
     def _serves(self, world: World) -> SelfService:
-        """Have something that makes the consumer's own, of the kind of the provider's."""
+        """Make a backend for self-service, of the kind of the provider's."""
         if not isinstance(world, LinuxWorld):
             return SimulatedBackend(self._node, has_journal=False)
         return LinuxBackend.for_self_service(
@@ -112,7 +112,7 @@ class Counterpart(ABC):
         )
 
     def kept(self) -> Counter[Hashable]:
-        """The descriptors that a simulated node has of what the consumer made itself."""
+        """Count a simulated node's descriptors of what the consumer made itself."""
         namespaces = self._node.namespaces
         return Counter(self.inspector.inspect(n.descriptor.fileno()) for n in namespaces)
 
@@ -122,7 +122,7 @@ class Counterpart(ABC):
 
     @abstractmethod
     def connect(self, exchange: Exchange) -> Pipe | Channel:
-        """Let its call get through; the provider's end of it."""
+        """Let it connect; return the provider's end."""
 
     @abstractmethod
     def fail_to_connect(self, exchange: Exchange) -> None:
@@ -130,16 +130,16 @@ class Counterpart(ABC):
 
     @abstractmethod
     def garble(self) -> None:
-        """Let the provider say what is no message."""
+        """Let the provider send what is no message."""
 
     def begin(self, audit: Callable[[Fallback], None]) -> Exchange:
-        """Have a consumer that has done nothing yet."""
+        """Make a consumer that has done nothing yet."""
         brain, path = self._brain(self.request), self.socket
         return Exchange(brain, self.inspector, self._service, FOREVER, audit, path)
 
     @property
     def socket(self) -> Path:
-        """Where it calls."""
+        """The path it connects to."""
         return Path("nowhere")
 
     def bundle(self) -> DescriptorBundle:
@@ -165,14 +165,14 @@ class OnPipes(Counterpart):
         return self._end
 
     def fail_to_connect(self, exchange: Exchange) -> None:
-        exchange.not_connected(SocketUnavailable("nobody is there"))
+        exchange.not_connected(SocketUnavailable("no provider is there"))
 
     def garble(self) -> None:
         self._end.put(Rejected(FdPassing("unreadable")))
 
 
 class OnSockets(Counterpart):
-    """A consumer that calls a real socket."""
+    """A consumer that connects to a real socket."""
 
     def __init__(self, world: World, prefix: str) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="nsh-")
@@ -192,7 +192,7 @@ class OnSockets(Counterpart):
         return Channel(self._line, accepts_descriptors=False)
 
     def fail_to_connect(self, exchange: Exchange) -> None:
-        exchange.path = self.socket.with_name("nobody.sock")
+        exchange.path = self.socket.with_name("absent.sock")
         perform(exchange, do.Connect())
 
     def garble(self) -> None:
@@ -207,9 +207,9 @@ class OnSockets(Counterpart):
 
 class Dealings(RuleBasedStateMachine):
     """
-    What may happen to a consumer, and what must be true meanwhile.
+    Rules for what may happen to a consumer, and invariants of what must be true meanwhile.
 
-    Subclass it with `counterpart`. One run is the life of a few consumers, one after the other.
+    Subclass it with `counterpart`. One run has a few consumers, one after the other.
     """
 
     counterpart: Counterpart
@@ -225,7 +225,7 @@ class Dealings(RuleBasedStateMachine):
         self.exchange = self.counterpart.begin(self.fallbacks.append)
         self.end: Pipe | Channel | None = None
         self.heard: list[list[Message]] = []
-        """What the provider heard, on each connection."""
+        """What the provider received, on each connection."""
         self.may_be_made = False
         """Whether the provider may have a set for this consumer."""
         self.is_refused = False
@@ -437,5 +437,5 @@ class Dealings(RuleBasedStateMachine):
 
 
 def dealings(counterpart: Counterpart) -> type[Dealings]:
-    """Make a class of its own for one test: Hypothesis makes many of it."""
+    """Make a class for one test; Hypothesis makes its instances."""
     return type("Machine", (Dealings,), {"counterpart": counterpart})

@@ -1,4 +1,4 @@
-"""The conformance suite for a provider that is nothing but a socket, in any language.
+"""Conformance suite for a provider in any language: it is tested over its socket alone.
 
     pytest --pyargs linux.testing.conformance --provider-socket PATH
 
@@ -442,7 +442,7 @@ def test_descriptors_come_with_the_first_byte_of_their_frame(wire: Wire) -> None
 
 
 def _exactly(sock: socket.socket, size: int) -> bytes:
-    """Read so many bytes, with which no descriptors may come."""
+    """Read so many bytes; no descriptors may come with them."""
     data = b""
     while len(data) < size:
         reception = receive_once(sock, size - len(data), 8)
@@ -522,7 +522,7 @@ def test_a_repeated_type_is_refused(wire: Wire, what: tuple[NamespaceType, ...])
 
 
 def check_refused(wire: Wire, line: Ear) -> None:
-    """Hear that a request cannot be granted, which costs nothing but the request."""
+    """Expect that a request is refused, and that nothing else is lost by it."""
     answer = line.hear()
     assert isinstance(answer, CreationFailed), answer
     assert answer.reason.strip()
@@ -682,15 +682,15 @@ def test_everybody_who_holds_it_hears_of_the_end_once(wire: Wire) -> None:
     holders = [wire.call() for _ in range(4)]
     for line in holders:
         wire.ask(request, line)
-        wire.ask(request, line)  # twice handed, once told
-    stranger = wire.call()
+        wire.ask(request, line)  # handed off twice, but one notice
+    other_line = wire.call()
     other = wire.request(PID)
-    wire.ask(other, stranger)
+    wire.ask(other, other_line)
     wire.end(request.allocation_id)
     for line in holders:
         assert line.hear() == AllocationEnded(request.allocation_id)
         wire.barrier(line)
-    wire.barrier(stranger)
+    wire.barrier(other_line)
 
 
 @case("END-15/1")

@@ -247,34 +247,34 @@ class BackendContract:
 
     @pytest.mark.clause("END-9")
     def test_what_cannot_end_yet_is_said_and_goes_later(self, world: World, name: str) -> None:
-        world.entangle(name)
+        world.block_release(name)
         for _ in range(10):
             world.backend.release_namespaces(name)
             assert world.backend.why_alive(name)
-        world.disentangle(name)
+        world.unblock_release(name)
         world.release(name)
         assert world.leftovers() == []
 
     def test_what_is_being_released_gives_no_descriptors(self, world: World, name: str) -> None:
-        world.entangle(name)
+        world.block_release(name)
         world.backend.release_namespaces(name)
         with pytest.raises(AllocationNotFound):
             world.backend.bundle_of(name)
-        world.disentangle(name)
+        world.unblock_release(name)
 
     def test_what_is_being_released_cannot_be_created(self, world: World, name: str) -> None:
-        world.entangle(name)
+        world.block_release(name)
         world.backend.release_namespaces(name)
         with pytest.raises(CreationFailed, match="alive"):
             create(world, name)
-        world.disentangle(name)
+        world.unblock_release(name)
 
     def test_what_cannot_end_yet_blocks_no_other(self, world: World, name: str) -> None:
-        world.entangle(name)
+        world.block_release(name)
         world.backend.release_namespaces(name)
         create(world, f"{name}-other")
         world.release(f"{name}-other")
-        world.disentangle(name)
+        world.unblock_release(name)
 
     # --- Observing ------------------------------------------------------------------------------
 
@@ -394,11 +394,11 @@ class BackendContract:
         world.sees(name, Sighting.EMPTIED)
 
     def test_what_is_being_released_is_watched_for_nothing(self, world: World, name: str) -> None:
-        world.entangle(name)
+        world.block_release(name)
         world.backend.release_namespaces(name)
         world.backend.watch(name)
         assert world.sightings(name) == []
-        world.disentangle(name)
+        world.unblock_release(name)
 
     def test_what_is_not_there_cannot_be_watched(self, world: World, allocation_id: str) -> None:
         with pytest.raises(AllocationNotFound):
@@ -451,11 +451,11 @@ class BackendContract:
         assert world.leftovers() == []
 
     def test_what_was_being_released_is_still_to_be_released(self, world: World, name: str) -> None:
-        world.entangle(name)
+        world.block_release(name)
         world.backend.release_namespaces(name)
         (adoption,) = world.restart().adoptions
         assert adoption.state is AllocationState.ENDED
-        world.disentangle(name)
+        world.unblock_release(name)
         world.release(name)
 
     def test_what_ended_meanwhile_is_seen_at_once(self, world: World, name: str) -> None:

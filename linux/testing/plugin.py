@@ -1,4 +1,4 @@
-"""The plugin of pytest: names the provider to be tried, and the marker `clause`.
+"""Pytest plugin: options that name the provider to be tested, and the marker `clause`.
 
 Loaded by every pytest where this package is installed, so it imports nothing else of ours.
 """
@@ -12,7 +12,7 @@ pytest.register_assert_rewrite("linux.testing.conformance", "linux.testing.contr
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add what `linux.testing.conformance` has to know."""
-    group = parser.getgroup("provider", "a provider to be tried by linux.testing.conformance")
+    group = parser.getgroup("provider", "a provider to be tested by linux.testing.conformance")
     group.addoption("--provider-socket", metavar="PATH", help="where it listens")
     group.addoption(
         "--provider-backend",

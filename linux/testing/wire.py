@@ -1,7 +1,7 @@
-"""Speak to a provider over nothing but its socket, and number the cases that do.
+"""A test's connections to a provider, over its socket alone, and the numbers of the cases.
 
-`ProviderUnderTest` is what the cases of `conformance` know of it. `Wire` is what one case does with
-it, and ends with the case.
+`ProviderUnderTest` has what the cases of `conformance` know of it. A `Wire` has the connections of
+one case, and is closed with it.
 """
 
 from __future__ import annotations

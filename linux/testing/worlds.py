@@ -133,18 +133,18 @@ class World(ABC):
         """Let a process enter the cgroup and exit at once."""
 
     @abstractmethod
-    def bury(self, name: str) -> None:
+    def reap_killed(self, name: str) -> None:
         """Reap the processes of an allocation that were killed with it."""
 
     @abstractmethod
     def freeze(self, name: str, *, is_frozen: bool = True) -> None: ...
 
     @abstractmethod
-    def entangle(self, name: str) -> None:
-        """Put something into the allocation that cannot be ended for now."""
+    def block_release(self, name: str) -> None:
+        """Put a process into the allocation that cannot be killed, so that its release waits."""
 
     @abstractmethod
-    def disentangle(self, name: str) -> None: ...
+    def unblock_release(self, name: str) -> None: ...
 
     @abstractmethod
     def kill_init(self, name: str) -> None: ...
@@ -272,7 +272,7 @@ class SimulatedWorld(World):
     def leave(self, name: str, *, is_reaped: bool = True) -> None:
         self.node.end_process(name, is_reaped=is_reaped)
 
-    def bury(self, name: str) -> None:
+    def reap_killed(self, name: str) -> None:
         """Simulated parents reap."""
 
     def pass_through(self, name: str) -> None:
@@ -282,10 +282,10 @@ class SimulatedWorld(World):
     def freeze(self, name: str, *, is_frozen: bool = True) -> None:
         self.node.freeze(name, is_frozen=is_frozen)
 
-    def entangle(self, name: str) -> None:
+    def block_release(self, name: str) -> None:
         self.node.leave_unreaped(name)
 
-    def disentangle(self, name: str) -> None:
+    def unblock_release(self, name: str) -> None:
         self.node.reap(name)
 
     def kill_init(self, name: str) -> None:
@@ -432,7 +432,7 @@ class LinuxWorld(World):
         else:
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
 
-    def bury(self, name: str) -> None:
+    def reap_killed(self, name: str) -> None:
         for process in self._members.pop(name, []):
             assert process.wait(DEADLINE_S) == -signal.SIGKILL
 
@@ -446,7 +446,7 @@ class LinuxWorld(World):
         state = f"frozen {int(is_frozen)}"
         eventually(lambda: state in (scope / "cgroup.events").read_text())
 
-    def entangle(self, name: str) -> None:
+    def block_release(self, name: str) -> None:
         with self.backend.bundle_of(name) as bundle:
             process = spawn_within(["sleep", "infinity"], bundle)
         self._entangled[name] = process
@@ -454,7 +454,7 @@ class LinuxWorld(World):
         process.send_signal(signal.SIGKILL)
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
 
-    def disentangle(self, name: str) -> None:
+    def unblock_release(self, name: str) -> None:
         self._entangled.pop(name).wait()
 
     def kill_init(self, name: str) -> None:

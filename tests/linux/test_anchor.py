@@ -157,7 +157,7 @@ def test_adopt_after_a_kernel_upgrade_of_the_features_still_finds_it(forge: Forg
             adopted.close()
 
 
-def test_adopt_knows_nobody_from_another_boot(forge: Forge, features: Features) -> None:
+def test_adopt_refuses_an_anchor_of_another_boot(forge: Forge, features: Features) -> None:
     with made(forge, plan()) as anchor:
         before = dataclasses.replace(anchor.identity(features), boot_id="another")
         assert adopt(before, anchor.token, features) is None
@@ -243,10 +243,10 @@ def test_every_living_anchor_is_found_in_its_cgroup(
         assert find_anchors(anchors_cgroup) == {}
 
 
-def test_stranger_with_a_token_is_no_anchor(cgroup2: Path, anchors_cgroup: Path) -> None:
-    with subprocess.Popen(["sleep", "infinity"], env={ANCHOR_VARIABLE: "stolen"}) as stranger:
+def test_another_process_with_a_token_is_no_anchor(cgroup2: Path, anchors_cgroup: Path) -> None:
+    with subprocess.Popen(["sleep", "infinity"], env={ANCHOR_VARIABLE: "stolen"}) as other:
         assert find_anchors(anchors_cgroup) == {}
-        stranger.kill()
+        other.kill()
 
 
 def test_no_cgroup_has_no_anchors(cgroup2: Path) -> None:

@@ -275,7 +275,7 @@ def test_why_an_ended_allocation_is_alive_is_journaled(
     world: LinuxWorld, allocation_id: str
 ) -> None:
     create(world, allocation_id)
-    world.entangle(allocation_id)
+    world.block_release(allocation_id)
     zombie = world._entangled[allocation_id].pid
 
     def names_the_zombie() -> bool:
@@ -290,7 +290,7 @@ def test_why_an_ended_allocation_is_alive_is_journaled(
     (entry,) = read_journal(world.state_dir).entries
     assert (entry.state, entry.why) == (AllocationState.ENDED, why)
     world.start()
-    world.disentangle(allocation_id)
+    world.unblock_release(allocation_id)
     world.release(allocation_id)
 
 
@@ -417,7 +417,7 @@ sys.stdin.read()
 # --- What an operator reads --------------------------------------------------------------------
 
 
-def test_states_are_told_in_words() -> None:
+def test_states_are_shown_in_words() -> None:
     with subprocess.Popen(["sleep", "infinity"]) as process:
         eventually(lambda: "sleeping" in states_of([process.pid]))
         os.kill(process.pid, signal.SIGSTOP)
@@ -427,12 +427,12 @@ def test_states_are_told_in_words() -> None:
         assert states_of([process.pid]) == f"{process.pid} (a zombie)"
 
 
-def test_no_processes_and_many_are_told_in_words() -> None:
+def test_no_processes_and_many_are_shown_in_words() -> None:
     assert states_of([]) == "none that can be seen"
     assert states_of([os.getpid()] * (PROCESSES_SHOWN_MAX + 3)).endswith("and 3 more")
 
 
-def test_a_process_with_brackets_in_its_name_is_told(tmp_path: Path) -> None:
+def test_a_process_with_brackets_in_its_name_is_shown(tmp_path: Path) -> None:
     program = tmp_path / "a) Z (b"
     program.write_text("#!/bin/sh\nread x\n")
     program.chmod(0o755)

@@ -36,7 +36,7 @@ from transport.descriptors import Descriptor
 pytestmark = pytest.mark.needs_root
 
 OWNER: Final = "token-of-this-test"
-STRANGER: Final = "token-of-somebody-else"
+OTHER_TOKEN: Final = "token-of-another"
 DEADLINE_S: Final = 10.0
 IDLE_S: Final = 0.2
 """How long an idle watch is counted; a spinning one wakes thousands of times in it."""
@@ -188,10 +188,10 @@ def test_an_odd_but_legal_id_lives_its_life(root: Path, name: str) -> None:
 
 
 @pytest.mark.clause("END-11")
-def test_a_scope_of_somebody_else_is_named_and_left_alone(root: Path) -> None:
-    theirs = Scope.create(root, "alloc", STRANGER)
+def test_a_scope_of_another_owner_is_named_and_left_alone(root: Path) -> None:
+    theirs = Scope.create(root, "alloc", OTHER_TOKEN)
     with running(theirs.path) as process:
-        with pytest.raises(ScopeError, match=rf"EEXIST.*alloc\.scope; it belongs .* {STRANGER}"):
+        with pytest.raises(ScopeError, match=rf"EEXIST.*alloc\.scope; it belongs .* {OTHER_TOKEN}"):
             Scope.create(root, "alloc", OWNER)
         assert Scope.open(root, "alloc", OWNER) is None
         mine = Scope(theirs.path, OWNER)
@@ -199,7 +199,7 @@ def test_a_scope_of_somebody_else_is_named_and_left_alone(root: Path) -> None:
         assert mine.is_gone()
         assert mine.remove()
         assert process.poll() is None
-    assert theirs.owner() == STRANGER
+    assert theirs.owner() == OTHER_TOKEN
 
 
 def test_our_own_scope_is_not_made_a_second_time(root: Path) -> None:
@@ -300,7 +300,7 @@ def test_freezing_is_neither_use_nor_end(scope: Scope) -> None:
 
 
 @pytest.mark.clause("END-4")
-def test_use_that_nobody_watched_is_still_proved(scope: Scope, root: Path) -> None:
+def test_use_that_was_not_watched_is_still_known(scope: Scope, root: Path) -> None:
     run_to_end(scope.path)
     found = Scope.open(root, "alloc", OWNER)
     assert found is not None
@@ -359,7 +359,7 @@ def test_moving_the_last_process_out_empties_it(scope: Scope, root: Path) -> Non
         wait_until(scope.is_over)
 
 
-def test_a_scope_that_somebody_removed_is_over_and_removed(scope: Scope) -> None:
+def test_a_scope_that_others_removed_is_over_and_removed(scope: Scope) -> None:
     scope.path.rmdir()
     assert scope.is_gone()
     wait_until(scope.is_over)
@@ -465,7 +465,7 @@ def test_remove_takes_a_wide_and_a_deep_nest(scope: Scope) -> None:
     assert scope.remove()
 
 
-def test_remove_waits_for_nobody(scope: Scope) -> None:
+def test_remove_waits_for_no_process(scope: Scope) -> None:
     below = scope.path / "a" / "b"
     below.mkdir(parents=True)
     (scope.path / "empty").mkdir()
@@ -609,7 +609,7 @@ def test_a_slice_that_was_there_before_stays(root: Path) -> None:
     assert (root / WORKLOAD_SLICE).is_dir()
 
 
-def test_scopes_are_made_while_somebody_removes_the_empty_slice(root: Path) -> None:
+def test_scopes_are_made_while_others_remove_the_empty_slice(root: Path) -> None:
     done = threading.Event()
 
     def tidy() -> None:

@@ -41,12 +41,12 @@ def daemon(tmp_path_factory: pytest.TempPathFactory, image_root: Path) -> Iterat
 
 
 def test_basic_help_names_the_verbs_and_the_exit_codes() -> None:
-    told = nshandoff("--help")
-    assert (told.returncode, told.stderr) == (0, "")
+    result = nshandoff("--help")
+    assert (result.returncode, result.stderr) == (0, "")
     for verb in (*VERBS, "demo"):
-        assert f"\n    {verb} " in told.stdout
+        assert f"\n    {verb} " in result.stdout
     for code in ExitCode:
-        assert f"\n    {code.value} " in told.stdout
+        assert f"\n    {code.value} " in result.stdout
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -131,10 +131,10 @@ def test_what_makes_no_sense_is_refused_before_anything_is_done(
     if words and words[0] in ("request", "end"):
         words = [*words, *ABSENT]
     assert code_of(words) == ExitCode.USAGE
-    told = capsys.readouterr()
-    assert says in told.err
-    assert "handoff socket" not in told.err
-    assert told.out == ""
+    result = capsys.readouterr()
+    assert says in result.err
+    assert "handoff socket" not in result.err
+    assert result.out == ""
 
 
 @pytest.mark.parametrize(
@@ -205,8 +205,8 @@ def test_request_shows_what_the_linux_kernel_says(daemon: Daemon, allocation_id:
             ids = [identity.key[0] for identity in handoff.identities]
         assert [one["namespace_id"] for one in shown["descriptors"]] == ids
         program.send_signal(signal.SIGTERM)
-        _, told = program.communicate()
-    assert (program.returncode, told) == (0, f"nshandoff: {allocation_id} has ended\n")
+        _, result = program.communicate()
+    assert (program.returncode, result) == (0, f"nshandoff: {allocation_id} has ended\n")
     assert daemon.alive() == []
 
 
@@ -220,9 +220,9 @@ def test_request_lets_go_and_leaves_the_allocation(
         assert program.stdout is not None
         assert allocation_id in program.stdout.readline()
         program.send_signal(number)
-        _, told = program.communicate()
+        _, result = program.communicate()
     assert program.returncode == 0
-    assert "stays alive" in told
+    assert "stays alive" in result
     assert daemon.alive() == [allocation_id]
     ended = nshandoff("end", allocation_id, "--socket", daemon.socket)
     assert (ended.returncode, ended.stderr) == (0, f"nshandoff: {allocation_id} has ended\n")
@@ -230,23 +230,23 @@ def test_request_lets_go_and_leaves_the_allocation(
 
 
 @needs_root
-def test_request_hears_of_the_end(daemon: Daemon, allocation_id: str) -> None:
+def test_request_reports_the_end(daemon: Daemon, allocation_id: str) -> None:
     words = ("--id", allocation_id, "--namespaces", "net", "--socket", daemon.socket)
     with running("request", *words) as program:
         assert program.stdout is not None
         assert program.stdout.readline()
         daemon.consumer().end(allocation_id)
-        _, told = program.communicate()
-    assert (program.returncode, told) == (0, f"nshandoff: {allocation_id} has ended\n")
+        _, result = program.communicate()
+    assert (program.returncode, result) == (0, f"nshandoff: {allocation_id} has ended\n")
 
 
 @needs_root
 def test_request_that_is_refused_exits_with_no(daemon: Daemon, allocation_id: str) -> None:
     words = ("--namespaces", "mount", "--uenv", "absent.sqfs", "--socket", daemon.socket)
-    told = nshandoff("request", "--id", allocation_id, *words)
-    assert (told.returncode, told.stdout) == (ExitCode.NO, "")
-    assert "CreationFailed: " in told.stderr
-    assert "no such image" in told.stderr
+    result = nshandoff("request", "--id", allocation_id, *words)
+    assert (result.returncode, result.stdout) == (ExitCode.NO, "")
+    assert "CreationFailed: " in result.stderr
+    assert "no such image" in result.stderr
 
 
 @needs_root
@@ -262,29 +262,29 @@ def test_request_without_a_provider_serves_itself_and_says_so(
         assert "does not exist" in shown["fallback"]
         assert set(identities_of(shown)) == {"Pid", "Mount"}
         program.send_signal(signal.SIGTERM)
-        _, told = program.communicate()
-    assert "namespace.handoff_failed" in told
-    assert "ends now" in told
+        _, result = program.communicate()
+    assert "namespace.handoff_failed" in result
+    assert "ends now" in result
 
 
 def test_refused_fallback_exits_with_unavailable(tmp_path: Path, allocation_id: str) -> None:
     socket = ("--socket", tmp_path / "absent.sock", "--fallback", "never")
-    told = nshandoff("request", "--id", allocation_id, "--namespaces", "pid", *socket)
-    assert (told.returncode, told.stdout) == (ExitCode.UNAVAILABLE, "")
-    assert "SocketUnavailable: " in told.stderr
+    result = nshandoff("request", "--id", allocation_id, "--namespaces", "pid", *socket)
+    assert (result.returncode, result.stdout) == (ExitCode.UNAVAILABLE, "")
+    assert "SocketUnavailable: " in result.stderr
 
 
 def test_end_without_a_provider_is_unavailable_at_once(tmp_path: Path) -> None:
-    told = nshandoff("end", "anything", "--socket", tmp_path / "absent.sock")
-    assert (told.returncode, told.stdout) == (ExitCode.UNAVAILABLE, "")
-    assert "does not exist" in told.stderr
+    result = nshandoff("end", "anything", "--socket", tmp_path / "absent.sock")
+    assert (result.returncode, result.stdout) == (ExitCode.UNAVAILABLE, "")
+    assert "does not exist" in result.stderr
 
 
 @needs_root
 def test_end_of_what_is_not_known_is_no(daemon: Daemon, allocation_id: str) -> None:
-    told = nshandoff("end", allocation_id, "--socket", daemon.socket)
-    assert told.returncode == ExitCode.NO
-    assert told.stderr == (
+    result = nshandoff("end", allocation_id, "--socket", daemon.socket)
+    assert result.returncode == ExitCode.NO
+    assert result.stderr == (
         f"nshandoff: AllocationNotFound: allocation not found: {allocation_id}\n"
     )
 

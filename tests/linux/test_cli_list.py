@@ -37,9 +37,9 @@ def daemon(tmp_path: Path, image_root: Path) -> Iterator[Daemon]:
 
 
 def listed(state_dir: Path) -> dict[str, Any]:
-    told = nshandoff("list", "--state-dir", state_dir, "--json")
-    assert (told.returncode, told.stderr) == (0, "")
-    shown: dict[str, Any] = json.loads(told.stdout)
+    result = nshandoff("list", "--state-dir", state_dir, "--json")
+    assert (result.returncode, result.stderr) == (0, "")
+    shown: dict[str, Any] = json.loads(result.stdout)
     assert shown["schema"] == 1
     # Images are the whole node's; other providers on it come and go.
     below = str(state_dir.parent.parent)
@@ -48,9 +48,9 @@ def listed(state_dir: Path) -> dict[str, Any]:
 
 
 def table(state_dir: Path) -> list[str]:
-    told = nshandoff("list", "--state-dir", state_dir)
-    assert (told.returncode, told.stderr) == (0, "")
-    return told.stdout.splitlines()
+    result = nshandoff("list", "--state-dir", state_dir)
+    assert (result.returncode, result.stderr) == (0, "")
+    return result.stdout.splitlines()
 
 
 def test_basic_everything_of_an_allocation_is_shown(
@@ -161,6 +161,6 @@ def test_readiness_of_a_provider_that_was_killed_is_not_believed(tmp_path: Path)
 def test_damaged_journal_is_named(tmp_path: Path) -> None:
     journal = tmp_path / JOURNAL_NAME
     journal.write_bytes(b"not a database" * 100)
-    told = nshandoff("list", "--state-dir", tmp_path)
-    assert (told.returncode, told.stdout) == (ExitCode.ENVIRONMENT, "")
-    assert f"JournalCorrupt: {journal}" in told.stderr
+    result = nshandoff("list", "--state-dir", tmp_path)
+    assert (result.returncode, result.stdout) == (ExitCode.ENVIRONMENT, "")
+    assert f"JournalCorrupt: {journal}" in result.stderr

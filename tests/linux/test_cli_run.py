@@ -57,9 +57,9 @@ def test_basic_command_is_inside_and_its_exit_status_comes_out(
         echo complaint >&2; exit 7
     """
     command = ("--uenv", "hello.sqfs", "--", "sh", "-c", script)
-    told = nshandoff(*words, *ALL, *command, cwd=tmp_path, stdin=None, input="from outside\n")
-    assert (told.returncode, told.stderr) == (7, "complaint\n")
-    assert told.stdout.splitlines() == [
+    result = nshandoff(*words, *ALL, *command, cwd=tmp_path, stdin=None, input="from outside\n")
+    assert (result.returncode, result.stderr) == (7, "complaint\n")
+    assert result.stdout.splitlines() == [
         "from outside",
         "2",
         str(tmp_path),
@@ -74,20 +74,20 @@ def test_basic_command_is_inside_and_its_exit_status_comes_out(
 
 
 def test_no_namespace_at_all_is_an_allocation_too(words: tuple[str, ...]) -> None:
-    told = nshandoff(*words, "--namespaces", "", "--", "readlink", "/proc/self/ns/net")
-    assert (told.returncode, told.stderr) == (0, "")
-    assert told.stdout.strip() == os.readlink("/proc/self/ns/net")
+    result = nshandoff(*words, "--namespaces", "", "--", "readlink", "/proc/self/ns/net")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.strip() == os.readlink("/proc/self/ns/net")
 
 
-def test_death_by_signal_is_told_as_a_shell_tells_it(words: tuple[str, ...]) -> None:
-    told = nshandoff(*words, *ALL, "--", "sh", "-c", "kill -KILL $$")
-    assert (told.returncode, told.stderr) == (128 + signal.SIGKILL, "")
+def test_death_by_signal_is_reported_as_a_shell_does(words: tuple[str, ...]) -> None:
+    result = nshandoff(*words, *ALL, "--", "sh", "-c", "kill -KILL $$")
+    assert (result.returncode, result.stderr) == (128 + signal.SIGKILL, "")
 
 
 def test_what_the_command_leaves_ends_with_it(words: tuple[str, ...], cgroup2: Path) -> None:
     left = "setsid sleep 1000 >/dev/null 2>&1 & exit 0"
-    told = nshandoff(*words, "--namespaces", "net", "--", "sh", "-c", left)
-    assert (told.returncode, told.stderr) == (0, "")
+    result = nshandoff(*words, "--namespaces", "net", "--", "sh", "-c", left)
+    assert (result.returncode, result.stderr) == (0, "")
     assert not list(cgroup2.glob(f"workload.slice/{words[-1]}.scope"))
 
 
@@ -131,7 +131,7 @@ def test_ended_allocation_takes_the_command_along(
 def test_interruption_before_there_is_a_command_withdraws_the_request(
     tmp_path: Path, allocation_id: str
 ) -> None:
-    """The provider takes the connection, and says nothing until it is told of the end."""
+    """The provider takes the connection, and sends nothing until the end is requested."""
     path = tmp_path / "silent.sock"
     words = ("run", "--socket", path, "--id", allocation_id, "--fallback", "never")
     with (
@@ -175,17 +175,17 @@ def next_message(accepted: endpoint.Accepted) -> object:
 def test_command_that_cannot_run_is_named(
     daemon: Daemon, words: tuple[str, ...], command: str, code: ExitCode, says: str
 ) -> None:
-    told = nshandoff(*words, *ALL, "--", command)
-    assert (told.returncode, told.stdout) == (code, "")
-    assert told.stderr == f"nshandoff: {command}: {says}" + told.stderr.partition(says)[2]
+    result = nshandoff(*words, *ALL, "--", command)
+    assert (result.returncode, result.stdout) == (code, "")
+    assert result.stderr == f"nshandoff: {command}: {says}" + result.stderr.partition(says)[2]
     assert daemon.alive() == []
 
 
 def test_refused_creation_is_reported_and_not_papered_over(words: tuple[str, ...]) -> None:
-    told = nshandoff(*words, *ALL, "--uenv", "absent.sqfs", "--", "echo", "never")
-    assert (told.returncode, told.stdout) == (ExitCode.RUN_FAILED, "")
-    assert told.stderr.startswith("nshandoff: CreationFailed: ")
-    assert "no such image" in told.stderr
+    result = nshandoff(*words, *ALL, "--uenv", "absent.sqfs", "--", "echo", "never")
+    assert (result.returncode, result.stdout) == (ExitCode.RUN_FAILED, "")
+    assert result.stderr.startswith("nshandoff: CreationFailed: ")
+    assert "no such image" in result.stderr
 
 
 def test_draining_is_said_and_not_waited_for(
@@ -199,9 +199,9 @@ def test_draining_is_said_and_not_waited_for(
             daemon.obtain(allocation_id, PID) as handoff,
             spawn_within(["sleep", "1000"], handoff.bundle) as unreaped,
         ):
-            _, told = program.communicate("")
+            _, result = program.communicate("")
             assert program.returncode == 0
-            assert f"nshandoff: {allocation_id} has ended and is draining: " in told
+            assert f"nshandoff: {allocation_id} has ended and is draining: " in result
             assert daemon.alive() == [allocation_id]
             unreaped.wait(DEADLINE_S)
     wait_until(lambda: not daemon.alive())
@@ -218,34 +218,34 @@ def test_without_a_provider_it_serves_itself_and_says_so_loudly(
     places = ("--image-root", image_root, "--uenv-base", base, "--uenv", "hello.sqfs")
     script = f"echo $$; cat {base}/hello/hello.txt; tail -n 1 /proc/self/cgroup; exit 5"
     socket = ("--socket", tmp_path / "absent.sock", "--id", allocation_id)
-    told = nshandoff("run", *socket, *places, *ALL, "--", "sh", "-c", script)
-    assert told.returncode == 5
-    assert told.stdout.splitlines() == [
+    result = nshandoff("run", *socket, *places, *ALL, "--", "sh", "-c", script)
+    assert result.returncode == 5
+    assert result.stdout.splitlines() == [
         "2",
         "hello from the image",
         f"0::/workload.slice/{allocation_id}.scope",
     ]
-    assert told.stderr.startswith("nshandoff: WARNING: namespace.handoff_failed: ")
-    assert "serving itself" in told.stderr
-    assert told.stderr.count("\n") == 1
+    assert result.stderr.startswith("nshandoff: WARNING: namespace.handoff_failed: ")
+    assert "serving itself" in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.clause("SELF-6")
 def test_refused_fallback_is_a_failure_of_its_own(tmp_path: Path) -> None:
     socket = ("--socket", tmp_path / "absent.sock", "--fallback", "never")
-    told = nshandoff("run", *socket, *ALL, "--", "echo", "never")
-    assert (told.returncode, told.stdout) == (ExitCode.RUN_FAILED, "")
-    assert "SocketUnavailable: handoff socket unavailable: " in told.stderr
+    result = nshandoff("run", *socket, *ALL, "--", "echo", "never")
+    assert (result.returncode, result.stdout) == (ExitCode.RUN_FAILED, "")
+    assert "SocketUnavailable: handoff socket unavailable: " in result.stderr
 
 
 def test_failed_self_service_says_both_reasons(tmp_path: Path, image_root: Path) -> None:
     places = ("--image-root", image_root, "--uenv-base", tmp_path / "uenv", "--uenv", "absent")
     socket = ("--socket", tmp_path / "absent.sock")
-    told = nshandoff("run", *socket, *places, *ALL, "--", "echo", "never")
-    assert (told.returncode, told.stdout) == (ExitCode.RUN_FAILED, "")
-    assert "CreationFailed: " in told.stderr
-    assert "no such image" in told.stderr
-    assert "absent.sock does not exist" in told.stderr
+    result = nshandoff("run", *socket, *places, *ALL, "--", "echo", "never")
+    assert (result.returncode, result.stdout) == (ExitCode.RUN_FAILED, "")
+    assert "CreationFailed: " in result.stderr
+    assert "no such image" in result.stderr
+    assert "absent.sock does not exist" in result.stderr
 
 
 # --- At a terminal -----------------------------------------------------------------------------
@@ -279,7 +279,7 @@ class Terminal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.leader.close()  # hangs up on whoever is left
+        self.leader.close()  # hangs up on the processes that are left
         self.slave.close()
         self.program.wait(DEADLINE_S)
 

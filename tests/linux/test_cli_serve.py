@@ -69,7 +69,7 @@ def test_basic_it_says_when_it_is_ready_and_stops_clean(
 
 
 @pytest.mark.parametrize("is_abstract", [False, True], ids=["path", "abstract"])
-def test_systemd_is_told(tmp_path: Path, image_root: Path, is_abstract: bool) -> None:
+def test_systemd_is_notified(tmp_path: Path, image_root: Path, is_abstract: bool) -> None:
     name = f"@nshandoff-test-{os.getpid()}" if is_abstract else str(tmp_path / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.settimeout(20)
@@ -81,7 +81,7 @@ def test_systemd_is_told(tmp_path: Path, image_root: Path, is_abstract: bool) ->
         assert systemd.recv(100) == b"STOPPING=1"
 
 
-def test_systemd_that_cannot_be_told_is_no_reason_to_end(tmp_path: Path, image_root: Path) -> None:
+def test_it_runs_on_when_systemd_cannot_be_notified(tmp_path: Path, image_root: Path) -> None:
     daemon = Daemon(tmp_path, image_root)
     daemon.start(NOTIFY_SOCKET=str(tmp_path / "absent"))
     assert daemon.stop() == ExitCode.OK
@@ -112,7 +112,7 @@ def test_the_next_one_hands_over_the_same_namespaces(
     assert (adopted["from"], adopted["to"]) == ("unknown", "handed_off")
 
 
-def test_every_row_that_is_taken_is_written_down(daemon: Daemon, allocation_id: str) -> None:
+def test_every_row_that_is_taken_is_logged(daemon: Daemon, allocation_id: str) -> None:
     command = ("run", "--socket", daemon.socket, "--id", allocation_id, "--namespaces", "pid")
     assert nshandoff(*command, "--", "true").returncode == 0
     wait_until(lambda: not daemon.alive())

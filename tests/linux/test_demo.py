@@ -1,4 +1,4 @@
-"""The demonstration shows what it says, can fail, and leaves nothing, whoever runs it."""
+"""The demonstration shows what it says, can fail, and leaves nothing, with and without root."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_the_text_is_narrow_and_plain_and_says_what_the_json_says(cgroup2: Path)
 
 
 @pytest.mark.needs_root
-def test_a_check_that_does_not_hold_is_told_and_decides_the_exit(
+def test_a_check_that_does_not_hold_is_shown_and_decides_the_exit(
     cgroup2: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     overrule = {"inside.net": ["lo down"], "first.types": "Net Pid Mount"}

@@ -378,7 +378,7 @@ def test_forge_that_cannot_enter_its_cgroup_says_so(features: Features, tmp_path
 
 
 def test_limit_on_namespaces_is_reported_as_enospc(features: Features) -> None:
-    """The limit is that of a user namespace of our own: nobody else meets it."""
+    """The limit is that of a user namespace of our own: no other process meets it."""
     program = """
 for name in ("net", "pid", "mnt"):
     limit = Path(f"/proc/sys/user/max_{name}_namespaces")
@@ -396,7 +396,7 @@ with forge.make(AnchorPlan("token", tuple(NamespaceType))) as anchor:
     assert run_owner(features, program, *OWN_USER_NAMESPACE) == [refusal, refusal, refusal, "made"]
 
 
-def test_forge_that_cannot_come_home_says_so_and_is_replaced(features: Features) -> None:
+def test_forge_that_cannot_return_says_so_and_is_replaced(features: Features) -> None:
     """Root of a user namespace alone may leave the node's namespaces, but not enter them again."""
     program = """
 for _ in range(2):
@@ -429,7 +429,7 @@ with forge.make(AnchorPlan("token", ())) as anchor:
 
 def test_owner_without_a_free_descriptor_gets_emfile_and_no_anchor(forge: Forge) -> None:
     with made(forge, plan()):
-        pass  # it is started, and owes nobody anything
+        pass  # it is started, and has no request
     wanted = plan()
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     with ExitStack() as stack:
@@ -473,7 +473,7 @@ def test_forge_is_started_once_and_again_when_it_has_died(features: Features) ->
             assert forge.pid not in (None, before)
 
 
-def test_forge_that_dies_while_nobody_asks_is_replaced_unnoticed(features: Features) -> None:
+def test_idle_forge_that_dies_is_replaced_unnoticed(features: Features) -> None:
     with Forge.start(cgroup=None, features=features) as forge:
         for _ in range(5):
             assert forge.pid
@@ -531,7 +531,7 @@ def test_anchor_that_a_dying_forge_did_not_announce_is_killed(
             assert other.is_alive()
 
 
-def test_forge_ends_with_its_context_and_serves_nobody_afterwards(features: Features) -> None:
+def test_forge_ends_with_its_context_and_serves_no_request_afterwards(features: Features) -> None:
     with Forge(cgroup=None, features=features) as forge:
         assert forge.pid is None, "it starts with the first anchor"
         with made(forge, plan()) as anchor:

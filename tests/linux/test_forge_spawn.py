@@ -165,7 +165,7 @@ def test_signals_are_as_a_shell_would_give_them() -> None:
     blocked, ignored = int(fields["SigBlk"], 16), int(fields["SigIgn"], 16)
     assert blocked == 0
     # What starts this suite (make, say) may do so by a posix_spawn that leaves glibc's own two
-    # signals ignored; nobody but glibc can say otherwise, and nobody can send them by mistake.
+    # signals ignored; only glibc can change that, and none can be sent by mistake.
     assert ignored & ~GLIBC_SIGNALS == 0
 
 
@@ -236,7 +236,7 @@ def test_arguments_that_are_no_text_arrive_unchanged() -> None:
     assert output("printf", "%s", "\udcff\n ä") == "\udcff\n ä"
 
 
-def test_missing_command_is_named_and_buried(forge: Forge, features: Features) -> None:
+def test_missing_command_is_named_and_reaped(forge: Forge, features: Features) -> None:
     with allocation(forge, features) as (_, bundle):
         with pytest.raises(FileNotFoundError) as caught:
             spawn_within(["no-such-command"], bundle)
@@ -257,7 +257,7 @@ def test_missing_working_directory_is_named() -> None:
     assert caught.value.filename == "/nowhere/at/all"
 
 
-def test_dead_init_is_told_as_such_and_never_as_lack_of_memory(
+def test_dead_init_is_reported_as_such_and_never_as_lack_of_memory(
     forge: Forge, features: Features
 ) -> None:
     with allocation(forge, features) as (anchor, bundle):

@@ -266,7 +266,7 @@ def test_an_empty_file_is_a_journal_that_was_never_begun(tmp_path: Path) -> None
 def test_a_database_of_another_schema_is_refused_and_kept(tmp_path: Path, version: int) -> None:
     path = tmp_path / JOURNAL_NAME
     database = sqlite3.connect(path)
-    database.execute("CREATE TABLE somebody_elses (column_)")
+    database.execute("CREATE TABLE of_another_program (column_)")
     database.execute(f"PRAGMA user_version = {version}")
     database.close()
     before = path.read_bytes()
@@ -484,7 +484,7 @@ def test_whatever_was_written_survives_kill_9(tmp_path: Path, seed: int) -> None
         elif word == "created" and name in found:
             assert found[name].state is AllocationState.CREATED
             assert found[name].anchor == {"pid": number}
-    # At most the one step that was under way when it died is there without having been told.
+    # At most the one step that was under way when it died is there without having been reported.
     assert set(found) | over <= {f"alloc-{number}" for number in range(last + 2)}
 
 

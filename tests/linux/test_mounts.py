@@ -33,7 +33,7 @@ MakeImage = Callable[[Path, Mapping[str, str]], Path]
 
 @dataclass
 class Clock:
-    """A clock that stands still until it is told."""
+    """A clock that moves only when it is set."""
 
     now: float = 1000.0
 
@@ -391,7 +391,7 @@ def test_a_slow_image_delays_no_other(
 # --- loop devices --------------------------------------------------------------------------------
 
 
-def test_a_free_loop_device_that_is_taken_meanwhile_is_asked_for_again(
+def test_a_free_loop_device_that_is_taken_meanwhile_is_replaced_by_another(
     store: ImageStore, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The race is real: between the two calls of the store, the device is really taken."""

@@ -74,7 +74,7 @@ def test_failure_survives_a_copy() -> None:
     assert str(copy.copy(error)) == str(error)
 
 
-def test_failure_of_the_standard_library_is_retold_with_the_call() -> None:
+def test_failure_of_the_standard_library_is_raised_with_the_call() -> None:
     with (
         pytest.raises(SyscallError, match=r"^rmdir\(2\): ENOENT .*: /said$"),
         syscalls.calling("rmdir(2)", "/said"),
@@ -87,12 +87,12 @@ def test_failure_of_the_standard_library_is_retold_with_the_call() -> None:
         Path("/nowhere").rmdir()
 
 
-def test_failure_that_is_told_already_stays_as_it_is() -> None:
+def test_failure_with_its_call_stays_as_it_is() -> None:
     error = SyscallError("mount(2)", errno.EPERM)
     assert SyscallError.of("other(2)", error, "/other") is error
 
 
-def test_timeout_of_a_socket_is_told_as_etimedout() -> None:
+def test_timeout_of_a_socket_is_etimedout() -> None:
     assert SyscallError.of("recvmsg(2)", TimeoutError("timed out")).errno == errno.ETIMEDOUT
 
 
@@ -132,7 +132,7 @@ def test_call_that_waits_lets_other_threads_run(tmp_path: Path) -> None:
         target=lambda: opened.append(syscalls.openat2(AT_FDCWD, fifo, os.O_RDONLY))
     )
     reader.start()
-    # Were the interpreter's lock held in the call, nobody would come here to open the other end.
+    # Were the interpreter's lock held in the call, no thread would come here to open the other end.
     with syscalls.openat2(AT_FDCWD, fifo, os.O_WRONLY):
         reader.join()
     opened[0].close()

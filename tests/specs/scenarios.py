@@ -460,10 +460,10 @@ _COMMANDS: Final[dict[str, Callable[..., None]]] = {
     f"a process enters {_JOB}": Player.enter,
     f"a process leaves {_JOB}": lambda p, job: p.stage.leave(p.stage.real(job)),
     f"the init of {_JOB} is killed": lambda p, job: p.stage.kill_init(p.stage.real(job)),
-    f"something in {_JOB} cannot die": lambda p, job: p.stage.entangle(
+    f"something in {_JOB} cannot die": lambda p, job: p.stage.block_release(
         p.stage.real(job), p._holder(job)
     ),
-    f"what is in {_JOB} can die": lambda p, job: p.stage.disentangle(p.stage.real(job)),
+    f"what is in {_JOB} can die": lambda p, job: p.stage.unblock_release(p.stage.real(job)),
     f"an operator releases {_JOB}": lambda p, job: p.stage.release(p.stage.real(job)),
     f"{_HELD} takes long": lambda p, work: p.stage.hold(_WORK[work]),
     f"{_HELD} goes on": lambda p, work: p.stage.let_go(_WORK[work]),

@@ -150,10 +150,10 @@ class OnKernels(_Callers):
     def kill_init(self, name: str) -> None:
         self._world.kill_init(name)
 
-    def entangle(self, name: str, call: Call) -> None:
+    def block_release(self, name: str, call: Call) -> None:
         self._node_of(call).leave_unreaped(name)
 
-    def disentangle(self, name: str) -> None:
+    def unblock_release(self, name: str) -> None:
         self._world.node.reap(name)
 
     def _node_of(self, call: Call) -> SimulatedNode:
@@ -357,7 +357,7 @@ class OnDaemon(_Callers):
         assert init is not None
         os.kill(init, signal.SIGKILL)
 
-    def entangle(self, name: str, call: Call) -> None:
+    def block_release(self, name: str, call: Call) -> None:
         assert call.exchange.bundle is not None
         process = spawn_within(["sleep", "infinity"], call.exchange.bundle)
         self._entangled[name] = process
@@ -365,7 +365,7 @@ class OnDaemon(_Callers):
         # Dead, and not reaped by its parent, which is outside: its init waits for that.
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
 
-    def disentangle(self, name: str) -> None:
+    def unblock_release(self, name: str) -> None:
         self._entangled.pop(name).wait()
 
     def self_service(self, name: str) -> SelfService:

@@ -1,4 +1,4 @@
-"""The whole way: a consumer, the socket, the provider and this machine, from request to release."""
+"""End to end, from request to release: a consumer, the socket, the provider, this machine."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_the_same_request_gets_the_same_namespaces(life: Life, allocation_id: st
 
 
 @pytest.mark.clause("LIFE-4")
-def test_askers_that_meet_get_one_set(life: Life, allocation_id: str) -> None:
+def test_concurrent_requests_get_one_set(life: Life, allocation_id: str) -> None:
     with ExitStack() as stack:
         wires = [stack.enter_context(Line.to(life.path)) for _ in range(5)]
         for wire in wires:
@@ -191,7 +191,7 @@ def test_another_request_for_a_live_id_is_refused(life: Life, allocation_id: str
     assert life.obtain(allocation_id, (PID, MOUNT)).identities == handoff.identities
 
 
-def test_every_holder_hears_of_the_end(life: Life, allocation_id: str) -> None:
+def test_every_holder_is_notified_of_the_end(life: Life, allocation_id: str) -> None:
     holders = [life.obtain(allocation_id) for _ in range(3)]
     assert holders[0].end(LONG_S)
     assert all(holder.wait_ended(LONG_S) for holder in holders)
@@ -200,13 +200,13 @@ def test_every_holder_hears_of_the_end(life: Life, allocation_id: str) -> None:
 
 
 @pytest.mark.clause("LIFE-8", "ERR-1")
-def test_a_failed_creation_is_told_and_leaves_nothing(life: Life, allocation_id: str) -> None:
+def test_a_failed_creation_is_answered_and_leaves_nothing(life: Life, allocation_id: str) -> None:
     with pytest.raises(CreationFailed, match=r"openat2\(2\): ENOENT .*missing\.sqfs"):
         life.obtain(allocation_id, LIGHT, "missing.sqfs")
     assert life.world.leftovers() == []
 
 
-def test_an_id_that_failed_can_be_asked_for_again(life: Life, allocation_id: str) -> None:
+def test_an_id_that_failed_can_be_requested_again(life: Life, allocation_id: str) -> None:
     with pytest.raises(CreationFailed):
         life.obtain(allocation_id, LIGHT, "missing.sqfs")
     assert life.obtain(allocation_id).identities
@@ -370,7 +370,7 @@ def by_an_operator(life: Life, handoff: Handoff) -> None:
     reaper.join()
 
 
-def by_somebody_who_removes_the_cgroup(life: Life, handoff: Handoff) -> None:
+def by_removal_of_the_cgroup(life: Life, handoff: Handoff) -> None:
     life.world.remove_scope(handoff.request.allocation_id)
 
 
@@ -378,7 +378,7 @@ ENDS: Final = (
     by_its_cgroup,
     by_the_death_of_its_init,
     by_an_operator,
-    by_somebody_who_removes_the_cgroup,
+    by_removal_of_the_cgroup,
 )
 
 
@@ -399,7 +399,7 @@ def test_one_end_is_announced_once_and_everything_released(
         assert other.hears_nothing()
 
 
-def test_an_end_that_is_asked_for_is_answered_once(life: Life, allocation_id: str) -> None:
+def test_a_requested_end_is_answered_once(life: Life, allocation_id: str) -> None:
     with Line.to(life.path) as wire:
         wire.say(NamespaceRequest(allocation_id, LIGHT))
         wire.hear()
@@ -538,10 +538,10 @@ def test_an_end_that_overtakes_the_creation_undoes_it(life: Life, allocation_id:
     assert life.world.leftovers() == []
 
 
-# --- Nobody uses it ----------------------------------------------------------------------------
+# --- It is not used ----------------------------------------------------------------------------
 
 
-def test_what_nobody_claims_is_ended(idle_life: Life, allocation_id: str) -> None:
+def test_an_unclaimed_allocation_is_ended(idle_life: Life, allocation_id: str) -> None:
     idle_life.start(claim_s=0.01)
     idle_life.obtain(allocation_id).close()
     eventually(lambda: idle_life.is_released(allocation_id))
@@ -549,7 +549,7 @@ def test_what_nobody_claims_is_ended(idle_life: Life, allocation_id: str) -> Non
 
 
 @pytest.mark.clause("END-3")
-def test_whoever_is_connected_claims_it(idle_life: Life, allocation_id: str) -> None:
+def test_a_connection_claims_it(idle_life: Life, allocation_id: str) -> None:
     idle_life.start(claim_s=0.01)
     handoff = idle_life.obtain(allocation_id)
     idle_life.obtain(f"{allocation_id}-unclaimed").close()
@@ -557,7 +557,7 @@ def test_whoever_is_connected_claims_it(idle_life: Life, allocation_id: str) -> 
     assert not handoff.wait_ended(0.0)
 
 
-def test_whatever_runs_in_it_claims_it(idle_life: Life, allocation_id: str) -> None:
+def test_a_process_in_it_claims_it(idle_life: Life, allocation_id: str) -> None:
     idle_life.start(claim_s=0.01)
     handoff = idle_life.obtain(allocation_id)
     idle_life.spawn(handoff, "sleep", "infinity")
@@ -611,12 +611,12 @@ def draining(idle_life: Life, allocation_id: str) -> Iterator[Handoff]:
     """An allocation that is ended, and has a dead process that its parent has not reaped."""
     idle_life.start(release_s=0.1)
     handoff = idle_life.obtain(allocation_id)
-    idle_life.world.entangle(allocation_id)
+    idle_life.world.block_release(allocation_id)
     with Line.to(idle_life.path) as operator:
         operator.say(AllocationEnded(allocation_id))
         eventually(lambda: idle_life.state_of(allocation_id) is AllocationState.ENDED)
         yield handoff
-    idle_life.world.disentangle(allocation_id)
+    idle_life.world.unblock_release(allocation_id)
     eventually(lambda: idle_life.is_released(allocation_id))
     assert idle_life.world.leftovers() == []
 
@@ -642,7 +642,7 @@ def test_its_end_is_announced_at_the_deadline(
     assert idle_life.state_of(allocation_id) is AllocationState.ENDED
 
 
-def test_it_is_in_nobodys_way(idle_life: Life, draining: Handoff, allocation_id: str) -> None:
+def test_it_does_not_delay_others(idle_life: Life, draining: Handoff, allocation_id: str) -> None:
     other = idle_life.obtain(f"{allocation_id}-other")
     assert other.end(LONG_S)
     assert idle_life.state_of(allocation_id) is AllocationState.ENDED
@@ -696,7 +696,7 @@ def test_what_ended_meanwhile_is_released_at_the_start(life: Life, allocation_id
     eventually(lambda: life.is_released(allocation_id))
 
 
-def test_what_nobody_claims_after_a_restart_is_ended(life: Life, allocation_id: str) -> None:
+def test_what_is_not_claimed_after_a_restart_is_ended(life: Life, allocation_id: str) -> None:
     life.obtain(allocation_id)
     life.drop()
     life.restart(claim_s=0.01)

@@ -228,7 +228,7 @@ class Adapter:
         """Freeze the cgroup, or thaw it."""
         raise NotImplementedError
 
-    def bury(self, name: str) -> None:
+    def reap_killed(self, name: str) -> None:
         """Reap the processes that were killed with an allocation; called for each that ended."""
 
     # For INITS.
@@ -239,11 +239,11 @@ class Adapter:
 
     # For HANGS.
 
-    def entangle(self, name: str) -> None:
+    def block_release(self, name: str) -> None:
         """Let something be in the allocation that cannot be ended for now."""
         raise NotImplementedError
 
-    def disentangle(self, name: str) -> None:
+    def unblock_release(self, name: str) -> None:
         """Let it go."""
         raise NotImplementedError
 
@@ -786,7 +786,7 @@ class Handoffs(RuleBasedStateMachine):
         if PID not in life.request.namespaces:
             return
         with ExitStack() as calls:
-            self.adapter.entangle(life.name)
+            self.adapter.block_release(life.name)
             try:
                 ending = _Ending(self, life, calls)
                 with self.adapter.seeing(on.ReleaseDelayed, life.name):
@@ -794,7 +794,7 @@ class Handoffs(RuleBasedStateMachine):
                 for disturbance in meanwhile:
                     ending.is_disturbed(disturbance)
             finally:
-                self.adapter.disentangle(life.name)
+                self.adapter.unblock_release(life.name)
             ending.is_over()
 
     @precondition(lambda self: self.can(Ability.SCARCITY))
@@ -1003,7 +1003,7 @@ class Handoffs(RuleBasedStateMachine):
             self.hears_of_the_end(talker, life, has_wished=talker is by)
         del self.lives[life.name]
         self.over.add(life.name)
-        self.adapter.bury(life.name)
+        self.adapter.reap_killed(life.name)
 
     def has_come_to_nothing(self, request: NamespaceRequest) -> None:
         """It ended before it was alive."""

@@ -1,8 +1,8 @@
 """A provider's program that dies before its k-th system call, and another one started after it.
 
 On the simulated node the program is dropped where it stands (`Dropped`); on this machine it is a
-process of its own, and killed (`Killed`). Whatever it was about to do: what was handed over is
-handed over again, the same; what was ended and confirmed is not; what was half made is nowhere.
+process of its own, and killed (`Killed`). Whichever call is the last: what was handed off is handed
+off again, the same; what was ended and confirmed is not; what was half made is gone.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """A hook of `transport.calls` that injects faults: counts system calls, and has some of them fail.
 
-A call is known by who makes it and where, by its name, and by how often it was made there: so that
-the same call of the same life is meant, run after run, whatever else happens beside it. A plan says
-what becomes of which calls: they fail with an errno of their man page, they move less than they
-were asked to, or the program that makes them is dead from then on.
+A call is identified by its name, its place, the thread that makes it, and how often it was made
+there: so that a plan means the same call in every run, whatever else happens beside it. A plan says
+what happens to which calls: they fail with an errno of their man page, they move fewer bytes than
+they were given, or the program that makes them is dead from then on.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TRUE_AFTERWARDS: Final = {
     ("kill", "ESRCH"),
     ("pidfd_send_signal(2)", "ESRCH"),
 }
-"""What a call can only be told when somebody else has done the same just before: so it is done."""
+"""Errors that a call gets only after another process did the same: so it is done first."""
 
 CLOSING: Final = frozenset({"close"})
 """What still happens when a program dies: the kernel closes what it had open."""

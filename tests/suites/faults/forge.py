@@ -1,7 +1,7 @@
-"""A forge in whose door somebody stands: `python -m tests.suites.faults.forge PLAN LOG FD`.
+"""A forge with faults injected: `python -m tests.suites.faults.forge PLAN LOG FD`.
 
-The plan is a file that is read anew for every request, so that one forge can have many lives; what
-passed and what was done to it is appended to the log. Else it is the forge (`linux.forge.child`).
+The plan is a file that is read anew for every request, so that one forge serves many plans; each
+call, and the fault it got, is appended to the log. Else it is the forge (`linux.forge.child`).
 """
 
 from __future__ import annotations

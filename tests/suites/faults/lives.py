@@ -1,12 +1,12 @@
-"""Whole lives of allocations, each told so that any of its system calls can fail.
+"""Whole lives of allocations, in which any system call can be made to fail.
 
-A `Stage` is a provider at work on one of the `worlds`, a consumer, and a neighbour: an allocation
-that is alive all the time and must notice nothing. Everything happens in one thread and one event
-loop, so that a life makes the same calls in the same order whenever it is told; and time is the
-loop's own, which passes as soon as there is nothing left to do, so that no deadline is waited for.
+A `Stage` is a provider on one of the `worlds`, a consumer, and a neighbour: an allocation that is
+alive all the time and must not be affected. Everything happens in one thread and one event loop, so
+that a life makes the same calls in the same order in every run; and time is the loop's own, which
+passes as soon as there is nothing left to do, so that no deadline is waited for.
 
-A life under a plan ends in one of the ways that the protocol knows. What is none of them, and
-whatever it leaves behind, is a `Broken` promise.
+A life under a plan ends in one of the ways that the protocol allows. Any other end, and anything
+that is left, is a `Broken` promise.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class HurriedSelector(selectors.EpollSelector):
 
 
 class HurriedLoop(asyncio.SelectorEventLoop):
-    """An event loop in whose time nobody waits."""
+    """An event loop whose clock jumps to the next deadline instead of waiting."""
 
     def __init__(self, patience_s: float) -> None:
         self.hurry = HurriedSelector(patience_s)
@@ -337,7 +337,7 @@ class Stage(ABC):
         await self._rest()
 
     async def _rest(self) -> None:
-        """Wait until nothing is alive but the neighbour, and nobody is connected but it."""
+        """Wait until nothing is alive but the neighbour, and none is connected but it."""
         assert self.provider is not None
         kernel = self.provider.kernel
         while True:
@@ -392,7 +392,7 @@ class Stage(ABC):
         self._run(self._handoff.end())
         self._run(self._handoff.close())
         self._run(self._rest())
-        self.world.bury(self.neighbour)
+        self.world.reap_killed(self.neighbour)
 
     def count(self) -> Counter[str]:
         """What is open in this process, and what is alive on the machine."""

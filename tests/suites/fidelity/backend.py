@@ -1,8 +1,8 @@
-"""A provider's program on a machine, and what others do there: the same on both worlds.
+"""A backend, and what others do on its machine: one class for both worlds.
 
-One class is enough, because `worlds` has the two machines already. What is asked of an allocation
-that there is not, or of a process that there is not, does nothing and says None; what is and what
-is not follows from the answers before, so that both machines agree on it until they differ.
+One class is enough, because `worlds` has the two machines already. An operation on an allocation or
+a process that does not exist does nothing and returns None; what exists follows from the answers
+before, so that both machines agree on it until they differ.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Program:
         for number in tuple(self._kept):
             self.let_go(number)
         for number in tuple(self._lives):
-            self.disentangle(number)
+            self.unblock_release(number)
             self.release(number)
 
     def told(self, call: Call, answer: object) -> None:
@@ -157,7 +157,7 @@ class Program:
 
     def hand_off(self, number: int) -> None:
         life = self._lives.get(number)
-        if life is not None and not life.has_end:  # whoever ends it does not hand it over after
+        if life is not None and not life.has_end:  # an end is recorded after every handoff
             self._world.backend.record_handed_off(life.name)
 
     def end(self, number: int) -> None:
@@ -180,7 +180,7 @@ class Program:
                 self._world.backend.release_namespaces(name)
             return "stays" if self._world.backend.why_alive(name) else "gone"
         self._world.release(name)
-        self._world.bury(name)
+        self._world.reap_killed(name)
         del self._lives[number]
         return "gone"
 
@@ -217,14 +217,14 @@ class Program:
         if life is None or not life.processes:
             return None
         self._world.leave(life.name, is_reaped=is_reaped)
-        # Whoever is not reaped is the last to have joined for ever: no other can leave after it.
+        # One that is not reaped stays the last to have joined: no other can leave after it.
         life.processes = life.processes - 1 if is_reaped else 0
         return True
 
     def pass_through(self, number: int) -> bool | None:
         life = self._with_scope(number)
         if life is None or life.is_frozen:
-            return None  # whoever enters what is frozen does not come out
+            return None  # a process that enters a frozen cgroup does not exit
         self._world.pass_through(life.name)
         return True
 
@@ -254,21 +254,21 @@ class Program:
             eventually(lambda: self.bundle(number) is not True)
         return True
 
-    def entangle(self, number: int) -> bool | None:
+    def block_release(self, number: int) -> bool | None:
         life = self._with_scope(number)
         if life is None or life.is_entangled or not life.is_init_alive:
             return None
         if all(identity.kind is not NamespaceType.PID for identity in life.identities):
             return None
-        self._world.entangle(life.name)
+        self._world.block_release(life.name)
         life.is_entangled = True
         return True
 
-    def disentangle(self, number: int) -> bool | None:
+    def unblock_release(self, number: int) -> bool | None:
         life = self._lives.get(number)
         if life is None or not life.is_entangled:
             return None
-        self._world.disentangle(life.name)
+        self._world.unblock_release(life.name)
         life.is_entangled = False
         return True
 

@@ -20,7 +20,7 @@ from tests.suites.fidelity.machines import OPEN_TO_READ, SLEEP, SimulatedMachine
 PROCESSES: Final = 3
 """How many processes there are to be moved about."""
 
-NOBODY: Final = 2**22 + 1
+UNUSED_PID: Final = 2**22 + 1
 """A number that no process has: beyond the highest there can be."""
 
 PATHS: Final = ("a", "a/b", "a/c", "d")
@@ -146,9 +146,9 @@ class LinuxCgroups:
         self._forget(path)
 
     def enter(self, path: str, process: int) -> None:
-        # The number of one that was reaped may be somebody else's by now.
+        # The number of a process that was reaped may be another's by now.
         is_there = process not in self._dead or _is_there(self._pids[process])
-        self._write(path, "cgroup.procs", str(self._pids[process] if is_there else NOBODY))
+        self._write(path, "cgroup.procs", str(self._pids[process] if is_there else UNUSED_PID))
 
     def exit(self, process: int) -> None:
         if process not in self._dead:

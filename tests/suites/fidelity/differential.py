@@ -423,8 +423,8 @@ _BACKEND_CALLS: Final[Draws] = (
     (lambda chance: Call("freeze", (_one(chance), chance.random() < 0.6)), 4),
     (lambda chance: Call("remove_scope", (_one(chance),)), 2),
     (lambda chance: Call("kill_init", (_one(chance),)), 4),
-    (lambda chance: Call("entangle", (_one(chance),)), 4),
-    (lambda chance: Call("disentangle", (_one(chance),)), 2),
+    (lambda chance: Call("block_release", (_one(chance),)), 4),
+    (lambda chance: Call("unblock_release", (_one(chance),)), 2),
     (lambda chance: Call("mounted"), 4),
 )
 

@@ -1,15 +1,15 @@
-"""What do a socket pair and two descriptor tables do, without a kernel?
+"""Simulated socket pairs and descriptor tables: what SCM_RIGHTS does, without a kernel.
 
-The part of Linux that a hand-over of descriptors stands on: a table of descriptors with lowest free
+The part of Linux that passing descriptors depends on: a table of descriptors with lowest free
 numbers and a limit, stream sockets between two tables, and SCM_RIGHTS with everything that goes
-wrong with it. Nothing here is kinder than Linux, and random programs run on both say so.
+wrong with it. Random programs run on both compare it with Linux.
 
     process.pair()                  two numbers, or EMFILE
     process.send(fd, data, fds)     a part of the data, or EAGAIN, EPIPE, EBADF, EINVAL, EPERM
     process.receive(fd, size, …)    data, numbers of what came with it, and whether some were lost
 
-How much fits into a socket's buffer is Linux's own secret, because it counts what its bookkeeping
-takes. So `room` of a process is told by whoever runs it; by default everything fits.
+How much fits into a socket's buffer is not specified, because Linux counts what its bookkeeping
+takes. So the caller sets the `room` of a process; by default everything fits.
 
 Not simulated: sockets that are in flight in their own queues (Linux finds those later), and the
 limit of what an unprivileged user may have in flight.
@@ -82,7 +82,7 @@ class SimulatedSocket(SimulatedFile):
         self.peer: SimulatedSocket = self
         self.queue: deque[_Segment] = deque()
         self.takes_rights = True
-        """SO_PASSRIGHTS; without it whoever sends descriptors gets EPERM."""
+        """SO_PASSRIGHTS; without it a sender of descriptors gets EPERM."""
         self._may_send = True
         self._may_receive = True
         self._is_reset = False
@@ -126,7 +126,7 @@ class SimulatedSocket(SimulatedFile):
         return len(taken)
 
     def take(self, size: int, *, is_peek: bool) -> tuple[bytes, tuple[SimulatedFile, ...]]:
-        """Read at this end; whoever calls lets go of the files."""
+        """Read at this end; the caller closes the files."""
         if not self.queue:
             self._expect_end()
         data = bytearray()
@@ -220,7 +220,7 @@ class SimulatedTable:
         try:
             return first, self.open(other)
         except OSError:
-            del self._table[first]  # not closed: nobody has seen it
+            del self._table[first]  # not closed: no program has seen it
             raise
 
     def duplicate(self, fd: int) -> int:
@@ -255,7 +255,7 @@ class SimulatedTable:
             did not.
 
         Raises:
-            OSError: nothing was sent. EBADF, ENOTSOCK; EINVAL, too many descriptors; EPIPE, nobody
+            OSError: nothing was sent. EBADF, ENOTSOCK; EINVAL, too many descriptors; EPIPE, none
                 can read it; EPERM, the peer takes no descriptors; EAGAIN, there is no room.
         """
         end = self._socket(fd)

@@ -1,6 +1,6 @@
-"""The simulation is not told from Linux by random programs; and programs do tell them apart.
+"""Random programs find no difference between the simulation and Linux, and find one that is there.
 
-So many programs as a few seconds allow; `differential_campaign` has the rest.
+As many programs as a few seconds allow; `differential_campaign` has the rest.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One test for each fact that the simulation models: in memory, and on the Linux that runs this.
 
-Each is named for the fact. Whatever fails in memory alone is a simulation kinder, or harsher, than
-Linux; whatever fails on Linux is a fact that is none.
+Each is named for the fact. One that fails in memory alone is a mistake of the simulation; one that
+fails on Linux is no fact.
 """
 
 from __future__ import annotations

@@ -83,17 +83,17 @@ class OnWorld(Adapter):
     def freeze(self, name: str, *, is_frozen: bool) -> None:
         self.world.freeze(name, is_frozen=is_frozen)
 
-    def bury(self, name: str) -> None:
-        self.world.bury(name)
+    def reap_killed(self, name: str) -> None:
+        self.world.reap_killed(name)
 
     def kill_init(self, name: str) -> None:
         self.world.kill_init(name)
 
-    def entangle(self, name: str) -> None:
-        self.world.entangle(name)
+    def block_release(self, name: str) -> None:
+        self.world.block_release(name)
 
-    def disentangle(self, name: str) -> None:
-        self.world.disentangle(name)
+    def unblock_release(self, name: str) -> None:
+        self.world.unblock_release(name)
 
     def kept(self) -> Counter[Hashable]:
         if not isinstance(self.world, SimulatedWorld):
