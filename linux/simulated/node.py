@@ -16,7 +16,8 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Final, Protocol
@@ -285,16 +286,19 @@ class SimulatedNode:
             return not self.allocations
 
     @property
-    def namespaces(self) -> list[NodeNamespace]:
-        """All namespaces that it has a memfd of."""
+    def identities(self) -> Counter[Hashable]:
+        """The namespaces that it has a memfd of, as `SimulatedInspector` identifies them."""
         with self.lock:
-            allocations = self.allocations.values()
-            return [*(n for each in allocations for n in each.namespaces), *self._released]
+            self.sweep()
+            return Counter(
+                NamespaceIdentity(each.namespace.kind, (each.namespace.unique_id,))
+                for each in self._namespaces_with_memfd()
+            )
 
     def close(self) -> None:
         """Switch the machine off."""
         with self.lock:
-            for each in self.namespaces:
+            for each in self._namespaces_with_memfd():
                 each.descriptor.close()
             self._released.clear()
             self.allocations.clear()
@@ -407,6 +411,10 @@ class SimulatedNode:
             self._namespaces.drop(each.namespace)
             each.descriptor.close()
         self._superblocks = [each for each in self._superblocks if each.is_alive]
+
+    def _namespaces_with_memfd(self) -> list[NodeNamespace]:
+        allocations = self.allocations.values()
+        return [*(n for each in allocations for n in each.namespaces), *self._released]
 
     def _start_in(self, namespaces: Iterable[SimulatedNamespace]) -> SimulatedTask:
         """Have the forge enter some namespaces, start a task, and return."""

@@ -113,8 +113,7 @@ class Counterpart(ABC):
 
     def kept(self) -> Counter[Hashable]:
         """Count a simulated node's descriptors of what the consumer made itself."""
-        namespaces = self._node.namespaces
-        return Counter(self.inspector.inspect(n.descriptor.fileno()) for n in namespaces)
+        return self._node.identities
 
     @property
     def inspector(self) -> Inspector:
@@ -397,12 +396,12 @@ class Dealings(RuleBasedStateMachine):
     def _check_descriptors(self) -> None:
         bundle = self.exchange.bundle
         is_held = bundle is not None and not bundle.closed
-        present = open_namespaces(self.counterpart.inspector)
-        present.subtract(self.before)
         owners: dict[Hashable, Counter[Hashable]] = {
             "the caller": Counter(self.exchange.identities if is_held else ()),
             "the node": self.counterpart.kept(),
         }
+        present = open_namespaces(self.counterpart.inspector)
+        present.subtract(self.before)
         always.require(always.every_descriptor_has_one_owner(present, owners))
 
     def _listen(self) -> None:

@@ -903,17 +903,18 @@ class Handoffs(RuleBasedStateMachine):
         """Nothing is on its way now: what is not the provider's is a consumer's, or closed."""
         held = [handoff for life in self.lives.values() for handoff in life.holders]
         assert not any(os.get_inheritable(fd) for each in held for fd in each.bundle.filenos())
-        owners: dict[Hashable, Counter[Hashable]] = {
-            "the provider": self.adapter.kept(),
-            **{f"consumer {n}": Counter(each.identities) for n, each in enumerate(held)},
-        }
 
         def found() -> list[str]:
+            owners: dict[Hashable, Counter[Hashable]] = {
+                "the provider": self.adapter.kept(),
+                **{f"consumer {n}": Counter(each.identities) for n, each in enumerate(held)},
+            }
             present = open_namespaces(self.adapter.inspector)
             present.subtract(self.before)
             return always.every_descriptor_has_one_owner(present, owners)
 
-        # A provider closes its copies only after they have left.
+        # A provider closes its copies only after they have left; a simulated node keeps what they
+        # are copies of until then.
         if found():
             wait_until(lambda: not found(), "; ".join(found()))
 

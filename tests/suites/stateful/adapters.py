@@ -98,8 +98,7 @@ class OnWorld(Adapter):
     def kept(self) -> Counter[Hashable]:
         if not isinstance(self.world, SimulatedWorld):
             return Counter()  # only pidfds of the anchors
-        namespaces = self.world.node.namespaces
-        return Counter(self.inspector.inspect(n.descriptor.fileno()) for n in namespaces)
+        return self.world.node.identities
 
     def leftovers(self) -> list[str]:
         return self.world.leftovers()
