@@ -631,7 +631,7 @@ ARGUMENTS: Final = (
         lambda m: (
             _adds(m, do.WithdrawGrants)
             and (m.cell[1] not in _EXISTS or m.cell[0] in (on.Unclaimed, on.ClaimExpired))
-            and m.cell[0] is not on.NamespacesCreated
+            and m.cell != (on.NamespacesCreated, AllocationState.REQUESTED)
         ),
     ),
     Argument(

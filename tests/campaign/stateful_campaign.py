@@ -19,14 +19,21 @@ from typing import Any, Final
 
 from hypothesis import HealthCheck, settings
 from hypothesis import seed as seeded
-from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine
 
 from linux.testing.adversary import STEPS as DEALINGS_STEPS
 from linux.testing.adversary import dealings
 from linux.testing.worlds import IMAGE, SCOPE_PREFIX
 from tests.campaign.outcome import Discovery, Outcome, Task
 from tests.campaign.verify_pool import Job
-from tests.suites.stateful.adapters import NAMES, Node, adapter_of, counterpart_of, machine
+from tests.suites.stateful.adapters import (
+    NAMES,
+    Node,
+    adapter_of,
+    counterpart_of,
+    machine,
+    run_steps,
+)
 from tests.suites.stateful.cells import counted
 from tests.suites.stateful.tour import CONSUMER_TOUR, PROVIDER_TOUR, take
 from tests.support.isolation import find_cgroup2
@@ -77,7 +84,7 @@ def run(seed: int, adapter: str, kind: str, examples: int) -> Outcome:
         )
         try:
             take(counting, TOURS[kind])
-            run_state_machine_as_test(seeded(seed)(counting), settings=wanted)
+            run_steps(adapter, seeded(seed)(counting), wanted)
         except Exception as error:
             arguments = {"adapter": adapter, "kind": kind, "examples": examples}
             again = Job("stateful", Task("", arguments), 0, seed, False, 0.0).command
