@@ -331,7 +331,7 @@ def run_steps(adapter: str, kind: type[RuleBasedStateMachine], wanted: settings)
     Run a machine at random; on a real node again where its choices hung on time.
 
     There a rule is possible as soon as something has happened on the node, which the same choices
-    may find a moment earlier or later. Hypothesis calls that flaky. It says nothing of the provider.
+    may find a moment earlier or later. Hypothesis calls that flaky; it is no finding.
     """
     for _ in range(TRIES_IN_TIME - 1 if adapter == "linux" else 0):
         with suppress(FlakyStrategyDefinition):
