@@ -322,18 +322,21 @@ def machine(prefix: str, make: Callable[[], Adapter]) -> type[Handoffs]:
     return type("Machine", (Handoffs,), {"prefix": prefix, "open_adapter": lambda self: make()})
 
 
+IN_TIME: Final = ("simulated", "linux")
+"""Adapters with a socket and threads, where the machine does not say when something happens."""
+
 TRIES_IN_TIME: Final = 3
-"""How often a run on a real node is begun, if its choices hang on time."""
+"""How often a run on one of these is begun, if its choices hang on time."""
 
 
 def run_steps(adapter: str, kind: type[RuleBasedStateMachine], wanted: settings) -> None:
     """
-    Run a machine at random; on a real node again where its choices hung on time.
+    Run a machine at random; on a socket again where its choices hung on time.
 
-    There a rule is possible as soon as something has happened on the node, which the same choices
-    may find a moment earlier or later. Hypothesis calls that flaky; it is no finding.
+    There a rule is possible as soon as something has happened, which the same choices may find a
+    moment earlier or later. Hypothesis calls that flaky; it is no finding.
     """
-    for _ in range(TRIES_IN_TIME - 1 if adapter == "linux" else 0):
+    for _ in range(TRIES_IN_TIME - 1 if adapter in IN_TIME else 0):
         with suppress(FlakyStrategyDefinition):
             run_state_machine_as_test(kind, settings=wanted)
             return
