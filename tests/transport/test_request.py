@@ -491,6 +491,8 @@ except SocketUnavailable as error:
     with tempfile.TemporaryDirectory(prefix="nsh-") as directory:
         Path(directory).chmod(0o755)
         with listen(Path(directory) / "s"):
+            if os.geteuid() != 0:  # the user stays the same
+                Path(directory, "s").chmod(0)
             result = subprocess.run(
                 [sys.executable, "-c", script, f"{directory}/s"],
                 cwd=ROOT,

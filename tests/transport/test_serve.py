@@ -13,6 +13,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -101,6 +102,9 @@ class Recovering(SimulatedBackend):
 
     def let_go(self) -> None:
         self._is_released.set()
+
+
+limits_for_us: Final = partial(Limits, frozenset({os.geteuid()}))
 
 
 class Rig:
@@ -352,7 +356,7 @@ def test_answers_to_a_peer_that_does_not_read_wait_for_it(rig: Rig) -> None:
 
 
 def test_a_peer_that_never_reads_is_dropped_and_holds_no_descriptors(rig: Rig) -> None:
-    limits = Limits(open_per_connection=1_000_000, open_per_uid=1_000_000)
+    limits = limits_for_us(open_per_connection=1_000_000, open_per_uid=1_000_000)
     serving, line = rig.serve(limits=limits), rig.connect()
     with suppress(BrokenPipeError, ConnectionResetError):
         while True:
@@ -498,7 +502,7 @@ def refused(reason: str) -> CreationFailed:
 
 @pytest.mark.clause("PEER-4")
 def test_too_many_connections_are_refused_by_name(rig: Rig) -> None:
-    rig.serve(limits=Limits(connections_per_uid=2))
+    rig.serve(limits=limits_for_us(connections_per_uid=2))
     one, two, three = rig.connect(), rig.connect(), rig.connect()
     assert three.hear() == refused("connections of one user, at most 2")
     assert three.hear() is None
@@ -508,7 +512,7 @@ def test_too_many_connections_are_refused_by_name(rig: Rig) -> None:
 
 @pytest.mark.clause("ERR-4", "PEER-4")
 def test_too_many_live_allocations_are_refused_by_name(rig: Rig) -> None:
-    rig.serve(limits=Limits(allocations_per_uid=1))
+    rig.serve(limits=limits_for_us(allocations_per_uid=1))
     line = rig.connect()
     line.say(wanted("a"))
     line.say(wanted("b"))
@@ -521,7 +525,7 @@ def test_too_many_live_allocations_are_refused_by_name(rig: Rig) -> None:
 @pytest.mark.clause("ERR-4", "PEER-4")
 def test_too_many_open_messages_of_a_connection_are_refused_by_name(rig: Rig) -> None:
     gate = rig.gate()
-    serving, line = rig.serve(limits=Limits(open_per_connection=2)), rig.connect()
+    serving, line = rig.serve(limits=limits_for_us(open_per_connection=2)), rig.connect()
     for name in "abc":
         line.say(wanted(name))
     serving.wait_for(on.RequestReceived, 3)
@@ -533,7 +537,7 @@ def test_too_many_open_messages_of_a_connection_are_refused_by_name(rig: Rig) ->
 @pytest.mark.clause("PEER-6")
 def test_far_too_many_open_messages_close_the_connection(rig: Rig) -> None:
     rig.gate()
-    rig.serve(limits=Limits(open_per_connection=2))
+    rig.serve(limits=limits_for_us(open_per_connection=2))
     line, other = rig.connect(), rig.connect()
     refusal = line.ask(b"".join(frame_of(wanted(f"a{number}")) for number in range(9)))
     assert isinstance(refusal, NamespaceError)
@@ -545,7 +549,7 @@ def test_far_too_many_open_messages_close_the_connection(rig: Rig) -> None:
 @pytest.mark.clause("PEER-5")
 def test_too_many_open_messages_of_a_user_are_refused_by_name(rig: Rig) -> None:
     gate = rig.gate()
-    serving = rig.serve(limits=Limits(open_per_uid=1))
+    serving = rig.serve(limits=limits_for_us(open_per_uid=1))
     line, other = rig.connect(), rig.connect()
     line.say(wanted("a"))
     serving.wait_for(on.RequestReceived)
