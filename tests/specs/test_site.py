@@ -30,7 +30,7 @@ _LOADED: Final = re.compile(r"""(?:url\(|@import)\s*["']?((?:https?:)?//[^"')]*)
 _ID: Final = re.compile(r'\bid="([^"]*)"')
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build it as `make site` does; as root, where there is no network."""
     folder = tmp_path_factory.mktemp("book")

@@ -33,7 +33,8 @@ from tests.suites.stateful.adapters import InProcess, machine
 from tests.suites.stateful.tour import PROVIDER_TOUR, take
 
 PREFIX: Final = "nsh-test-m"
-LIMITS: Final = Limits(allowed_uids=frozenset({os.geteuid()}))
+UID: Final = os.geteuid()
+LIMITS: Final = Limits(allowed_uids=frozenset({UID}))
 RUNS: Final = 15
 NEWCOMER: Final[ConnectionId] = 1_000_000
 
@@ -217,7 +218,7 @@ def test_a_request_said_twice_is_said_once(recording: Recording, where: float) -
     kernel = recording.kernel(turns)
     if kernel.service is not ServiceState.READY:
         return
-    kernel.receive(on.ConnectionOpened(NEWCOMER, 0))
+    kernel.receive(on.ConnectionOpened(NEWCOMER, UID))
     for request in requests_alive(kernel, recording.turns[:turns]):
         ask(kernel, request)
         once = kernel.snapshot()
@@ -268,7 +269,7 @@ def test_a_crash_at_rest_is_not_noticed(recording: Recording, where: float) -> N
         kernel.receive(on.ConnectionLost(number))
     assert kernel.states == recovered.states
     for one in (kernel, recovered):
-        one.receive(on.ConnectionOpened(NEWCOMER, 0))
+        one.receive(on.ConnectionOpened(NEWCOMER, UID))
     for name, request in sorted(requests.items()):
         told = [
             ask(kernel, request),
