@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from hypothesis import HealthCheck, settings
 from hypothesis import seed as seeded
-from hypothesis.stateful import RuleBasedStateMachine
+from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 from linux.testing.adversary import STEPS as DEALINGS_STEPS
 from linux.testing.adversary import dealings
@@ -32,7 +32,6 @@ from tests.suites.stateful.adapters import (
     adapter_of,
     counterpart_of,
     machine,
-    run_steps,
 )
 from tests.suites.stateful.cells import counted
 from tests.suites.stateful.tour import CONSUMER_TOUR, PROVIDER_TOUR, take
@@ -84,7 +83,7 @@ def run(seed: int, adapter: str, kind: str, examples: int) -> Outcome:
         )
         try:
             take(counting, TOURS[kind])
-            run_steps(adapter, seeded(seed)(counting), wanted)
+            run_state_machine_as_test(seeded(seed)(counting), settings=wanted)
         except Exception as error:
             arguments = {"adapter": adapter, "kind": kind, "examples": examples}
             again = Job("stateful", Task("", arguments), 0, seed, False, 0.0).command

@@ -10,14 +10,10 @@ import tempfile
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
-
-from hypothesis import settings
-from hypothesis.errors import FlakyStrategyDefinition
-from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 from linux.testing.adversary import Counterpart, OnPipes, OnSockets
 from linux.testing.worlds import IMAGE, LinuxWorld, SimulatedWorld, World
@@ -320,24 +316,3 @@ def counterpart_of(name: str, prefix: str, node: Node | None) -> Counterpart:
 def machine(prefix: str, make: Callable[[], Adapter]) -> type[Handoffs]:
     """Make a class of its own for one test: Hypothesis makes many of it."""
     return type("Machine", (Handoffs,), {"prefix": prefix, "open_adapter": lambda self: make()})
-
-
-IN_TIME: Final = ("simulated", "linux")
-"""Adapters with a socket and threads, where the machine does not say when something happens."""
-
-TRIES_IN_TIME: Final = 3
-"""How often a run on one of these is begun, if its choices hang on time."""
-
-
-def run_steps(adapter: str, kind: type[RuleBasedStateMachine], wanted: settings) -> None:
-    """
-    Run a machine at random; on a socket again where its choices hung on time.
-
-    There a rule is possible as soon as something has happened, which the same choices may find a
-    moment earlier or later. Hypothesis calls that flaky; it is no finding.
-    """
-    for _ in range(TRIES_IN_TIME - 1 if adapter in IN_TIME else 0):
-        with suppress(FlakyStrategyDefinition):
-            run_state_machine_as_test(kind, settings=wanted)
-            return
-    run_state_machine_as_test(kind, settings=wanted)

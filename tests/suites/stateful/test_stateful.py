@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import pytest
 from hypothesis import settings
+from hypothesis.stateful import run_state_machine_as_test
 
 from linux.testing.adversary import STEPS as DEALINGS_STEPS
 from linux.testing.adversary import Dealings, dealings
@@ -23,7 +24,7 @@ from statemachine.lifecycle import ALLOCATION, CONSUMER, NOTICE
 from statemachine.table import compile_table
 from statemachine.testing.tables import replaced
 from tests.campaign import stateful_campaign
-from tests.suites.stateful.adapters import Node, adapter_of, counterpart_of, machine, run_steps
+from tests.suites.stateful.adapters import Node, adapter_of, counterpart_of, machine
 from tests.suites.stateful.cells import counted, missing
 from tests.suites.stateful.tour import CONSUMER_TOUR, PROVIDER_TOUR, take
 from transport.descriptors import DescriptorBundle
@@ -67,12 +68,12 @@ def examples(share: float, steps: int) -> settings:
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_a_provider_keeps_its_promises(name: str, handoffs: type[Handoffs]) -> None:
-    run_steps(name, handoffs, examples(SHARES[name], STEPS))
+    run_state_machine_as_test(handoffs, settings=examples(SHARES[name], STEPS))
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_a_consumer_keeps_its_promises(name: str, dealing: type[Dealings]) -> None:
-    run_steps(name, dealing, examples(SHARES[name], DEALINGS_STEPS))
+    run_state_machine_as_test(dealing, settings=examples(SHARES[name], DEALINGS_STEPS))
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
