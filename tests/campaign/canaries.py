@@ -652,7 +652,7 @@ CANARIES: Final = (
         _in(
             "cgroups",
             "linux/test_cgroups.py",
-            "test_use_that_nobody_watched_is_still_proved",
+            "test_use_that_was_not_watched_is_still_known",
             is_linux=True,
         ),
         "linux/cgroups.py",

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
 
 from specs import model
 from tests.campaign.canaries import CANARIES, UPSTREAM, Canary, Layer
-from tests.campaign.canaries_cage import Change, Misfit, run_changed
+from tests.campaign.canaries_cage import ROOT, Change, Misfit, run_changed
 
 LAYERS = tuple(dict.fromkeys(canary.layer for canary in CANARIES))
 
@@ -45,6 +47,15 @@ def test_a_canary_is_caught(canary: Canary) -> None:
     expect_able(canary.layer)
     verdict = canary.layer.unleash(canary.changes)
     assert verdict.finding is not None, f"{canary.layer.name} does not see that {canary.name}"
+
+
+def test_what_a_layer_names_can_be_run() -> None:
+    """A test that is not there ends pytest with an error, which would count as a catch."""
+    layers = [layer for c in CANARIES for layer in (c.layer, c.also) if layer is not None]
+    named = {f"tests/{name}" for x in layers if x.function == "tests" for name in x.arguments}
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-qq", "-p", "no:cacheprovider"]
+    run = subprocess.run([*command, *sorted(named)], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 def test_there_are_canaries_of_every_kind() -> None:
