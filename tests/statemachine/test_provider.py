@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import pytest
 from hypothesis import given
@@ -63,11 +63,6 @@ ENDINGS: Final = [
 
 def answer_to(request: NamespaceRequest) -> NamespaceResponse:
     return NamespaceResponse(request.allocation_id, request.namespaces)
-
-
-DELAYED: Final = on.ReleaseDelayed("a", "1 process does not die")
-EARLY_END: Final = (on.RequestReceived(1, B), on.EndReceived(9, "b"))
-STUCK_FAULT: Final = (on.RequestReceived(1, B), on.FrameRejected("x", 1))
 
 
 class Script:
@@ -157,6 +152,169 @@ def test_basic_one_life_from_the_request_to_the_release() -> None:
     assert kernel.state_of("a") is RELEASED
 
 
+# --- Step by step ------------------------------------------------------------------------------
+
+
+def ask(connection: int, request: NamespaceRequest = A) -> Event:
+    return on.RequestReceived(connection, request)
+
+
+def made(request: NamespaceRequest = A) -> Event:
+    return on.NamespacesCreated(request.allocation_id, answer_to(request))
+
+
+def sent(connection: int) -> Event:
+    return on.ResponseSent("a", connection)
+
+
+def end(connection: int) -> Event:
+    return on.EndReceived(connection, "a")
+
+
+def lost(connection: int) -> Event:
+    return on.ConnectionLost(connection)
+
+
+def granted(connection: int, request: NamespaceRequest = A) -> Effect:
+    return do.HandOver(connection, answer_to(request))
+
+
+def told(connection: int) -> Effect:
+    return do.AnnounceEnd(connection, "a")
+
+
+NOTHING: Final = NamespaceRequest("a", ())
+FAILURE: Final = CreationFailed("unshare: unshare(2): ENOSPC")
+NOT_MADE: Final = on.NamespacesNotCreated("a", FAILURE)
+UNSENT: Final = on.ResponseNotSent("a", 1, FdPassing("EMFILE"))
+GARBLED: Final = on.FrameRejected("N is 0", 1)
+EMPTIED: Final = on.ScopeEmptied("a")
+DELAYED: Final = on.ReleaseDelayed("a", "1 process does not die")
+OVERDUE: Final = on.ReleaseOverdue("a")
+FREED: Final = on.NamespacesReleased("a")
+OPERATOR: Final = on.ReleaseRequested("a")
+READY: Final = on.ProviderReady()
+STOPPING: Final = on.ProviderStopping()
+REMAINS: Final = on.RemainsFound("a", A)
+HELD: Final[tuple[Event, ...]] = (ask(1), made(), sent(1))
+"""A whole hand-over, to connection 1."""
+OVER: Final[tuple[Event, ...]] = (*HELD, EMPTIED)
+OVERTAKEN: Final[tuple[Event, ...]] = (on.HandedOffAdopted("a", A, answer_to(A)), ask(1), end(2))
+
+WATCHED, WATCHED_B = do.Watch("a"), do.Watch("b")
+RELEASING: Final = (do.ReleaseNamespaces("a"), do.StartTimer(Timer.RELEASE, "a"))
+IN_TIME: Final = do.StopTimer(Timer.RELEASE, "a")
+CLAIM_ON, CLAIM_OFF = do.StartTimer(Timer.CLAIM, "a"), do.StopTimer(Timer.CLAIM, "a")
+WAIT_OFF: Final = do.StopTimer(Timer.READINESS, "")
+CREATING: Final = do.CreateNamespaces(A)
+CONFLICT: Final = CreationFailed("allocation a is alive with another request")
+UNREADABLE: Final = do.Refuse(1, FdPassing("N is 0"))
+STOPPED: Final = SocketUnavailable("the provider is shutting down")
+DRAINING: Final = CreationFailed(
+    "the allocation before it has ended but is not released: its release takes long"
+)
+
+Step: TypeAlias = tuple[tuple[Event, ...], Event, tuple[Effect, ...]]
+"""What happened before; what happens now, and what is done about it."""
+
+STEPS: Final[list[Step]] = [
+    # A creation that fails: everyone who asked hears why, when all is gone.
+    ((ask(1), ask(2)), NOT_MADE, RELEASING),
+    ((ask(1), ask(2), NOT_MADE), FREED, (IN_TIME, do.Refuse(1, FAILURE), do.Refuse(2, FAILURE))),
+    # Nothing at all may be asked for.
+    ((ask(1, NOTHING),), made(NOTHING), (WATCHED, granted(1, NOTHING))),
+    # Who was handed nothing is told of no end; a second hand-over that fails undoes no first.
+    ((ask(1), made(), UNSENT, EMPTIED), FREED, (IN_TIME,)),
+    ((*HELD, ask(1), UNSENT, EMPTIED), FREED, (IN_TIME, told(1))),
+    # A hand-over is recorded once.
+    ((*HELD, ask(2)), sent(2), ()),
+    # Answers wait for their turn, and hold up no other connection.
+    ((ask(1), ask(1, B), ask(2, B)), made(B), (WATCHED_B, granted(2, B))),
+    ((ask(1),), ask(1, A_OTHERWISE), ()),
+    ((ask(1), ask(1, A_OTHERWISE)), made(), (WATCHED, granted(1), do.Refuse(1, CONFLICT))),
+    ((ask(1),), GARBLED, ()),
+    ((ask(1), GARBLED), made(), (WATCHED, granted(1), UNREADABLE, do.CloseConnection(1))),
+    # What ended before its turn is not handed over.
+    (
+        (ask(1, B), ask(1), made(), on.InitDied("a"), FREED),
+        made(B),
+        (WATCHED_B, granted(1, B), do.Refuse(1, TOO_LATE)),
+    ),
+    # Nothing is sent on a connection that is being closed, or is lost.
+    ((*HELD, GARBLED, EMPTIED), FREED, (IN_TIME,)),
+    ((*HELD, lost(1), EMPTIED), FREED, (IN_TIME,)),
+    # Every end has its answer: equal ones, crossing ones, and from two sides.
+    ((*HELD, end(1), end(1)), FREED, (IN_TIME, told(1), told(1))),
+    ((*OVER, FREED), end(1), (told(1),)),
+    ((*HELD, end(1)), end(2), ()),
+    ((*HELD, end(1), end(2)), FREED, (IN_TIME, told(1), told(2))),
+    ((*OVER, FREED, end(2)), end(2), (told(2),)),
+    # A creation that is undone, whoever undoes it, and whether it succeeds.
+    ((ask(1), end(2)), NOT_MADE, ()),
+    ((ask(1), end(2), NOT_MADE), FREED, (IN_TIME, told(2), do.Refuse(1, FAILURE))),
+    ((ask(1), end(1), made()), FREED, (IN_TIME, do.Refuse(1, TOO_LATE), told(1))),
+    ((ask(1),), OPERATOR, RELEASING),
+    ((ask(1), OPERATOR, made()), FREED, (IN_TIME, do.Refuse(1, TOO_LATE))),
+    # After the release, the name is free for another request.
+    ((*OVER, FREED), ask(1, A_OTHERWISE), (do.CreateNamespaces(A_OTHERWISE),)),
+    # At the release deadline the end is announced, and not again; a later end is confirmed at once.
+    ((*OVER, DELAYED), OVERDUE, (told(1),)),
+    ((*OVER, DELAYED, OVERDUE, on.RetryDue("a")), FREED, ()),
+    ((*OVER, OVERDUE), end(2), (told(2),)),
+    ((*OVER, OVERDUE), ask(2), (do.Refuse(2, DRAINING),)),
+    # An early request is taken back by the loss of its connection, but by nobody else's end.
+    ((*OVER, ask(2), lost(2)), FREED, (IN_TIME, told(1))),
+    ((*OVER, ask(2), end(3)), FREED, (IN_TIME, told(1), told(3), CREATING)),
+    # Who was refused did not ask; a request stops the claim timer, use stops it for good.
+    ((*HELD, ask(2, A_OTHERWISE)), lost(1), (CLAIM_ON,)),
+    ((*HELD, lost(1)), ask(2), (CLAIM_OFF, granted(2))),
+    ((*HELD, lost(1)), on.ScopePopulated("a"), (CLAIM_OFF,)),
+    ((*HELD, lost(1), on.ScopePopulated("a"), ask(2)), lost(2), ()),
+    ((*HELD, lost(1)), end(2), (CLAIM_OFF, *RELEASING)),
+    # Who asked is lost during the creation.
+    ((ask(1),), lost(1), ()),
+    ((ask(1), lost(1)), made(), (WATCHED, CLAIM_ON)),
+    # While it stops, ends are taken, creations under way are answered, and nobody waits.
+    ((*HELD, STOPPING), end(2), RELEASING),
+    ((*HELD, STOPPING, end(2)), FREED, (IN_TIME, told(1), told(2))),
+    ((*OVER, ask(2)), STOPPING, (do.Refuse(2, STOPPED),)),
+    ((*OVER, ask(2), STOPPING), FREED, (IN_TIME, told(1))),
+    ((ask(1), STOPPING), made(), (WATCHED, granted(1))),
+]
+STARTING_STEPS: Final[list[Step]] = [
+    # The readiness timer stops with the last that waits.
+    ((ask(1), ask(2)), lost(1), ()),
+    ((ask(1), ask(2), lost(1)), lost(2), (WAIT_OFF,)),
+    ((ask(1), ask(2), lost(1), lost(2)), READY, ()),
+    # An end that waits behind its request undoes it.
+    ((ask(1), end(1)), READY, (WAIT_OFF, CREATING, *RELEASING)),
+    # What remains is released, and the name can be used again.
+    ((), REMAINS, RELEASING),
+    ((REMAINS, READY), ask(1), ()),
+    ((REMAINS, READY, ask(1)), FREED, (IN_TIME, CREATING)),
+    # A hand-over that an end overtakes, decided in the same step, is no error; nor if it fails.
+    (OVERTAKEN, READY, (WAIT_OFF, CLAIM_OFF, granted(1), *RELEASING)),
+    ((*OVERTAKEN, READY), sent(1), ()),
+    ((*OVERTAKEN, READY, sent(1)), FREED, (IN_TIME, told(1), told(2))),
+    ((*OVERTAKEN, READY), UNSENT, ()),
+    ((*OVERTAKEN, READY, UNSENT), FREED, (IN_TIME, told(2))),
+]
+
+
+@pytest.mark.parametrize(
+    ("is_ready", "before", "event", "effects"),
+    [*((True, *step) for step in STEPS), *((False, *step) for step in STARTING_STEPS)],
+)
+def test_a_step_is_as_written(
+    is_ready: bool, before: tuple[Event, ...], event: Event, effects: tuple[Effect, ...]
+) -> None:
+    script = Script(is_ready=is_ready)
+    script.open(1, 2, 3)
+    for earlier in before:
+        script.feed(earlier)
+    assert script.feed(event) == effects
+
+
 # --- Hand-over ---------------------------------------------------------------------------------
 
 
@@ -174,21 +332,6 @@ def test_everyone_who_asks_during_the_creation_gets_the_one_result(script: Scrip
     assert script.ask(1, A) == ()
     given_out = [do.HandOver(c, answer_to(A)) for c in (1, 1, 2)]
     assert script.feed(on.NamespacesCreated("a", answer_to(A))) == (do.Watch("a"), *given_out)
-
-
-def test_everyone_who_asks_during_a_creation_that_fails_hears_why(script: Script) -> None:
-    script.ask(1, A)
-    script.ask(2, A)
-    failure = CreationFailed("unshare: unshare(2): ENOSPC")
-    assert script.feed(on.NamespacesNotCreated("a", failure)) == (
-        do.ReleaseNamespaces("a"),
-        do.StartTimer(Timer.RELEASE, "a"),
-    )
-    assert script.release() == (
-        do.StopTimer(Timer.RELEASE, "a"),
-        do.Refuse(1, failure),
-        do.Refuse(2, failure),
-    )
 
 
 @pytest.mark.clause("LIFE-5")
@@ -235,12 +378,6 @@ def test_a_request_that_breaks_a_rule_is_refused_without_any_effect(
     assert script.kernel.snapshot() == before
 
 
-def test_the_provider_may_hand_over_nothing_at_all(script: Script) -> None:
-    empty = NamespaceRequest("a", ())
-    script.ask(1, empty)
-    assert do.HandOver(1, NamespaceResponse("a", ())) in script.create(empty)
-
-
 @pytest.mark.clause("FD-13")
 def test_descriptors_that_cannot_be_had_leave_the_allocation_as_it_is(script: Script) -> None:
     script.ask(1, A)
@@ -249,28 +386,6 @@ def test_descriptors_that_cannot_be_had_leave_the_allocation_as_it_is(script: Sc
     assert script.state() is CREATED
     assert script.ask(2, A) == (do.HandOver(2, answer_to(A)),)
     assert script.feed(on.ResponseSent("a", 2)) == (do.RecordHandoff("a"),)
-
-
-def test_whoever_was_handed_nothing_is_told_of_no_end(script: Script) -> None:
-    script.ask(1, A)
-    script.feed(on.NamespacesCreated("a", answer_to(A)))
-    script.feed(on.ResponseNotSent("a", 1, FdPassing("EMFILE")))
-    script.feed(on.InitDied("a"))
-    assert script.release() == (do.StopTimer(Timer.RELEASE, "a"),)
-
-
-def test_a_second_hand_over_that_fails_does_not_undo_the_first(script: Script) -> None:
-    script.hand_over(1)
-    script.ask(1, A)
-    script.feed(on.ResponseNotSent("a", 1, FdPassing("EMFILE")))
-    script.feed(on.ScopeEmptied("a"))
-    assert do.AnnounceEnd(1, "a") in script.release()
-
-
-def test_a_hand_over_is_recorded_once(script: Script) -> None:
-    script.hand_over(1)
-    script.ask(2, A)
-    assert script.feed(on.ResponseSent("a", 2)) == ()
 
 
 # --- Answers in order --------------------------------------------------------------------------
@@ -291,20 +406,6 @@ def test_answers_come_in_the_order_of_the_messages(script: Script) -> None:
     )
 
 
-def test_an_answer_that_waits_for_its_turn_holds_up_no_other_connection(script: Script) -> None:
-    script.ask(1, A)
-    script.ask(1, B)
-    script.ask(2, B)
-    assert script.create(B) == (do.Watch("b"), do.HandOver(2, answer_to(B)))
-
-
-def test_a_refusal_waits_for_its_turn(script: Script) -> None:
-    script.ask(1, A)
-    assert script.ask(1, A_OTHERWISE) == ()
-    handed, refused = script.create()[1:]
-    assert (type(handed), type(refused)) == (do.HandOver, do.Refuse)
-
-
 @pytest.mark.clause("WIRE-15")
 def test_an_end_that_nobody_asked_for_may_come_in_between(script: Script) -> None:
     script.hand_over(1)
@@ -312,19 +413,6 @@ def test_an_end_that_nobody_asked_for_may_come_in_between(script: Script) -> Non
     script.feed(on.ScopeEmptied("a"))
     assert do.AnnounceEnd(1, "a") in script.release()
     assert do.HandOver(1, answer_to(B)) in script.create(B)
-
-
-def test_what_ended_before_its_turn_is_not_handed_over(script: Script) -> None:
-    script.ask(1, B)
-    script.ask(1, A)
-    script.create(A)
-    script.feed(on.InitDied("a"))
-    script.release("a")
-    assert script.create(B) == (
-        do.Watch("b"),
-        do.HandOver(1, answer_to(B)),
-        do.Refuse(1, TOO_LATE),
-    )
 
 
 def test_what_is_released_before_its_turn_is_not_handed_over(script: Script) -> None:
@@ -337,32 +425,12 @@ def test_what_is_released_before_its_turn_is_not_handed_over(script: Script) -> 
     assert do.Refuse(1, TOO_LATE) in script.release()
 
 
-def test_two_equal_messages_have_two_answers(script: Script) -> None:
-    nobody = AllocationNotFound("nobody")
-    assert script.end(1, "nobody") == (do.Refuse(1, nobody),)
-    assert script.end(1, "nobody") == (do.Refuse(1, nobody),)
-    script.hand_over(1)
-    script.end(1)
-    script.end(1)
-    assert script.release()[1:] == (do.AnnounceEnd(1, "a"), do.AnnounceEnd(1, "a"))
-
-
 # --- Frames that cannot be read ----------------------------------------------------------------
 
 
 @pytest.mark.clause("WIRE-11")
 def test_an_unreadable_frame_is_answered_and_the_connection_closed(script: Script) -> None:
     assert script.feed(on.FrameRejected("N is 0", 1)) == (
-        do.Refuse(1, FdPassing("N is 0")),
-        do.CloseConnection(1),
-    )
-
-
-def test_an_unreadable_frame_is_answered_in_its_turn(script: Script) -> None:
-    script.ask(1, A)
-    assert script.feed(on.FrameRejected("N is 0", 1)) == ()
-    assert script.create()[1:] == (
-        do.HandOver(1, answer_to(A)),
         do.Refuse(1, FdPassing("N is 0")),
         do.CloseConnection(1),
     )
@@ -377,40 +445,23 @@ def test_an_unreadable_frame_concerns_no_other_connection(script: Script) -> Non
     assert script.create(B)[1:] == (do.HandOver(2, answer_to(B)),)
 
 
-def test_nothing_is_read_from_a_connection_that_is_being_closed(script: Script) -> None:
-    script.feed(on.FrameRejected("N is 0", 1))
-    for event in (
-        on.RequestReceived(1, A),
-        on.EndReceived(1, "a"),
-        on.FrameRejected("again", 1),
-    ):
-        assert "connection 1 is closing" in str(script.refuses(event))
-    assert script.lose(1) == ()
-
-
-def test_nothing_is_sent_on_a_connection_that_is_being_closed(script: Script) -> None:
-    script.hand_over(1)
-    script.feed(on.FrameRejected("N is 0", 1))
-    script.feed(on.ScopeEmptied("a"))
-    assert script.release() == (do.StopTimer(Timer.RELEASE, "a"),)
-
-
 @pytest.mark.parametrize(
-    "message", [answer_to(A), FdPassing("x"), CreationFailed("x")], ids=lambda x: type(x).__name__
+    ("message", "event"),
+    [
+        (A, on.RequestReceived(7, A)),
+        (AllocationEnded("a"), on.EndReceived(7, "a")),
+        (answer_to(A), on.FrameRejected("NamespaceResponse is not for the provider", 7)),
+        (FdPassing("x"), on.FrameRejected("FdPassing is not for the provider", 7)),
+        (CreationFailed("x"), on.FrameRejected("CreationFailed is not for the provider", 7)),
+        # An end whose answer could not be sent is as good as unreadable.
+        (
+            AllocationEnded("x" * 129),
+            on.FrameRejected("allocation_id has 129 bytes; 1 to 128 are allowed", 7),
+        ),
+    ],
 )
-def test_a_message_that_is_not_for_a_provider_is_as_good_as_unreadable(message: Any) -> None:
-    name = type(message).__name__
-    assert event_of(7, message) == on.FrameRejected(f"{name} is not for the provider", 7)
-
-
-def test_messages_are_named_as_what_they_mean() -> None:
-    assert event_of(7, A) == on.RequestReceived(7, A)
-    assert event_of(7, AllocationEnded("a")) == on.EndReceived(7, "a")
-
-
-def test_an_end_whose_answer_could_not_be_sent_is_as_good_as_unreadable() -> None:
-    reason = "allocation_id has 129 bytes; 1 to 128 are allowed"
-    assert event_of(7, AllocationEnded("x" * 129)) == on.FrameRejected(reason, 7)
+def test_a_message_is_named_as_what_it_means(message: Any, event: Event) -> None:
+    assert event_of(7, message) == event
 
 
 # --- Ends --------------------------------------------------------------------------------------
@@ -450,41 +501,6 @@ def test_the_later_reasons_to_end_have_no_effect(script: Script, first: Event) -
         assert script.feed(event) == ()
 
 
-@pytest.mark.clause("LIFE-1")
-@pytest.mark.parametrize(
-    ("events", "event", "state"),
-    [
-        ((), on.ClaimExpired("a"), "handed_off without a claim timer"),
-        ((on.ConnectionLost(1), on.RequestReceived(9, A)), on.ClaimExpired("a"), "claim timer"),
-        ((on.ScopeEmptied("a"),), on.RetryDue("a"), "ended without a retry timer"),
-        ((on.ScopeEmptied("a"), on.ReleaseOverdue("a")), on.ReleaseOverdue("a"), "release timer"),
-        ((on.ScopeEmptied("a"), DELAYED), DELAYED, "ended and not being released"),
-        ((on.ScopeEmptied("a"), DELAYED), on.NamespacesReleased("a"), "not being released"),
-        ((), on.NamespacesCreated("a", answer_to(A)), "handed_off"),
-        ((on.ScopeEmptied("a"),), on.NamespacesCreated("a", answer_to(A)), "and not being made"),
-        ((on.ScopeEmptied("a"),), on.NamespacesNotCreated("a", TOO_LATE), "and not being made"),
-        (EARLY_END, on.NamespacesReleased("b"), "ended and still being made"),
-        (EARLY_END, on.ReleaseDelayed("b", "it hangs"), "ended and still being made"),
-        ((on.FrameRejected("x", 1),), on.EndReceived(1, "a"), "closing"),
-        (STUCK_FAULT, on.FrameRejected("x", 1), "closing"),
-        (STUCK_FAULT, on.EndReceived(1, "a"), "closing"),
-        ((), on.CreatedAdopted("b", B, answer_to(B)), "the provider is ready"),
-        ((), on.HandedOffAdopted("b", B, answer_to(B)), "the provider is ready"),
-        ((), on.RemainsFound("b", B), "the provider is ready"),
-    ],
-)
-def test_what_was_not_under_way_cannot_be_reported(
-    script: Script, events: tuple[Event, ...], event: Event, state: str
-) -> None:
-    script.hand_over(1)
-    for earlier in events:
-        script.feed(earlier)
-    before = script.kernel.snapshot()
-    with pytest.raises(LocalProtocolError, match=state):
-        script.feed(event)
-    assert script.kernel.snapshot() == before
-
-
 @pytest.mark.clause("END-12")
 def test_an_end_is_pushed_once_to_each_connection_that_was_handed_it(script: Script) -> None:
     script.hand_over(1)
@@ -496,33 +512,11 @@ def test_an_end_is_pushed_once_to_each_connection_that_was_handed_it(script: Scr
     assert script.release()[1:] == (do.AnnounceEnd(1, "a"), do.AnnounceEnd(2, "a"))
 
 
-def test_an_end_is_not_pushed_to_a_lost_connection(script: Script) -> None:
-    script.hand_over(1)
-    script.lose(1)
-    script.feed(on.ScopeEmptied("a"))
-    assert script.release() == (do.StopTimer(Timer.RELEASE, "a"),)
-
-
 @pytest.mark.clause("END-13")
 def test_whoever_ends_gets_the_end_as_the_answer_and_not_twice(script: Script) -> None:
     script.hand_over(1)
     script.end(1)
     assert script.release()[1:] == (do.AnnounceEnd(1, "a"),)
-
-
-def test_crossing_ends_are_both_answered(script: Script) -> None:
-    script.hand_over(1)
-    script.feed(on.ScopeEmptied("a"))
-    assert script.release()[1:] == (do.AnnounceEnd(1, "a"),)
-    # Sent before that arrived.
-    assert script.end(1) == (do.AnnounceEnd(1, "a"),)
-
-
-def test_ends_from_two_sides_at_once_are_both_answered_by_the_one_release(script: Script) -> None:
-    script.hand_over(1)
-    script.end(1)
-    assert script.end(2) == ()
-    assert script.release()[1:] == (do.AnnounceEnd(1, "a"), do.AnnounceEnd(2, "a"))
 
 
 @pytest.mark.clause("END-16")
@@ -537,21 +531,6 @@ def test_an_end_during_the_creation_undoes_it(script: Script) -> None:
         do.Refuse(1, TOO_LATE),
         do.Refuse(3, TOO_LATE),
     )
-
-
-def test_an_end_during_a_creation_that_fails_is_an_end_all_the_same(script: Script) -> None:
-    script.ask(1, A)
-    script.end(2)
-    failure = CreationFailed("ENOSPC")
-    assert script.feed(on.NamespacesNotCreated("a", failure)) == ()
-    assert script.release()[1:] == (do.AnnounceEnd(2, "a"), do.Refuse(1, failure))
-
-
-def test_whoever_ends_its_own_request_hears_first_that_it_failed(script: Script) -> None:
-    script.ask(1, A)
-    script.end(1)
-    script.feed(on.NamespacesCreated("a", answer_to(A)))
-    assert script.release()[1:] == (do.Refuse(1, TOO_LATE), do.AnnounceEnd(1, "a"))
 
 
 @pytest.mark.clause("END-12")
@@ -579,13 +558,6 @@ def test_an_end_is_taken_however_many_messages_are_unanswered() -> None:
     assert script.state("a") is ENDED
 
 
-def test_an_operators_release_undoes_a_creation(script: Script) -> None:
-    script.ask(1, A)
-    assert do.ReleaseNamespaces("a") in script.feed(on.ReleaseRequested("a"))
-    script.feed(on.NamespacesCreated("a", answer_to(A)))
-    assert script.release()[1:] == (do.Refuse(1, TOO_LATE),)
-
-
 @pytest.mark.clause("END-13")
 def test_the_end_of_what_never_was_is_not_found(script: Script) -> None:
     before = script.kernel.snapshot()
@@ -593,21 +565,17 @@ def test_the_end_of_what_never_was_is_not_found(script: Script) -> None:
     assert script.kernel.snapshot() == before
 
 
-def test_the_end_of_what_is_remembered_is_confirmed_again(script: Script) -> None:
-    script.hand_over(1)
-    script.end(1)
-    script.release()
-    assert script.end(2) == (do.AnnounceEnd(2, "a"),)
-    assert script.end(2) == (do.AnnounceEnd(2, "a"),)
+def live_and_end(script: Script, *names: str) -> None:
+    for name in names:
+        script.hand_over(9, NamespaceRequest(name, ()))
+        script.end(9, name)
+        script.release(name)
 
 
 @pytest.mark.clause("END-18")
 def test_the_oldest_name_is_forgotten_first() -> None:
     script = Script(Limits(remembered=2))
-    for name in ("x", "y", "z"):
-        script.hand_over(9, NamespaceRequest(name, ()))
-        script.end(9, name)
-        script.release(name)
+    live_and_end(script, "x", "y", "z")
     assert script.end(9, "x") == (do.Refuse(9, AllocationNotFound("x")),)
     assert script.end(9, "y") == (do.AnnounceEnd(9, "y"),)
     assert script.end(9, "z") == (do.AnnounceEnd(9, "z"),)
@@ -615,24 +583,15 @@ def test_the_oldest_name_is_forgotten_first() -> None:
 
 def test_a_name_that_is_used_again_is_remembered_as_of_its_last_end() -> None:
     script = Script(Limits(remembered=2))
-    for name in ("x", "y", "x", "z"):
-        script.hand_over(9, NamespaceRequest(name, ()))
-        script.end(9, name)
-        script.release(name)
-    assert script.state("x") is RELEASED
-    assert script.state("y") is UNKNOWN
+    live_and_end(script, "x", "y", "x", "z")
+    assert (script.state("x"), script.state("y")) == (RELEASED, UNKNOWN)
 
 
 def test_a_name_that_is_used_again_takes_no_place_among_the_remembered() -> None:
     script = Script(Limits(remembered=2))
-    for name in ("x", "y"):
-        script.hand_over(9, NamespaceRequest(name, ()))
-        script.end(9, name)
-        script.release(name)
+    live_and_end(script, "x", "y")
     script.hand_over(9, NamespaceRequest("y", ()))
-    script.hand_over(9, B)
-    script.end(9, "b")
-    script.release("b")
+    live_and_end(script, "b")
     assert script.state("x") is RELEASED
 
 
@@ -652,38 +611,6 @@ def test_about_a_thousand_names_are_remembered() -> None:
     assert Limits().remembered == REMEMBERED_MAX == 1024
 
 
-def test_after_the_release_the_same_request_makes_a_new_incarnation(script: Script) -> None:
-    script.hand_over(1)
-    script.end(1)
-    script.release()
-    assert script.ask(1, A_OTHERWISE) == (do.CreateNamespaces(A_OTHERWISE),)
-
-
-def test_a_hand_over_that_an_end_overtakes_is_no_error() -> None:
-    """At readiness a request and an end may be decided in one step, before either is performed."""
-    script = Script(is_ready=False)
-    script.open(1, 2)
-    script.feed(on.HandedOffAdopted("a", A, answer_to(A)))
-    script.ask(1, A)
-    script.end(2)
-    effects = script.feed(on.ProviderReady())
-    kinds = [type(effect) for effect in effects]
-    assert kinds.index(do.HandOver) < kinds.index(do.ReleaseNamespaces)
-    assert script.feed(on.ResponseSent("a", 1)) == ()
-    assert script.release()[1:] == (do.AnnounceEnd(1, "a"), do.AnnounceEnd(2, "a"))
-
-
-def test_a_hand_over_that_fails_after_the_end_is_no_error() -> None:
-    script = Script(is_ready=False)
-    script.open(1, 2)
-    script.feed(on.HandedOffAdopted("a", A, answer_to(A)))
-    script.ask(1, A)
-    script.end(2)
-    script.feed(on.ProviderReady())
-    assert script.feed(on.ResponseNotSent("a", 1, FdPassing("EMFILE"))) == ()
-    assert script.release()[1:] == (do.AnnounceEnd(2, "a"),)
-
-
 # --- Releasing takes its time ------------------------------------------------------------------
 
 
@@ -697,23 +624,6 @@ def test_a_release_that_is_delayed_is_tried_again_until_it_is_done(script: Scrip
         assert script.feed(on.RetryDue("a")) == (do.ReleaseNamespaces("a"),)
     assert script.release()[1:] == (do.AnnounceEnd(1, "a"),)
     assert script.kernel.drain_of("a") == ""
-
-
-def test_an_end_is_announced_at_the_release_deadline_and_not_again(script: Script) -> None:
-    script.hand_over(1)
-    script.feed(on.ScopeEmptied("a"))
-    script.feed(on.ReleaseDelayed("a", "process 7 is in D state"))
-    assert script.feed(on.ReleaseOverdue("a")) == (do.AnnounceEnd(1, "a"),)
-    assert script.state() is ENDED
-    script.feed(on.RetryDue("a"))
-    assert script.release() == ()
-
-
-def test_an_end_during_the_drain_is_confirmed_at_once(script: Script) -> None:
-    script.hand_over(1)
-    script.feed(on.ScopeEmptied("a"))
-    script.feed(on.ReleaseOverdue("a"))
-    assert script.end(2) == (do.AnnounceEnd(2, "a"),)
 
 
 @pytest.mark.clause("LIFE-6")
@@ -742,22 +652,6 @@ def test_a_request_during_the_drain_is_refused_with_what_is_still_there(script: 
     assert script.ask(3, A) == (do.Refuse(3, draining),)
 
 
-def test_a_request_during_a_drain_of_which_nothing_is_known_is_refused_too(script: Script) -> None:
-    script.hand_over(1)
-    script.feed(on.ScopeEmptied("a"))
-    script.feed(on.ReleaseOverdue("a"))
-    reason = "the allocation before it has ended but is not released: its release takes long"
-    assert script.ask(2, A) == (do.Refuse(2, CreationFailed(reason)),)
-
-
-def test_an_early_request_of_a_lost_connection_starts_nothing(script: Script) -> None:
-    script.hand_over(1)
-    script.feed(on.ScopeEmptied("a"))
-    script.ask(2, A)
-    script.lose(2)
-    assert script.release() == (do.StopTimer(Timer.RELEASE, "a"), do.AnnounceEnd(1, "a"))
-
-
 @pytest.mark.clause("END-17")
 def test_an_end_takes_back_the_early_request_before_it(script: Script) -> None:
     """Or the answer to the end would stand for a set that is alive, and that nobody owes for."""
@@ -773,14 +667,6 @@ def test_an_end_takes_back_the_early_request_before_it(script: Script) -> None:
     assert script.state() is RELEASED
 
 
-def test_an_end_takes_back_no_early_request_of_anybody_else(script: Script) -> None:
-    script.hand_over(1)
-    script.feed(on.ScopeEmptied("a"))
-    script.ask(2, A)
-    script.end(3)
-    assert do.CreateNamespaces(A) in script.release()
-
-
 # --- Nobody claims it --------------------------------------------------------------------------
 
 
@@ -790,51 +676,6 @@ def test_the_claim_timer_runs_from_the_loss_of_the_last_asker(script: Script) ->
     script.ask(2, A)
     assert script.lose(1) == ()
     assert script.lose(2) == (do.StartTimer(Timer.CLAIM, "a"),)
-
-
-def test_whoever_was_refused_did_not_ask(script: Script) -> None:
-    script.hand_over(1)
-    script.ask(2, A_OTHERWISE)
-    assert script.lose(1) == (do.StartTimer(Timer.CLAIM, "a"),)
-
-
-def test_a_new_request_stops_the_claim_timer(script: Script) -> None:
-    script.hand_over(1)
-    script.lose(1)
-    assert script.ask(2, A) == (do.StopTimer(Timer.CLAIM, "a"), do.HandOver(2, answer_to(A)))
-
-
-def test_use_stops_the_claim_timer_for_good(script: Script) -> None:
-    script.hand_over(1)
-    script.ask(2, A)
-    script.lose(1)
-    script.lose(2)
-    assert script.feed(on.ScopePopulated("a")) == (do.StopTimer(Timer.CLAIM, "a"),)
-    script.open(4)
-    script.ask(4, A)
-    assert script.lose(4) == ()
-
-
-def test_what_nobody_claims_is_released(script: Script) -> None:
-    script.hand_over(1)
-    script.lose(1)
-    assert script.feed(on.ClaimExpired("a")) == (
-        do.ReleaseNamespaces("a"),
-        do.StartTimer(Timer.RELEASE, "a"),
-    )
-
-
-def test_an_asker_lost_during_the_creation_leaves_it_to_be_claimed(script: Script) -> None:
-    script.ask(1, A)
-    assert script.lose(1) == ()
-    effects = script.feed(on.NamespacesCreated("a", answer_to(A)))
-    assert effects == (do.Watch("a"), do.StartTimer(Timer.CLAIM, "a"))
-
-
-def test_an_end_stops_the_claim_timer(script: Script) -> None:
-    script.hand_over(1)
-    script.lose(1)
-    assert script.end(2)[0] == do.StopTimer(Timer.CLAIM, "a")
 
 
 @pytest.mark.clause("LIFE-2")
@@ -886,24 +727,6 @@ def test_whoever_waited_too_long_is_told_that_it_is_unavailable() -> None:
     assert script.ask(1, A) == (do.CreateNamespaces(A),)
 
 
-def test_the_readiness_timer_stops_with_the_last_that_waits() -> None:
-    script = Script(is_ready=False)
-    script.open(1, 2)
-    script.ask(1, A)
-    script.ask(2, A)
-    assert script.lose(1) == ()
-    assert script.lose(2) == (do.StopTimer(Timer.READINESS, ""),)
-    assert script.feed(on.ProviderReady()) == ()
-
-
-def test_an_end_that_waits_behind_its_request_undoes_it() -> None:
-    script = Script(is_ready=False)
-    script.ask(9, A)
-    script.end(9)
-    effects = script.feed(on.ProviderReady())[1:]
-    assert effects[:2] == (do.CreateNamespaces(A), do.ReleaseNamespaces("a"))
-
-
 # --- After a restart ---------------------------------------------------------------------------
 
 
@@ -924,21 +747,6 @@ def test_what_is_alive_after_a_restart_is_handed_over_again(
     script.feed(on.ProviderReady())
     assert script.ask(9, A) == (do.StopTimer(Timer.CLAIM, "a"), do.HandOver(9, answer_to(A)))
     assert isinstance(script.ask(9, A_OTHERWISE)[0], do.Refuse)
-
-
-def test_remains_after_a_restart_are_released_and_the_name_can_be_used_again() -> None:
-    script = Script(is_ready=False)
-    effects = script.feed(on.RemainsFound("a", A))
-    assert effects == (do.ReleaseNamespaces("a"), do.StartTimer(Timer.RELEASE, "a"))
-    script.feed(on.ProviderReady())
-    assert script.ask(9, A) == ()
-    assert do.CreateNamespaces(A) in script.release()
-
-
-def test_names_remembered_over_a_restart_are_confirmed_as_ended() -> None:
-    script = Script()
-    script.kernel.remember(["a"])
-    assert script.end(9) == (do.AnnounceEnd(9, "a"),)
 
 
 @pytest.mark.parametrize(
@@ -1107,22 +915,6 @@ def test_a_provider_that_stops_turns_away_who_asks_and_keeps_what_is_alive(
     assert script.kernel.service.is_stopping
 
 
-def test_a_provider_that_stops_still_takes_ends(script: Script) -> None:
-    script.hand_over(1)
-    script.feed(on.ProviderStopping())
-    assert do.ReleaseNamespaces("a") in script.end(2)
-    assert do.AnnounceEnd(2, "a") in script.release()
-
-
-def test_a_provider_that_stops_turns_away_who_waits_for_a_release(script: Script) -> None:
-    script.hand_over(1)
-    script.feed(on.ScopeEmptied("a"))
-    script.ask(2, A)
-    stopping = SocketUnavailable("the provider is shutting down")
-    assert script.feed(on.ProviderStopping()) == (do.Refuse(2, stopping),)
-    assert script.release() == (do.StopTimer(Timer.RELEASE, "a"), do.AnnounceEnd(1, "a"))
-
-
 @pytest.mark.clause("LIFE-16")
 def test_a_provider_that_stops_before_it_is_ready_turns_away_who_waits() -> None:
     script = Script(is_ready=False)
@@ -1134,12 +926,6 @@ def test_a_provider_that_stops_before_it_is_ready_turns_away_who_waits() -> None
         do.Refuse(9, stopping),
         do.Refuse(9, stopping),
     )
-
-
-def test_a_creation_that_is_under_way_at_the_stop_still_has_its_answer(script: Script) -> None:
-    script.ask(1, A)
-    script.feed(on.ProviderStopping())
-    assert do.HandOver(1, answer_to(A)) in script.create()
 
 
 # --- What cannot be ----------------------------------------------------------------------------
@@ -1193,52 +979,53 @@ def test_an_impossible_event_raises_and_changes_nothing(script: Script, event: E
     assert script.ask(2, A) == (do.HandOver(2, answer_to(A)),)
 
 
-MISUSE: Final[list[tuple[tuple[Event, ...], Event, str]]] = [
+EARLY_END: Final[tuple[Event, ...]] = (ask(1, B), on.EndReceived(9, "b"))
+CLOSING_LATER: Final[tuple[Event, ...]] = (ask(1, B), GARBLED)
+MISUSES: Final[list[tuple[tuple[Event, ...], Event, str]]] = [
+    # What happened before, what cannot be, whose it is and where that stands.
+    ((), on.NamespacesWanted(), "the provider is ready"),
+    ((), READY, "the provider is ready"),
+    ((), on.ReadinessOverdue(), "the provider is ready"),
+    ((), on.CreatedAdopted("b", B, answer_to(B)), "the provider is ready"),
+    ((), on.HandedOffAdopted("b", B, answer_to(B)), "the provider is ready"),
+    ((), on.RemainsFound("b", B), "the provider is ready"),
+    ((STOPPING,), STOPPING, "the provider is stopping"),
+    ((STOPPING,), READY, "the provider is stopping"),
+    ((), on.ConnectionOpened(9, 0), "connection 9 is open"),
+    ((), lost(8), "connection 8 is not open"),
+    ((GARBLED,), ask(1), "connection 1 is closing"),
+    ((GARBLED,), end(1), "connection 1 is closing"),
+    (CLOSING_LATER, GARBLED, "connection 1 is closing"),
+    (CLOSING_LATER, end(1), "connection 1 is closing"),
+    ((), on.InitDied("a"), "allocation a is unknown"),
+    ((ask(1), made()), on.ClaimExpired("a"), "allocation a is created without a claim timer"),
+    (HELD, on.ClaimExpired("a"), "allocation a is handed_off without a claim timer"),
     (
-        (on.RequestReceived(9, A), on.EndReceived(9, "a"), on.NamespacesCreated("a", answer_to(A))),
-        on.NamespacesCreated("a", answer_to(A)),
-        "NamespacesCreated is not possible while allocation a is ended and not being made",
-    ),
-    # (what happened before, what cannot be, whose it is and where that stands)
-    ((), on.NamespacesWanted(), "NamespacesWanted is not possible while the provider is ready"),
-    ((), on.ProviderReady(), "ProviderReady is not possible while the provider is ready"),
-    ((), on.ReadinessOverdue(), "ReadinessOverdue is not possible while the provider is ready"),
-    (
-        (on.ProviderStopping(),),
-        on.ProviderStopping(),
-        "ProviderStopping is not possible while the provider is stopping",
-    ),
-    ((), on.ConnectionOpened(9, 0), "ConnectionOpened is not possible while connection 9 is open"),
-    ((), on.ConnectionLost(8), "ConnectionLost is not possible while connection 8 is not open"),
-    (
-        (on.FrameRejected("x", 9),),
-        on.RequestReceived(9, A),
-        "RequestReceived is not possible while connection 9 is closing",
-    ),
-    ((), on.InitDied("a"), "InitDied is not possible while allocation a is unknown"),
-    (
-        (on.RequestReceived(9, A), on.NamespacesCreated("a", answer_to(A))),
+        (*HELD, lost(1), ask(9)),
         on.ClaimExpired("a"),
-        "ClaimExpired is not possible while allocation a is created without a claim timer",
+        "allocation a is handed_off without a claim timer",
     ),
+    (OVER, on.RetryDue("a"), "allocation a is ended without a retry timer"),
+    ((*OVER, OVERDUE), OVERDUE, "allocation a is ended without a release timer"),
+    ((*OVER, DELAYED), DELAYED, "allocation a is ended and not being released"),
+    ((*OVER, DELAYED), FREED, "allocation a is ended and not being released"),
+    (HELD, made(), "allocation a is handed_off"),
+    (OVER, made(), "allocation a is ended and not being made"),
+    ((ask(9), end(9), made()), made(), "allocation a is ended and not being made"),
+    (OVER, NOT_MADE, "allocation a is ended and not being made"),
+    (EARLY_END, on.NamespacesReleased("b"), "allocation b is ended and still being made"),
+    (EARLY_END, on.ReleaseDelayed("b", "x"), "allocation b is ended and still being made"),
 ]
 
 
-@pytest.mark.parametrize(("events", "event", "text"), MISUSE, ids=[text for *_, text in MISUSE])
+@pytest.mark.clause("LIFE-1")
+@pytest.mark.parametrize(("before", "event", "where"), MISUSES)
 def test_a_misuse_is_named_with_whose_it_is_and_where_that_stands(
-    script: Script, events: tuple[Event, ...], event: Event, text: str
+    script: Script, before: tuple[Event, ...], event: Event, where: str
 ) -> None:
-    for earlier in events:
+    for earlier in before:
         script.feed(earlier)
-    with pytest.raises(LocalProtocolError) as caught:
-        script.feed(event)
-    assert str(caught.value) == text
-
-
-def test_a_provider_stops_once(script: Script) -> None:
-    script.feed(on.ProviderStopping())
-    script.refuses(on.ProviderStopping())
-    script.refuses(on.ProviderReady())
+    assert str(script.refuses(event)) == f"{type(event).__name__} is not possible while {where}"
 
 
 # --- Random walks ------------------------------------------------------------------------------
