@@ -33,7 +33,6 @@ from statemachine.table import Row, Table
 UNKNOWN, REQUESTED = AllocationState.UNKNOWN, AllocationState.REQUESTED
 CREATED, HANDED_OFF = AllocationState.CREATED, AllocationState.HANDED_OFF
 ENDED, RELEASED = AllocationState.ENDED, AllocationState.RELEASED
-ALIVE: Final = (REQUESTED, CREATED, HANDED_OFF)
 
 ALLOCATION_GRID: Final = """
                       unknown     requested   created     handed_off  ended       released
@@ -143,54 +142,66 @@ def test_only_final_states_may_be_left_by_nothing(table: Table) -> None:
     assert set(table.states) - left == table.finals
 
 
+# --- What is asked for where -------------------------------------------------------------------
+
+ONLY_HERE: Final[list[tuple[Table, Order, set[str]]]] = [
+    (ALLOCATION, do.CreateNamespaces, {"RequestAdmitted: unknown to requested"}),
+    (
+        ALLOCATION,
+        do.Watch,
+        {
+            "NamespacesCreated: requested to created",
+            "CreatedAdopted: unknown to created",
+            "HandedOffAdopted: unknown to handed_off",
+        },
+    ),
+    (ALLOCATION, do.RecordHandoff, {"ResponseSent: created to handed_off"}),
+    (
+        ALLOCATION,
+        do.TellEnd,
+        {"NamespacesReleased: ended to released", "ReleaseOverdue: ended to ended"},
+    ),
+    (
+        ALLOCATION,
+        do.ConfirmEnd,
+        {"EndRepeated: ended to ended", "EndRepeated: released to released"},
+    ),
+    (
+        CONSUMER,
+        do.DeliverDescriptors,
+        {"ResponseReceived: asking to held", "SelfServed: serving_self to self_held"},
+    ),
+    (
+        CONSUMER,
+        do.ServeSelf,
+        {
+            "ProviderUnreachable: connecting to serving_self",
+            "ProviderUnavailable: asking to serving_self",
+            "PassingFailed: asking to serving_self",
+            "FrameRejected: asking to serving_self",
+            "ResponseMismatched: asking to serving_self",
+            "ConnectionLost: asking to serving_self",
+            "AnswerOverdue: asking to serving_self",
+        },
+    ),
+    (CONSUMER, do.ReleaseOwn, {"EndWanted: self_held to ended"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("table", "order", "moves"), ONLY_HERE, ids=[order_name(order) for _, order, _ in ONLY_HERE]
+)
+def test_an_effect_is_asked_for_by_these_rows_only(
+    table: Table, order: Order, moves: set[str]
+) -> None:
+    assert moves == {
+        f"{row.event.__name__}: {row.source.value} to {row.target.value}"
+        for row in table.rows
+        if order in row.effects
+    }
+
+
 # --- The provider ------------------------------------------------------------------------------
-
-
-def test_the_states_are_those_of_the_protocol_in_its_order() -> None:
-    assert [state.value for state in AllocationState] == [
-        "unknown",
-        "requested",
-        "created",
-        "handed_off",
-        "ended",
-        "released",
-    ]
-
-
-def test_no_row_leads_back() -> None:
-    order: list[Enum] = list(AllocationState)
-    for row in ALLOCATION.rows:
-        assert order.index(row.target) >= order.index(row.source), row
-
-
-def test_exactly_one_row_leads_to_released() -> None:
-    (row,) = rows_into(ALLOCATION, RELEASED)
-    assert (row.event, row.source) == (on.NamespacesReleased, ENDED)
-
-
-def test_nothing_leaves_ended_but_the_release() -> None:
-    assert named(rows_out_of(ALLOCATION, ENDED)) == {"NamespacesReleased"}
-
-
-def test_nothing_leaves_released() -> None:
-    assert rows_out_of(ALLOCATION, RELEASED) == []
-
-
-def test_an_allocation_that_exists_ends_for_five_reasons() -> None:
-    for state in (CREATED, HANDED_OFF):
-        ends = [row for row in rows_from(ALLOCATION, state) if row.target is ENDED]
-        assert named(ends) == {
-            "ScopeEmptied",
-            "EndReceived",
-            "InitDied",
-            "ClaimExpired",
-            "ReleaseRequested",
-        }
-
-
-def test_an_allocation_that_is_being_made_ends_by_failure_or_by_somebodys_wish() -> None:
-    ends = [row for row in rows_from(ALLOCATION, REQUESTED) if row.target is ENDED]
-    assert named(ends) == {"NamespacesNotCreated", "EndReceived", "ReleaseRequested"}
 
 
 def test_every_row_that_ends_asks_for_the_release_exactly_once() -> None:
@@ -206,42 +217,12 @@ def test_the_release_is_asked_for_by_an_end_or_by_the_next_try_only() -> None:
     assert {row.target for row in asking} == {ENDED}
 
 
-def test_the_later_reasons_to_end_change_nothing() -> None:
-    for event in (on.ScopeEmptied, on.InitDied, on.ReleaseRequested):
-        assert ALLOCATION.row(event, ENDED) == Row(event, ENDED, ENDED)
-    row = ALLOCATION.row(on.EndReceived, ENDED)
-    assert row == Row(on.EndReceived, ENDED, ENDED, (do.WithdrawDeferred,))
-
-
-def test_namespaces_are_made_by_exactly_one_row() -> None:
-    (row,) = [row for row in ALLOCATION.rows if do.CreateNamespaces in row.effects]
-    assert (row.event, row.source) == (on.RequestAdmitted, UNKNOWN)
-
-
 def test_nothing_is_handed_over_but_what_exists_and_has_not_ended() -> None:
     giving = [row for row in ALLOCATION.rows if do.GrantAskers in row.effects]
     assert {row.target for row in giving} == {CREATED, HANDED_OFF}
     for row in rows_into(ALLOCATION, ENDED):
         is_granted = row.source in (CREATED, HANDED_OFF) and row.event is not on.ClaimExpired
         assert (do.WithdrawGrants in row.effects) == is_granted, row
-
-
-def test_whatever_comes_to_be_is_watched_once() -> None:
-    for state in (CREATED, HANDED_OFF):
-        for row in rows_into(ALLOCATION, state):
-            assert (do.Watch in row.effects) == (row.source is not CREATED), row
-    watching = [row for row in ALLOCATION.rows if do.Watch in row.effects]
-    assert named(watching) == {"NamespacesCreated", "CreatedAdopted", "HandedOffAdopted"}
-
-
-def test_the_hand_over_is_recorded_once() -> None:
-    (row,) = [row for row in ALLOCATION.rows if do.RecordHandoff in row.effects]
-    assert (row.event, row.source, row.target) == (on.ResponseSent, CREATED, HANDED_OFF)
-
-
-def test_an_end_is_announced_when_it_is_released_overdue_or_asked_about_again() -> None:
-    telling = [row for row in ALLOCATION.rows if {do.TellEnd, do.ConfirmEnd} & set(row.effects)]
-    assert named(telling) == {"NamespacesReleased", "ReleaseOverdue", "EndRepeated"}
 
 
 def test_holders_are_told_before_askers_are_refused() -> None:
@@ -252,19 +233,7 @@ def test_holders_are_told_before_askers_are_refused() -> None:
         assert all(row.effects.index(do.TellEnd) < at for at in failing)
 
 
-def test_what_a_restart_finds_alive_waits_to_be_claimed() -> None:
-    for event, state in ((on.CreatedAdopted, CREATED), (on.HandedOffAdopted, HANDED_OFF)):
-        row = ALLOCATION.row(event, UNKNOWN)
-        assert row == Row(event, UNKNOWN, state, (do.Watch, start(Timer.CLAIM)))
-
-
 # --- The consumer ------------------------------------------------------------------------------
-
-
-def test_namespaces_are_delivered_once_and_by_two_rows() -> None:
-    giving = [row for row in CONSUMER.rows if do.DeliverDescriptors in row.effects]
-    assert named(giving) == {"ResponseReceived", "SelfServed"}
-    assert all(row.source is not row.target for row in giving)
 
 
 @pytest.mark.parametrize("state", list(ConsumerState))
@@ -276,32 +245,9 @@ def test_a_response_is_delivered_discarded_or_refused(state: ConsumerState) -> N
             assert len(kept) == 1, row
 
 
-def test_self_service_follows_unreachable_unavailable_lost_late_and_unintelligible() -> None:
-    turns = [row for row in CONSUMER.rows if do.ServeSelf in row.effects]
-    assert named(turns) == {
-        "ProviderUnreachable",
-        "ProviderUnavailable",
-        "PassingFailed",
-        "FrameRejected",
-        "ResponseMismatched",
-        "ConnectionLost",
-        "AnswerOverdue",
-    }
-    assert {row.target for row in turns} == {ConsumerState.SERVING_SELF}
-
-
 def test_self_service_is_never_silent() -> None:
     for row in CONSUMER.rows:
         assert row.effects.count(do.ServeSelf) == row.effects.count(do.ReportFallback), row
-
-
-def test_a_refusal_of_the_request_is_reported_and_not_papered_over() -> None:
-    for event in (on.CreationRefused, on.NotFoundReceived):
-        row = CONSUMER.row(event, ConsumerState.ASKING)
-        assert row is not None
-        assert row.target is ConsumerState.REFUSED
-        assert do.ReportRefusal in row.effects
-        assert do.ServeSelf not in row.effects
 
 
 def test_whoever_turns_away_from_a_provider_that_may_have_made_a_set_owes_it_an_end() -> None:
@@ -315,31 +261,10 @@ def test_whoever_turns_away_from_a_provider_that_may_have_made_a_set_owes_it_an_
         assert (do.OweEnd in row.effects) == (not knows), row
 
 
-def test_a_caller_may_be_done_before_asking_while_calling_asking_or_holding() -> None:
-    sources = {row.source for row in CONSUMER.rows if row.event is on.EndWanted}
-    assert sources == {
-        ConsumerState.IDLE,
-        ConsumerState.CONNECTING,
-        ConsumerState.ASKING,
-        ConsumerState.HELD,
-        ConsumerState.SELF_HELD,
-    }
-
-
 def test_the_caller_is_told_of_the_end_once() -> None:
     for row in CONSUMER.rows:
         is_entry = row.target is ConsumerState.ENDED and row.source is not ConsumerState.ENDED
         assert (do.ReportEnd in row.effects) == is_entry, row
-
-
-def test_what_self_service_made_is_released_by_the_callers_end_only() -> None:
-    (row,) = [row for row in CONSUMER.rows if do.ReleaseOwn in row.effects]
-    assert (row.event, row.source) == (on.EndWanted, ConsumerState.SELF_HELD)
-
-
-def test_losing_the_connection_does_not_end_what_is_held() -> None:
-    row = CONSUMER.row(on.ConnectionLost, ConsumerState.HELD)
-    assert row == Row(on.ConnectionLost, ConsumerState.HELD, ConsumerState.HELD)
 
 
 def test_a_debt_is_paid_only_by_the_providers_word() -> None:
