@@ -1,174 +1,62 @@
-"""A provider and its consumers keep every promise, however their world delays, loses and kills."""
+"""A provider and its consumers keep every promise, however their world delays, loses and kills.
+
+The worlds are the explorer's. It visits all within narrow bounds; here they are wide, with more
+consumers, requests and faults than can be visited, and are walked through at random. No model is
+beside the kernels: what is asked is whether the promises alone show a mistake.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import pytest
 from hypothesis import Phase as HypothesisPhase
-from hypothesis import settings
+from hypothesis import note, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from specs import invariants as always
-from statemachine.effects import Timer
 from statemachine.errors import AllocationNotFound, CreationFailed, FdPassing, SocketUnavailable
-from statemachine.lifecycle import ConsumerState, NoticeState, ServiceState
+from statemachine.lifecycle import ConsumerState, NoticeState
 from statemachine.messages import (
     AllocationEnded,
     NamespaceRequest,
     NamespaceResponse,
     NamespaceType,
 )
-from tests.suites.pair import Client, Link, World
+from statemachine.testing.explore import BY_ITSELF, Bounds, Explorer, Move
+from statemachine.testing.explore.explorer import _first, _make, _moves
+from statemachine.testing.explore.ground import may_crash
+from statemachine.testing.explore.liveness import check_at_rest
+from statemachine.testing.explore.world import NOTHING
 
 PID, NET, MOUNT = NamespaceType.PID, NamespaceType.NET, NamespaceType.MOUNT
 
 REQUESTS: Final = (
-    NamespaceRequest("a", (NET, PID, MOUNT), "tools/hello.sqfs"),
+    NamespaceRequest("a", (NET, PID, MOUNT)),
     NamespaceRequest("a", (PID,)),
     NamespaceRequest("b", (PID, NET)),
 )
 """Two allocations; one of them also under another request."""
 
-CLIENTS: Final = 3
+WIDE: Final = Bounds(
+    consumers=3,
+    requests=REQUESTS,
+    wishes=None,
+    connections=6,
+    crashes=None,
+    faults=None,
+    without=frozenset({"duplicate"}),
+)
 STEPS: Final = 40
 EXAMPLES_FACTOR: Final = 4
 """A step here costs microseconds: more examples than elsewhere in the same time."""
 
-_pick: Final = st.integers(min_value=0, max_value=5)
-"""Chooses among what is there now: the first at 0, so that failures shrink to the first."""
+STEPS_TO_REST_MAX: Final = 300
+"""More steps than any world here needs to come to rest once nothing fails any more."""
 
-
-def run(world: World, client: Client, *steps: str) -> None:
-    """Let named things happen to one consumer, one after the other, and hold each to the rules."""
-    for step in steps:
-        match step:
-            case "call":
-                world.answer_call(client)
-            case "hear":
-                world.hear(client)
-            case "read" if client.link is not None:
-                world.listen_to(client.link)
-            case "create" | "release":
-                world.work(client.kernel.request.allocation_id)
-            case "answer is late":
-                world.expire_for(client, Timer.ANSWER)
-            case "serve itself":
-                world.serve_self(client, is_able=True)
-            case "end":
-                world.end(client)
-            case _:
-                raise AssertionError(step)
-        world.check()
-
-
-def begin(request: NamespaceRequest = REQUESTS[0]) -> tuple[World, Client]:
-    """Bring up a provider that is ready and a consumer that calls it."""
-    world = World(CLIENTS)
-    world.get_ready()
-    return world, join(world, 0, request)
-
-
-def join(world: World, index: int, request: NamespaceRequest = REQUESTS[0]) -> Client:
-    world.want(index, request)
-    client = world.clients[index]
-    assert client is not None
-    return client
-
-
-def finish(world: World) -> None:
-    world.settle()
-    world.check_at_rest()
-    world.clear()
-    world.check_at_rest()
-    world.check_cleared()
-
-
-def test_basic_asked_created_handed_over_and_ended() -> None:
-    world, client = begin()
-    run(world, client, "call", "read", "read", "create", "hear")
-    assert client.kernel.state is ConsumerState.HELD
-    run(world, client, "end", "read", "release", "hear")
-    assert client.is_done
-    assert (len(world.ends), len(world.releases)) == (1, 1)
-    finish(world)
-
-
-def test_ends_that_cross_count_as_one() -> None:
-    world, client = begin()
-    run(world, client, "call", "read", "read", "create", "hear")
-    world.populate("a", is_populated=True)
-    world.populate("a", is_populated=False)
-    while world.sightings:
-        world.observe()
-    run(world, client, "end", "release", "hear")
-    assert client.kernel.state is ConsumerState.ENDED
-    assert len(world.ends) == 1
-    finish(world)
-
-
-@pytest.mark.clause("SELF-7")
-def test_an_answer_after_the_fallback_leaves_one_live_set() -> None:
-    world, client = begin()
-    run(world, client, "call", "read", "read", "answer is late", "serve itself")
-    run(world, client, "create", "hear", "read", "release", "hear")
-    assert client.kernel.state is ConsumerState.SELF_HELD
-    assert client.kernel.notice is NoticeState.HEARD
-    assert world.lives == {}
-    finish(world)
-
-
-def test_a_provider_that_dies_before_the_answer_is_told_after_its_restart() -> None:
-    world, client = begin()
-    run(world, client, "call", "read", "read", "create")
-    link = client.link
-    assert link is not None
-    link.to_consumer.clear()
-    world.crash()
-    run(world, client, "hear", "serve itself")
-    assert client.kernel.owes_end
-    incarnation = world.lives["a"].incarnation
-    finish(world)
-    assert incarnation in world.ends
-
-
-def test_what_was_handed_over_survives_the_provider() -> None:
-    world, client = begin()
-    run(world, client, "call", "read", "read", "create", "hear")
-    world.crash()
-    run(world, client, "hear")
-    assert client.kernel.state is ConsumerState.HELD
-    world.restart()
-    other = join(world, 1)
-    world.settle()
-    assert other.kernel.state is ConsumerState.HELD
-    (first, again) = world.hand_overs
-    assert first == again
-    finish(world)
-
-
-def test_a_name_in_use_again_survives_the_provider() -> None:
-    world, client = begin()
-    run(world, client, "call", "read", "read", "create", "hear", "end", "read", "release", "hear")
-    again = join(world, 0)
-    run(world, again, "call", "read", "read", "create", "hear")
-    world.crash()
-    world.restart()
-    assert list(world.kernel.states) == ["a"]
-    finish(world)
-
-
-@pytest.mark.clause("END-17")
-def test_a_caller_who_is_done_while_its_request_waits_for_a_release_gets_no_second_set() -> None:
-    world, client = begin()
-    run(world, client, "call", "read", "read", "create", "hear", "end", "read")
-    early = join(world, 1)
-    run(world, early, "call", "read", "read", "answer is late", "read", "serve itself")
-    world.settle()
-    assert early.kernel.state is ConsumerState.SELF_HELD
-    assert world.lives == {}
-    finish(world)
+_pick: Final = st.integers(min_value=0, max_value=63)
+"""Chooses among what may happen now: the first at 0, so that failures shrink to the first."""
 
 
 class Pair(RuleBasedStateMachine):
@@ -176,201 +64,62 @@ class Pair(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.world = World(CLIENTS)
+        self.setting = Explorer(WIDE, lockstep=False)._setting
+        self.world = _first(self.setting)
 
-    # What there is.
+    def moves(self, *kinds: str) -> list[Move]:
+        """List what may happen now, of these kinds or, if there are none, of all."""
+        moves = _moves(self.setting, self.world)
+        return [move for move in moves if not kinds or move[0] in kinds]
 
-    def clients(self, has: str) -> list[Client]:
-        return [client for client in self.world.present if getattr(client, has)]
-
-    def endable(self) -> list[Client]:
-        states = ConsumerState
-        able = (states.CONNECTING, states.ASKING, states.HELD, states.SELF_HELD)
-        return [client for client in self.world.present if client.kernel.state in able]
-
-    def listeners(self) -> list[Client]:
-        return [client for client in self.world.present if self.world.has_news_for(client)]
-
-    def busy_links(self) -> list[Link]:
-        world = self.world
-        return [link for link in world.links.values() if world.has_news_for_provider(link)]
-
-    def free(self) -> list[int]:
-        clients = enumerate(self.world.clients)
-        return [index for index, client in clients if client is None or client.is_done]
-
-    def running(self) -> list[tuple[Timer, str]]:
-        return sorted(self.world.timers, key=str)
-
-    def running_for(self) -> list[tuple[Client, Timer]]:
-        return [
-            (client, timer)
-            for client in self.world.present
-            for timer in sorted(client.timers, key=str)
-        ]
-
-    def under_way(self) -> list[Any]:
-        return [
-            parcel
-            for link in self.world.links.values()
-            for parcel in link.to_consumer
-            if isinstance(parcel.message, NamespaceResponse)
-        ]
-
-    @property
-    def is_up(self) -> bool:
-        return self.world.provider is not None
+    def make(self, move: Move) -> None:
+        """Make a move, which must keep every promise."""
+        note(str(move))
+        self.world = _make(self.setting, self.world, move)
 
     # Without this, half of all runs would be over before anything was handed over.
     @rule(steps=st.integers(1, 12))
     def things_take_their_course(self, steps: int) -> None:
-        self.world.go_on(steps)
+        for _ in range(steps):
+            for move in self.moves(*BY_ITSELF)[:1]:
+                self.make(move)
 
-    # The consumers and their callers.
-
-    @precondition(lambda self: self.free())
-    @rule(pick=_pick, request=st.sampled_from(REQUESTS))
-    def somebody_wants_namespaces(self, pick: int, request: NamespaceRequest) -> None:
-        free = self.free()
-        self.world.want(free[pick % len(free)], request)
-
-    @precondition(lambda self: self.free())
-    @rule(pick=_pick, request=st.sampled_from(REQUESTS))
-    def somebody_ends_by_name(self, pick: int, request: NamespaceRequest) -> None:
-        free = self.free()
-        self.world.end_by_name(free[pick % len(free)], request)
-
-    @precondition(lambda self: self.clients("is_calling"))
     @rule(pick=_pick)
-    def a_call_gets_through_or_not(self, pick: int) -> None:
-        calling = self.clients("is_calling")
-        self.world.answer_call(calling[pick % len(calling)])
+    def something_happens(self, pick: int) -> None:
+        """Of one kind first, so that what can happen in many ways does not crowd out the rest."""
+        kinds = sorted({move[0] for move in self.moves()})
+        moves = self.moves(kinds[pick % len(kinds)])
+        self.make(moves[pick // len(kinds) % len(moves)])
 
-    @precondition(lambda self: self.listeners())
-    @rule(pick=_pick)
-    def a_consumer_hears(self, pick: int) -> None:
-        listeners = self.listeners()
-        self.world.hear(listeners[pick % len(listeners)])
+    @precondition(lambda self: may_crash(self.setting, self.world.ground) and self.moves("read"))
+    @rule(pick=_pick, effects=st.integers(0, 3))
+    def the_provider_dies_on_the_way(self, pick: int, effects: int) -> None:
+        reads = self.moves("read")
+        self.make(("crash in", effects, *reads[pick % len(reads)]))
 
-    @precondition(lambda self: self.clients("is_serving_self"))
-    @rule(pick=_pick, is_able=st.booleans())
-    def self_service_comes_out(self, pick: int, is_able: bool) -> None:
-        serving = self.clients("is_serving_self")
-        self.world.serve_self(serving[pick % len(serving)], is_able=is_able)
+    def settle(self) -> None:
+        """Let nothing fail any more, and go on until nothing happens; then all must be well."""
+        for _ in range(STEPS_TO_REST_MAX):
+            moves = self.moves(*BY_ITSELF)
+            if not moves:
+                break
+            self.make(moves[0])
+        assert not moves, "it never comes to rest"
+        check_at_rest(self.setting, self.world.ground, self.world.clients)
 
-    @precondition(lambda self: self.endable())
-    @rule(pick=_pick)
-    def a_caller_is_done(self, pick: int) -> None:
-        endable = self.endable()
-        self.world.end(endable[pick % len(endable)])
-
-    @precondition(lambda self: self.running_for())
-    @rule(pick=_pick)
-    def a_timer_of_a_consumer_expires(self, pick: int) -> None:
-        running = self.running_for()
-        self.world.expire_for(*running[pick % len(running)])
-
-    @precondition(lambda self: self.world.present)
-    @rule(pick=_pick)
-    def a_consumer_dies(self, pick: int) -> None:
-        present = self.world.present
-        self.world.drop(self.world.clients.index(present[pick % len(present)]))
-
-    # The link.
-
-    @precondition(lambda self: self.busy_links())
-    @rule(pick=_pick)
-    def the_provider_hears(self, pick: int) -> None:
-        links = self.busy_links()
-        self.world.listen_to(links[pick % len(links)])
-
-    @precondition(lambda self: self.under_way())
-    @rule(pick=_pick)
-    def a_response_is_spoilt(self, pick: int) -> None:
-        parcels = self.under_way()
-        parcels[pick % len(parcels)].is_spoilt = True
-
-    # The provider and its node.
-
-    @precondition(lambda self: self.is_up and self.world.kernel.service is ServiceState.STARTING)
-    @rule()
-    def the_provider_is_ready(self) -> None:
-        self.world.get_ready()
-
-    @precondition(lambda self: self.is_up and self.world.lanes)
-    @rule(pick=_pick, is_able=st.booleans())
-    def the_backend_works(self, pick: int, is_able: bool) -> None:
-        names = sorted(self.world.lanes)
-        self.world.work(names[pick % len(names)], is_able=is_able)
-
-    @precondition(lambda self: self.is_up and self.world.lanes)
-    @rule(pick=_pick)
-    def the_backend_begins_to_work(self, pick: int) -> None:
-        names = sorted(self.world.lanes)
-        self.world.begin_work(names[pick % len(names)])
-
-    @precondition(lambda self: self.is_up and self.world.sightings)
-    @rule()
-    def the_backend_sees_something(self) -> None:
-        self.world.observe()
-
-    @precondition(lambda self: self.is_up and self.running())
-    @rule(pick=_pick)
-    def a_timer_of_the_provider_expires(self, pick: int) -> None:
-        running = self.running()
-        self.world.expire(*running[pick % len(running)])
-
-    @rule(can_open=st.booleans())
-    def descriptors_run_out_or_are_back(self, can_open: bool) -> None:
-        self.world.can_open_descriptors = can_open
-
-    @precondition(lambda self: self.world.lives)
-    @rule(pick=_pick, is_populated=st.booleans())
-    def a_scope_fills_or_empties(self, pick: int, is_populated: bool) -> None:
-        names = sorted(self.world.lives)
-        self.world.populate(names[pick % len(names)], is_populated=is_populated)
-
-    @precondition(lambda self: self.world.lives)
-    @rule(pick=_pick)
-    def an_init_dies(self, pick: int) -> None:
-        names = sorted(self.world.lives)
-        self.world.kill_init(names[pick % len(names)])
-
-    @precondition(lambda self: self.world.lives)
-    @rule(pick=_pick, is_hung=st.booleans())
-    def a_process_hangs_or_dies(self, pick: int, is_hung: bool) -> None:
-        names = sorted(self.world.lives)
-        self.world.lives[names[pick % len(names)]].is_hung = is_hung
-
-    @precondition(lambda self: self.is_up)
-    @rule()
-    def the_provider_dies(self) -> None:
-        self.world.crash()
-
-    @precondition(lambda self: self.is_up and not self.world.kernel.service.is_stopping)
-    @rule()
-    def the_provider_is_stopped(self) -> None:
-        self.world.stop()
-
-    @precondition(lambda self: not self.is_up)
-    @rule()
-    def the_provider_is_started_again(self) -> None:
-        self.world.restart()
-
-    # What is true.
-
-    @invariant()
-    def every_promise_is_kept(self) -> None:
-        self.world.check()
+    def clear(self) -> None:
+        """Let everybody go and everything be claimed by nobody; afterwards nothing is left."""
+        while moves := self.moves("die", "empty"):
+            self.make(moves[0])
+        self.settle()
+        while moves := self.moves("expire"):
+            self.make(moves[0])
+        self.settle()
+        assert not any(node.life or node.jobs or node.timers for node in self.world.ground.nodes)
 
     def teardown(self) -> None:
-        if self.is_up and self.world.kernel.service.is_stopping:
-            self.world.crash()
-        self.world.settle()
-        self.world.check_at_rest()
-        self.world.clear()
-        self.world.check_at_rest()
-        self.world.check_cleared()
+        self.settle()
+        self.clear()
 
 
 TestPair = Pair.TestCase
@@ -380,6 +129,43 @@ TestPair.settings = settings(
     # Explaining a failure costs minutes here, and says less than the shrunk steps do.
     phases=[phase for phase in HypothesisPhase if phase is not HypothesisPhase.explain],
 )
+
+
+# --- By example ---------------------------------------------------------------------------------
+
+UNDER_WAY: Final[tuple[Move, ...]] = (
+    ("ready",),
+    ("want", 0, 0),
+    ("connect", 0),
+    ("read", 1),
+    ("read", 1),
+)
+
+
+def replay(*moves: Move) -> tuple[ConsumerState, NoticeState, list[int]]:
+    """Let things happen; say where the last consumer that asked is, and what is on the node."""
+    explorer = Explorer(WIDE)
+    world = explorer.replay(moves)
+    views = [explorer._setting.kernels.consumer_views[client.kernel] for client in world.clients]
+    *_, view = [view for view in views if view is not None]
+    return view.hold, view.notice, [node.life for node in world.ground.nodes]
+
+
+@pytest.mark.clause("SELF-7")
+def test_an_answer_after_the_fallback_leaves_one_live_set() -> None:
+    late = [("overdue", 0, "answer"), ("serve self", 0), ("work", 0), ("hear", 0)]
+    ended = [("read", 1), ("work", 0), ("hear", 0)]
+    own_alone = (ConsumerState.SELF_HELD, NoticeState.HEARD, [NOTHING, NOTHING])
+    assert replay(*UNDER_WAY, *late, *ended) == own_alone
+
+
+@pytest.mark.clause("END-17")
+def test_a_caller_who_is_done_while_its_request_waits_for_a_release_gets_no_second_set() -> None:
+    ending = [("work", 0), ("hear", 0), ("end", 0), ("read", 1)]
+    early = [("want", 1, 0), ("connect", 1), ("read", 2), ("read", 2), ("overdue", 1, "answer")]
+    rest = [("read", 2), ("serve self", 1), ("work", 0), ("hear", 0), ("hear", 1), ("hear", 1)]
+    own_alone = (ConsumerState.SELF_HELD, NoticeState.HEARD, [NOTHING, NOTHING])
+    assert replay(*UNDER_WAY, *ending, *early, *rest) == own_alone
 
 
 # --- Every invariant can fail ------------------------------------------------------------------
@@ -457,18 +243,3 @@ def test_no_invariant_forbids_what_is_right() -> None:
         always.at_most_one_live_set([("c", "a"), ("d", "b")], ["c"], [("c", "a")]),
         always.an_error_changes_nothing((1,), (1,)),
     )
-
-
-def test_the_harness_sees_a_provider_that_says_everything_twice(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    world, client = begin()
-    once = World._send
-
-    def twice(self: World, link: Link, parcel: Any) -> None:
-        once(self, link, parcel)
-        once(self, link, parcel)
-
-    monkeypatch.setattr(World, "_send", twice)
-    with pytest.raises(always.InvariantBroken):
-        run(world, client, "call", "read", "read", "create")
