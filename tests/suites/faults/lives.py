@@ -148,7 +148,6 @@ class Stage(ABC):
         self.loop = HurriedLoop(patience_s)
         self.loop.set_exception_handler(self._hear_complaint)
         self._numbers = itertools.count(1)
-        self._pushed: list[AsyncHandoff] = []
         self.provider: Provider | None = None
         self.running: asyncio.Task[None] | None = None
         self.usual: Counter[str] | None = None
@@ -733,8 +732,3 @@ def _on(stage: Stage) -> Iterator[Stage]:
         stage.end_neighbour()
     finally:
         stage.close()
-
-
-def golden(stage: Stage, life: Life) -> list[Call]:
-    """Which calls a life makes when nothing goes wrong."""
-    return stage.tell(life).passed

@@ -67,10 +67,17 @@ def machine_of(simulated: Callable[[], M], linux: Callable[[], AbstractContextMa
     return machine
 
 
-sockets = machine_of(SimulatedSockets, linux_sockets)
+socket_machine = machine_of(SimulatedSockets, linux_sockets)
 cgroups = machine_of(SimulatedCgroups, linux_cgroups)
 worker = machine_of(SimulatedWorker, linux_worker)
 mounts = machine_of(SimulatedMounts, linux_mounts)
+
+
+@pytest.fixture
+def sockets(socket_machine: Sockets) -> Sockets:
+    """A process that has a pair of sockets: 0 and 1."""
+    socket_machine.pair()
+    return socket_machine
 
 
 @contextmanager
@@ -96,7 +103,6 @@ def fds_of(come: list[tuple[int, str, bool]]) -> list[str]:
 
 
 def test_basic_descriptors_arrive_in_order(sockets: Sockets) -> None:
-    sockets.pair()
     files = sockets.open(), sockets.open()
     sockets.send(0, 1, (*files, files[0]))
     _, come, is_truncated = sockets.receive(1, 8, 64)
@@ -104,7 +110,6 @@ def test_basic_descriptors_arrive_in_order(sockets: Sockets) -> None:
 
 
 def test_plain_bytes_are_glued_in_front_of_a_set_and_never_behind(sockets: Sockets) -> None:
-    sockets.pair()
     file = sockets.open()
     for fds in ((), (file,), (), (file, file)):
         sockets.send(0, 1, fds)
@@ -113,13 +118,11 @@ def test_plain_bytes_are_glued_in_front_of_a_set_and_never_behind(sockets: Socke
 
 
 def test_a_set_comes_with_the_first_byte_and_not_again(sockets: Sockets) -> None:
-    sockets.pair()
     sockets.send(0, 3, (sockets.open(),))
     assert [len(sockets.receive(1, 1, 64)[1]) for _ in range(3)] == [1, 0, 0]
 
 
 def test_once_its_set_is_taken_the_rest_is_plain_and_glued_to_the_next(sockets: Sockets) -> None:
-    sockets.pair()
     file = sockets.open()
     sockets.send(0, 3, (file,))
     sockets.send(0, 1, (file,))
@@ -130,7 +133,6 @@ def test_once_its_set_is_taken_the_rest_is_plain_and_glued_to_the_next(sockets: 
 
 @pytest.mark.parametrize("free", [0, 1, 2])
 def test_who_is_short_of_numbers_gets_a_prefix_and_is_told(sockets: Sockets, free: int) -> None:
-    sockets.pair()
     files = [sockets.open() for _ in range(3)]
     sockets.send(0, 1, tuple(files))
     sockets.limit(5 + free)
@@ -142,7 +144,6 @@ def test_who_is_short_of_numbers_gets_a_prefix_and_is_told(sockets: Sockets, fre
 def test_who_is_short_of_control_space_gets_a_prefix_and_is_told(
     sockets: Sockets, control_bytes: int, fitting: int
 ) -> None:
-    sockets.pair()
     file = sockets.open()
     sockets.send(0, 1, (file,) * 3)
     _, come, is_truncated = sockets.receive(1, 8, control_bytes)
@@ -150,7 +151,6 @@ def test_who_is_short_of_control_space_gets_a_prefix_and_is_told(
 
 
 def test_what_did_not_fit_is_closed(sockets: Sockets) -> None:
-    sockets.pair()
     file = sockets.open()
     sockets.send(0, 1, (file,))
     sockets.close_fd(file)
@@ -160,7 +160,6 @@ def test_what_did_not_fit_is_closed(sockets: Sockets) -> None:
 
 
 def test_a_plain_read_closes_what_comes_and_does_not_tell(sockets: Sockets) -> None:
-    sockets.pair()
     file = sockets.open()
     sockets.send(0, 1, (file,))
     sockets.close_fd(file)
@@ -169,7 +168,6 @@ def test_a_plain_read_closes_what_comes_and_does_not_tell(sockets: Sockets) -> N
 
 
 def test_253_descriptors_are_sent_and_254_are_not(sockets: Sockets) -> None:
-    sockets.pair()
     file = sockets.open()
     assert sockets.send(0, 1, (file,) * SENDMSG_DESCRIPTORS_MAX) == 1
     with refused(errno.EINVAL):
@@ -177,14 +175,12 @@ def test_253_descriptors_are_sent_and_254_are_not(sockets: Sockets) -> None:
 
 
 def test_without_a_byte_nothing_is_sent(sockets: Sockets) -> None:
-    sockets.pair()
     assert sockets.send(0, 0, (sockets.open(),)) == 0
     with refused(errno.EAGAIN):
         sockets.receive(1, 8, 64)
 
 
 def test_a_bad_descriptor_sends_nothing(sockets: Sockets) -> None:
-    sockets.pair()
     with refused(errno.EBADF):
         sockets.send(0, 1, (sockets.open(), 9))
     with refused(errno.EAGAIN):
@@ -192,7 +188,6 @@ def test_a_bad_descriptor_sends_nothing(sockets: Sockets) -> None:
 
 
 def test_a_peek_gives_duplicates_and_leaves_the_set(sockets: Sockets) -> None:
-    sockets.pair()
     sockets.send(0, 1, (sockets.open(),))
     peeked, taken = sockets.receive(1, 8, 64, is_peek=True), sockets.receive(1, 8, 64)
     assert [fds_of(each[1]) for each in (peeked, taken)] == [["file 0"], ["file 0"]]
@@ -200,7 +195,6 @@ def test_a_peek_gives_duplicates_and_leaves_the_set(sockets: Sockets) -> None:
 
 
 def test_a_peek_takes_a_set_of_whose_bytes_it_has_none(sockets: Sockets) -> None:
-    sockets.pair()
     sockets.send(0, 1)
     sockets.send(0, 1, (sockets.open(),))
     data, come, _ = sockets.receive(1, 1, 64, is_peek=True)
@@ -209,13 +203,11 @@ def test_a_peek_takes_a_set_of_whose_bytes_it_has_none(sockets: Sockets) -> None
 
 
 def test_a_read_of_no_bytes_takes_a_set(sockets: Sockets) -> None:
-    sockets.pair()
     sockets.send(0, 1, (sockets.open(),))
     assert [len(sockets.receive(1, 0, 64)[1]) for _ in range(2)] == [1, 0]
 
 
 def test_a_send_that_is_cut_short_has_sent_its_set_with_the_first_part(sockets: Sockets) -> None:
-    sockets.pair()
     file = sockets.open()
     if isinstance(sockets, SimulatedSockets):
         sockets.process.room = 219_264
@@ -225,7 +217,6 @@ def test_a_send_that_is_cut_short_has_sent_its_set_with_the_first_part(sockets: 
 
 
 def test_received_descriptors_are_inherited_unless_it_is_asked(sockets: Sockets) -> None:
-    sockets.pair()
     sockets.send(0, 1, (sockets.open(),))
     asked = sockets.receive(1, 8, 64, is_peek=True)
     not_asked = sockets.receive(1, 8, 64, is_inherited=True)
@@ -233,7 +224,6 @@ def test_received_descriptors_are_inherited_unless_it_is_asked(sockets: Sockets)
 
 
 def test_what_is_in_flight_outlives_its_sender(sockets: Sockets) -> None:
-    sockets.pair()
     file = sockets.open()
     sockets.send(0, 1, (file,))
     sockets.close_fd(file)
@@ -242,7 +232,6 @@ def test_what_is_in_flight_outlives_its_sender(sockets: Sockets) -> None:
 
 
 def test_what_is_in_flight_goes_with_its_receiver(sockets: Sockets) -> None:
-    sockets.pair()
     file = sockets.open()
     sockets.send(0, 1, (file,))
     sockets.close_fd(file)
@@ -251,7 +240,6 @@ def test_what_is_in_flight_goes_with_its_receiver(sockets: Sockets) -> None:
 
 
 def test_who_takes_no_descriptors_is_sent_none_and_can_send_them(sockets: Sockets) -> None:
-    sockets.pair()
     file = sockets.open()
     sockets.accept_rights(1, False)
     with refused(errno.EPERM):
@@ -261,7 +249,6 @@ def test_who_takes_no_descriptors_is_sent_none_and_can_send_them(sockets: Socket
 
 
 def test_the_lowest_free_number_is_given_out(sockets: Sockets) -> None:
-    sockets.pair()
     files = [sockets.open() for _ in range(3)]
     sockets.close_fd(files[0])
     assert sockets.duplicate(files[1]) == files[0]
@@ -269,7 +256,6 @@ def test_the_lowest_free_number_is_given_out(sockets: Sockets) -> None:
 
 def test_beyond_the_limit_there_are_no_numbers_and_no_half_pairs(sockets: Sockets) -> None:
     sockets.limit(3)
-    sockets.pair()
     with refused(errno.EMFILE):
         sockets.pair()
     assert len(sockets.table()) == 2
@@ -279,7 +265,6 @@ def test_beyond_the_limit_there_are_no_numbers_and_no_half_pairs(sockets: Socket
 
 
 def test_who_closes_without_having_read_resets_the_peer(sockets: Sockets) -> None:
-    sockets.pair()
     sockets.send(0, 1)
     sockets.close_fd(1)
     with refused(errno.EPIPE):
