@@ -189,11 +189,16 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if left:
         notes += ["left behind by the session:", *(f"  {line}" for line in left)]
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-    elif IN_CI and session.exitstatus == pytest.ExitCode.OK and not _RAN & reporter.stats.keys():
+    elif IN_CI and _is_green_for_nothing(session, reporter.stats):
         notes += ["not one test has run"]
         session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
     for line in ("", *notes) if reporter and notes else ():
         reporter.write_line(line, red=True)
+
+
+def _is_green_for_nothing(session: pytest.Session, stats: Mapping[str, object]) -> bool:
+    is_green = session.exitstatus == pytest.ExitCode.OK
+    return is_green and not session.config.option.collectonly and not _RAN & stats.keys()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -205,6 +205,11 @@ def test_a_run_under_ci_in_which_nothing_ran_is_not_green(tmp_path: Path, worker
     assert run.returncode != 0
 
 
+def test_a_run_under_ci_that_is_to_collect_only_may_be_green(tmp_path: Path) -> None:
+    run = _run_pytest(tmp_path, "def test(): pass", "true", options="--collect-only")
+    assert run.returncode == 0, run.stdout
+
+
 @WORKERS
 def test_what_is_left_behind_by_no_single_test_is_a_failure(tmp_path: Path, workers: int) -> None:
     run = _run_pytest(tmp_path, LEAKING_SESSION, "", workers)
@@ -214,10 +219,11 @@ def test_what_is_left_behind_by_no_single_test_is_a_failure(tmp_path: Path, work
 
 
 def _run_pytest(
-    directory: Path, tests: str, ci: str, workers: int = 0
+    directory: Path, tests: str, ci: str, workers: int = 0, options: str = ""
 ) -> subprocess.CompletedProcess[str]:
     (directory / "test_inner.py").write_text(tests)
-    options = "-p tests.conftest -p no:cacheprovider -p no:randomly --continue-on-collection-errors"
+    options += " -p tests.conftest -p no:cacheprovider -p no:randomly"
+    options += " --continue-on-collection-errors"
     where = ["-c", os.devnull, "--rootdir", directory, "--basetemp", directory / "tmp", directory]
     where += ["-n", str(workers)]
     return subprocess.run(
