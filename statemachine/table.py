@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from typing import Any, Final, Protocol, TypeAlias, TypeVar
 
 from transitions import Event as MachineEvent
@@ -74,7 +75,6 @@ class Table:
     finals: frozenset[Enum]
     """Where a life can end."""
     _cells: dict[tuple[type[Event], Enum], Row] = field(repr=False)
-    _triggers: dict[type[Event], Any] = field(repr=False)
 
     @property
     def states(self) -> tuple[Enum, ...]:
@@ -107,6 +107,12 @@ class Table:
         except (KeyError, MachineError):
             raise refusal(event, model) from None
         return orders
+
+    @cached_property
+    def _triggers(self) -> dict[type[Event], Any]:
+        # Made when a model is first moved: most programs that import a table never move one.
+        made: Any = self.machine(_TableMachine)
+        return {event: made.events[event.__name__].take for event in self.events}
 
     def machine(
         self,
@@ -168,12 +174,7 @@ def compile_table(
     _check_kinds(name, rows)
     _check_states(name, rows, initial, finals)
     _check_paths(name, rows, initial, finals)
-    table = Table(name, rows, initial, finals, cells, {})
-    machine = table.machine(_TableMachine)
-    for event in table.events:
-        taken: Any = machine.events[event.__name__]
-        table._triggers[event] = taken.take
-    return table
+    return Table(name, rows, initial, finals, cells)
 
 
 def check_vocabulary(
@@ -223,8 +224,10 @@ class _TableMachine(Machine):
 def _cells_of(name: str, rows: tuple[Row, ...]) -> dict[tuple[type[Event], Enum], Row]:
     cells: dict[tuple[type[Event], Enum], Row] = {}
     for row in rows:
-        if cells.setdefault((row.event, row.source), row) is not row:
+        cell = row.event, row.source
+        if cell in cells:
             raise UnsoundTable(f"{name}: two rows for {row.event.__name__} in {row.source}")
+        cells[cell] = row
     return cells
 
 

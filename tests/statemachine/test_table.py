@@ -175,6 +175,7 @@ UNSOUND: Final[dict[str, tuple[tuple[Row, ...], Enum, str]]] = {
         r"lights: two rows for Pressed in Light\.RED",
     ),
     "an equal row": ((*ROWS, replace(ROWS[0])), Light.DARK, "two rows for Pressed"),
+    "the same row again": ((*ROWS, ROWS[0]), Light.DARK, "two rows for Pressed"),
     "no blame": ((*ROWS, to_dark(Orphan)), Light.DARK, "lights: Orphan is neither"),
     "two blames": ((*ROWS, to_dark(Both)), Light.DARK, "lights: Both is neither"),
     "a class": ((*ROWS, to_dark(Broken, Lamp)), Light.DARK, NO_ORDER),
