@@ -23,7 +23,6 @@ namespaces, mounts.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -66,7 +65,8 @@ _HOMES: Final = {
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
-        for home, names in _HOMES.items():
-            if name in names.split():
-                return getattr(import_module(home, __name__), name)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        # Not before a name is asked for: the command's `--help` needs none of it.
+        import transport  # noqa: F401  first: it says so if `statemachine` is another project's
+        from statemachine.exports import on_demand
+
+        return on_demand(__name__, _HOMES)(name)

@@ -13,37 +13,47 @@ No I/O, no clock, no randomness, no descriptor numbers, no logging: same events,
     consumer     `ConsumerKernel`: one request, self-service, the end notice
     drawing      tables as Mermaid diagrams and as Markdown
     record       frozen value classes
+    exports      names that are imported when they are asked for
+
+What users import is here by name as well. Its module is imported when the name is asked for.
 """
 
-from .consumer import ConsumerKernel
-from .errors import (
-    AllocationNotFound,
-    CreationFailed,
-    FdPassing,
-    LocalProtocolError,
-    NamespaceError,
-    ProtocolError,
-    RemoteProtocolError,
-    SocketUnavailable,
-)
-from .lifecycle import (
-    AllocationState,
-    ConsumerState,
-    MessageState,
-    NoticeState,
-    ServiceState,
-)
-from .messages import (
-    HANDOFF_SOCKET_PATH,
-    AllocationEnded,
-    Message,
-    NamespaceRequest,
-    NamespaceResponse,
-    NamespaceType,
-    objection,
-)
-from .provider import Limits, ProviderKernel, Snapshot
-from .roles import NamespaceConsumer, NamespaceProvider
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from .exports import on_demand
+
+if TYPE_CHECKING:
+    from .consumer import ConsumerKernel
+    from .errors import (
+        AllocationNotFound,
+        CreationFailed,
+        FdPassing,
+        LocalProtocolError,
+        NamespaceError,
+        ProtocolError,
+        RemoteProtocolError,
+        SocketUnavailable,
+    )
+    from .lifecycle import (
+        AllocationState,
+        ConsumerState,
+        MessageState,
+        NoticeState,
+        ServiceState,
+    )
+    from .messages import (
+        HANDOFF_SOCKET_PATH,
+        AllocationEnded,
+        Message,
+        NamespaceRequest,
+        NamespaceResponse,
+        NamespaceType,
+        objection,
+    )
+    from .provider import Limits, ProviderKernel, Snapshot
+    from .roles import NamespaceConsumer, NamespaceProvider
 
 __version__ = "0.1.0"
 """The project's version; that of the other packages is this one."""
@@ -77,3 +87,18 @@ __all__ = [
     "__version__",
     "objection",
 ]
+
+_HOMES: Final = {
+    ".consumer": "ConsumerKernel",
+    ".errors": "AllocationNotFound CreationFailed FdPassing LocalProtocolError NamespaceError "
+    "ProtocolError RemoteProtocolError SocketUnavailable",
+    ".lifecycle": "AllocationState ConsumerState MessageState NoticeState ServiceState",
+    ".messages": "HANDOFF_SOCKET_PATH AllocationEnded Message NamespaceRequest NamespaceResponse "
+    "NamespaceType objection",
+    ".provider": "Limits ProviderKernel Snapshot",
+    ".roles": "NamespaceConsumer NamespaceProvider",
+}
+
+# Not for mypy, which would take any name for one that is there.
+if not TYPE_CHECKING:
+    __getattr__ = on_demand(__name__, _HOMES)

@@ -17,10 +17,9 @@ consumer does not load what only a provider needs.
 
 from __future__ import annotations
 
-from importlib import import_module
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from statemachine import __version__
@@ -82,9 +81,6 @@ _HOMES: Final = {
 
 # Not for mypy, which would take any name for one that is there.
 if not TYPE_CHECKING:
+    from statemachine.exports import on_demand
 
-    def __getattr__(name: str) -> Any:
-        for home, names in _HOMES.items():
-            if name in names.split():
-                return getattr(import_module(home, __name__), name)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    __getattr__ = on_demand(__name__, _HOMES)

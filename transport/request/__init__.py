@@ -9,7 +9,9 @@ The last is imported when a name of it is asked for: a caller that blocks does n
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from statemachine.exports import on_demand
 
 from .blocking import Consumer, Handoff
 from .exchange import AUDIT_EVENT, Audit, Fallback, Patience
@@ -30,10 +32,4 @@ __all__ = [
 
 # Not for mypy, which would take any name for one that is there.
 if not TYPE_CHECKING:
-
-    def __getattr__(name: str) -> Any:
-        if name in ("AsyncConsumer", "AsyncHandoff"):
-            from . import asynchronous
-
-            return getattr(asynchronous, name)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    __getattr__ = on_demand(__name__, {".asynchronous": "AsyncConsumer AsyncHandoff"})
