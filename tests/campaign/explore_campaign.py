@@ -9,10 +9,10 @@ import time
 
 from statemachine.testing.explore import Broken, Explorer, Result
 from tests.campaign.outcome import Discovery, Outcome, Task
+from tests.campaign.report_summary import EXPLORER
 from tests.explore.spaces import LARGE, SPACES, Space
 from transport.testing.explored import trace_of
 
-ADAPTER = "explorer"
 ALL = {**SPACES, **LARGE}
 AGAIN = "pytest tests/explore/test_explore.py -k every_world"
 
@@ -50,7 +50,7 @@ def _outcome(name: str, space: Space, result: Result, seconds: float) -> Outcome
             "spaces": 1,
             "spaces finished": result.is_complete,
         },
-        cells={ADAPTER: hits},
+        cells={EXPLORER: hits},
         rows=[
             {
                 "space": name,

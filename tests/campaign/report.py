@@ -68,7 +68,7 @@ def _banner(head: Head, summary: Summary) -> str:
     elif found:
         says = "A promise is broken" if found == 1 else f"{found:,} promises are broken"
     else:
-        says = "Nothing was found, but cells were missed"
+        says = "Nothing was found, but cells that were to be hit were missed"
     tiles = {
         "tasks": f"{tasks:,}",
         "found": f"{found:,}",
@@ -212,10 +212,10 @@ def _heat_maps(summary: Summary) -> str:
     maps = "".join(f"<h3>{table.name}</h3>\n{_figure(heat_map(table, panels))}" for table in TABLES)
     missed = [
         {"adapter": adapter, "table": cell[0], "state": cell[1], "event": cell[2]}
-        for adapter, cells in summary.missed.items()
+        for adapter, cells in {**summary.missed, "any": summary.unhit}.items()
         for cell in cells
     ]
-    listed = _table(missed, "Cells that were missed") if missed else ""
+    listed = _table(missed, "Cells that were to be hit, and those that no adapter hit")
     return about + maps + (_folded(f"cells missed: {len(missed)}", listed) if missed else "")
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-from tests.campaign.report_summary import LEGAL, Part, Summary, number_in
+from tests.campaign.report_summary import LEGAL, LIVES, OWED, Part, Summary, number_in
 
 RATES_A_SECOND: Final = {"events through the kernel": 100_000.0, "trace events checked": 50_000.0}
 STATES: Final = 200_000
@@ -70,7 +70,7 @@ def goals_of(summary: Summary) -> list[Goal]:
         *_programs(summary.parts.get("differential", Part("differential"))),
         *_canaries(summary.parts.get("canaries", Part("canaries"))),
         _killed(mutants, "table mutants killed", ("table",), 1.0),
-        _killed(mutants, "code mutants killed", ("code",), CODE_MUTANTS_SHARE),
+        _code_mutants(mutants),
     ]
 
 
@@ -146,6 +146,15 @@ def _killed(part: Part, name: str, words: tuple[str, ...], least: float) -> Goal
     return _judge(name, goal, said, (done + argued * (least == 1)) / whole >= least)
 
 
+def _code_mutants(mutants: Part) -> Goal:
+    """Those of an earlier run are no measurement of the sources at hand: they are only said."""
+    recorded = _killed(mutants, "code mutants killed", ("code", "recorded"), CODE_MUTANTS_SHARE)
+    if recorded.verdict is Verdict.NOT_MEASURED:
+        return _killed(mutants, "code mutants killed", ("code",), CODE_MUTANTS_SHARE)
+    said = f"mutmut takes an hour; recorded of earlier sources: {recorded.reached}"
+    return Goal(recorded.figure, recorded.goal, said, Verdict.NOT_MEASURED)
+
+
 def _states_in_time(explore: Part) -> Goal:
     name, goal = "distinct states of the kernels, in lock-step", f"≥ {STATES:,} in ≤ {STATES_S:g} s"
     rates = [
@@ -186,11 +195,17 @@ def _rates(rates: Part) -> Iterator[Goal]:
 
 
 def _cells(summary: Summary) -> Iterator[Goal]:
-    missed = summary.missed
+    missed, hits = summary.missed, summary.hits
     for adapter in dict.fromkeys([*ADAPTERS, *summary.cells]):
-        reached = f"{len(LEGAL) - len(missed.get(adapter, []))} of {len(LEGAL)}"
+        owed, hit = OWED.get(adapter, LIVES), hits.get(adapter, set())
+        goal = f"{len(owed)} that it is to hit"
+        reached = f"{len(owed & hit)}; of {len(LEGAL - owed)} others {len(hit - owed)}"
         is_reached = not missed[adapter] if adapter in missed else None
-        yield _judge(f"cells hit: {adapter}", "every one", reached, is_reached, is_promise=True)
+        yield _judge(f"cells hit: {adapter}", goal, reached, is_reached, is_promise=True)
+    if hits:
+        said = f"{len(LEGAL) - len(summary.unhit)}"
+        is_reached = not summary.unhit
+        yield _judge("cells hit: any of these", f"all {len(LEGAL)}", said, is_reached)
 
 
 def _programs(differential: Part) -> Iterator[Goal]:

@@ -32,6 +32,7 @@ from transport.trace.diagram import sequence_diagram
 
 HEAD: Final = Head("fingerprint", 42, "2026-11-22 20:00 UTC", {"kernel": "Linux <6>"})
 MISSED: Final[Cell] = ("consumer", "held", "EndWanted")
+BEYOND_CELL: Final[Cell] = ("service", "stopping", "ConnectionFlooded")
 VOID: Final = frozenset({"meta", "link", "br", "img", "input", "hr"})
 
 
@@ -148,6 +149,22 @@ def test_a_missed_cell_is_a_promise_not_kept() -> None:
     assert verdicts["cells hit: linux"] is Verdict.NOT_REACHED
 
 
+@pytest.mark.parametrize(
+    ("adapter", "lacks", "is_kept"),
+    [
+        ("explorer", BEYOND_CELL, True),
+        ("explorer", ("service", "ready", "FrameRejected"), False),
+        ("model", ("service", "ready", "FrameRejected"), True),
+        ("model", MISSED, False),
+    ],
+)
+def test_each_adapter_is_to_hit_what_is_its_own(adapter: str, lacks: Cell, is_kept: bool) -> None:
+    cells = {" ".join(cell): 1 for cell in LEGAL - {lacks}}
+    summary = summary_of([of("explore", "full", Outcome({}, {adapter: cells}))])
+    assert is_good(summary) == is_kept
+    assert summary.unhit == [lacks]
+
+
 def goal(figure: str, *done: Done) -> Goal:
     return next(goal for goal in goals_of(summary_of(done)) if goal.figure == figure)
 
@@ -240,6 +257,10 @@ def test_the_pictures_of_the_parts_show_what_their_rows_say() -> None:
     assert goal(figure, faults).reached == "87.50%: 7 of 8"
     mutants = of("mutants", "t", Outcome({"code mutants": 200, "code mutants killed": 197}))
     assert goal("code mutants killed", mutants).verdict is Verdict.REACHED
+    figures = {"mutants of code (recorded)": 200, "mutants of code killed (recorded)": 197}
+    recorded = goal("code mutants killed", of("mutants", "t", Outcome(figures)))
+    assert recorded.verdict is Verdict.NOT_MEASURED
+    assert recorded.reached.endswith("98.50%: 197 of 200")
     assert goal("table mutants killed", mutants).verdict is Verdict.NOT_MEASURED
 
 
