@@ -1,7 +1,7 @@
 """The whole state of a provider's kernel, and how its tables are run.
 
-The rooms of this package (`service`, `answers`, `allocations`) are functions over a `State`; each
-room names the orders of the rows that it carries out. `ORDERS` in `kernel` puts them together.
+The modules of this package (`service`, `answers`, `allocations`) are functions over a `State`; each
+names the orders of the rows that it carries out. `ProviderKernel.orders` puts them together.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def enter(root: Path) -> Isolation:
     """
     above = os.open(root, _DIRECTORY)
     own = next(line for line in _lines("/proc/self/cgroup") if line.startswith("0::"))
-    # Opened here: a write counts as made by whoever opened, from where they were.
+    # Opened here: a write counts as made by the process that opened, from its cgroup at that time.
     home = os.open(root / own[4:] / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
     remove_stale(above)
     isolation = _make(above, home)

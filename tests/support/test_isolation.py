@@ -105,7 +105,7 @@ def customers_of(daemon: Daemon, images: Path, name: str) -> Iterator[None]:
 def test_two_sessions_at_once_beside_a_provider_at_work_are_green(
     image_root: Path, cgroup2: Path
 ) -> None:
-    """Names and paths are as of somebody who knows nothing of these tests."""
+    """Names and paths of the provider at work follow no convention of these tests."""
     job = f"job-{os.getpid()}"
     scope = cgroup2 / "workload.slice" / f"{job}.scope"
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:  # short, as for sockets
