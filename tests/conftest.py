@@ -11,6 +11,7 @@ import itertools
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -29,6 +30,9 @@ from tests.support.census import MACHINE_WIDE, Census, Session
 IN_CI: Final = os.environ.get("CI", "").lower() not in ("", "0", "false", "no")
 PERMITTED_SKIP: Final = "kernel lacks"
 """How the reason of a skip must begin to be one under CI."""
+IGNORED_IN_THE_BACKGROUND: Final = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
+"""What `nohup` and the `&` of a script have a process ignore: programs of tests shall not."""
+
 _RAN: Final = {"passed", "failed", "xfailed", "xpassed"}
 """What pytest calls a test that has run."""
 
@@ -85,6 +89,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs_root: makes real namespaces, cgroups or mounts")
     config.addinivalue_line("markers", "deep(part): in `make verify` this part does it")
     config.stash[_notes], config.stash[_left] = [], []
+    for number in IGNORED_IN_THE_BACKGROUND:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     if config.getoption("--hypothesis-profile") == "long" and config.option.hypothesis_seed is None:
         # The workers of pytest-xdist get the options, and so the seed.
         config.option.hypothesis_seed = secrets.randbelow(2**32)

@@ -211,6 +211,16 @@ def test_a_run_under_ci_that_is_to_collect_only_may_be_green(tmp_path: Path) -> 
 
 
 @WORKERS
+def test_what_a_script_has_its_background_ignore_is_not_ignored(
+    tmp_path: Path, workers: int
+) -> None:
+    program = ["sh", "-c", "kill -INT $$; exit 7"]
+    tests = f"import subprocess\ndef test(): subprocess.run({program}, check=True)"
+    run = _run_pytest(tmp_path, tests, "", workers, under=("env", "--ignore-signal=HUP,INT,QUIT"))
+    assert "died with <Signals.SIGINT: 2>" in run.stdout
+
+
+@WORKERS
 def test_what_is_left_behind_by_no_single_test_is_a_failure(tmp_path: Path, workers: int) -> None:
     run = _run_pytest(tmp_path, LEAKING_SESSION, "", workers)
     assert "1 passed" in run.stdout
@@ -219,7 +229,12 @@ def test_what_is_left_behind_by_no_single_test_is_a_failure(tmp_path: Path, work
 
 
 def _run_pytest(
-    directory: Path, tests: str, ci: str, workers: int = 0, options: str = ""
+    directory: Path,
+    tests: str,
+    ci: str,
+    workers: int = 0,
+    options: str = "",
+    under: tuple[str, ...] = (),
 ) -> subprocess.CompletedProcess[str]:
     (directory / "test_inner.py").write_text(tests)
     options += " -p tests.conftest -p no:cacheprovider -p no:randomly"
@@ -227,7 +242,7 @@ def _run_pytest(
     where = ["-c", os.devnull, "--rootdir", directory, "--basetemp", directory / "tmp", directory]
     where += ["-n", str(workers)]
     return subprocess.run(
-        [sys.executable, "-m", "pytest", *options.split(), *where],
+        [*under, sys.executable, "-m", "pytest", *options.split(), *where],
         env={**os.environ, "CI": ci, "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
