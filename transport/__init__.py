@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from statemachine import __version__
@@ -81,6 +81,8 @@ _HOMES: Final = {
 
 # Not for mypy, which would take any name for one that is there.
 if not TYPE_CHECKING:
-    from statemachine.exports import on_demand
 
-    __getattr__ = on_demand(__name__, _HOMES)
+    def __getattr__(name: str) -> Any:
+        from statemachine.exports import on_demand
+
+        return on_demand(__name__, _HOMES)(name)
