@@ -76,6 +76,9 @@ CUT: Final = on.ConnectionLost()
 UNREADABLE: Final = FdPassing("N is 0")
 DEGRADED: Final = do.DeliverDescriptors(OWN, is_degraded=True)
 UNKNOWN: Final = do.ReportRefusal(AllocationNotFound("a"))
+NO_ROOM: Final = do.ReportRefusal(CreationFailed("ENOSPC"))
+NOT_PERMITTED: Final = do.ReportRefusal(CreationFailed("EPERM"))
+STOPPING: Final = SocketUnavailable("shutting down")
 TOO_LATE: Final = SocketUnavailable("no whole answer within the answer deadline")
 GONE: Final = SocketUnavailable("the provider is gone")
 NO_REASON: Final = SocketUnavailable("the connection was lost before a whole answer")
@@ -136,7 +139,18 @@ STEPS: Final[list[tuple[tuple[Event, ...], Event, tuple[Effect, ...], Any, Notic
     ),
     (TO_ASKING, END, (ANSWER_OFF, *SAY), ENDING, TOLD),
     ((WANT, UNREACHABLE), SERVED, (DEGRADED,), OWN_HELD, SILENT),
+    # A provider that cannot be reached, or has refused, is owed nothing.
+    ((WANT,), UNREACHABLE, turn(REFUSED), SERVING, SILENT),
+    (TO_ASKING, UNAVAILABLE, (ANSWER_OFF, do.CloseChannel(), *turn(STOPPING)), SERVING, SILENT),
+    # A refusal is reported and not papered over, and so is self-service that fails.
+    (TO_ASKING, FAILED, (ANSWER_OFF, do.CloseChannel(), NO_ROOM), ConsumerState.REFUSED, SILENT),
+    (TO_ASKING, NOT_FOUND, (ANSWER_OFF, do.CloseChannel(), UNKNOWN), ConsumerState.REFUSED, SILENT),
+    ((WANT, UNREACHABLE), FAILED_SELF, (NOT_PERMITTED,), ConsumerState.FAILED, SILENT),
     # What comes after it has turned away; only the answer to the end is one.
+    (TO_LATE, RESPONDED, (DISCARD,), SERVING, TOLD),
+    ((*TO_LATE, SERVED), RESPONDED, (DISCARD,), OWN_HELD, TOLD),
+    ((*TO_LATE, RESPONDED), ENDED, CONFIRMED, SERVING, HEARD),
+    ((*TO_LATE, SERVED, RESPONDED), ENDED, CONFIRMED, OWN_HELD, HEARD),
     (TO_LATE, MISMATCHED, (DISCARD,), SERVING, TOLD),
     (TO_LATE, FAILED, (), SERVING, TOLD),
     (TO_LATE, NOT_FOUND, CONFIRMED, SERVING, HEARD),
@@ -149,7 +163,10 @@ STEPS: Final[list[tuple[tuple[Event, ...], Event, tuple[Effect, ...], Any, Notic
     # A fault on the connection does not end what is held.
     (TO_HELD, GARBLED, (FAULT, do.CloseChannel()), HELD, SILENT),
     (TO_HELD, PASSING, (do.CloseChannel(),), HELD, SILENT),
+    (TO_HELD, LOST, (), HELD, SILENT),
     # The caller is done: on a new connection, if there is none; while calling, nothing is owed.
+    (TO_HELD, END, SAY, ENDING, TOLD),
+    ((*TO_HELD, END), ENDED, (do.ReportEnd("a"), *CONFIRMED), DONE, HEARD),
     ((*TO_HELD, LOST), END, (do.Connect(),), ENDING, CALLING),
     ((*TO_HELD, LOST, END), CONNECTED, SAY, ENDING, TOLD),
     ((*TO_HELD, LOST, END, CONNECTED), ENDED, (do.ReportEnd("a"), *CONFIRMED), DONE, HEARD),
@@ -172,6 +189,7 @@ STEPS: Final[list[tuple[tuple[Event, ...], Event, tuple[Effect, ...], Any, Notic
 ]
 
 
+@pytest.mark.clause("SELF-5", "SELF-9", "SELF-10", "SELF-11", "CRASH-13", "ERR-5")
 @pytest.mark.parametrize(("before", "event", "effects", "state", "notice"), STEPS)
 def test_a_step_is_as_written(
     before: tuple[Event, ...],
@@ -205,55 +223,7 @@ def test_a_snapshot_says_whether_there_is_a_line_and_which_timers_run() -> None:
     assert line_and_timers(*TO_HELD, *told_late, on.NoticeDue()) == (False, True, set())
 
 
-# --- When it serves itself, and when not -------------------------------------------------------
-
-
-@pytest.mark.clause("SELF-10")
-def test_an_unreachable_provider_is_owed_nothing() -> None:
-    kernel = after(WANT)
-    assert kernel.receive(UNREACHABLE) == turn(REFUSED)
-    assert not kernel.owes_end
-
-
-@pytest.mark.clause("SELF-10")
-def test_an_unavailable_provider_is_owed_nothing() -> None:
-    kernel = after(*TO_ASKING)
-    error = SocketUnavailable("shutting down")
-    assert kernel.receive(UNAVAILABLE) == (ANSWER_OFF, do.CloseChannel(), *turn(error))
-    assert not kernel.owes_end
-
-
-@pytest.mark.clause("ERR-5")
-@pytest.mark.parametrize(
-    ("event", "error"),
-    [(FAILED, CreationFailed("ENOSPC")), (NOT_FOUND, AllocationNotFound("a"))],
-    ids=["CreationFailed", "AllocationNotFound"],
-)
-def test_a_refusal_is_reported_and_not_papered_over(event: Event, error: NamespaceError) -> None:
-    kernel = after(*TO_ASKING)
-    assert kernel.receive(event) == (ANSWER_OFF, do.CloseChannel(), do.ReportRefusal(error))
-    assert kernel.state is ConsumerState.REFUSED
-    assert not kernel.owes_end
-
-
-@pytest.mark.clause("SELF-5")
-def test_self_service_that_fails_is_reported() -> None:
-    kernel = after(WANT, UNREACHABLE)
-    error = CreationFailed("unshare: unshare(2): EPERM")
-    assert kernel.receive(on.SelfServiceFailed(error)) == (do.ReportRefusal(error),)
-    assert kernel.state is ConsumerState.FAILED
-
-
 # --- Never two live sets -----------------------------------------------------------------------
-
-
-@pytest.mark.clause("SELF-9")
-@pytest.mark.parametrize("own", [(), (SERVED,)], ids=["serving itself", "self-held"])
-def test_a_late_answer_is_closed_and_the_end_already_said(own: tuple[Event, ...]) -> None:
-    kernel = after(*TO_ASKING, LATE, *own)
-    assert kernel.receive(RESPONDED) == (do.DiscardDescriptors(),)
-    assert kernel.receive(ENDED) == (NOTICE_OFF, do.CloseChannel())
-    assert kernel.notice is HEARD
 
 
 @pytest.mark.clause("SELF-8")
@@ -273,25 +243,7 @@ def test_the_end_is_told_again_until_it_is_confirmed() -> None:
     assert kernel.notice is HEARD
 
 
-# --- Held --------------------------------------------------------------------------------------
-
-
-@pytest.mark.clause("CRASH-13")
-def test_losing_the_connection_does_not_end_what_is_held() -> None:
-    kernel = after(*TO_HELD)
-    assert kernel.receive(LOST) == ()
-    assert kernel.state is HELD
-    assert kernel.is_connected is False
-
-
 # --- The caller is done ------------------------------------------------------------------------
-
-
-@pytest.mark.clause("SELF-11")
-def test_a_caller_who_is_done_with_what_it_holds_tells_the_provider() -> None:
-    kernel = after(*TO_HELD)
-    assert kernel.receive(END) == SAY
-    assert kernel.receive(ENDED) == (do.ReportEnd("a"), NOTICE_OFF, do.CloseChannel())
 
 
 @pytest.mark.clause("END-15")
