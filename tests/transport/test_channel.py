@@ -10,6 +10,7 @@ import array
 import errno
 import itertools
 import os
+import re
 import select
 import signal
 import socket
@@ -49,6 +50,7 @@ from transport.channel import (
 from transport.codec import encode_message
 from transport.descriptors import Descriptor, DescriptorBundle, close_all
 from transport.framing import FRAME_BYTES_MAX, encode_frame
+from transport.testing.peer import frame_of
 
 PID, NET, MOUNT = NamespaceType.PID, NamespaceType.NET, NamespaceType.MOUNT
 SO_PASSRIGHTS = 83
@@ -70,10 +72,6 @@ def response(*types: NamespaceType, path: str | None = None) -> NamespaceRespons
     return NamespaceResponse("a", types, path)
 
 
-def frame_of(message: Message) -> bytes:
-    return encode_frame(encode_message(message))
-
-
 class Wire(NamedTuple):
     """A raw socket, and the channel at its other end."""
 
@@ -86,6 +84,12 @@ class Wire(NamedTuple):
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)] if fds else []
         assert self.sock.sendmsg([data], rights) == len(data)
 
+    def give(self, data: bytes, count: int) -> None:
+        """Send bytes with so many new descriptors, and keep none."""
+        descriptors = memfds(count)
+        self.send(data, descriptors)
+        close_all(descriptors)
+
     def receive(self) -> list[Received]:
         """Receive until nothing is left or nothing more can come."""
         received: list[Received] = []
@@ -94,7 +98,8 @@ class Wire(NamedTuple):
         return received
 
 
-def wire_to(*, accepts_descriptors: bool) -> Iterator[Wire]:
+@contextmanager
+def wire_to(*, accepts_descriptors: bool = True) -> Iterator[Wire]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours, Channel(theirs, accepts_descriptors=accepts_descriptors) as channel:
         yield Wire(ours, channel)
@@ -103,13 +108,15 @@ def wire_to(*, accepts_descriptors: bool) -> Iterator[Wire]:
 @pytest.fixture
 def consumer() -> Iterator[Wire]:
     """A consumer's channel, and the raw socket in place of its provider's."""
-    yield from wire_to(accepts_descriptors=True)
+    with wire_to() as wire:
+        yield wire
 
 
 @pytest.fixture
 def provider() -> Iterator[Wire]:
     """A provider's channel, and the raw socket in place of its consumer's."""
-    yield from wire_to(accepts_descriptors=False)
+    with wire_to(accepts_descriptors=False) as wire:
+        yield wire
 
 
 class Pair(NamedTuple):
@@ -230,18 +237,13 @@ class Plan:
         return next((group for first, group in groups if group and start <= first < end), ())
 
 
-@contextmanager
-def fresh_wire() -> Iterator[Wire]:
-    yield from wire_to(accepts_descriptors=True)
-
-
 each_stream = pytest.mark.parametrize("messages", STREAMS.values(), ids=STREAMS)
 
 
 @pytest.mark.clause("WIRE-5")
 @each_stream
 def test_every_cut_into_three_delivers_the_same(messages: tuple[Message, ...]) -> None:
-    with Plan(messages) as plan, fresh_wire() as wire:
+    with Plan(messages) as plan, wire_to() as wire:
         expected = plan.expected
         for cuts in itertools.combinations_with_replacement(range(len(plan.stream)), 2):
             for chunk in plan.chunks(cuts):
@@ -252,7 +254,7 @@ def test_every_cut_into_three_delivers_the_same(messages: tuple[Message, ...]) -
 @pytest.mark.clause("FD-7")
 @each_stream
 def test_every_cut_delivers_the_same_when_read_at_once(messages: tuple[Message, ...]) -> None:
-    with Plan(messages) as plan, fresh_wire() as wire:
+    with Plan(messages) as plan, wire_to() as wire:
         expected = plan.expected
         for cut in range(len(plan.stream)):
             received: list[Received] = []
@@ -264,7 +266,7 @@ def test_every_cut_delivers_the_same_when_read_at_once(messages: tuple[Message, 
 
 @each_stream
 def test_byte_by_byte_delivers_the_same(messages: tuple[Message, ...]) -> None:
-    with Plan(messages) as plan, fresh_wire() as wire:
+    with Plan(messages) as plan, wire_to() as wire:
         for chunk in plan.chunks(range(len(plan.stream))):
             wire.send(*chunk)
         assert taken(wire.receive()) == plan.expected
@@ -274,7 +276,7 @@ def test_byte_by_byte_delivers_the_same(messages: tuple[Message, ...]) -> None:
 def test_every_size_of_read_delivers_the_same(
     messages: tuple[Message, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Plan(messages) as plan, fresh_wire() as wire:
+    with Plan(messages) as plan, wire_to() as wire:
         expected = plan.expected
         for size in range(1, len(plan.stream) + 1):
             monkeypatch.setattr(channel_module, "RECEIVE_BYTES_MAX", size)
@@ -314,7 +316,7 @@ message_lists = st.lists(
 
 @given(message_lists, st.data())
 def test_any_messages_survive_any_cuts(messages: list[Message], data: st.DataObject) -> None:
-    with Plan(messages) as plan, fresh_wire() as wire:
+    with Plan(messages) as plan, wire_to() as wire:
         cuts = data.draw(st.lists(st.integers(0, len(plan.stream)), max_size=10))
         chunks = plan.chunks(cuts)
         pauses = data.draw(st.lists(st.booleans(), min_size=len(chunks), max_size=len(chunks)))
@@ -405,12 +407,10 @@ def test_is_mid_frame_from_the_first_byte_to_the_last(provider: Wire) -> None:
 def test_a_wrong_number_of_descriptors_is_rejected(
     consumer: Wire, message: Message, count: int, reason: str
 ) -> None:
-    descriptors = memfds(count)
     before = descriptors_open()
-    consumer.send(frame_of(message), descriptors)
+    consumer.give(frame_of(message), count)
     received = consumer.receive()
     assert descriptors_open() == before
-    close_all(descriptors)
     assert rejection(received).startswith(reason)
 
 
@@ -437,11 +437,9 @@ def test_with_exactly_enough_descriptors_left_all_are_delivered(consumer: Wire) 
 
 @pytest.mark.clause("FD-11")
 def test_a_provider_never_opens_what_a_consumer_sends(provider: Wire) -> None:
-    descriptors = memfds(SENDMSG_DESCRIPTORS_MAX)
-    provider.send(frame_of(NamespaceRequest("a", (PID,))), descriptors)
+    provider.give(frame_of(NamespaceRequest("a", (PID,))), SENDMSG_DESCRIPTORS_MAX)
     with descriptors_left(0):
         received = provider.channel.receive()
-    close_all(descriptors)
     assert rejection(received) == "descriptors came with a frame; none are accepted here"
 
 
@@ -452,30 +450,24 @@ def test_a_provider_takes_no_response(provider: Wire) -> None:
 
 def test_descriptors_that_come_twice_with_a_frame_are_rejected(consumer: Wire) -> None:
     frame = frame_of(response(PID, NET))
-    descriptors = memfds(2)
-    consumer.send(frame[:10], descriptors[:1])
-    consumer.send(frame[10:], descriptors[1:])
-    close_all(descriptors)
+    consumer.give(frame[:10], 1)
+    consumer.give(frame[10:], 1)
     assert rejection(consumer.receive()) == "descriptors came twice with one frame"
 
 
 def test_a_frame_that_never_ends_cannot_pile_up_descriptors(consumer: Wire) -> None:
     frame = frame_of(response(PID, path="x" * 1000))
-    descriptors = memfds(3)
     before = descriptors_open()
-    consumer.send(frame[:1], descriptors)
+    consumer.give(frame[:1], 3)
     assert consumer.channel.receive() == []
     assert descriptors_open() == before + FRAME_DESCRIPTORS_MAX
-    consumer.send(frame[1:2], descriptors)
+    consumer.give(frame[1:2], 3)
     assert rejection(consumer.channel.receive()) == "descriptors came twice with one frame"
     assert descriptors_open() == before
-    close_all(descriptors)
 
 
 def test_a_provider_rejects_descriptors_before_their_frame_is_whole(provider: Wire) -> None:
-    descriptors = memfds(1)
-    provider.send(frame_of(ENDED)[:1], descriptors)
-    close_all(descriptors)
+    provider.give(frame_of(ENDED)[:1], 1)
     assert rejection(provider.channel.receive()).startswith("descriptors came with a frame")
 
 
@@ -507,9 +499,7 @@ def test_garbage_is_rejected_after_what_came_before_it(
 def test_garbage_with_descriptors_leaves_none_open(
     consumer: Wire, garbage: bytes, reason: str
 ) -> None:
-    descriptors = memfds(2)
-    consumer.send(garbage, descriptors)
-    close_all(descriptors)
+    consumer.give(garbage, 2)
     assert rejection(consumer.receive())
 
 
@@ -554,9 +544,7 @@ def test_the_end_of_the_stream_is_told_once(consumer: Wire) -> None:
 
 @pytest.mark.clause("FD-6")
 def test_a_frame_cut_short_is_lost_and_its_descriptors_closed(consumer: Wire) -> None:
-    descriptors = memfds(3)
-    consumer.send(frame_of(response(PID, NET, MOUNT))[:-1], descriptors)
-    close_all(descriptors)
+    consumer.give(frame_of(response(PID, NET, MOUNT))[:-1], 3)
     before = descriptors_open()
     assert consumer.channel.receive() == []
     assert descriptors_open() == before + 3
@@ -566,9 +554,7 @@ def test_a_frame_cut_short_is_lost_and_its_descriptors_closed(consumer: Wire) ->
 
 
 def test_closing_a_channel_closes_what_it_holds(consumer: Wire) -> None:
-    descriptors = memfds(3)
-    consumer.send(frame_of(response(PID, NET, MOUNT))[:-1], descriptors)
-    close_all(descriptors)
+    consumer.give(frame_of(response(PID, NET, MOUNT))[:-1], 3)
     before = descriptors_open()
     assert consumer.channel.receive() == []
     consumer.channel.close()
@@ -598,12 +584,10 @@ def test_any_bytes_with_any_descriptors_leave_nothing_open(
     chunks: list[tuple[bytes, int]], accepts_descriptors: bool
 ) -> None:
     before = descriptors_open()
-    for wire in wire_to(accepts_descriptors=accepts_descriptors):
+    with wire_to(accepts_descriptors=accepts_descriptors) as wire:
         received: list[Received] = []
         for data, count in chunks:
-            descriptors = memfds(count)
-            wire.send(data, descriptors)
-            close_all(descriptors)
+            wire.give(data, count)
             received += wire.channel.receive()
         wire.sock.close()
         received += wire.receive()
@@ -630,13 +614,23 @@ def fill(channel: Channel) -> int:
 
 
 @pytest.fixture
-def narrow() -> Iterator[Wire]:
+def narrow(provider: Wire) -> Wire:
     """A provider's channel with the smallest send buffer, and the raw socket it sends to."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
-    with ours, Channel(theirs, accepts_descriptors=False) as channel:
-        ours.setblocking(False)
-        yield Wire(ours, channel)
+    with socket.fromfd(provider.channel.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    provider.sock.setblocking(False)
+    return provider
+
+
+def send_until_refused(channel: Channel, message: Message) -> tuple[int, str]:
+    """Send a message again and again; returns how often that went well, and why not for ever."""
+    types = message.fd_types if is_response(message) else ()
+    for sent in itertools.count():
+        try:
+            channel.send(message, DescriptorBundle(types, memfds(len(types))))
+        except FdPassing as error:
+            return sent, error.reason
+    raise AssertionError
 
 
 def drain(wire: Wire) -> list[tuple[bytes, int]]:
@@ -817,14 +811,8 @@ def test_closing_a_channel_closes_what_waits_to_be_sent(narrow: Wire) -> None:
 
 @pytest.mark.clause("PEER-9")
 def test_a_peer_that_does_not_read_cannot_pile_up_bytes(narrow: Wire) -> None:
-    message = AllocationEnded("x" * 60_000)
-
-    def send_for_ever() -> None:
-        while True:
-            narrow.channel.send(message)
-
-    with pytest.raises(FdPassing, match=r"the peer does not read: \d+ bytes wait"):
-        send_for_ever()
+    _, reason = send_until_refused(narrow.channel, AllocationEnded("x" * 60_000))
+    assert re.search(r"the peer does not read: \d+ bytes wait", reason)
     assert not narrow.channel.wants_write
 
 
@@ -844,20 +832,12 @@ def test_a_peer_that_does_not_read_cannot_pile_up_descriptors(narrow: Wire) -> N
 
 def test_bundles_that_have_left_make_room_for_as_many(narrow: Wire) -> None:
     fill(narrow.channel)
-    sent = arrived = 0
     for _ in range(OUTGOING_BUNDLES_MAX):
         narrow.channel.send(response(PID), DescriptorBundle((PID,), memfds(1)))
-    arrived += sum(count for _, count in drain(narrow))
+    arrived = sum(count for _, count in drain(narrow))
     assert not narrow.channel.flush(), "some of them have left"
-
-    def send_for_ever() -> None:
-        nonlocal sent
-        while True:
-            narrow.channel.send(response(PID), DescriptorBundle((PID,), memfds(1)))
-            sent += 1
-
-    with pytest.raises(FdPassing, match="the peer does not read: 256 bundles wait"):
-        send_for_ever()
+    sent, reason = send_until_refused(narrow.channel, response(PID))
+    assert "the peer does not read: 256 bundles wait" in reason
     arrived += sum(count for _, count in drain(narrow))
     assert sent == arrived > 0
 
@@ -879,18 +859,10 @@ def test_what_has_left_does_not_wait_any_more(narrow: Wire) -> None:
         narrow.channel.send(message, DescriptorBundle((PID,), memfds(1)))
         while not narrow.channel.flush():
             arrived += sum(len(data) for data, _ in drain(narrow))
-    sent = 2 * OUTGOING_BUNDLES_MAX * len(frame_of(message))
-
-    def send_for_ever() -> None:
-        nonlocal sent
-        while True:
-            narrow.channel.send(message, DescriptorBundle((PID,), memfds(1)))
-            sent += len(frame_of(message))
-
-    with pytest.raises(FdPassing) as caught:
-        send_for_ever()
+    more, reason = send_until_refused(narrow.channel, message)
+    sent = (2 * OUTGOING_BUNDLES_MAX + more) * len(frame_of(message))
     arrived += sum(len(data) for data, _ in drain(narrow))
-    assert str(caught.value).endswith(f"the peer does not read: {sent - arrived} bytes wait")
+    assert reason.endswith(f"the peer does not read: {sent - arrived} bytes wait")
 
 
 # The two calls themselves.
