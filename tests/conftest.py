@@ -286,3 +286,15 @@ def image_root(tmp_path_factory: pytest.TempPathFactory, make_image: MakeImage) 
     }
     make_image(root / "hello.sqfs", files)
     return root
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of half a megabyte and few files, to be filled; needs root."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=512k,nr_inodes=64", "tmpfs", disk], check=True
+    )
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)

@@ -88,13 +88,17 @@ class Daemon:
         self.log = directory / "log"
         self.ready = self.state_dir / "ready"
         self.program: subprocess.Popen[bytes] | None = None
+        self.prefix: tuple[str, ...] = ()
+        """A program that executes it, with its words: env(1), prlimit(1)."""
+        self.stderr: int | None = None
+        """Where it logs to; lent. None for `log`."""
         self.places = ("--image-root", str(image_root), "--uenv-base", str(self.uenv_base))
-        self._options = options
+        self.options = options
 
     @property
     def words(self) -> tuple[str, ...]:
         here = ("--socket", str(self.socket), "--state-dir", str(self.state_dir))
-        return ("serve", *here, *self.places, "--hold-time", "0", *self._options)
+        return ("serve", *here, *self.places, "--hold-time", "0", *self.options)
 
     @property
     def pid(self) -> int:
@@ -103,15 +107,19 @@ class Daemon:
 
     def start(self, **more: str) -> None:
         """Start it and wait until it is ready."""
+        self.begin(**more)
+        wait_until(self._is_ready)
+
+    def begin(self, **more: str) -> None:
+        """Start it, and do not wait."""
         with self.log.open("ab") as log:
             self.program = subprocess.Popen(
-                [*COMMAND, *self.words],
+                [*self.prefix, *COMMAND, *self.words],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
-                stderr=log,
+                stderr=log if self.stderr is None else self.stderr,
                 env=environment(**more),
             )
-        wait_until(self._is_ready)
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Send it a signal and wait for its end."""
