@@ -21,7 +21,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Self, TypeAlias, TypedDict, Unpack
@@ -392,9 +392,10 @@ def _hold(lock: Descriptor, path: Path) -> None:
     except OSError as error:
         raise JournalUnavailable(path, error.strerror or str(error)) from error
     # The file is never removed: that would let two providers lock two files of one name. The pid
-    # in it is for people; only the lock keeps a second provider out.
-    syscall(os.ftruncate, lock.fileno(), 0)
-    syscall(os.pwrite, lock.fileno(), f"{os.getpid()}\n".encode(), 0)
+    # in it is for people, and a full disk has no room for it; only the lock keeps others out.
+    with suppress(OSError):
+        syscall(os.ftruncate, lock.fileno(), 0)
+        syscall(os.pwrite, lock.fileno(), f"{os.getpid()}\n".encode(), 0)
 
 
 def _holder_of(lock: Descriptor) -> int | None:

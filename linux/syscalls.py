@@ -22,6 +22,8 @@ from typing import Final, Protocol, Self, TypeAlias
 from transport.calls import syscall
 from transport.descriptors import Descriptor
 
+from .shortage import words_for
+
 # sched.h: unshare(2), setns(2); also what NS_GET_NSTYPE answers with.
 CLONE_FS: Final = 0x00000200
 CLONE_NEWNS: Final = 0x00020000
@@ -137,10 +139,10 @@ class SyscallError(OSError):
     A system call failed.
 
     Unlike an `OSError` of the standard library it names the call, and it is one class for every
-    errno: look at `errno`, not at the class.
+    errno: look at `errno`, not at the class. If it is for want of something, its text says of what.
     """
 
-    # Keeps ERR-8, ERR-2.
+    # Keeps ERR-8, ERR-2, DAEMON-8.
 
     def __init__(self, call: str, number: int, path: Path | None = None, advice: str = "") -> None:
         """
@@ -173,7 +175,8 @@ class SyscallError(OSError):
 
     def __str__(self) -> str:
         subject = f": {self.path}" if self.path is not None else ""
-        advice = f"; {self.advice}" if self.advice else ""
+        words = self.advice or words_for(self.call, self.errno or 0)
+        advice = f"; {words}" if words else ""
         return f"{self.call}: {self.name} ({self.strerror}){subject}{advice}"
 
     def __reduce__(self) -> tuple[type[SyscallError], tuple[str, int | None, str | None, str]]:

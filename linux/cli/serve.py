@@ -13,14 +13,18 @@ import argparse
 import asyncio
 import dataclasses
 import datetime
+import errno
 import json
 import logging
 import os
 import re
 import signal
 import socket
+import sys
+import threading
 import time
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,6 +35,7 @@ from statemachine.errors import SocketUnavailable
 from statemachine.events import ProviderInput
 from statemachine.lifecycle import ALLOCATION, AllocationState
 from statemachine.provider import Limits, ProviderKernel
+from transport.calls import syscall
 from transport.contract import Backend
 from transport.endpoint import listen
 from transport.serve import Observer, Provider, Spans
@@ -39,16 +44,24 @@ from ..backend import LinuxBackend, NodeSettings
 from ..cgroups import CgroupUnavailable, find_cgroup2
 from ..forge.plan import ForgeError
 from ..journal import JournalError
+from ..limits import (
+    descriptors_for,
+    fit_to_descriptors,
+    protect_from_oom_killer,
+    raise_descriptor_limit,
+)
 from ..self_service import make_directory
+from ..shortage import fault_of
 from ..simulated import SimulatedBackend, SimulatedNode
+from ..sinks import Sink
 from ..survey import READY_NAME
+from ..syscalls import SyscallError, calling
 from .exits import ExitCode
+from .signals import Signals, Stopped
 from .trace import TraceFile
 
 NOTIFY_VARIABLE: Final = "NOTIFY_SOCKET"
 """The environment variable with systemd's socket, sd_notify(3)."""
-
-STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 _log: Final = logging.getLogger(__name__)
 
@@ -63,13 +76,21 @@ def serve(options: argparse.Namespace) -> ExitCode:
     Returns:
         OK after a stop; ENVIRONMENT if it could not start, which has been logged.
     """
-    _log_json_lines()
-    _log_event("starting", pid=os.getpid(), socket=options.socket, backend=options.backend)
+    _open_standard_streams()
+    with Signals() as signals, _logging_to_stderr():
+        return _serve_logged(options, signals)
+
+
+def _serve_logged(options: argparse.Namespace, signals: Signals) -> ExitCode:
     try:
         with ExitStack() as stack:
-            _serve(options, stack)
+            _serve(options, signals, stack)
+    except Stopped as stopped:
+        _log_event("stopping", signal=_name_of(stopped.number))
     except _START_FAULTS as error:
-        _log.error("%s", error, extra=_as("start_failed", error=type(error).__name__))
+        _log.error(
+            "%s", _explained(error, options), extra=_as("start_failed", error=type(error).__name__)
+        )
         return ExitCode.ENVIRONMENT
     except Exception:
         _log.exception("the provider cannot go on", extra=_as("failed"))
@@ -78,16 +99,25 @@ def serve(options: argparse.Namespace) -> ExitCode:
     return ExitCode.OK
 
 
-def _serve(options: argparse.Namespace, stack: ExitStack) -> None:
+def _serve(options: argparse.Namespace, signals: Signals, stack: ExitStack) -> None:
     """Start the provider and run it; the stack closes what was opened."""
+    descriptors, oom_score_adj = raise_descriptor_limit(), protect_from_oom_killer()
+    _log_event(
+        "starting",
+        pid=os.getpid(),
+        socket=options.socket,
+        backend=options.backend,
+        descriptors=descriptors,
+        oom_score_adj=oom_score_adj,
+    )
+    limits = _limits(options, descriptors)
     state_dir, path = Path(options.state_dir), Path(options.socket)
-    make_directory(path.parent)
+    _make_directory(path.parent)
     backend = _backend(options, stack)
     readiness = Readiness(state_dir / READY_NAME, path)
     readiness.withdraw()  # that of a provider that was killed
     listener = listen(path, mode=options.mode, gid=options.group)
     stack.callback(listener.close)
-    limits = Limits(allowed_uids=frozenset({os.geteuid(), *options.allow_uid}))
     events = EventLog()
     trace = stack.enter_context(TraceFile(options.trace, limits)) if options.trace else None
     provider = Provider(
@@ -103,7 +133,33 @@ def _serve(options: argparse.Namespace, stack: ExitStack) -> None:
     )
     events.kernel = provider.kernel
     stack.callback(readiness.withdraw)
-    asyncio.run(_run(provider, readiness, trace))
+    asyncio.run(_run(provider, readiness, signals, trace))
+
+
+def _limits(options: argparse.Namespace, descriptors: int) -> Limits:
+    wanted = Limits(allowed_uids=frozenset({os.geteuid(), *options.allow_uid}))
+    limits = fit_to_descriptors(wanted, descriptors)
+    if limits != wanted:
+        _log.warning(
+            "the hard limit of open descriptors is %d, and the limits of connections and "
+            "allocations need %d: they are lowered. Raise RLIMIT_NOFILE of the service.",
+            descriptors,
+            descriptors_for(wanted),
+            extra=_as(
+                "limits_lowered",
+                connections_per_uid=limits.connections_per_uid,
+                allocations_per_uid=limits.allocations_per_uid,
+            ),
+        )
+    return limits
+
+
+def _explained(error: Exception, options: argparse.Namespace) -> str:
+    """Say what is wrong with the file that an error is about, if it does not say that itself."""
+    default = options.socket if isinstance(error, SocketUnavailable) else None
+    path = getattr(error, "path", default)
+    fault = fault_of(Path(path)) if path is not None else ""
+    return f"{error}; {fault}" if fault and fault not in str(error) else str(error)
 
 
 def _both(first: Observer, second: Observer) -> Observer:
@@ -114,20 +170,24 @@ def _both(first: Observer, second: Observer) -> Observer:
     return observe
 
 
-async def _run(provider: Provider, readiness: Readiness, trace: TraceFile | None) -> None:
+async def _run(
+    provider: Provider, readiness: Readiness, signals: Signals, trace: TraceFile | None
+) -> None:
     def announce() -> None:
         readiness.announce()
         _log_event("ready", allocations=len(provider.kernel.states))
 
-    def stop(number: signal.Signals) -> None:
-        _log_event("stopping", signal=number.name)
+    def stop(number: int) -> None:
+        _log_event("stopping", signal=_name_of(number))
         readiness.withdraw()
         readiness.notify("STOPPING=1")
         provider.stop()
 
-    loop = asyncio.get_running_loop()
-    for number in STOP_SIGNALS:
-        loop.add_signal_handler(number, stop, number)
+    def note(number: int) -> None:
+        text = "there is nothing to read again" if number == signal.SIGHUP else ""
+        _log.warning(text, extra=_as("signal_ignored", signal=_name_of(number)))
+
+    signals.watch(stop, note)
     await provider.run(announce, on_recovered=None if trace is None else trace.recovered)
     if provider.has_hung:
         # The socket is closed, and allocations stay alive. Closing the backend could wait for the
@@ -137,23 +197,49 @@ async def _run(provider: Provider, readiness: Readiness, trace: TraceFile | None
         os._exit(ExitCode.OK)
 
 
+def _name_of(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"SIGRTMIN+{number - signal.SIGRTMIN}"
+
+
 def _backend(options: argparse.Namespace, stack: ExitStack) -> Backend:
     image_root, uenv_base = Path(options.image_root), Path(options.uenv_base)
     if not image_root.is_dir():
         _log.warning("no such directory: %s", image_root, extra=_as("image_root_missing"))
     if options.backend == "simulated":
-        Path(options.state_dir).mkdir(mode=0o700, parents=True, exist_ok=True)
+        with calling("mkdir(2)"):
+            syscall(Path(options.state_dir).mkdir, mode=0o700, parents=True, exist_ok=True)
         images = (path.relative_to(image_root) for path in image_root.rglob("*") if path.is_file())
         node = SimulatedNode(frozenset(map(str, images)), uenv_base=str(uenv_base))
         stack.callback(node.close)
         simulated = SimulatedBackend(node, hold_time_s=options.hold_time, clock=time.monotonic)
         return stack.enter_context(closing(simulated))
-    make_directory(uenv_base)
+    _make_directory(uenv_base)
     cgroup2 = None if options.no_scopes else find_cgroup2()
     settings = NodeSettings(cgroup2, image_root, uenv_base, options.hold_time)
     state_dir = Path(options.state_dir)
+    _refuse_foreign(state_dir)
     backend = LinuxBackend.for_provider(settings, state_dir, clock=time.monotonic)
     return stack.enter_context(closing(backend))
+
+
+def _refuse_foreign(state_dir: Path) -> None:
+    """Raise an error if the state directory is another user's, who could exchange the journal."""
+    # Keeps DAEMON-9.
+    try:
+        owner = syscall(os.stat, state_dir).st_uid
+    except OSError:
+        return  # it is absent, or the journal finds out
+    if owner != os.geteuid():
+        advice = f"it belongs to user {owner}; choose another, or change its owner"
+        raise SyscallError("stat(2)", errno.EPERM, state_dir, advice)
+
+
+def _make_directory(path: Path) -> None:
+    with calling("mkdir(2)"):
+        make_directory(path)
 
 
 # --- Readiness ---------------------------------------------------------------------------------
@@ -178,15 +264,24 @@ class Readiness:
         self._address: Final = os.environ.pop(NOTIFY_VARIABLE, "")
 
     def announce(self) -> None:
-        """Make the file, and notify systemd."""
+        """Make the file, and notify systemd; a failure is only logged."""
+        # Keeps DAEMON-5.
         draft = self._file.with_name(f".{self._file.name}.{os.getpid()}")
-        draft.write_text(f"{self._content}\n", encoding="utf-8")
-        draft.replace(self._file)
+        with _logging_failure("ready_file_failed"):
+            try:
+                with calling("write(2)", self._file):
+                    syscall(draft.write_text, f"{self._content}\n", encoding="utf-8")
+                with calling("rename(2)", self._file):
+                    syscall(draft.replace, self._file)
+            except OSError:
+                draft.unlink(missing_ok=True)
+                raise
         self.notify("READY=1")
 
     def withdraw(self) -> None:
-        """Remove the file, if it is there."""
-        self._file.unlink(missing_ok=True)
+        """Remove the file, if it is there; a failure is only logged."""
+        with _logging_failure("ready_file_failed"), calling("unlink(2)", self._file):
+            syscall(self._file.unlink, missing_ok=True)
 
     def notify(self, state: str) -> None:
         """Notify systemd, if it started this process; a failure is only logged."""
@@ -282,14 +377,74 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-def _log_json_lines() -> None:
-    lines = logging.StreamHandler()
-    lines.setFormatter(JsonLines())
-    logging.basicConfig(handlers=[lines])
+class _LogHandler(logging.Handler):
+    """Gives lines to a sink of standard error, which is borrowed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(JsonLines())
+        self._sink: Final = Sink(_STDERR, preface=self._say_lost)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Have a record written; never waits."""
+        self._sink.write(self._line_of(record))
+
+    def close(self) -> None:
+        """Write what waits, as far as that is possible in a short time."""
+        self._sink.close()
+        super().close()
+
+    def _line_of(self, record: logging.LogRecord) -> bytes:
+        return f"{self.format(record)}\n".encode()
+
+    def _say_lost(self, count: int, why: str) -> bytes:
+        record = _log.makeRecord(
+            *(_log.name, logging.WARNING, __file__, 0, "lines of this log were lost: %s", (why,)),
+            exc_info=None,
+            extra=_as("lines_lost", count=count),
+        )
+        return self._line_of(record)
+
+
+_STDERR: Final = 2
+
+
+def _open_standard_streams() -> None:
+    """Open /dev/null for standard streams that are closed, lest another file gets their number."""
+    for fd in range(_STDERR + 1):
+        try:
+            os.fstat(fd)
+        except OSError:
+            syscall(os.open, os.devnull, os.O_RDWR)  # takes the lowest number that is free
+
+
+@contextmanager
+def _logging_to_stderr() -> Iterator[None]:
+    """Log JSON lines on standard error, all that Python itself would print there included."""
+    handler = _LogHandler()
+    logging.getLogger().addHandler(handler)
     _log.setLevel(logging.INFO)  # of other loggers only warnings
     logging.captureWarnings(True)
-    # The reader of standard error may be gone; that must not raise, nor be logged there.
     logging.raiseExceptions = False
+    sys.unraisablehook = lambda hook: _log.error(
+        "%s", hook.err_msg or "unraisable", exc_info=hook.exc_value
+    )
+    threading.excepthook = lambda hook: _log.error("in a thread", exc_info=hook.exc_value)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+        sys.unraisablehook, threading.excepthook = sys.__unraisablehook__, threading.__excepthook__
+
+
+@contextmanager
+def _logging_failure(event: str) -> Iterator[None]:
+    """Log an error of the body, which goes no further."""
+    try:
+        yield
+    except OSError as error:
+        _log.warning("%s", error, extra=_as(event))
 
 
 def _log_event(event: str, **fields: Any) -> None:

@@ -18,6 +18,7 @@ from typing import Final
 from statemachine.effects import Effect
 from statemachine.events import ProviderInput
 from statemachine.provider import Limits
+from transport.calls import syscall
 from transport.descriptors import Descriptor
 from transport.trace import (
     Entry,
@@ -32,6 +33,8 @@ from transport.trace.check import Impossible, Replay
 from transport.trace.diagram import sequence_diagram
 from transport.trace.records import LINE_BYTES_MAX
 
+from ..sinks import Sink
+from ..syscalls import calling
 from .exits import ExitCode, Failure
 
 _log: Final = logging.getLogger(__name__)
@@ -90,28 +93,39 @@ def _lines_of(path: str) -> Iterator[Iterator[bytes]]:
 # --- Writing -----------------------------------------------------------------------------------
 
 
+TRACE_WAIT_S: Final = 0.05
+"""How long an event waits for its line to be written, as long as every line before it was."""
+
+
 class TraceFile:
     """
     Writes every event of a provider to a file before its effects are performed: an `Observer`.
 
-    Each line is one `write`, without a buffer, so that the file has everything that was performed
-    if the provider is killed. A line that cannot be written leaves a gap in the numbers.
+    So the file has everything that was performed, if the provider is killed. Where the file cannot
+    be written, or not in `TRACE_WAIT_S`, the provider goes on: the lines that are lost leave a gap
+    in the numbers, and are counted in the log.
 
     Args:
         path: Appended to; made with mode 0600 if it does not exist.
         limits: The kernel's.
 
     Raises:
-        OSError: it cannot be opened.
+        SyscallError: it cannot be opened.
     """
+
+    # Keeps DAEMON-7.
 
     def __init__(self, path: str, limits: Limits) -> None:
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
         self._path: Final = path
-        self._file: Final = Descriptor(os.open(path, flags, 0o600))
+        with calling("open(2)", path):
+            self._file: Final = Descriptor(syscall(os.open, path, flags, 0o600))
+            size = syscall(os.fstat, self._file.fileno()).st_size
+            end = syscall(os.pread, self._file.fileno(), 1, size - 1) if size else b"\n"
+        self._sink: Final = Sink(
+            self._file, wait_s=TRACE_WAIT_S, report=self._report, is_cut=end != b"\n"
+        )
         self._sequence = 0
-        size = os.fstat(self._file.fileno()).st_size
-        self._is_whole = size == 0 or os.pread(self._file.fileno(), 1, size - 1) == b"\n"
         self._write(Start(limits))
 
     def __call__(self, event: ProviderInput, effects: tuple[Effect, ...]) -> None:
@@ -122,18 +136,24 @@ class TraceFile:
         """Write the names that the backend remembers."""
         self._write(Recovery(tuple(remembered)))
 
+    def close(self) -> None:
+        """Write what waits, as far as that is possible in a short time, and close the file."""
+        if self._sink.close():
+            self._file.close()
+
     def _write(self, entry: Entry) -> None:
-        line = encode_line(self._sequence, entry)
+        self._sink.write(encode_line(self._sequence, entry))
         self._sequence += 1
-        if not self._is_whole:
-            line = b"\n" + line
-        try:
-            self._is_whole = os.write(self._file.fileno(), line) == len(line)
-        except OSError as error:
-            _log.warning("%s: %s", self._path, error)
+
+    def _report(self, count: int, why: str) -> None:
+        if count:
+            text, fields = f"{self._path}: lines of the trace were lost: {why}", {"count": count}
+        else:
+            text, fields = f"{self._path}: lines of the trace are being lost: {why}", {}
+        _log.warning(text, extra={"event": "trace_lines_lost", "fields": fields})
 
     def __enter__(self) -> TraceFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self.close()

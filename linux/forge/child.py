@@ -33,6 +33,7 @@ from .. import syscalls
 from ..anchor import ANCHOR_COMMAND, ANCHOR_VARIABLE, Anchor
 from ..cgroups import Scope, remove_slices
 from ..features import Features
+from ..limits import protect_from_oom_killer
 from ..namespaces import CLONE_FLAGS, PROC_NAMES, open_namespace
 from ..syscalls import Ioctl, SyscallError, calling
 from .plan import (
@@ -483,6 +484,7 @@ def main() -> None:
     for number in _IMMUNE:
         signal.signal(number, signal.SIG_IGN)
     os.umask(UMASK)
+    protect_from_oom_killer()
     with socket.socket(fileno=int(sys.argv[1])) as owner:
         owner.set_inheritable(False)
         settings = decode_settings(receive_once(owner, RECORD_BYTES_MAX, 0).data)

@@ -30,6 +30,7 @@ from transport.descriptors import Descriptor
 from .. import syscalls
 from ..anchor import ANCHOR_COMMAND, ANCHOR_VARIABLE, Anchor, token_of
 from ..features import Features
+from ..limits import restore_descriptor_limit
 from ..syscalls import SyscallError, calling
 from .child import UNDO_LAST
 from .plan import (
@@ -203,6 +204,8 @@ class Forge:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
+        with calling("prlimit(2)"):
+            restore_descriptor_limit(self._child.pid)
 
     def _settings(self) -> ForgeSettings:
         return ForgeSettings(

@@ -263,7 +263,7 @@ def test_node_without_cgroup2_is_named(tmp_path: Path, image_root: Path, cgroup2
 def test_directory_that_cannot_be_made_is_named(tmp_path: Path, image_root: Path) -> None:
     (tmp_path / "file").write_text("")
     error, text = failure(*Daemon(tmp_path / "file" / "x", image_root).words)
-    assert (error, str(tmp_path / "file") in text) == ("FileExistsError", True)
+    assert (error, str(tmp_path / "file") in text) == ("SyscallError", True)
 
 
 # --- A simulated node --------------------------------------------------------------------------
