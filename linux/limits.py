@@ -15,6 +15,8 @@ from typing import Final
 from statemachine.provider import Limits
 from transport.calls import syscall
 
+from .syscalls import calling
+
 DESCRIPTORS_RESERVED: Final = 256
 """Descriptors for everything but connections and allocations: images, the journal, hand-offs."""
 
@@ -104,7 +106,7 @@ def protect_from_oom_killer() -> int:
     """
     # Keeps DAEMON-3.
     for value in (OOM_SCORE_ADJ_MIN, 0):
-        now = int(syscall(_OOM_SCORE_ADJ.read_text, encoding="ascii"))
+        now = _oom_score_adj()
         if now <= value:
             return now
         try:
@@ -112,4 +114,9 @@ def protect_from_oom_killer() -> int:
         except OSError:
             continue
         return value
-    return int(syscall(_OOM_SCORE_ADJ.read_text, encoding="ascii"))
+    return _oom_score_adj()
+
+
+def _oom_score_adj() -> int:
+    with calling("read(2)", _OOM_SCORE_ADJ):
+        return int(syscall(_OOM_SCORE_ADJ.read_text, encoding="ascii"))

@@ -50,6 +50,7 @@ from ..limits import (
     protect_from_oom_killer,
     raise_descriptor_limit,
 )
+from ..root import CHROOT, PRIVATE, has_propagation, is_chroot
 from ..self_service import make_directory
 from ..shortage import fault_of
 from ..simulated import SimulatedBackend, SimulatedNode
@@ -216,6 +217,7 @@ def _backend(options: argparse.Namespace, stack: ExitStack) -> Backend:
         stack.callback(node.close)
         simulated = SimulatedBackend(node, hold_time_s=options.hold_time, clock=time.monotonic)
         return stack.enter_context(closing(simulated))
+    _warn_of_root()
     _make_directory(uenv_base)
     cgroup2 = None if options.no_scopes else find_cgroup2()
     settings = NodeSettings(cgroup2, image_root, uenv_base, options.hold_time)
@@ -223,6 +225,14 @@ def _backend(options: argparse.Namespace, stack: ExitStack) -> Backend:
     _refuse_foreign(state_dir)
     backend = LinuxBackend.for_provider(settings, state_dir, clock=time.monotonic)
     return stack.enter_context(closing(backend))
+
+
+def _warn_of_root() -> None:
+    # Keeps DAEMON-10.
+    if is_chroot():
+        _log.warning(CHROOT, extra=_as("root_is_chroot"))
+    elif not has_propagation():
+        _log.warning(PRIVATE, extra=_as("root_is_private"))
 
 
 def _refuse_foreign(state_dir: Path) -> None:

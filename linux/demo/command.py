@@ -50,6 +50,7 @@ from .host import (
     enter_user_namespace,
     is_root_here,
     real_host,
+    refuse_chroot,
     simulated_host,
     why_no_user_namespace,
 )
@@ -79,6 +80,8 @@ def main(arguments: list[str], *, overrule: Mapping[str, object] | None = None) 
     options = _parse(arguments)
     out = None if options.json else sys.stdout
     why = None
+    if not Path("/proc/self").exists():
+        return _say_cannot(options, "there is no /proc here: mount -t proc proc /proc")
     if options.backend != "simulated" and not is_root_here():
         why = why_no_user_namespace()
         if why is None:
@@ -123,6 +126,8 @@ def perform(report: Report, *, is_simulated: bool, why: str | None = None) -> No
         CannotShow: this machine cannot show it.
         Interrupted: the report was told to stop.
     """
+    if not is_simulated:
+        refuse_chroot()
     with ExitStack() as cleanup:
         folder = Path(tempfile.mkdtemp(prefix=PREFIX))
         cleanup.callback(shutil.rmtree, folder, ignore_errors=True)

@@ -24,6 +24,7 @@ from ..cgroups import CgroupUnavailable, find_cgroup2
 from ..features import Features
 from ..forge.spawn import spawn_within
 from ..mounts import ImageError, ImageStore
+from ..root import CHROOT, is_chroot
 from ..syscalls import SyscallError
 from .inside import IMAGE_FILE
 
@@ -135,6 +136,12 @@ def environment_for_us() -> dict[str, str]:
     """Return our environment, with a PYTHONPATH that leads to these packages."""
     paths = [_PACKAGES, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def refuse_chroot() -> None:
+    """Raise `CannotShow` in a chroot: there a mount namespace shows other files than ours."""
+    if is_chroot():
+        raise CannotShow(f"{CHROOT}; or see it simulated: demo --backend simulated")
 
 
 def simulated_host(folder: Path, why: str | None) -> Host:

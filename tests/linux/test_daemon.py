@@ -22,7 +22,17 @@ import pytest
 from linux.cli.exits import ExitCode
 from linux.cli.signals import _IGNORED, NOTED, STOPPING
 from linux.limits import OOM_SCORE_ADJ_MIN
-from tests.support.programs import MOUNT, NET, PID, Daemon, daemon_in, nshandoff, wait_until
+from tests.support.programs import (
+    COMMAND,
+    MOUNT,
+    NET,
+    PID,
+    Daemon,
+    daemon_in,
+    environment,
+    nshandoff,
+    wait_until,
+)
 from transport.descriptors import Descriptor
 
 pytestmark = pytest.mark.needs_root
@@ -216,18 +226,42 @@ def test_enough_descriptors_are_not_worth_a_word(tmp_path: Path, image_root: Pat
     assert daemon.stop() == ExitCode.OK
 
 
+def lowest_oom_score_adj() -> int:
+    """Find out what is permitted here, from 500 on."""
+    program = (
+        f"for value in {OOM_SCORE_ADJ_MIN} 0; do "
+        "echo $value >/proc/self/oom_score_adj && break; done 2>/dev/null; cat /proc/$$/oom_score_adj"
+    )
+    found = subprocess.run(
+        ["choom", "--adjust", "500", "--", "bash", "-c", program],
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    return int(found.stdout)
+
+
+@pytest.mark.clause("DAEMON-3")
+def test_anchor_of_self_service_is_protected_and_its_workload_is_not(tmp_path: Path) -> None:
+    script = "cat /proc/1/oom_score_adj /proc/self/oom_score_adj"
+    shown = subprocess.run(
+        [
+            *("choom", "--adjust", "500", "--", *COMMAND),
+            *("run", "--socket", tmp_path / "absent", "--namespaces", "pid,mount"),
+            *("--", "sh", "-c", script),
+        ],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    assert shown.stdout.split() == [b"%d" % lowest_oom_score_adj(), b"500"]
+
+
 @pytest.mark.clause("DAEMON-3")
 def test_provider_and_anchors_are_protected_from_the_oom_killer_and_workloads_are_not(
     tmp_path: Path, image_root: Path, cgroup2: Path, allocation_id: str
 ) -> None:
-    ours = Path("/proc/self/oom_score_adj")
-    before = int(ours.read_text())
-    try:
-        ours.write_text(str(OOM_SCORE_ADJ_MIN))
-        protected = OOM_SCORE_ADJ_MIN
-        ours.write_text(str(before))
-    except PermissionError:
-        protected = min(before, 0)
+    before = oom_score_adj("self")
+    protected = lowest_oom_score_adj()
     daemon = Daemon(tmp_path, image_root)
     daemon.prefix = ("choom", "--adjust", "500", "--")
     daemon.start()
