@@ -429,18 +429,22 @@ class Channel:
         return received
 
     def _note_arrival(self, reception: Reception) -> None:
-        fault = None
-        if reception.is_truncated:
-            fault = (
-                f"descriptors were cut off: more than {FRAME_DESCRIPTORS_MAX} came with a frame, "
-                "or the receiver has no descriptor left"
-                if self._accepts_descriptors
-                else "descriptors came with a frame; none are accepted here"
-            )
+        fault = self._why_truncated(reception) if reception.is_truncated else None
         if reception.descriptors or fault is not None:
             end = self._frames.bytes_fed
             first_byte = end - len(reception.data)
             self._arrivals.append(_Arrival(first_byte, end - 1, reception.descriptors, fault))
+
+    def _why_truncated(self, reception: Reception) -> str:
+        if not self._accepts_descriptors:
+            return "descriptors came with a frame; none are accepted here"
+        if len(reception.descriptors) < FRAME_DESCRIPTORS_MAX:
+            # Those that were accepted would have had room: the shortage is here, not the peer's.
+            return (
+                "the receiver has no descriptor left for what came with a frame: raise its "
+                "RLIMIT_NOFILE"
+            )
+        return f"descriptors were cut off: more than {FRAME_DESCRIPTORS_MAX} came with a frame"
 
     def _deliver(self, frame: Frame) -> Delivery:
         # Arrivals of earlier frames are gone, so what ends before this frame does is this frame's.

@@ -74,7 +74,6 @@ class Signals:
             signal.signal(number, self._catch)
         for number in _IGNORED:
             signal.signal(number, signal.SIG_IGN)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
     def watch(self, stop: Callable[[int], None], note: Callable[[int], None]) -> None:

@@ -190,6 +190,21 @@ def test_soft_limit_is_raised_for_the_provider_alone(
     assert daemon.stop() == ExitCode.OK
 
 
+@pytest.mark.clause("DAEMON-1")
+def test_more_are_served_at_once_than_the_soft_limit_has_descriptors_for(
+    tmp_path: Path, image_root: Path, allocation_id: str
+) -> None:
+    daemon = Daemon(tmp_path, image_root)
+    daemon.prefix = ("prlimit", "--nofile=128:4000")
+    daemon.start()
+    with ExitStack() as stack:
+        for number in range(40):
+            stack.enter_context(daemon.obtain(f"{allocation_id}-{number}"))
+        assert len(os.listdir(f"/proc/{daemon.pid}/fd")) > 128
+    daemon.clear()
+    assert daemon.stop() == ExitCode.OK
+
+
 @pytest.mark.clause("DAEMON-2")
 def test_limits_follow_the_descriptors_there_are_and_that_is_said(
     tmp_path: Path, image_root: Path, allocation_id: str
@@ -230,7 +245,8 @@ def lowest_oom_score_adj() -> int:
     """Find out what is permitted here, from 500 on."""
     program = (
         f"for value in {OOM_SCORE_ADJ_MIN} 0; do "
-        "echo $value >/proc/self/oom_score_adj && break; done 2>/dev/null; cat /proc/$$/oom_score_adj"
+        "echo $value >/proc/$$/oom_score_adj && break; done 2>/dev/null; "
+        "cat /proc/$$/oom_score_adj"
     )
     found = subprocess.run(
         ["choom", "--adjust", "500", "--", "bash", "-c", program],
