@@ -29,6 +29,9 @@ _PROCESSES: Final = (
     "no process left: raise RLIMIT_NPROC of the user, pids.max of the cgroup, or kernel.pid_max "
     "and kernel.threads-max of the node"
 )
+_MEMORY_OR_INIT: Final = (
+    "no memory left in the node or the memory cgroup, or the init of the PID namespace has ended"
+)
 _CGROUPS: Final = "no cgroup left: raise cgroup.max.descendants and cgroup.max.depth above it"
 
 WORDS: Final = (
@@ -37,6 +40,7 @@ WORDS: Final = (
     (ENFILE, r".*", "the node has no descriptor left: raise fs.file-max"),
     (EAGAIN, r"v?fork|clone3?|posix_spawn|execve", _PROCESSES),
     (EAGAIN, r"mkdir", _CGROUPS),
+    (ENOMEM, r"v?fork|clone3?|posix_spawn|execve", _MEMORY_OR_INIT),
     (
         ENOMEM,
         r".*",

@@ -177,7 +177,8 @@ def _add_serve(verbs: Any) -> None:
     about = (
         "Be this node's provider, in the foreground: JSON lines on standard error, the file "
         "STATE_DIR/ready and READY=1 to $NOTIFY_SOCKET when requests are served. SIGTERM and "
-        "SIGINT stop it; allocations stay alive for the next one to adopt."
+        "SIGINT stop it, no other signal does; allocations stay alive for the next one to adopt. "
+        "Lines of the log and the trace that cannot be written are lost and counted."
     )
     serve = verbs.add_parser("serve", help="be this node's provider", description=about)
     _add_socket(serve)

@@ -89,6 +89,8 @@ _mounts = partial(_in, "mounts", "linux/test_mounts.py", is_linux=True)
 _forge = partial(_in, "forge", "linux/test_forge.py", is_linux=True)
 _linux = partial(_in, "contract, Linux", "linux/test_backend_contract.py", is_linux=True)
 
+_sinks = partial(_in, "sinks", "linux/test_sinks.py")
+
 STATEFUL: Final = Layer("stateful", "stateful", is_seeded=True)
 
 _SERVICE: Final = "statemachine/provider/service.py"
@@ -542,6 +544,14 @@ CANARIES: Final = (
         _CHANNEL,
         "socket.MSG_CMSG_CLOEXEC",
         "0",
+    ),
+    _bug(
+        "a log that nothing reads grows in memory without end",
+        "a queue before a thread is quickly written, and its bound forgotten",
+        _sinks("test_full_pipe_blocks_no_writer_and_its_losses_are_told_in_their_place"),
+        "linux/sinks.py",
+        "if self._bytes and self._bytes + len(line) > QUEUE_BYTES_MAX:",
+        "if False:",
     ),
     _bug(
         "nobody looks whether descriptors were cut off",

@@ -21,7 +21,8 @@ import pytest
 
 from linux.cli.exits import ExitCode
 from linux.cli.signals import _IGNORED, NOTED, STOPPING
-from linux.limits import OOM_SCORE_ADJ_MIN
+from linux.limits import OOM_SCORE_ADJ_MIN, descriptors_for
+from statemachine.provider import Limits
 from tests.support.programs import (
     COMMAND,
     MOUNT,
@@ -232,11 +233,9 @@ def test_limits_follow_the_descriptors_there_are_and_that_is_said(
 
 def test_enough_descriptors_are_not_worth_a_word(tmp_path: Path, image_root: Path) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard < 16640:
-        pytest.fail(f"RLIMIT_NOFILE of the tests is {hard}: too low to try this")
     daemon = Daemon(tmp_path, image_root)
     daemon.start()
-    assert said(daemon, "limits_lowered") == []
+    assert bool(said(daemon, "limits_lowered")) is (hard < descriptors_for(Limits()))
     assert said(daemon, "starting")[0]["descriptors"] == hard
     assert daemon.stop() == ExitCode.OK
 

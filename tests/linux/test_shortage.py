@@ -30,6 +30,7 @@ ROWS: Final = [
     ("fork(2)", errno.EAGAIN, "kernel.threads-max"),
     ("execve(2)", errno.EAGAIN, "RLIMIT_NPROC"),
     ("mkdir(2)", errno.EAGAIN, "cgroup.max.descendants"),
+    ("fork(2)", errno.ENOMEM, "or the init of the PID namespace has ended"),
     ("fsopen(2)", errno.ENOMEM, "no memory left"),
     ("unshare(2)", errno.ENOSPC, "user.max_net_namespaces"),
     ("epoll_ctl(2)", errno.ENOSPC, "fs.epoll.max_user_watches"),
