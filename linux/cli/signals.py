@@ -1,6 +1,6 @@
 """Signals of a daemon: SIGTERM and SIGINT stop it, no other one that it can handle ends it.
 
-A provider has no configuration file that it could read again, and its log belongs to whoever
+A provider has no configuration file that it could read again, and its log belongs to what
 started it: so SIGHUP, as any other signal that ends a program unless it is handled, is logged and
 ignored. Signals of the program's own faults (SIGSEGV, SIGABRT) and of job control (SIGTSTP) keep
 their default action.

@@ -98,7 +98,7 @@ def test_no_signal_but_two_ends_it_and_what_it_ignores_it_says(
 
 
 def test_every_signal_is_stopping_noted_ignored_or_left_to_its_default() -> None:
-    """What ends a process by default, signal(7), and is nobody's fault but the sender's."""
+    """What ends a process by default, signal(7), and is no fault of the program."""
     ending = {"HUP", "QUIT", "USR1", "USR2", "ALRM", "VTALRM", "PROF", "POLL", "PWR", "STKFLT"}
     named = {getattr(signal, f"SIG{name}") for name in ending if hasattr(signal, f"SIG{name}")}
     real_time = set(range(signal.SIGRTMIN, signal.SIGRTMAX + 1))
