@@ -441,7 +441,7 @@ class Channel:
         if len(reception.descriptors) < FRAME_DESCRIPTORS_MAX:
             # Those that were accepted would have had room: the shortage is here, not the peer's.
             return (
-                "the receiver has no descriptor left for what came with a frame: raise its "
+                "descriptors were cut off: the receiver has no descriptor left for them: raise its "
                 "RLIMIT_NOFILE"
             )
         return f"descriptors were cut off: more than {FRAME_DESCRIPTORS_MAX} came with a frame"

@@ -258,7 +258,8 @@ def test_a_full_hierarchy_is_reported_by_call_errno_and_path(root: Path) -> None
     with pytest.raises(ScopeError) as refusal:
         Scope.create(root, "second", OWNER)
     assert str(refusal.value) == (
-        f"mkdir(2): EAGAIN (Resource temporarily unavailable): {root}/workload.slice/second.scope"
+        f"mkdir(2): EAGAIN (Resource temporarily unavailable): {root}/workload.slice/second.scope; "
+        "no cgroup left: raise cgroup.max.descendants and cgroup.max.depth above it"
     )
 
 

@@ -159,7 +159,7 @@ assert os.listdir("/proc/self/fd") == before
     result = subprocess.run(
         [*command, str(descriptors)], cwd=ROOT, capture_output=True, text=True, timeout=30
     )
-    assert "or the receiver has no descriptor left" in result.stdout, result.stderr
+    assert "cut off: the receiver has no descriptor left" in result.stdout, result.stderr
     assert result.returncode == 0, result.stderr
 
 
