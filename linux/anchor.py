@@ -22,8 +22,8 @@ from __future__ import annotations
 import errno
 import os
 import select
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from signal import SIGKILL
@@ -81,6 +81,8 @@ class AnchorIdentity:
     """Unique for the whole boot; None where the Linux kernel does not have it (before 6.9)."""
     start_time: int
     """Clock ticks after the boot."""
+    seen_from: int = 0
+    """Inode of the PID namespace in which `pid` means it; 0 if that was not noted."""
     namespaces: Mapping[str, int] = field(default_factory=dict)
     """Inode of each namespace, by its name in /proc. Not proof by itself: inodes are reused."""
 
@@ -105,6 +107,7 @@ class AnchorIdentity:
             pid=_number(plain, "pid"),
             pidfs_inode=None if inode is None else _number(plain, "pidfs_inode"),
             start_time=_number(plain, "start_time"),
+            seen_from=_number(plain, "seen_from"),
             namespaces={str(name): _number(namespaces, name) for name in namespaces},
         )
 
@@ -180,7 +183,8 @@ class Anchor:
         # Asked last: if the anchor lives now, the pid was its own while the rest was read.
         if start_time is None or len(namespaces) < len(_NAMESPACE_LINKS) or not self.is_alive():
             raise SyscallError("pidfd", errno.ESRCH, f"anchor {self.pid}")
-        return AnchorIdentity(boot_id(), self.pid, inode, start_time, namespaces)
+        seen_from = own_pid_namespace()
+        return AnchorIdentity(boot_id(), self.pid, inode, start_time, seen_from, namespaces)
 
     def close(self) -> None:
         """Close the pidfd; the process stays alive. Idempotent."""
@@ -271,6 +275,42 @@ def find_anchors(cgroup: Path) -> dict[str, Anchor]:
     return living
 
 
+def has_hidden_members(cgroup: Path) -> bool:
+    """
+    Say whether a cgroup has processes that this PID namespace cannot see.
+
+    Raises:
+        SyscallError: the cgroup cannot be read.
+    """
+    return 0 in _listed(cgroup)
+
+
+def own_pid_namespace() -> int:
+    """Return the inode of the PID namespace in which this process sees others."""
+    with calling("stat(2)", "/proc/self/ns/pid"):
+        return syscall(os.stat, "/proc/self/ns/pid").st_ino
+
+
+def find_tokens(tokens: Collection[str]) -> dict[str, int]:
+    """
+    Find processes anywhere on the node that have one of these tokens in their environment.
+
+    It shows that an anchor may be alive, not which process it is: any process can have such a
+    variable. Reads every process, so it is for what nothing else has found.
+
+    Returns:
+        A pid for each token that was found.
+    """
+    found: dict[str, int] = {}
+    if tokens:
+        for name in syscall(os.listdir, "/proc"):
+            with suppress(SyscallError):  # kernel threads, and what ends meanwhile
+                token = token_of(int(name)) if name.isdecimal() else None
+                if token in tokens:
+                    found.setdefault(str(token), int(name))
+    return found
+
+
 def token_of(pid: int) -> str | None:
     """
     Read the token in a process' environment.
@@ -334,12 +374,14 @@ def _open_anchor(pid: int) -> Anchor | None:
 
 
 def _members(cgroup: Path) -> list[int]:
+    return [pid for pid in _listed(cgroup) if pid > 0]
+
+
+def _listed(cgroup: Path) -> list[int]:
+    """Read the pids of a cgroup; a process of an outer or another PID namespace is listed as 0."""
     path = cgroup / "cgroup.procs"
     try:
-        # A process of an outer PID namespace is listed as 0.
-        return [
-            pid for pid in map(int, syscall(path.read_text, encoding="ascii").split()) if pid > 0
-        ]
+        return [int(pid) for pid in syscall(path.read_text, encoding="ascii").split()]
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENODEV):
             return []

@@ -27,7 +27,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
-from typing import Final, Generic, Self, TypeVar
+from typing import Final, Generic, NamedTuple, Self, TypeVar
 
 from statemachine.messages import objection_to_id
 from transport.calls import syscall
@@ -43,6 +43,12 @@ ANCHOR_SLICE: Final = "pact.slice"
 
 OWNER_ATTRIBUTE: Final = "user.nshandoff.owner"
 """Extended attribute of a scope: its owner's token."""
+
+ALLOCATION_ATTRIBUTE: Final = "user.nshandoff.allocation"
+"""Extended attribute of a scope: which allocation it was made for, as its owner describes it."""
+
+STATE_ATTRIBUTE: Final = "user.nshandoff.state"
+"""Extended attribute of a scope: the last state that its owner marked it with."""
 
 MADE_ATTRIBUTE: Final = "user.nshandoff.made"
 """Extended attribute of a slice that was made here, and may be removed when it is empty."""
@@ -132,7 +138,9 @@ class Scope:
         self._was_seen_populated = False
 
     @classmethod
-    def create(cls, root: Path, allocation_id: str, owner: str) -> Self:
+    def create(
+        cls, root: Path, allocation_id: str, owner: str, description: str | None = None
+    ) -> Self:
         """
         Make the allocation's scope and set its owner.
 
@@ -144,13 +152,14 @@ class Scope:
             root: The mount point of cgroup v2.
             allocation_id: The allocation; refused if it cannot be a directory's name.
             owner: This owner's token; a scope with another one is never touched.
+            description: Kept with the scope, for `described_scopes`.
 
         Raises:
             ScopeError: nothing was made, and what was there before is still there.
         """
         # Keeps NODE-1.
         path = _scope_path(root, allocation_id)
-        _make_scope_directory(path, owner)
+        _make_scope_directory(path, owner, description)
         try:
             _expect_usable(path)
         except BaseException:
@@ -176,6 +185,22 @@ class Scope:
     def owner(self) -> str | None:
         """Return the token of its owner; None if it has none, or is gone."""
         return _read_owner(self.path)
+
+    def mark(self, state: str) -> None:
+        """
+        Note a state on the scope itself, where it outlives the owner and every file.
+
+        Raises:
+            ScopeError: the scope is gone or another's, or the Linux kernel has no memory for it.
+        """
+        with _calling("setxattr(2)", self.path), _open_directory(self.path) as directory:
+            if _read_owner(directory.fileno()) != self._token:
+                raise OSError(errno.ENOENT, "it is another owner's")
+            syscall(os.setxattr, directory.fileno(), STATE_ATTRIBUTE, state.encode())
+
+    def marked(self) -> str | None:
+        """Return the state that the scope was last marked with; None if it was not, or is gone."""
+        return _read_attribute(self.path, STATE_ATTRIBUTE)
 
     def is_gone(self) -> bool:
         """Say whether the scope was removed, or replaced by one of another owner."""
@@ -357,6 +382,40 @@ class Scope:
                     pidfd_send_signal(pidfds[pid], signal.SIGKILL)
 
 
+class DescribedScope(NamedTuple):
+    """A scope as its attributes describe it."""
+
+    allocation_id: str
+    """The name of its directory, without the suffix."""
+    owner: str | None
+    description: str | None
+    """As given to `Scope.create`; None if there is none."""
+
+
+def described_scopes(root: Path) -> list[DescribedScope]:
+    """
+    List the scopes of all owners, by name.
+
+    Args:
+        root: The mount point of cgroup v2.
+
+    Raises:
+        ScopeError: they cannot be read.
+    """
+    with _calling("readdir(2)", root / WORKLOAD_SLICE, *_GONE):
+        names = sorted(syscall(os.listdir, root / WORKLOAD_SLICE))
+        return [
+            DescribedScope(
+                name.removesuffix(".scope"),
+                _read_owner(root / WORKLOAD_SLICE / name),
+                _read_attribute(root / WORKLOAD_SLICE / name, ALLOCATION_ATTRIBUTE),
+            )
+            for name in names
+            if name.endswith(".scope")
+        ]
+    return []
+
+
 class ScopeWatch(Generic[Key]):
     """
     One descriptor that reports changes of many scopes, and the deaths of anchors.
@@ -468,6 +527,19 @@ def anchor_cgroup(root: Path, instance: str) -> Path:
     path = _anchor_path(root, instance)
     _make_in_slice(path)
     return path
+
+
+def instances(root: Path) -> list[str]:
+    """
+    List the provider instances that have a cgroup for their anchors, whether they run or not.
+
+    Raises:
+        ScopeError: they cannot be read.
+    """
+    with _calling("readdir(2)", root / ANCHOR_SLICE, *_GONE):
+        names = sorted(syscall(os.listdir, root / ANCHOR_SLICE))
+        return [name.removesuffix(".scope") for name in names if name.endswith(".scope")]
+    return []
 
 
 def remove_anchor_cgroup(root: Path, instance: str) -> bool:
@@ -597,7 +669,7 @@ def _directory_name(name: str) -> str:
     return f"{name}.scope"
 
 
-def _make_scope_directory(path: Path, owner: str) -> None:
+def _make_scope_directory(path: Path, owner: str, description: str | None) -> None:
     for _ in range(MAKE_ATTEMPTS_MAX):
         try:
             _make_in_slice(path, exist_ok=False)
@@ -606,6 +678,8 @@ def _make_scope_directory(path: Path, owner: str) -> None:
                 raise
             _remove_leftover(path, owner)
         else:
+            # Described before it has an owner: what has an owner of ours says what it is for.
+            _describe(path, description)
             if _claim(path, owner):
                 return
     raise ScopeError(
@@ -617,7 +691,7 @@ def _remove_leftover(path: Path, owner: str) -> None:
     """Remove a scope without an owner that is in the way; refuse one that is in use."""
     other = _read_owner(path)
     if other is not None:
-        advice = f"it belongs to owner {other}; release that allocation first"
+        advice = f"it belongs to owner {other}; `nshandoff doctor` says whose that is"
         raise ScopeError("mkdir(2)", errno.EEXIST, path, advice)
     if not _remove_unowned(path, owner):
         advice = "it has no owner but is in use; end what runs in it, then remove it"
@@ -655,6 +729,17 @@ def _claim(path: Path, owner: str) -> bool:
         _remove_directory(path)
         raise ScopeError.of("setxattr(2)", error, path) from error
     return True
+
+
+def _describe(path: Path, description: str | None) -> None:
+    if description is not None:
+        try:
+            syscall(os.setxattr, path, ALLOCATION_ATTRIBUTE, description.encode())
+        except OSError as error:
+            # ENOENT: another program removed it; claiming it finds that, too.
+            if error.errno not in _GONE:
+                _remove_directory(path)
+                raise ScopeError.of("setxattr(2)", error, path) from error
 
 
 def _make_in_slice(path: Path, *, exist_ok: bool = True) -> None:

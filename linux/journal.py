@@ -9,6 +9,11 @@ survive a reboot either: the boot id beside the entries makes them void then. Th
 with `synchronous=OFF`. Pages that the Linux kernel has been given outlive the process; waiting for
 the disk would only protect entries that a reboot makes worthless.
 
+Damage is noticed, and never believed: each row has a checksum, and each change is counted, so that
+`linux.recovery` can compare the count with the one that is kept outside the file, on the anchors'
+cgroup. A journal knows which instance it belongs to (`linux.instance`) and beside which lock it was
+written, so that a copy of it is known as one.
+
 Only this module imports `sqlite3`. `linux.backend` writes the journal; `nshandoff list` reads it
 with `read_journal`, which takes no lock that the provider needs.
 """
@@ -20,7 +25,8 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,12 +38,14 @@ from statemachine.provider import REMEMBERED_MAX
 from transport.calls import syscall
 from transport.descriptors import Descriptor
 
+from .instance import instance_of, is_open_as
+
 JOURNAL_NAME: Final = "journal.sqlite3"
 """The journal's file in the state directory."""
 LOCK_NAME: Final = "lock"
 """The file that a provider keeps locked while it runs; it contains the provider's pid."""
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 """`PRAGMA user_version` of the files this module writes, and the only one it reads."""
 
 HEADER_BYTES: Final = 100
@@ -55,7 +63,13 @@ STATES: Final = (
 """The states that an entry can have; it only ever moves to the right. Stored by their values."""
 
 _SCHEMA: Final = """
-    CREATE TABLE boot (boot_id TEXT NOT NULL);
+    CREATE TABLE boot (
+        boot_id       TEXT NOT NULL,
+        instance      TEXT NOT NULL,
+        lock          TEXT NOT NULL,
+        changes       INTEGER NOT NULL,
+        checksum      INTEGER NOT NULL
+    );
     CREATE TABLE allocation (
         position      INTEGER PRIMARY KEY AUTOINCREMENT,
         allocation_id TEXT NOT NULL UNIQUE,
@@ -65,15 +79,22 @@ _SCHEMA: Final = """
         mount_path    TEXT,
         anchor        TEXT,
         scope_path    TEXT,
-        why           TEXT
+        why           TEXT,
+        checksum      INTEGER NOT NULL
     );
     CREATE TABLE ended (
         position      INTEGER PRIMARY KEY AUTOINCREMENT,
-        allocation_id TEXT NOT NULL UNIQUE
+        allocation_id TEXT NOT NULL UNIQUE,
+        checksum      INTEGER NOT NULL
     );
 """
 
-_COLUMNS: Final = "allocation_id, incarnation, state, request, mount_path, anchor, scope_path, why"
+_COLUMNS: Final = (
+    "allocation_id, incarnation, state, request, mount_path, anchor, scope_path, why, checksum"
+)
+
+_LOG_SUFFIXES: Final = ("", "-wal", "-shm")
+"""The files of a SQLite database, by what follows its name."""
 
 
 class JournalError(Exception):
@@ -154,6 +175,10 @@ class JournalView:
     """The live allocations, in the order in which they were intended."""
     remembered: tuple[str, ...] = ()
     """Ids of ended allocations, the oldest end first."""
+    instance: str | None = None
+    """The provider instance that it belongs to; None where there is no journal yet."""
+    changes: int = 0
+    """How many changes it has seen."""
 
 
 class Journal:
@@ -167,6 +192,7 @@ class Journal:
         state_dir: Where the journal lives; made (mode 0700) if absent.
         boot_id: This boot's id. Entries of another boot are removed, and their ids
             remembered as ended, which after a reboot they are.
+        on_change: Told after each change how many there have been; must not raise.
 
     Raises:
         JournalBusy: another process holds `state_dir`.
@@ -174,20 +200,47 @@ class Journal:
         JournalUnavailable: the directory or the file cannot be opened or written.
     """
 
-    def __init__(self, state_dir: Path, boot_id: str) -> None:
+    def __init__(
+        self, state_dir: Path, boot_id: str, on_change: Callable[[int], None] = lambda _: None
+    ) -> None:
+        self._state_dir: Final = state_dir
         self._path: Final = state_dir / JOURNAL_NAME
         self._guard: Final = threading.Lock()
-        self._lock: Final = _lock_directory(state_dir)
+        self.on_change = on_change
+        self._lock = lock_directory(state_dir)
         try:
-            self._database: Final = _open_for_writing(self._path)
+            self._database = _open_for_writing(self._path)
         except BaseException:
             self._lock.close()
             raise
         try:
-            self._begin_boot(boot_id)
+            self._boot, self.is_copy = self._begin_boot(boot_id)
         except BaseException:
             self.close()
             raise
+
+    is_copy: bool
+    """Whether it was written beside another lock file in this boot: it was copied or restored."""
+
+    @property
+    def path(self) -> Path:
+        """The journal's file."""
+        return self._path
+
+    @property
+    def instance(self) -> str:
+        """The provider instance that the journal belongs to."""
+        return self._boot.instance
+
+    @property
+    def changes(self) -> int:
+        """How many changes the journal has seen."""
+        return self._boot.changes
+
+    def count_from(self, changes: int) -> None:
+        """Count on from a number that is at least the journal's own; the next change stores it."""
+        with self._guard:
+            self._boot = replace(self._boot, changes=max(changes, self._boot.changes))
 
     def intend(self, entry: Entry) -> None:
         """
@@ -197,14 +250,10 @@ class Journal:
             ValueError: the id already has an entry; it is unchanged.
             JournalUnavailable: nothing was written, so nothing may be made.
         """
-        with self._transaction() as database:
+        with self._change() as database:
             if _find(database, entry.allocation_id) is not None:
                 raise ValueError(f"allocation {entry.allocation_id!r} already has an entry")
-            syscall(
-                database.execute,
-                f"INSERT INTO allocation ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                _encode_entry(entry),
-            )
+            _insert(database, entry)
 
     def publish(
         self, allocation_id: str, state: AllocationState, **fields: Unpack[EntryFields]
@@ -217,7 +266,7 @@ class Journal:
             ValueError: the entry's state comes after `state`.
             JournalUnavailable: it cannot be written. The entry is unchanged in every case.
         """
-        with self._transaction() as database:
+        with self._change() as database:
             entry = _find(database, allocation_id)
             if entry is None:
                 raise KeyError(allocation_id)
@@ -228,18 +277,23 @@ class Journal:
             syscall(
                 database.execute,
                 "UPDATE allocation SET state = ?, request = ?, mount_path = ?, anchor = ?,"
-                " scope_path = ?, why = ? WHERE allocation_id = ?",
+                " scope_path = ?, why = ?, checksum = ? WHERE allocation_id = ?",
                 (*columns, allocation_id),
             )
 
     def forget(self, allocation_id: str) -> None:
         """Remove a released allocation and remember its id; nothing if it has no entry."""
-        with self._transaction() as database:
+        with self._change() as database:
             removed = syscall(
                 database.execute, "DELETE FROM allocation WHERE allocation_id = ?", (allocation_id,)
             )
             if removed.rowcount:
                 _remember(database, allocation_id)
+
+    def find(self, allocation_id: str) -> Entry | None:
+        """Return the entry of an allocation; None if it has none."""
+        with self._transaction() as database:
+            return _find(database, allocation_id)
 
     def entries(self) -> tuple[Entry, ...]:
         """Return the live allocations, in the order in which they were intended."""
@@ -251,6 +305,44 @@ class Journal:
         # Keeps CRASH-6.
         with self._transaction() as database:
             return _read_remembered(database)
+
+    def is_lost(self) -> bool:
+        """Say whether the lock or the journal is gone from the state directory, or another's."""
+        return not (is_open_as(self._state_dir / LOCK_NAME, self._lock) and self._path_is_ours())
+
+    def make_again(self) -> None:
+        """
+        Lock the state directory and write the journal again, after both or one were taken away.
+
+        What is found in their place is set aside, not overwritten.
+
+        Raises:
+            JournalBusy: another provider has taken the directory.
+            JournalUnavailable: it cannot be written. In both cases the journal is closed: this
+                provider cannot go on.
+        """
+        # Keeps CRASH-17.
+        with self._guard:
+            with _typed_errors(self._path), _transaction(self._database):
+                entries = _read_entries(self._database)
+                remembered = _read_remembered(self._database)
+            # Closed first: SQLite removes its log by the name that the new one has as well.
+            self._database.close()
+            if not is_open_as(self._state_dir / LOCK_NAME, self._lock):
+                lock = lock_directory(self._state_dir)
+                before, self._lock = self._lock, lock
+                before.close()
+            set_aside(self._state_dir)
+            self._database = _open_for_writing(self._path)
+            self._file = _fingerprint(self._path)
+            boot = replace(self._boot, lock=_name_of_lock(self._lock))
+            with _typed_errors(self._path), _transaction(self._database):
+                for name in remembered:
+                    _remember(self._database, name)
+                for entry in entries:
+                    _insert(self._database, entry)
+                _write_boot(self._database, boot)
+            self._boot = boot
 
     def close(self) -> None:
         """Close the journal and unlock the state directory. Idempotent."""
@@ -264,17 +356,46 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _begin_boot(self, boot_id: str) -> None:
+    def _path_is_ours(self) -> bool:
+        now = _fingerprint(self._path)
+        return now is not None and self._file is not None and now[2:] == self._file[2:]
+
+    def _begin_boot(self, boot_id: str) -> tuple[_Boot, bool]:
         # Keeps CRASH-9.
+        self._file = _fingerprint(self._path)
+        try:
+            lock = _name_of_lock(self._lock)
+        except OSError as error:
+            raise JournalUnavailable(self._path, error.strerror or str(error)) from error
         with self._transaction() as database:
-            entries = _read_entries(database)  # also to refuse what cannot be read now, not later
-            if _read_boot_id(database) == boot_id:
-                return
+            # All of it, to refuse what cannot be read now, not later.
+            entries, before = _read_entries(database), _read_boot(database)
+            _read_remembered(database)
+            if before is None and entries:
+                raise JournalCorrupt(self._path, "it has entries, and does not say of which boot")
+            if before is not None and before.boot_id == boot_id:
+                boot = replace(before, lock=lock)
+                if boot != before:
+                    _write_boot(database, boot)
+                return boot, before.lock != lock
             for entry in entries:
                 _remember(database, entry.allocation_id)
             syscall(database.execute, "DELETE FROM allocation")
-            syscall(database.execute, "DELETE FROM boot")
-            syscall(database.execute, "INSERT INTO boot VALUES (?)", (boot_id,))
+            boot = _Boot(boot_id, instance_of(self._state_dir), lock, 0)
+            _write_boot(database, boot)
+            return boot, False
+
+    @contextmanager
+    def _change(self) -> Iterator[sqlite3.Connection]:
+        """Change the journal in one transaction, which also counts the change."""
+        with self._guard:
+            boot = replace(self._boot, changes=self._boot.changes + 1)
+            with _typed_errors(self._path), _transaction(self._database):
+                yield self._database
+                _write_boot(self._database, boot)
+            self._boot = boot
+            # Afterwards, so that the count outside is never ahead of a journal that is whole.
+            self.on_change(boot.changes)
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -341,9 +462,11 @@ def _read_by(path: Path, options: str) -> JournalView:
             if _is_new(database, path):
                 return JournalView(boot_id=None)
             return JournalView(
-                boot_id=_read_boot_id(database),
+                boot_id=None if (boot := _read_boot(database)) is None else boot.boot_id,
                 entries=_read_entries(database),
                 remembered=_read_remembered(database),
+                instance=None if boot is None else boot.instance,
+                changes=0 if boot is None else boot.changes,
             )
         finally:
             database.close()
@@ -369,7 +492,30 @@ def _fingerprint(path: Path) -> tuple[int, ...] | None:
     return status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino
 
 
-def _lock_directory(state_dir: Path) -> Descriptor:
+def is_held(state_dir: Path) -> bool:
+    """Say whether a running provider holds a state directory."""
+    path = state_dir / LOCK_NAME
+    try:
+        with Descriptor(syscall(os.open, path, os.O_RDONLY | os.O_CLOEXEC)) as lock:
+            syscall(fcntl.flock, lock.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def lock_directory(state_dir: Path) -> Descriptor:
+    """
+    Lock a state directory as a provider does.
+
+    Returns:
+        The lock, owned by the caller; closing it unlocks.
+
+    Raises:
+        JournalBusy: a provider holds it.
+        JournalUnavailable: it cannot be made or locked.
+    """
     path = state_dir / LOCK_NAME
     try:
         syscall(state_dir.mkdir, mode=0o700, parents=True, exist_ok=True)
@@ -420,7 +566,7 @@ def _prepare(database: sqlite3.Connection, path: Path) -> None:
     is_new = _is_new(database, path)
     syscall(database.execute, "PRAGMA journal_mode = WAL")
     syscall(database.execute, "PRAGMA synchronous = OFF")
-    verdict = syscall(database.execute, "PRAGMA quick_check(1)").fetchone()[0]
+    verdict = syscall(database.execute, "PRAGMA integrity_check(1)").fetchone()[0]
     if verdict != "ok":
         raise JournalCorrupt(path, f"SQLite finds it damaged: {verdict}")
     if is_new:
@@ -476,9 +622,84 @@ def _typed_errors(path: Path) -> Iterator[None]:
         raise JournalCorrupt(path, str(error)) from error
 
 
+@dataclass(frozen=True, slots=True)
+class _Boot:
+    """What the journal says of itself."""
+
+    boot_id: str
+    instance: str
+    lock: str
+    """Which lock file it was written beside: the file's device and inode."""
+    changes: int
+
+
+def set_aside(state_dir: Path) -> list[Path]:
+    """
+    Rename the files of a journal, so that a new one can be begun; nothing is deleted.
+
+    For a state directory that no provider uses.
+
+    Returns:
+        The new names; empty if there was no journal.
+
+    Raises:
+        JournalUnavailable: they cannot be renamed.
+    """
+    path = state_dir / JOURNAL_NAME
+    number = 1
+    while syscall(_aside(path, number, "").exists):
+        number += 1
+    moved: list[Path] = []
+    # The log first: a journal without its log is older, and a log without its journal nothing.
+    for suffix in reversed(_LOG_SUFFIXES):
+        try:
+            moved.append(syscall(Path(f"{path}{suffix}").rename, _aside(path, number, suffix)))
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise JournalUnavailable(path, error.strerror or str(error)) from error
+    return moved
+
+
+def _aside(path: Path, number: int, suffix: str) -> Path:
+    return Path(f"{path}.aside-{number}{suffix}")
+
+
+def _name_of_lock(lock: Descriptor) -> str:
+    status = syscall(os.fstat, lock.fileno())
+    return f"{status.st_dev}:{status.st_ino}"
+
+
+def _checksum(*values: object) -> int:
+    """Tell a row that was written here from one that was damaged."""
+    return zlib.crc32(json.dumps(values).encode())
+
+
+def _insert(database: sqlite3.Connection, entry: Entry) -> None:
+    syscall(
+        database.execute,
+        f"INSERT INTO allocation ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        _encode_entry(entry),
+    )
+
+
+def _write_boot(database: sqlite3.Connection, boot: _Boot) -> None:
+    values = (boot.boot_id, boot.instance, boot.lock, boot.changes)
+    syscall(
+        database.execute,
+        "REPLACE INTO boot (rowid, boot_id, instance, lock, changes, checksum)"
+        " VALUES (1, ?, ?, ?, ?, ?)",
+        (*values, _checksum(*values)),
+    )
+
+
 def _remember(database: sqlite3.Connection, allocation_id: str) -> None:
     # REPLACE moves an id that ended again to the last position.
-    syscall(database.execute, "REPLACE INTO ended (allocation_id) VALUES (?)", (allocation_id,))
+    syscall(
+        database.execute,
+        "REPLACE INTO ended (allocation_id, checksum) VALUES (?, ?)",
+        (allocation_id, _checksum(allocation_id)),
+    )
     syscall(
         database.execute,
         "DELETE FROM ended WHERE position <="
@@ -487,9 +708,16 @@ def _remember(database: sqlite3.Connection, allocation_id: str) -> None:
     )
 
 
-def _read_boot_id(database: sqlite3.Connection) -> str | None:
-    row = syscall(database.execute, "SELECT boot_id FROM boot").fetchone()
-    return None if row is None else str(row[0])
+def _read_boot(database: sqlite3.Connection) -> _Boot | None:
+    row = syscall(
+        database.execute, "SELECT boot_id, instance, lock, changes, checksum FROM boot"
+    ).fetchone()
+    if row is None:
+        return None
+    *values, checksum = row
+    if checksum != _checksum(*values):
+        raise _UnreadableEntry("the boot that it is of is unreadable: its checksum is wrong")
+    return _Boot(*values)
 
 
 def _read_entries(database: sqlite3.Connection) -> tuple[Entry, ...]:
@@ -498,8 +726,13 @@ def _read_entries(database: sqlite3.Connection) -> tuple[Entry, ...]:
 
 
 def _read_remembered(database: sqlite3.Connection) -> tuple[str, ...]:
-    rows = syscall(database.execute, "SELECT allocation_id FROM ended ORDER BY position")
-    return tuple(str(allocation_id) for (allocation_id,) in rows)
+    rows = syscall(
+        database.execute, "SELECT allocation_id, checksum FROM ended ORDER BY position"
+    ).fetchall()
+    for name, checksum in rows:
+        if checksum != _checksum(name):
+            raise _UnreadableEntry(f"the remembered {name!r} is unreadable: its checksum is wrong")
+    return tuple(str(name) for name, _ in rows)
 
 
 def _find(database: sqlite3.Connection, allocation_id: str) -> Entry | None:
@@ -511,7 +744,7 @@ def _find(database: sqlite3.Connection, allocation_id: str) -> Entry | None:
     return None if row is None else _decode_entry(row)
 
 
-_Row: TypeAlias = tuple[str, str, str, str, str | None, str | None, str | None, str | None]
+_Row: TypeAlias = tuple[str, str, str, str, str | None, str | None, str | None, str | None, int]
 
 
 class _UnreadableEntry(Exception):
@@ -519,26 +752,29 @@ class _UnreadableEntry(Exception):
 
 
 def _encode_entry(entry: Entry) -> _Row:
-    return (
+    values = (
         entry.allocation_id,
         entry.incarnation,
         entry.state.value,
-        _encode_request(entry.request),
+        encode_request(entry.request),
         entry.mount_path,
         None if entry.anchor is None else json.dumps(dict(entry.anchor)),
         entry.scope_path,
         entry.why,
     )
+    return (*values, _checksum(*values))
 
 
 def _decode_entry(row: _Row) -> Entry:
-    allocation_id, incarnation, state, request, mount_path, anchor, scope_path, why = row
+    allocation_id, incarnation, state, request, mount_path, anchor, scope_path, why, checksum = row
     try:
+        if checksum != _checksum(*row[:-1]):
+            raise ValueError("its checksum is wrong")
         return Entry(
             allocation_id=allocation_id,
             incarnation=incarnation,
             state=STATES[STATES.index(AllocationState(state))],
-            request=_decode_request(request),
+            request=decode_request(request),
             mount_path=mount_path,
             anchor=None if anchor is None else dict(json.loads(anchor)),
             scope_path=scope_path,
@@ -548,7 +784,8 @@ def _decode_entry(row: _Row) -> Entry:
         raise _UnreadableEntry(f"the entry of {allocation_id!r} is unreadable: {error}") from error
 
 
-def _encode_request(request: NamespaceRequest) -> str:
+def encode_request(request: NamespaceRequest) -> str:
+    """Write a request as text; `decode_request` reads it."""
     return json.dumps(
         {
             "allocation_id": request.allocation_id,
@@ -558,7 +795,13 @@ def _encode_request(request: NamespaceRequest) -> str:
     )
 
 
-def _decode_request(text: str) -> NamespaceRequest:
+def decode_request(text: str) -> NamespaceRequest:
+    """
+    Read what `encode_request` wrote.
+
+    Raises:
+        ValueError, TypeError, KeyError: it is something else.
+    """
     fields = json.loads(text)
     return NamespaceRequest(
         allocation_id=fields["allocation_id"],

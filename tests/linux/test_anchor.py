@@ -58,6 +58,7 @@ def identity(**changes: object) -> AnchorIdentity:
         "pid": 4711,
         "pidfs_inode": 12,
         "start_time": 99,
+        "seen_from": 4,
         "namespaces": {"pid": 1, "net": 2, "mnt": 3},
     }
     return AnchorIdentity.from_json({**plain, **changes})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -17,7 +18,9 @@ from typing import Final
 
 import pytest
 
+from linux.instance import instance_of
 from linux.journal import (
+    _COLUMNS,
     JOURNAL_NAME,
     LOCK_NAME,
     Entry,
@@ -25,7 +28,9 @@ from linux.journal import (
     JournalBusy,
     JournalCorrupt,
     JournalUnavailable,
+    _checksum,
     read_journal,
+    set_aside,
 )
 from statemachine.lifecycle import AllocationState
 from statemachine.messages import NamespaceRequest, NamespaceType
@@ -262,7 +267,7 @@ def test_an_empty_file_is_a_journal_that_was_never_begun(tmp_path: Path) -> None
         assert journal.entries() == ()
 
 
-@pytest.mark.parametrize("version", [0, 2])
+@pytest.mark.parametrize("version", [0, 1, 3])
 def test_a_database_of_another_schema_is_refused_and_kept(tmp_path: Path, version: int) -> None:
     path = tmp_path / JOURNAL_NAME
     database = sqlite3.connect(path)
@@ -290,13 +295,95 @@ def test_a_database_of_another_schema_is_refused_and_kept(tmp_path: Path, versio
 def test_an_entry_we_cannot_have_written_is_refused(tmp_path: Path, column: str, text: str) -> None:
     with Journal(tmp_path, BOOT) as journal:
         journal.intend(requested("alloc"))
-    database = sqlite3.connect(tmp_path / JOURNAL_NAME)
-    database.execute(f"UPDATE allocation SET {column} = ?", (text,))
-    database.commit()
-    database.close()
+    with closing(sqlite3.connect(tmp_path / JOURNAL_NAME)) as database:
+        database.execute(f"UPDATE allocation SET {column} = ?", (text,))
+        row = database.execute(f"SELECT {_COLUMNS} FROM allocation").fetchone()
+        database.execute("UPDATE allocation SET checksum = ?", (_checksum(*row[:-1]),))
+        database.commit()
     for attempt in (lambda: Journal(tmp_path, BOOT), lambda: read_journal(tmp_path)):
-        with pytest.raises(JournalCorrupt, match="'alloc' is unreadable"):
+        with pytest.raises(JournalCorrupt, match="'alloc' is unreadable: (?!its checksum)"):
             attempt()
+
+
+@pytest.mark.clause("CRASH-18")
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE allocation SET incarnation = 'token-of-alloK'",
+        "UPDATE allocation SET state = 'ended'",
+        "UPDATE allocation SET scope_path = '/elsewhere'",
+        "UPDATE ended SET allocation_id = 'gonE'",
+        "UPDATE boot SET boot_id = '7b5e1b2e-0000-4000-8000-000000000003'",
+        "UPDATE boot SET instance = 'another'",
+        "UPDATE boot SET changes = 0",
+        "DELETE FROM boot",
+    ],
+)
+def test_a_value_that_was_damaged_is_not_believed(tmp_path: Path, damage: str) -> None:
+    with Journal(tmp_path, BOOT) as journal:
+        journal.intend(requested("gone"))
+        journal.forget("gone")
+        journal.intend(requested("alloc"))
+    with closing(sqlite3.connect(tmp_path / JOURNAL_NAME)) as database:
+        database.execute(damage)
+        database.commit()
+    with pytest.raises(JournalCorrupt, match="checksum is wrong|does not say of which boot"):
+        Journal(tmp_path, BOOT)
+
+
+def test_changes_are_counted_and_told_when_they_are_done(tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    with Journal(tmp_path, BOOT) as journal:
+        journal.on_change = lambda changes: told.append((changes, read_changes(tmp_path)))
+        journal.intend(requested("alloc"))
+        journal.publish("alloc", AllocationState.ENDED)
+        journal.count_from(7)
+        journal.count_from(3)
+        journal.forget("alloc")
+        with pytest.raises(KeyError):
+            journal.publish("alloc", AllocationState.ENDED)
+    assert told == [(1, 1), (2, 2), (8, 8)]
+    with Journal(tmp_path, BOOT) as journal:
+        assert journal.changes == 8
+
+
+def read_changes(state_dir: Path) -> int:
+    # In another process: within one, SQLite would share the writer's state with the reader.
+    script = (
+        "import sys; from pathlib import Path; from linux.journal import read_journal;"
+        "print(read_journal(Path(sys.argv[1])).changes)"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", script, state_dir], capture_output=True, text=True, check=True
+    )
+    return int(told.stdout)
+
+
+def test_a_copy_is_known_as_one_and_keeps_its_instance(tmp_path: Path) -> None:
+    with Journal(tmp_path / "state", BOOT) as journal:
+        journal.intend(requested("alloc"))
+        assert not journal.is_copy
+        instance = journal.instance
+    shutil.copytree(tmp_path / "state", tmp_path / "copy")
+    with Journal(tmp_path / "copy", BOOT) as copy:
+        assert (copy.is_copy, copy.instance) == (True, instance)
+    with Journal(tmp_path / "copy", BOOT) as copy:
+        assert not copy.is_copy
+    with Journal(tmp_path / "state", BOOT) as journal:
+        assert (journal.is_copy, journal.instance) == (False, instance)
+    # After a reboot nothing is bound any more.
+    with Journal(tmp_path / "copy", OTHER_BOOT) as copy:
+        assert (copy.is_copy, copy.instance) == (False, instance_of(tmp_path / "copy"))
+
+
+def test_setting_aside_keeps_everything(tmp_path: Path) -> None:
+    for content in (b"first", b"second"):
+        (tmp_path / JOURNAL_NAME).write_bytes(content)
+        (tmp_path / f"{JOURNAL_NAME}-wal").write_bytes(content)
+        moved = set_aside(tmp_path)
+        assert [path.read_bytes() for path in moved] == [content, content]
+    assert set_aside(tmp_path) == []
+    assert len(listing(tmp_path)) == 4
 
 
 def test_a_write_that_finds_no_room_leaves_the_entry_as_it_was(tmp_path: Path) -> None:

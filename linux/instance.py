@@ -1,0 +1,252 @@
+"""Lock a provider instance on the node: one running provider for one set of anchors.
+
+A provider's state directory can be copied, moved, or deleted under it and made anew. What cannot is
+the cgroup of its anchors. So that cgroup is what a running provider locks: `Instance.lock`. The
+lock ends with its process, however that ends, and who has no lock touches nothing of that instance.
+
+The cgroup also carries, as extended attributes, what is to be known if the files are lost: which
+provider locked it last, and how many changes its journal had seen.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final, Self
+
+from transport.calls import syscall
+from transport.descriptors import Descriptor
+
+from .cgroups import ANCHOR_SLICE, ScopeError, anchor_cgroup
+from .syscalls import SyscallError, calling
+
+PROVIDER_ATTRIBUTE: Final = "user.nshandoff.provider"
+"""Extended attribute of the anchors' cgroup: the provider that locked it last, as JSON."""
+
+CHANGES_ATTRIBUTE: Final = "user.nshandoff.changes"
+"""Extended attribute of the anchors' cgroup: how many changes the journal had seen."""
+
+LOCK_ATTEMPTS_MAX: Final = 16
+"""How often the cgroup is locked again when it is removed meanwhile."""
+
+_NO_VALUE: Final = (errno.ENODATA, errno.ENOENT, errno.ENODEV, errno.EOPNOTSUPP)
+
+
+class InstanceBusy(Exception):
+    """Another provider has this instance's anchors; nothing was changed."""
+
+    # Keeps CRASH-15.
+
+    def __init__(self, path: Path, holder: ProviderNote | None) -> None:
+        if holder is None:
+            who = "another process"
+        else:
+            who = f"process {holder.pid}, whose state directory is {holder.state_dir},"
+        super().__init__(
+            f"{path}: {who} holds the anchors of this state directory; stop that provider, or use"
+            " a state directory of its own that is no copy"
+        )
+        self.holder: Final = holder
+
+
+@dataclass(frozen=True, slots=True)
+class ProviderNote:
+    """Which provider locked an instance last."""
+
+    pid: int
+    state_dir: str
+    """Absolute path."""
+
+
+def instance_of(state_dir: Path) -> str:
+    """Name the instance of a new state directory; its journal keeps the name if it is moved."""
+    digest = hashlib.sha256(os.fsencode(state_dir.resolve())).hexdigest()
+    return f"nshandoff-{digest[:16]}"
+
+
+def instance_path(root: Path, instance: str) -> Path:
+    """Return the path of an instance's anchors' cgroup."""
+    return root / ANCHOR_SLICE / f"{instance}.scope"
+
+
+class Instance:
+    """
+    The anchors' cgroup of one instance, locked; made by `lock`.
+
+    Closing it, or the end of the process, unlocks it. Used by one thread at a time, except
+    `note_changes`.
+    """
+
+    def __init__(
+        self, root: Path, name: str, state_dir: Path | None, directory: Descriptor
+    ) -> None:
+        self.name: Final = name
+        self.path: Final = instance_path(root, name)
+        self._root: Final = root
+        self._state_dir: Final = state_dir
+        self._directory = directory
+
+    @classmethod
+    def lock(cls, root: Path, name: str, state_dir: Path | None) -> Self:
+        """
+        Make the cgroup, unless it is there, and lock it for this process.
+
+        Args:
+            root: The mount point of cgroup v2.
+            name: The instance; see `instance_of`.
+            state_dir: Noted, with this process, for people and for `nshandoff doctor`; None for a
+                program that is no provider.
+
+        Raises:
+            InstanceBusy: a running provider has it.
+            ScopeError: it cannot be made or locked.
+        """
+        # Keeps CRASH-15.
+        instance = cls(root, name, state_dir, _lock(root, name))
+        instance._note_provider()
+        return instance
+
+    def is_lost(self) -> bool:
+        """Say whether the cgroup was removed; what this object has locked is of no use then."""
+        return not is_open_as(self.path, self._directory)
+
+    def make_again(self) -> None:
+        """
+        Make and lock the cgroup again after another program removed it.
+
+        Raises:
+            InstanceBusy: another provider was faster; this one has no power over it any more.
+            ScopeError: it cannot be made or locked.
+        """
+        directory = _lock(self._root, self.name)
+        before, self._directory = self._directory, directory
+        before.close()
+        self._note_provider()
+
+    def changes(self) -> int:
+        """Return how many changes the journal had seen when that was last noted; 0 if never."""
+        return noted_changes(self._root, self.name)
+
+    def note_changes(self, changes: int) -> None:
+        """Note how many changes the journal has seen; an older note does no harm."""
+        with suppress(OSError, ValueError):
+            syscall(os.setxattr, self._directory.fileno(), CHANGES_ATTRIBUTE, str(changes).encode())
+
+    def close(self) -> None:
+        """Unlock it. Idempotent."""
+        self._directory.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _note_provider(self) -> None:
+        if self._state_dir is None:
+            return
+        note = ProviderNote(os.getpid(), str(self._state_dir.absolute()))
+        with suppress(OSError):
+            syscall(
+                os.setxattr,
+                self._directory.fileno(),
+                PROVIDER_ATTRIBUTE,
+                json.dumps(asdict(note)).encode(),
+            )
+
+
+def is_open_as(path: Path, descriptor: Descriptor) -> bool:
+    """Say whether a path leads to what a descriptor refers to; what cannot be read does."""
+    try:
+        there, ours = syscall(path.stat), syscall(os.fstat, descriptor.fileno())
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True  # no proof that it does not
+    return os.path.samestat(there, ours)
+
+
+def is_locked(root: Path, instance: str) -> bool:
+    """
+    Say whether a running provider has an instance; takes no lock that a provider would notice.
+
+    Raises:
+        SyscallError: it cannot be found out.
+    """
+    path = instance_path(root, instance)
+    try:
+        with _opened(path) as directory:
+            # A shared lock that is given up at once: a provider that starts just now tries again.
+            return not _is_locked_now(directory, path, fcntl.LOCK_SH)
+    except FileNotFoundError:
+        return False
+
+
+def noted_changes(root: Path, instance: str) -> int:
+    """Return how many changes an instance's journal had seen when that was noted; 0 if never."""
+    text = _attribute(instance_path(root, instance), CHANGES_ATTRIBUTE)
+    return int(text) if text is not None and text.isdigit() else 0
+
+
+def provider_of(root: Path, instance: str) -> ProviderNote | None:
+    """Say which provider locked an instance last; None if that was not noted."""
+    text = _attribute(instance_path(root, instance), PROVIDER_ATTRIBUTE)
+    try:
+        plain = json.loads(text or "")
+        return ProviderNote(int(plain["pid"]), str(plain["state_dir"]))
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _lock(root: Path, name: str) -> Descriptor:
+    for _ in range(LOCK_ATTEMPTS_MAX):
+        path = anchor_cgroup(root, name)
+        try:
+            directory = _opened(path)
+        except FileNotFoundError:
+            continue  # removed since
+        try:
+            if not _is_locked_now(directory, path, fcntl.LOCK_EX):
+                raise InstanceBusy(path, provider_of(root, name))
+            if is_open_as(path, directory):
+                return directory
+        except BaseException:
+            directory.close()
+            raise
+        directory.close()
+    raise ScopeError("flock(2)", errno.ENOENT, path, "another program keeps removing it")
+
+
+def _opened(path: Path) -> Descriptor:
+    try:
+        return Descriptor(syscall(os.open, path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ScopeError.of("open(2)", error, path) from error
+
+
+def _is_locked_now(directory: Descriptor, path: Path, kind: int) -> bool:
+    """Lock a directory; False if another process has locked it."""
+    try:
+        syscall(fcntl.flock, directory.fileno(), kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise ScopeError.of("flock(2)", error, path) from error
+    return True
+
+
+def _attribute(path: Path, name: str) -> str | None:
+    try:
+        with calling("getxattr(2)", path, *_NO_VALUE):
+            return syscall(os.getxattr, path, name).decode("utf-8", "replace")
+    except SyscallError:
+        return None
+    return None
