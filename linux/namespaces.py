@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import struct
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -106,7 +107,7 @@ def has_dead_init(namespace: Descriptor, features: Features) -> bool:
     Say whether it is proven that a PID namespace's first process has ended.
 
     Opening, passing and entering such a namespace still works; only then every fork fails, with
-    ENOMEM.
+    ENOMEM. One that is a zombie has ended: who has to reap it may be slow, or never do it.
 
     Args:
         namespace: A PID namespace; lent, the caller goes on owning it.
@@ -119,10 +120,13 @@ def has_dead_init(namespace: Descriptor, features: Features) -> bool:
     if not features.pidfd_namespaces:
         return False
     try:
-        syscalls.ioctl(namespace, Ioctl.NS_GET_PID_FROM_PIDNS, _INIT_PID)
+        pid = syscalls.ioctl(namespace, Ioctl.NS_GET_PID_FROM_PIDNS, _INIT_PID)
+        with syscalls.pidfd_open(pid) as init:
+            poll = select.poll()
+            poll.register(init, select.POLLIN)
+            return bool(poll.poll(0))
     except SyscallError as error:
         return error.errno == errno.ESRCH
-    return False
 
 
 class KernelInspector:

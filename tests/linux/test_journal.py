@@ -301,7 +301,7 @@ def test_an_entry_we_cannot_have_written_is_refused(tmp_path: Path, column: str,
         database.execute("UPDATE allocation SET checksum = ?", (_checksum(*row[:-1]),))
         database.commit()
     for attempt in (lambda: Journal(tmp_path, BOOT), lambda: read_journal(tmp_path)):
-        with pytest.raises(JournalCorrupt, match="'alloc' is unreadable: (?!its checksum)"):
+        with pytest.raises(JournalCorrupt, match=r"'alloc' is unreadable: (?!its checksum)"):
             attempt()
 
 
@@ -327,7 +327,7 @@ def test_a_value_that_was_damaged_is_not_believed(tmp_path: Path, damage: str) -
     with closing(sqlite3.connect(tmp_path / JOURNAL_NAME)) as database:
         database.execute(damage)
         database.commit()
-    with pytest.raises(JournalCorrupt, match="checksum is wrong|does not say of which boot"):
+    with pytest.raises(JournalCorrupt, match=r"checksum is wrong|does not say of which boot"):
         Journal(tmp_path, BOOT)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,7 @@ from tests.support.forging import (
     forge,
     made,
     plan,
+    wait_until,
 )
 from transport.descriptors import Descriptor, DescriptorBundle, verify_bundle
 
@@ -172,6 +175,24 @@ def test_namespace_of_another_type_is_refused(features: Features) -> None:
         pytest.raises(FdPassing, match=r"another type \(CLONE flag 0x4000000\)"),
     ):
         KernelInspector(features).inspect(namespace.fileno())
+
+
+def test_an_init_that_is_not_reaped_is_dead() -> None:
+    if not Features.probe().pidfd_namespaces:
+        pytest.skip("kernel lacks the translation of pids")
+    words = ["unshare", "--pid", "--fork", "sh", "-c", "echo; exec sleep infinity"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        parent.stdout.readline()
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+        init = int(children.read_text())
+        with syscalls.openat2(syscalls.AT_FDCWD, f"/proc/{init}/ns/pid", os.O_RDONLY) as namespace:
+            assert not has_dead_init(namespace, Features.probe())
+            parent.send_signal(signal.SIGSTOP)  # it reaps nothing now
+            os.kill(init, signal.SIGKILL)
+            wait_until(lambda: "\nState:\tZ" in Path(f"/proc/{init}/status").read_text())
+            assert has_dead_init(namespace, Features.probe())
+        parent.send_signal(signal.SIGCONT)
 
 
 def test_dead_init_is_known_where_the_kernel_tells(forge: Forge, features: Features) -> None:
