@@ -14,8 +14,9 @@ without a journal, and everything ends with the consumer's process.
 from __future__ import annotations
 
 import errno
-import hashlib
+import logging
 import os
+import threading
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
@@ -31,21 +32,16 @@ from transport.calls import syscall
 from transport.contract import Adoption, Observation, Recovery, Sighting, Step
 from transport.descriptors import Descriptor, DescriptorBundle
 
-from .anchor import Anchor, AnchorIdentity, adopt, boot_id, find_anchors
-from .cgroups import (
-    Scope,
-    ScopeError,
-    ScopeWatch,
-    anchor_cgroup,
-    remove_anchor_cgroup,
-    remove_slices,
-)
+from .anchor import Anchor, boot_id
+from .cgroups import Scope, ScopeError, ScopeWatch, remove_anchor_cgroup, remove_slices
 from .features import Features
 from .forge.client import Forge
 from .forge.plan import AnchorPlan, ForgeError
-from .journal import Entry, Journal, JournalError
+from .instance import Instance
+from .journal import Entry, Journal, JournalError, JournalUnavailable
 from .mounts import ImageError, ImageStore
 from .namespaces import open_bundle
+from .recovery import CREATED_MARK, ENDED_MARK, Action, Case, ScopeSeen, describe, find_cases
 from .steps import StepwiseAllocation, StepwiseBackend
 from .survey import states_of, zombies_below
 from .syscalls import SyscallError, calling
@@ -76,7 +72,11 @@ class Overtaken(Exception):
     """The allocation ended while it was being created."""
 
 
-_FAILURES: Final = (SyscallError, ForgeError, ImageError, JournalError, Overtaken)
+class Kept(Exception):
+    """An allocation of that id may be alive, and was kept as it was found."""
+
+
+_FAILURES: Final = (SyscallError, ForgeError, ImageError, JournalError, Overtaken, Kept)
 """What a step can fail with."""
 
 
@@ -115,6 +115,9 @@ _WatchKey: TypeAlias = tuple[Literal["scope", "anchor", "again"], str]
 _AGAIN: Final[_WatchKey] = ("again", "")
 
 
+_log: Final = logging.getLogger(__name__)
+
+
 class LinuxBackend(StepwiseBackend[_Allocation]):
     """
     Makes, watches and releases allocations on this node; fulfils `transport.contract.Backend`.
@@ -127,7 +130,7 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
         settings: NodeSettings,
         *,
         journal: Journal | None,
-        anchors: Path | None,
+        instance: Instance | None,
         features: Features,
         clock: Callable[[], float],
         on_close: Callable[[], None],
@@ -140,7 +143,11 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
         )
         self._settings: Final = settings
         self._journal: Final = journal
-        self._anchors: Final = anchors
+        self._instance: Final = instance
+        self._place: Final = threading.Lock()
+        self._kept: Final[dict[str, str]] = {}
+        """Of allocations that were neither adopted nor released: why."""
+        anchors = None if instance is None else instance.path
         self._features: Final = features
         self._images: Final = ImageStore(settings.image_root, settings.hold_time_s, clock, features)
         self._forge: Final = Forge(cgroup=anchors, tied=journal is None, features=features)
@@ -171,26 +178,33 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
 
         Raises:
             JournalError: another provider has the state directory, or the journal is damaged.
+            InstanceBusy: a running provider has the anchors that the journal belongs to.
             ScopeError: the anchors' cgroup cannot be made.
         """
         journal = Journal(state_dir, boot_id())
         with ExitStack() as undo:
             undo.callback(journal.close)
-            instance = instance_of(state_dir)
             root = settings.cgroup2
+            if root is None:
+                instance = None
+                _expect_own(journal)
+            else:
+                instance = Instance.lock(root, journal.instance, state_dir)
 
             def on_close() -> None:
                 journal.close()
-                if root is not None:
-                    remove_anchor_cgroup(root, instance)
+                if root is not None and instance is not None:
+                    remove_anchor_cgroup(root, instance.name)
+                    instance.close()
                     remove_slices(root)
 
-            anchors = None if root is None else anchor_cgroup(root, instance)
             undo.callback(on_close)
+            if instance is not None:
+                _compare_counts(journal, instance)
             backend = cls(
                 settings,
                 journal=journal,
-                anchors=anchors,
+                instance=instance,
                 features=features or Features.probe(),
                 clock=clock,
                 on_close=on_close,
@@ -222,7 +236,7 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
         return cls(
             settings,
             journal=None,
-            anchors=None,
+            instance=None,
             features=features or Features.probe(),
             clock=clock,
             on_close=on_close,
@@ -245,14 +259,19 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
         # Keeps CRASH-3.
         assert self._journal is not None
         name, token = allocation.name, allocation.token
+        if name in self._kept:
+            raise Kept(f"an earlier one may be alive: {self._kept[name]}; see `nshandoff doctor`")
         self._journal.intend(Entry(name, token, AllocationState.REQUESTED, allocation.request))
 
     def _make_scope(self, allocation: _Allocation) -> None:
         # Keeps NODE-2.
         root = self._settings.cgroup2
         assert root is not None
+        description = None
+        if self._instance is not None:
+            description = describe(self._instance.name, allocation.request)
         try:
-            allocation.scope = Scope.create(root, allocation.name, allocation.token)
+            allocation.scope = Scope.create(root, allocation.name, allocation.token, description)
         except ScopeError as error:
             if error.errno != errno.EEXIST or self._has_journal:
                 raise
@@ -274,6 +293,7 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
         path = self._response_to(request).uenv_mount_path
         scope = None if allocation.scope is None else str(allocation.scope.path)
         anchor_plan = AnchorPlan(allocation.token, request.namespaces, base, path, scope)
+        self._hold_instance()
         allocation.anchor = self._forge.make(anchor_plan, image)
 
     def _publish(self, allocation: _Allocation) -> None:
@@ -290,6 +310,17 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
                 anchor=identity.as_json(),
                 scope_path=None if allocation.scope is None else str(allocation.scope.path),
             )
+            # Within the guard, so that an end is not overwritten by it.
+            if allocation.scope is not None:
+                allocation.scope.mark(CREATED_MARK)
+
+    def _mark_end(self, allocation: _Allocation) -> None:
+        """Record the end on the scope and in the journal; either alone makes it durable."""
+        # Keeps END-14.
+        if allocation.scope is not None:
+            with suppress(ScopeError):  # gone: then that is its end
+                allocation.scope.mark(ENDED_MARK)
+        self._note(allocation, AllocationState.ENDED)
 
     # --- The steps of a release ----------------------------------------------------------------
 
@@ -455,39 +486,131 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
 
     def recover(self) -> Recovery:
         """
-        Find what an earlier provider left: adopt what is alive and whole, mark the rest.
+        Find what an earlier provider left, and settle it by the table in `linux.recovery`.
 
-        An anchor in our own cgroup that no journal entry has the token of is killed.
+        What may be alive and cannot be adopted is kept as it is, logged, and its id refused.
         """
-        # Keeps CRASH-2, CRASH-3, CRASH-4.
+        # Keeps CRASH-2, CRASH-3, CRASH-4, CRASH-16.
         if self._journal is None:
             return Recovery()
-        strays = {} if self._anchors is None else find_anchors(self._anchors)
-        adoptions = tuple(
-            self._recover(entry, strays.pop(entry.incarnation, None))
-            for entry in self._journal.entries()
+        name = "" if self._instance is None else self._instance.name
+        cases = find_cases(self._journal.entries(), name, self._settings.cgroup2, self._features)
+        self._forget_outdated(cases)
+        found = {
+            adoption.request.allocation_id: adoption
+            for adoption in map(self._settle, cases)
+            if adoption is not None
+        }
+        order = [entry.allocation_id for entry in self._journal.entries()]
+        return Recovery(
+            tuple(found[name] for name in order if name in found), self._journal.remembered()
         )
-        for anchor in strays.values():
-            anchor.kill()
-            anchor.close()
-        return Recovery(adoptions, self._journal.remembered())
 
-    def _recover(self, entry: Entry, found: Anchor | None) -> Adoption:
-        """Rebuild an allocation from what the journal says and the Linux kernel confirms."""
-        allocation = _Allocation(entry.request, token=entry.incarnation)
-        root = self._settings.cgroup2
-        if root is not None:
-            allocation.scope = Scope.open(root, allocation.name, allocation.token)
-        allocation.anchor = found
-        if found is None and entry.anchor is not None:
-            identity = AnchorIdentity.from_json(entry.anchor)
-            allocation.anchor = adopt(identity, allocation.token, self._features)
+    def _forget_outdated(self, cases: list[Case]) -> None:
+        """Drop entries of which nothing is left, where a later incarnation has the name now."""
+        assert self._journal is not None
+        later = {case.name for case in cases if case.entry is None}
+        for case in [case for case in cases if case.entry is not None and case.name in later]:
+            if case.action is Action.RELEASE and case.anchor is None and case.scope is None:
+                with suppress(JournalError):  # then the later one is kept
+                    self._journal.forget(str(case.name))
+                    cases.remove(case)
+
+    def _settle(self, case: Case) -> Adoption | None:
+        """Adopt, release or keep one case; None if nothing of it is this backend's from now on."""
+        if case.action is Action.RELEASE and case.request is None and case.scope is None:
+            # It has no entry either: there is nothing but its init.
+            if case.anchor is not None:
+                case.anchor.kill()
+            _report(case, "released")
+            case.close()
+            return None
+        why = case.row.why
+        if case.action is not Action.KEEP:
+            try:
+                if self._enter(case):
+                    return self._take_over(case)
+                why = "another incarnation has its name, or nothing says what was asked for"
+            except (JournalError, SyscallError) as error:
+                why = str(error)
+        if case.name is not None:
+            self._kept.setdefault(case.name, why)
+        _report(case, "kept", why)
+        case.close()
+        return None
+
+    def _enter(self, case: Case) -> bool:
+        """Give a case the entry that it has to have; False if that is not possible."""
+        assert self._journal is not None
+        if case.request is None:
+            return False
+        name, is_adopted = case.request.allocation_id, case.action is Action.ADOPT
+        if case.entry is None:
+            if self._journal.find(name) is not None:
+                return False
+            state = AllocationState.CREATED if is_adopted else AllocationState.ENDED
+            self._journal.intend(self._entry_for(case, case.request, state))
+            _report(case, "adopted" if is_adopted else "released")
+        elif is_adopted and case.entry.state is AllocationState.REQUESTED:
+            entry = self._entry_for(case, case.request, AllocationState.CREATED)
+            self._journal.publish(
+                name,
+                entry.state,
+                mount_path=entry.mount_path,
+                anchor=entry.anchor,
+                scope_path=entry.scope_path,
+            )
+            _report(case, "adopted")
+        return True
+
+    def _entry_for(self, case: Case, request: NamespaceRequest, state: AllocationState) -> Entry:
+        anchor = None if case.anchor is None else case.anchor.identity(self._features).as_json()
+        path = self._response_to(request).uenv_mount_path
+        scope = None if case.scope is None else str(case.scope.path)
+        return Entry(request.allocation_id, case.token, state, request, path, anchor, scope)
+
+    def _take_over(self, case: Case) -> Adoption:
+        """Rebuild an allocation that has an entry."""
+        assert case.request is not None
+        allocation = _Allocation(case.request, token=case.token)
+        allocation.scope, allocation.anchor = case.scope, case.anchor
         return self._adopt(
             allocation,
-            entry.state,
-            has_scope=allocation.scope is not None,
-            has_init=allocation.anchor is not None,
+            _state_of(case),
+            has_scope=case.scope is not None,
+            has_init=case.anchor is not None,
         )
+
+    def hold_place(self) -> list[str]:
+        """
+        Look whether the state directory and the anchors' cgroup are still this provider's.
+
+        What was removed is made again. Quick; to be called now and then.
+
+        Returns:
+            What was made again, in words.
+
+        Raises:
+            JournalError: the state directory is lost, and this provider has to stop.
+            InstanceBusy: another provider has the anchors now, likewise.
+            ScopeError: the anchors' cgroup cannot be made again.
+        """
+        # Keeps CRASH-17.
+        mended: list[str] = []
+        if self._journal is not None and self._journal.is_lost():
+            self._journal.make_again()
+            mended.append(f"the journal of {len(self._journal.entries())} allocations was removed")
+        if self._hold_instance():
+            mended.append("the anchors' cgroup was removed")
+        return mended
+
+    def _hold_instance(self) -> bool:
+        """Make the anchors' cgroup again if it was removed, which it can be while it is empty."""
+        with self._place:
+            if self._instance is None or not self._instance.is_lost():
+                return False
+            self._instance.make_again()
+            return True
 
     def _adopt_image(self, image: str, allocation: _Allocation) -> None:
         # If it cannot be found (deleted, replaced), this allocation has it all the same, and the
@@ -542,7 +665,7 @@ _WORK: Final[Mapping[Step, Callable[[LinuxBackend, _Allocation], str | None]]] =
         Step.ANCHOR: LinuxBackend._make_anchor,
         Step.PUBLISH: LinuxBackend._publish,
         Step.RECORD_HANDOFF: lambda self, it: self._note(it, AllocationState.HANDED_OFF),
-        Step.RECORD_END: lambda self, it: self._note(it, AllocationState.ENDED),
+        Step.RECORD_END: LinuxBackend._mark_end,
         Step.END_INIT: LinuxBackend._end_init,
         Step.RELEASE_IMAGE: LinuxBackend._release_image,
         Step.REMOVE_SCOPE: LinuxBackend._remove_scope,
@@ -552,10 +675,54 @@ _WORK: Final[Mapping[Step, Callable[[LinuxBackend, _Allocation], str | None]]] =
 """How each step is done."""
 
 
-def instance_of(state_dir: Path) -> str:
-    """Name a provider's instance on the node, so that two of them never mix up their anchors."""
-    digest = hashlib.sha256(os.fsencode(state_dir.resolve())).hexdigest()
-    return f"nshandoff-{digest[:16]}"
+def _expect_own(journal: Journal) -> None:
+    """Refuse a copied journal where there is no anchors' cgroup to lock."""
+    if journal.is_copy and journal.entries():
+        advice = (
+            "it was written beside another lock file, so it is a copy or was moved, and without"
+            " cgroups nothing shows whether a provider uses the original; use that one, or remove"
+            " this one"
+        )
+        raise JournalUnavailable(journal.path, advice)
+
+
+def _compare_counts(journal: Journal, instance: Instance) -> None:
+    """Notice a journal that has lost changes: it was damaged, emptied, or is an older copy."""
+    noted, has = instance.changes(), journal.changes
+    if noted > has:
+        _warn(
+            "journal_incomplete",
+            f"{journal.path}: it has {has} of {noted} changes; what it has lost is looked for on"
+            " the node",
+        )
+    journal.count_from(noted)
+    journal.on_change = instance.note_changes
+
+
+def _state_of(case: Case) -> AllocationState:
+    """Say with which state an allocation is taken over."""
+    state = AllocationState.REQUESTED if case.entry is None else case.entry.state
+    if case.action is Action.ADOPT:
+        is_known = state is AllocationState.HANDED_OFF
+        return state if is_known else AllocationState.CREATED
+    is_recorded = case.entry is not None and case.seen is not ScopeSeen.ENDED
+    return state if is_recorded else AllocationState.ENDED
+
+
+def _report(case: Case, what: str, why: str | None = None) -> None:
+    """Log what the journal did not know, or what cannot be decided."""
+    fields = {"allocation_id": case.name, "init": case.anchor and case.anchor.pid}
+    _warn(
+        f"{what}_unnamed" if case.entry is None else what,
+        why or case.row.why,
+        verdict=case.row.verdict.value,
+        **fields,
+    )
+
+
+def _warn(event: str, text: str, **fields: object) -> None:
+    known = {name: value for name, value in fields.items() if value is not None}
+    _log.warning("%s", text, extra={"event": event, "fields": known})
 
 
 def _make_own_slice(root: Path) -> Path:

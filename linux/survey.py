@@ -128,7 +128,7 @@ def survey_node(state_dir: Path, features: Features) -> NodeSeen:
     Collect everything that a provider has on this node.
 
     Args:
-        state_dir: The provider's; there may be none.
+        state_dir: The provider's.
         features: What the Linux kernel can do.
 
     Raises:

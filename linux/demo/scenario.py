@@ -18,8 +18,9 @@ from transport.descriptors import NamespaceIdentity
 from transport.request import Consumer, Patience
 
 from .. import syscalls
-from ..backend import LinuxBackend, NodeSettings, instance_of
+from ..backend import LinuxBackend, NodeSettings
 from ..cgroups import ANCHOR_SLICE, remove_anchor_cgroup, remove_slices
+from ..instance import instance_of
 from . import claims
 from .census import Traces
 from .host import IMAGE, Host

@@ -27,10 +27,11 @@ from transport.contract import CREATION, Backend, Recovery, Sighting, Step
 from transport.descriptors import DescriptorBundle, Inspector, NamespaceIdentity
 
 from ..anchor import find_anchors
-from ..backend import LinuxBackend, NodeSettings, instance_of
+from ..backend import LinuxBackend, NodeSettings
 from ..cgroups import ANCHOR_SLICE, WORKLOAD_SLICE, Scope
 from ..features import OLDEST, Features
 from ..forge.spawn import spawn_within
+from ..instance import instance_of
 from ..journal import Entry, read_journal
 from ..mounts import loop_devices
 from ..namespaces import KernelInspector

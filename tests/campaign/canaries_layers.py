@@ -106,8 +106,8 @@ def _run_pytest(arguments: list[str]) -> None:
 
 def _remove_anchor_cgroups(folder: Path) -> None:
     """A test that fails half-way can leave one; it has its name from the provider's directory."""
-    from linux.backend import instance_of
     from linux.cgroups import CgroupUnavailable, find_cgroup2, remove_anchor_cgroup
+    from linux.instance import instance_of
 
     with suppress(CgroupUnavailable):
         root = find_cgroup2()

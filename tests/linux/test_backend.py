@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from linux.backend import SELF_SERVICE_SLICE, LinuxBackend, NodeSettings, instance_of
+from linux.backend import SELF_SERVICE_SLICE, LinuxBackend, NodeSettings
 from linux.cgroups import WORKLOAD_SLICE, Scope, ScopeError, remove_slices
 from linux.features import OLDEST, Features
 from linux.forge.client import Forge
 from linux.forge.plan import AnchorPlan
+from linux.instance import instance_of
 from linux.journal import read_journal
 from linux.survey import PROCESSES_SHOWN_MAX, states_of
 from linux.testing.worlds import LIGHT, LinuxWorld, eventually, loop_images, real

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -181,18 +182,18 @@ def test_an_init_that_is_not_reaped_is_dead() -> None:
     if not Features.probe().pidfd_namespaces:
         pytest.skip("kernel lacks the translation of pids")
     words = ["unshare", "--pid", "--fork", "sh", "-c", "echo; exec sleep infinity"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE) as parent:
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as parent, ExitStack() as stack:
+        stack.callback(parent.kill)
         assert parent.stdout is not None
         parent.stdout.readline()
-        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
-        init = int(children.read_text())
-        with syscalls.openat2(syscalls.AT_FDCWD, f"/proc/{init}/ns/pid", os.O_RDONLY) as namespace:
-            assert not has_dead_init(namespace, Features.probe())
-            parent.send_signal(signal.SIGSTOP)  # it reaps nothing now
-            os.kill(init, signal.SIGKILL)
-            wait_until(lambda: "\nState:\tZ" in Path(f"/proc/{init}/status").read_text())
-            assert has_dead_init(namespace, Features.probe())
-        parent.send_signal(signal.SIGCONT)
+        init = int(Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text())
+        path = f"/proc/{init}/ns/pid"
+        namespace = stack.enter_context(syscalls.openat2(syscalls.AT_FDCWD, path, os.O_RDONLY))
+        assert not has_dead_init(namespace, Features.probe())
+        parent.send_signal(signal.SIGSTOP)  # it reaps nothing now
+        os.kill(init, signal.SIGKILL)
+        wait_until(lambda: "\nState:\tZ" in Path(f"/proc/{init}/status").read_text())
+        assert has_dead_init(namespace, Features.probe())
 
 
 def test_dead_init_is_known_where_the_kernel_tells(forge: Forge, features: Features) -> None:
