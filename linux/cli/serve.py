@@ -43,6 +43,7 @@ from transport.serve import Observer, Provider, Spans
 from ..backend import LinuxBackend, NodeSettings
 from ..cgroups import CgroupUnavailable, find_cgroup2
 from ..forge.plan import ForgeError
+from ..instance import InstanceBusy
 from ..journal import JournalError
 from ..limits import (
     descriptors_for,
@@ -58,6 +59,7 @@ from ..sinks import Sink
 from ..survey import READY_NAME
 from ..syscalls import SyscallError, calling
 from .exits import ExitCode
+from .place import PlaceLost, PlaceWatch
 from .signals import Signals, Stopped
 from .trace import TraceFile
 
@@ -66,7 +68,14 @@ NOTIFY_VARIABLE: Final = "NOTIFY_SOCKET"
 
 _log: Final = logging.getLogger(__name__)
 
-_START_FAULTS: Final = (SocketUnavailable, JournalError, CgroupUnavailable, ForgeError, OSError)
+_START_FAULTS: Final = (
+    SocketUnavailable,
+    JournalError,
+    InstanceBusy,
+    CgroupUnavailable,
+    ForgeError,
+    OSError,
+)
 """Errors of the node that keep a provider from starting."""
 
 
@@ -92,6 +101,9 @@ def _serve_logged(options: argparse.Namespace, signals: Signals) -> ExitCode:
         _log.error(
             "%s", _explained(error, options), extra=_as("start_failed", error=type(error).__name__)
         )
+        return ExitCode.ENVIRONMENT
+    except PlaceLost as error:
+        _log.error("%s", error, extra=_as("place_lost"))
         return ExitCode.ENVIRONMENT
     except Exception:
         _log.exception("the provider cannot go on", extra=_as("failed"))
@@ -134,7 +146,10 @@ def _serve(options: argparse.Namespace, signals: Signals, stack: ExitStack) -> N
     )
     events.kernel = provider.kernel
     stack.callback(readiness.withdraw)
-    asyncio.run(_run(provider, readiness, signals, trace))
+    place = None
+    if isinstance(backend, LinuxBackend):
+        place = PlaceWatch(backend, path, readiness.announce)
+    asyncio.run(_run(provider, readiness, signals, trace, place))
 
 
 def _limits(options: argparse.Namespace, descriptors: int) -> Limits:
@@ -172,7 +187,11 @@ def _both(first: Observer, second: Observer) -> Observer:
 
 
 async def _run(
-    provider: Provider, readiness: Readiness, signals: Signals, trace: TraceFile | None
+    provider: Provider,
+    readiness: Readiness,
+    signals: Signals,
+    trace: TraceFile | None,
+    place: PlaceWatch | None,
 ) -> None:
     def announce() -> None:
         readiness.announce()
@@ -189,13 +208,19 @@ async def _run(
         _log.warning(text, extra=_as("signal_ignored", signal=_name_of(number)))
 
     signals.watch(stop, note)
+    loop = asyncio.get_running_loop()
+    watching = None if place is None else loop.create_task(place.run(provider.stop))
     await provider.run(announce, on_recovered=None if trace is None else trace.recovered)
+    if watching is not None and not watching.done():
+        watching.cancel()
     if provider.has_hung:
         # The socket is closed, and allocations stay alive. Closing the backend could wait for the
         # work that hangs (an image on a file server that is gone, for example).
         _log.warning("backend work hangs and is left to the kernel", extra=_as("stopped"))
         logging.shutdown()
         os._exit(ExitCode.OK)
+    if watching is not None and watching.done():
+        watching.result()  # PlaceLost
 
 
 def _name_of(number: int) -> str:
