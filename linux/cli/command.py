@@ -15,7 +15,8 @@ compares them with the constants.
 
 EXIT CODES
     0     done
-    1     the answer is no: the allocation cannot be created, or is not known
+    1     the answer is no: the allocation cannot be created, or is not known; doctor: something
+          needs attention
     2     the command line makes no sense; nothing was done
     3     this node, or this user on it, cannot
     4     the provider cannot be reached, and self-service was not allowed
@@ -101,6 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_request(verbs)
     _add_end(verbs)
     _add_list(verbs)
+    _add_doctor(verbs)
     _add_trace(verbs)
     _add_verify(verbs)
     verbs.add_parser("demo", help="two allocations from request to release, checked")
@@ -140,6 +142,12 @@ def _list(options: argparse.Namespace) -> int:
     return list_allocations(options)
 
 
+def _doctor(options: argparse.Namespace) -> int:
+    from .doctor import doctor
+
+    return doctor(options)
+
+
 def _trace(options: argparse.Namespace) -> int:
     from . import trace
 
@@ -165,6 +173,7 @@ _VERBS: Final = {
     "request": _request,
     "end": _end,
     "list": _list,
+    "doctor": _doctor,
     "trace": _trace,
     "verify": _verify,
 }
@@ -266,6 +275,19 @@ def _add_list(verbs: Any) -> None:
     listing = verbs.add_parser("list", help="show allocations and images", description=about)
     _add_state_dir(listing)
     listing.add_argument("--json", action="store_true", help="show one JSON object")
+
+
+def _add_doctor(verbs: Any) -> None:
+    about = (
+        "Say of everything that providers have on this node whether it is ALIVE, DEAD or UNKNOWN, "
+        "and why. Exit code 1: something needs attention. Works while the provider is down, and "
+        "for what lost state directories have left."
+    )
+    doctor = verbs.add_parser("doctor", help="say what is alive or dead", description=about)
+    _add_state_dir(doctor)
+    about = "release what is proved dead and set a damaged journal aside; nothing else is touched"
+    doctor.add_argument("--repair", action="store_true", help=about)
+    doctor.add_argument("--json", action="store_true", help="show one JSON object")
 
 
 def _add_trace(verbs: Any) -> None:

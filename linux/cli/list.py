@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from statemachine.lifecycle import AllocationState
 
+from ..doctor import examine
 from ..features import Features
 from ..journal import JournalError
 from ..survey import AllocationSeen, NodeSeen, survey_node
@@ -28,19 +29,25 @@ def list_allocations(options: argparse.Namespace) -> ExitCode:
     Print the allocations of a state directory.
 
     Raises:
-        Failure: ENVIRONMENT, the journal or the Linux kernel cannot be read.
+        Failure: ENVIRONMENT, there is no such directory, or journal or Linux kernel cannot be read.
     """
     # End quietly if the reader closes the pipe, as `head` does.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     state_dir = Path(options.state_dir)
     try:
-        node = survey_node(state_dir, Features.probe())
+        features = Features.probe()
+        found = examine(state_dir, features, is_whole_node=False)
+        attention = [it for it in found if it.needs_attention]
+        node = survey_node(state_dir, features)
     except (JournalError, SyscallError) as error:
         raise Failure(ExitCode.ENVIRONMENT, str(error), type(error).__name__) from error
     if options.json:
-        print(json.dumps(as_json(node, state_dir)))
+        print(json.dumps({**as_json(node, state_dir), "attention": [it.what for it in attention]}))
     else:
         print("\n".join(as_text(node, state_dir)))
+        if attention:
+            print("\nneeds attention, as `nshandoff doctor` explains:")
+            print("\n".join(f"{it.verdict.value:8}{it.what}: {it.why}" for it in attention))
     return ExitCode.OK
 
 

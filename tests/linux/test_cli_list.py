@@ -137,11 +137,11 @@ def test_it_says_why_what_is_draining_is_still_there(daemon: Daemon, allocation_
 
 
 def test_nothing_is_made_where_there_is_nothing(tmp_path: Path) -> None:
-    state_dir = tmp_path / "absent"
-    shown = listed(state_dir)
+    shown = listed(tmp_path)
     assert (shown["allocations"], shown["provider"], shown["remembered"]) == ([], None, [])
-    assert "no allocations" in table(state_dir)
-    assert not state_dir.exists()
+    assert shown["attention"] == []
+    assert "no allocations" in table(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_was_before_the_boot_is_shown_as_gone(tmp_path: Path, allocation_id: str) -> None:
