@@ -688,6 +688,7 @@ def _expect_own(journal: Journal) -> None:
 
 def _compare_counts(journal: Journal, instance: Instance) -> None:
     """Notice a journal that has lost changes: it was damaged, emptied, or is an older copy."""
+    # Keeps CRASH-18.
     noted, has = instance.changes(), journal.changes
     if noted > has:
         _warn(

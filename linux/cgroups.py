@@ -388,6 +388,7 @@ class DescribedScope(NamedTuple):
     allocation_id: str
     """The name of its directory, without the suffix."""
     owner: str | None
+    """Its owner's token; None if it has none."""
     description: str | None
     """As given to `Scope.create`; None if there is none."""
 

@@ -162,7 +162,13 @@ class Instance:
 
 
 def is_open_as(path: Path, descriptor: Descriptor) -> bool:
-    """Say whether a path leads to what a descriptor refers to; what cannot be read does."""
+    """
+    Say whether a path leads to what a descriptor refers to; what cannot be read does.
+
+    Args:
+        path: What is looked at.
+        descriptor: Lent.
+    """
     try:
         there, ours = syscall(path.stat), syscall(os.fstat, descriptor.fileno())
     except (FileNotFoundError, NotADirectoryError):

@@ -99,17 +99,21 @@ class Row(NamedTuple):
     """One row of the table, for every combination of its facts."""
 
     store: tuple[Store, ...]
+    """What the journal may say in this row."""
     init: tuple[Init, ...]
+    """What may be seen of the init in this row."""
     scope: tuple[ScopeSeen, ...]
+    """What may be seen of the scope in this row."""
     verdict: Verdict
+    """What is proved."""
     action: Action
+    """What a starting provider does."""
     why: str
     """The proof, or what is missing for one."""
 
 
 _ANY_SCOPE: Final = tuple(ScopeSeen)
-_DESCRIBED: Final = tuple(each for each in ScopeSeen if each is not ScopeSeen.UNDESCRIBED)
-_NOT_ENDED: Final = tuple(each for each in _DESCRIBED if each is not ScopeSeen.ENDED)
+_NOT_ENDED: Final = tuple(each for each in ScopeSeen if each is not ScopeSeen.ENDED)
 _CREATED: Final = (ScopeSeen.UNUSED, ScopeSeen.BUSY, ScopeSeen.OVER)
 _SEEN: Final = (Init.HERE, Init.ELSEWHERE, Init.DEAD)
 _LIVING: Final = (Init.HERE, Init.ELSEWHERE)
@@ -126,7 +130,7 @@ ROWS: Final = (
     Row(
         (Store.ENDED,),
         _SEEN,
-        _DESCRIBED,
+        _ANY_SCOPE,
         Verdict.DEAD,
         Action.RELEASE,
         "its end was recorded before it was announced",
@@ -280,7 +284,7 @@ ROWS: Final = (
 The decision table; each combination of facts that there can be is in exactly one row.
 
 There is no anchors' cgroup where no scopes are made, what has neither entry, init nor scope is
-nothing, and what has an entry needs no description: those combinations are in no row.
+nothing, and what has an entry needs no description: those combinations are not found.
 """
 
 
@@ -302,16 +306,23 @@ class Case:
     """One incarnation that was found, and what it was decided by."""
 
     token: str
+    """The incarnation's token."""
     store: Store
+    """What the journal says."""
     init: Init
+    """What the Linux kernel says of its init."""
     seen: ScopeSeen
+    """What the Linux kernel says of its scope."""
     request: NamespaceRequest | None
     """What was asked for; None if neither entry nor scope says."""
     entry: Entry | None = None
+    """Its entry in the journal, if it has one."""
     anchor: Anchor | None = None
     """The init, if it may be killed or adopted; owned by the holder of this case."""
     scope: Scope | None = None
+    """Its scope, if there is one that is its own."""
     row: Row = field(init=False)
+    """The row that decides."""
 
     def __post_init__(self) -> None:
         self.row = decide(self.store, self.init, self.seen)

@@ -4,6 +4,7 @@ A generated part stands between `<!-- generated: <how> <of what> -->` and `<!-- 
 
     mermaid, markdown   a table of `statemachine.lifecycle`, as a diagram or row by row
     guards              conditions of events besides their rows
+    recovery            the table of `linux.recovery`, row by row
     sequence            a scenario as a sequence diagram: what befalls whom, messages, states
 
 What is long, and shown elsewhere in the repository, is made for the site only, in the place of
@@ -23,9 +24,11 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Final
 
+from linux import recovery
 from specs._build import api, clauses, make_vectors, pictures
 from statemachine import drawing, lifecycle
 
@@ -61,6 +64,30 @@ def _mermaid(table: str) -> str:
 
 def _markdown(table: str) -> str:
     return drawing.markdown(getattr(lifecycle, table))
+
+
+def _recovery(_: str) -> str:
+    """Show each row; a column that does not matter in a row is a dash."""
+    lines = ["| journal | init | scope | verdict | action | why |", "|---|---|---|---|---|---|"]
+    for row in recovery.ROWS:
+        columns = [
+            _facts(recovery.Store, row.store),
+            _facts(recovery.Init, row.init),
+            _facts(recovery.ScopeSeen, row.scope),
+        ]
+        cells = [*columns, row.verdict.value, row.action.value, row.why]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _facts(kind: type[Enum], facts: tuple[Enum, ...]) -> str:
+    """List the facts of one column; those left out, where they are fewer."""
+    left_out = [each.value for each in kind if each not in facts]
+    if not left_out:
+        return "any"
+    if len(left_out) == 1:
+        return f"any but *{left_out[0]}*"
+    return " or ".join(f"*{each.value}*" for each in facts)
 
 
 def _guards(listed: str) -> str:
@@ -130,6 +157,7 @@ _MAKERS: Final[dict[str, Callable[[str], str]]] = {
     "mermaid": _mermaid,
     "markdown": _markdown,
     "guards": _guards,
+    "recovery": _recovery,
     "sequence": _sequence,
     "module": _module,
     "clauses": _index,

@@ -83,6 +83,7 @@ _descriptors = partial(_in, "descriptors", "transport/test_descriptors.py")
 _driver = partial(_in, "driver", "transport/test_serve.py")
 _liar = partial(_in, "lying provider", "suites/test_lying_provider.py")
 _journal = partial(_in, "journal", "linux/test_journal.py")
+_recovery = partial(_in, "recovery", "linux/test_recovery.py")
 _backend = partial(_in, "backend", "linux/test_backend.py", is_linux=True)
 _namespaces = partial(_in, "namespaces", "linux/test_namespaces.py", is_linux=True)
 _mounts = partial(_in, "mounts", "linux/test_mounts.py", is_linux=True)
@@ -716,6 +717,30 @@ CANARIES: Final = (
         "linux/journal.py",
         "            if removed.rowcount:\n",
         "            if not removed.rowcount:\n",
+    ),
+    _bug(
+        "a flipped bit in the journal goes unnoticed",
+        "SQLite checks its pages' structure, and nobody the values",
+        _journal("test_a_value_that_was_damaged_is_not_believed"),
+        "linux/journal.py",
+        "        if checksum != _checksum(*row[:-1]):\n",
+        "        if checksum is None:\n",
+    ),
+    _bug(
+        "what the journal does not know is killed",
+        "the journal is the list of what is alive",
+        _recovery("test_no_row_releases_what_may_be_alive"),
+        "linux/recovery.py",
+        "        Verdict.UNKNOWN,\n        Action.ADOPT,\n",
+        "        Verdict.DEAD,\n        Action.RELEASE,\n",
+    ),
+    _bug(
+        "a state directory that was made anew gives power over what is alive",
+        "the lock is a file in the state directory",
+        _recovery("test_a_second_provider_has_no_power_over_the_first", is_linux=True),
+        "linux/instance.py",
+        "            if not _is_locked_now(directory, path, fcntl.LOCK_EX):\n",
+        "            if not _is_locked_now(directory, path, fcntl.LOCK_UN):\n",
     ),
 )
 
