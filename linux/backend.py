@@ -33,7 +33,14 @@ from transport.contract import Adoption, Observation, Recovery, Sighting, Step
 from transport.descriptors import Descriptor, DescriptorBundle
 
 from .anchor import Anchor, boot_id
-from .cgroups import Scope, ScopeError, ScopeWatch, remove_anchor_cgroup, remove_slices
+from .cgroups import (
+    Scope,
+    ScopeError,
+    ScopeWatch,
+    remove_anchor_cgroup,
+    remove_cgroup,
+    remove_slices,
+)
 from .features import Features
 from .forge.client import Forge
 from .forge.plan import AnchorPlan, ForgeError
@@ -738,4 +745,4 @@ def _remove_own_slice(root: Path) -> None:
     if syscall(path.is_dir):
         remove_slices(path)
         with suppress(OSError):
-            syscall(path.rmdir)
+            remove_cgroup(path)

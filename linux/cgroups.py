@@ -9,6 +9,9 @@ for freezing, late, or merged, so `ScopeWatch` only says where to read again. *T
 provably ours*: a scope has its owner's token as an extended attribute, which survives the owner,
 and nothing is killed or removed that has another one.
 
+A consumer may make the scope itself, before it asks, to set limits on it. Such a scope is
+*adopted*: it gets the token and nothing else, loses it at the release, and is not removed.
+
 A consumer is root on its node and may nest, freeze, make threaded or remove its cgroup. So nothing
 here blocks, recurses or follows names in it without a bound.
 
@@ -22,6 +25,7 @@ import os
 import re
 import select
 import signal
+import stat
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, suppress
@@ -53,6 +57,15 @@ STATE_ATTRIBUTE: Final = "user.nshandoff.state"
 MADE_ATTRIBUTE: Final = "user.nshandoff.made"
 """Extended attribute of a slice that was made here, and may be removed when it is empty."""
 
+USED_ATTRIBUTE: Final = "user.nshandoff.used"
+"""Extended attribute of an adopted scope: the CPU time, in microseconds, that was used before."""
+
+SCOPE_MODE: Final = stat.S_ISVTX | 0o755
+"""
+Permissions of a scope that was made here. The sticky bit says that it was: mkdir(2) sets it with
+the directory, so that even after a crash no such scope is taken for one that a consumer made.
+"""
+
 MAKE_ATTEMPTS_MAX: Final = 100
 """How often a directory is made again when it, or its parent, is removed meanwhile."""
 
@@ -69,7 +82,7 @@ LEAVING_ATTEMPTS_MAX: Final = 250
 """How often to try to remove a cgroup whose last process has died; microseconds should suffice."""
 
 LEAVING_PAUSE_MS: Final = 2
-"""Pause between two attempts."""
+"""Pause between two attempts, and between two looks at a CPU time that may still be counted."""
 
 EVENTS_BYTES_MAX: Final = 4096
 """More than `cgroup.events` ever contains; one read re-arms its poll."""
@@ -136,17 +149,18 @@ class Scope:
         self.path: Final = path
         self._token: Final = owner
         self._was_seen_populated = False
+        self._is_frozen_here = False
 
     @classmethod
     def create(
         cls, root: Path, allocation_id: str, owner: str, description: str | None = None
     ) -> Self:
         """
-        Make the allocation's scope and set its owner.
+        Make the allocation's scope, or adopt the one that is there, and set its owner.
 
-        A scope that is there already is replaced only if it has no owner and is empty: its maker
-        died before setting one. If several make the same scope at the same time, exactly one
-        succeeds.
+        Adopted is one that has no owner and in which nothing is: a consumer has made it, or its
+        maker died before setting an owner. Its limits, attributes and inode stay. If several make
+        the same scope at the same time, exactly one succeeds.
 
         Args:
             root: The mount point of cgroup v2.
@@ -155,32 +169,36 @@ class Scope:
             description: Kept with the scope, for `described_scopes`.
 
         Raises:
-            ScopeError: nothing was made, and what was there before is still there.
+            ScopeError: nothing was made, and what was there before is still there. With EEXIST it
+                is in use, or another owner's.
         """
-        # Keeps NODE-1.
+        # Keeps NODE-1, NODE-18.
         path = _scope_path(root, allocation_id)
-        _make_scope_directory(path, owner, description)
-        try:
+        with _calling("open(2)", root):
+            # To remove a cgroup takes a descriptor: what fails for want of one can be undone.
+            spare = _open_directory(root)
+        scope = cls(path, owner)
+        with spare, ExitStack() as undo:
+            undo.callback(scope._abandon)
+            undo.callback(spare.close)
+            if not _make_or_claim(path, owner, description):
+                _expect_unused(path)
+                _note_past_use(path)
             _expect_usable(path)
-        except BaseException:
-            with suppress(OSError):
-                syscall(path.rmdir)
-            raise
-        return cls(path, owner)
+            undo.pop_all()
+        return scope
 
     @classmethod
     def open(cls, root: Path, allocation_id: str, owner: str) -> Self | None:
         """
-        Find the scope that this owner made, also in an earlier process.
+        Find the scope that this owner made or adopted, also in an earlier process.
 
         Returns:
-            The scope, if it has the owner's token or none at all (the owner died before setting
-            it); None if there is none or another owner has it.
+            The scope, if it has the owner's token, or if it was made here and has none (the owner
+            died before setting it); None if there is none or another owner has it.
         """
-        path = _scope_path(root, allocation_id)
-        if not _is_there(path) or _read_owner(path) not in (owner, None):
-            return None
-        return cls(path, owner)
+        scope = cls(_scope_path(root, allocation_id), owner)
+        return None if scope.is_gone() else scope
 
     def owner(self) -> str | None:
         """Return the token of its owner; None if it has none, or is gone."""
@@ -203,8 +221,9 @@ class Scope:
         return _read_attribute(self.path, STATE_ATTRIBUTE)
 
     def is_gone(self) -> bool:
-        """Say whether the scope was removed, or replaced by one of another owner."""
-        return not _is_there(self.path) or self.owner() not in (self._token, None)
+        """Say whether the scope was removed, given back, or replaced by one of another owner."""
+        owner = self.owner()
+        return owner != self._token and not (owner is None and _is_made_here(self.path))
 
     def is_populated(self) -> bool:
         """Say whether a live process, frozen or not, is in the scope or below; no zombie counts."""
@@ -215,18 +234,15 @@ class Scope:
 
     def was_used(self) -> bool:
         """
-        Say whether a process ever ran in the scope, even if it has not been seen.
+        Say whether a process ran in the scope since it was made or adopted, even if none was seen.
 
         CPU time proves it: the Linux kernel counts it for every process in the scope and keeps it
         after the process has ended. Freezing, which also makes an event, does not change it. The
         last of it is counted when the process leaves the CPU, which can be a moment after the scope
         is empty: after an event and False, ask again a little later.
         """
-        for line in self._read("cpu.stat").splitlines():
-            name, _, value = line.partition(" ")
-            if name == "usage_usec":
-                return int(value) > 0
-        return False
+        usage = _usage_of(self._read("cpu.stat"))
+        return usage > 0 and usage > int(_read_attribute(self.path, USED_ATTRIBUTE) or 0)
 
     def is_over(self) -> bool:
         """
@@ -263,23 +279,29 @@ class Scope:
         ):
             # Read by the descriptor, so that the cgroup that is checked is the one that is killed.
             owner = _read_owner(directory.fileno())
+            if not _is_populated(directory):
+                return
             if owner == self._token:
                 self._kill_all(directory)
-            elif owner is None and self.is_populated():
+            elif owner is None:
                 advice = "it has no owner, so what runs in it is not killed; end it by hand"
                 raise ScopeError("cgroup.kill", errno.EPERM, self.path, advice)
 
     def remove(self) -> bool:
         """
-        Remove the scope and every empty cgroup below it.
+        Remove every empty cgroup below the scope, and the scope if it was made here.
+
+        One that was adopted is given back: it stays, empty and without an owner, for the program
+        that made it.
 
         Returns:
-            True if the scope is gone, also if it was before; False while something is in it.
+            True if the scope is gone or given back, also if it was before; False while something is
+            in it.
 
         Raises:
             ScopeError: the Linux kernel refused for another reason than being in use.
         """
-        # Keeps NODE-4, END-11.
+        # Keeps NODE-4, NODE-19, END-11.
         if self.is_gone():
             return True
         if self.owner() is None:
@@ -289,9 +311,9 @@ class Scope:
             _open_directory(self.path) as directory,
             _Cursor(directory) as cursor,
         ):
-            if not cursor.remove_below():
+            if _is_populated(directory) or not cursor.remove_below():
                 return False
-        return _remove_directory(self.path)
+        return self._give_back_if_adopted() or remove_cgroup(self.path)
 
     def processes(self) -> list[int]:
         """
@@ -330,6 +352,24 @@ class Scope:
         """
         return self._open("cgroup.events", os.O_RDONLY)
 
+    def _abandon(self) -> None:
+        """Undo what a creation that failed has done, with one descriptor."""
+        with suppress(OSError):
+            if self.owner() == self._token and not self._give_back_if_adopted():
+                remove_cgroup(self.path)
+
+    def _give_back_if_adopted(self) -> bool:
+        if _is_made_here(self.path) is not False:
+            return False
+        if self._is_frozen_here:
+            with _calling("write(2)", self.path / "cgroup.freeze", *_GONE):
+                syscall((self.path / "cgroup.freeze").write_text, "0")
+        # The token last: without it nothing would be tried again.
+        for name in (USED_ATTRIBUTE, STATE_ATTRIBUTE, ALLOCATION_ATTRIBUTE, OWNER_ATTRIBUTE):
+            with _calling("removexattr(2)", self.path, *_GONE, errno.ENODATA):
+                syscall(os.removexattr, self.path, name)
+        return True
+
     def _open(self, name: str, flags: int) -> Descriptor:
         with _calling("open(2)", self.path / name):
             return Descriptor(syscall(os.open, self.path / name, flags | os.O_CLOEXEC))
@@ -355,6 +395,7 @@ class Scope:
                 raise
             with suppress(OSError):  # without freezing it only takes more rounds
                 _write_in(directory, "cgroup.freeze", "1")
+                self._is_frozen_here = True
         # Always, because cgroup.kill signals the leading thread alone. If that has ended or moved
         # away, the other threads of its process stay alive (measured on 6.18).
         self._kill_each(directory)
@@ -555,9 +596,9 @@ def remove_anchor_cgroup(root: Path, instance: str) -> bool:
     """
     path = _anchor_path(root, instance)
     for _ in range(LEAVING_ATTEMPTS_MAX):
-        # A process that has just died (the last anchor, the forge) is not listed any more, but its
-        # cgroup cannot be removed until it has left the CPU for the last time.
-        if _remove_directory(path) or _lists_members(path):
+        # A process that has just died (the last anchor, the forge) is not listed any more, but
+        # populates its cgroup until it has left the CPU for the last time.
+        if remove_cgroup(path) or _lists_members(path):
             break
         select.poll().poll(LEAVING_PAUSE_MS)
     return not _is_there(path)
@@ -578,7 +619,7 @@ def remove_slices(root: Path) -> None:
     """
     for path in (root / WORKLOAD_SLICE, root / ANCHOR_SLICE):
         if _read_attribute(path, MADE_ATTRIBUTE) is not None:
-            _remove_directory(path)
+            remove_cgroup(path)
 
 
 def _open_directory(path: Path) -> Descriptor:
@@ -621,15 +662,19 @@ class _Cursor:
 
     def remove_below(self) -> bool:
         """Remove every cgroup below the first, leaves first; False as soon as one is in use."""
+        pending = [self._children()]
         for _ in range(REMOVE_STEPS_MAX):
-            children = self._children()
-            if not children:
-                if self._depth == 0:
+            if not pending[-1]:
+                pending.pop()
+                if not pending:
                     return True
                 self._enter("..")
-            elif not self._remove_child(children[0]):
-                self._enter(children[0])
-                if not self._children():
+            elif remove_cgroup(pending[-1][-1], self._here):
+                pending[-1].pop()
+            else:
+                self._enter(pending[-1][-1])
+                pending.append(self._children())
+                if not pending[-1]:
                     return False  # a leaf that cannot be removed is populated
         return False
 
@@ -642,16 +687,6 @@ class _Cursor:
     def _children(self) -> list[str]:
         with syscall(os.scandir, self._here.fileno()) as listing:
             return [entry.name for entry in listing if entry.is_dir(follow_symlinks=False)]
-
-    def _remove_child(self, name: str) -> bool:
-        try:
-            syscall(os.rmdir, name, dir_fd=self._here.fileno())
-        except OSError as error:
-            if error.errno in _BUSY:
-                return False
-            if error.errno not in _GONE:
-                raise
-        return True
 
 
 def _scope_path(root: Path, allocation_id: str) -> Path:
@@ -670,52 +705,90 @@ def _directory_name(name: str) -> str:
     return f"{name}.scope"
 
 
-def _make_scope_directory(path: Path, owner: str, description: str | None) -> None:
+def _make_or_claim(path: Path, owner: str, description: str | None) -> bool:
+    """Make a scope, or claim one that is there and unused; say whether it was made."""
     for _ in range(MAKE_ATTEMPTS_MAX):
         try:
-            _make_in_slice(path, exist_ok=False)
+            _make_in_slice(path, mode=SCOPE_MODE, exist_ok=False)
+            is_made = True
         except ScopeError as error:
             if error.errno != errno.EEXIST:
                 raise
-            _remove_leftover(path, owner)
-        else:
+            is_made = False
+            _expect_unowned(path)
+            _expect_unused(path)
+        if is_made:
             # Described before it has an owner: what has an owner of ours says what it is for.
             _describe(path, description)
-            if _claim(path, owner):
-                return
+        if _claim(path, owner):
+            if not is_made:
+                # Only now, because another program may have been about to claim it as well.
+                _describe(path, description)
+            return is_made
     raise ScopeError(
         "mkdir(2)", errno.EEXIST, path, "another program keeps making it; find out which"
     )
 
 
-def _remove_leftover(path: Path, owner: str) -> None:
-    """Remove a scope without an owner that is in the way; refuse one that is in use."""
-    other = _read_owner(path)
-    if other is not None:
-        advice = f"it belongs to owner {other}; `nshandoff doctor` says whose that is"
+def _expect_unowned(path: Path) -> None:
+    owner = _read_owner(path)
+    if owner is not None:
+        advice = f"it belongs to owner {owner}; `nshandoff doctor` says whose that is"
         raise ScopeError("mkdir(2)", errno.EEXIST, path, advice)
-    if not _remove_unowned(path, owner):
-        advice = "it has no owner but is in use; end what runs in it, then remove it"
-        raise ScopeError("mkdir(2)", errno.EEXIST, path, advice)
+
+
+def _expect_unused(path: Path) -> None:
+    use = _use_of(path)
+    if use is not None:
+        raise ScopeError("mkdir(2)", errno.EEXIST, path, f"it has no owner, and {use}")
+
+
+def _use_of(path: Path) -> str | None:
+    """Say what is in a cgroup, and what to do about it; None if nothing is, or it is gone."""
+    with _calling("read(2)", path, *_GONE):
+        if "populated 1" in syscall((path / "cgroup.events").read_text).splitlines():
+            return "processes are in it; end them first"
+        below = [entry.name for entry in syscall(path.iterdir) if entry.is_dir()]
+        if below:
+            return f"cgroups are below it, {below[0]!a} for one; remove them first"
+    return None
+
+
+def _note_past_use(path: Path) -> None:
+    """Note the CPU time that an adopted scope has used, since only what comes later counts."""
+    with _calling("read(2)", path / "cpu.stat", *_GONE):
+        before = 0
+        for _ in range(LEAVING_ATTEMPTS_MAX):
+            usage = _usage_of(syscall((path / "cpu.stat").read_text))
+            if usage == before:
+                break
+            # The last of it is counted a moment after the scope is empty.
+            before = usage
+            select.poll().poll(LEAVING_PAUSE_MS)
+    if before:
+        with _calling("setxattr(2)", path, *_GONE):
+            syscall(os.setxattr, path, USED_ATTRIBUTE, str(before).encode())
+
+
+def _usage_of(statistics: str) -> int:
+    """Read the CPU time, in microseconds, from a `cpu.stat`."""
+    for line in statistics.splitlines():
+        name, _, value = line.partition(" ")
+        if name == "usage_usec":
+            return int(value)
+    return 0
 
 
 def _remove_unowned(path: Path, owner: str) -> bool:
-    """Remove a scope that has no owner; False while something is in it."""
-    if _is_in_use(path):
+    """Remove a scope that was made here and has no owner; False while something is in it."""
+    if _use_of(path) is not None:
         return False
     # It is claimed first: only the owner of a scope may remove it, and its maker may be about to
     # claim it.
-    if not _claim(path, owner) or _remove_directory(path):
+    if not _claim(path, owner) or remove_cgroup(path):
         return True
     with suppress(OSError):
         syscall(os.removexattr, path, OWNER_ATTRIBUTE)
-    return False
-
-
-def _is_in_use(path: Path) -> bool:
-    with _calling("read(2)", path, *_GONE):
-        events = syscall((path / "cgroup.events").read_text)
-        return "populated 1" in events or any(entry.is_dir() for entry in syscall(path.iterdir))
     return False
 
 
@@ -727,7 +800,9 @@ def _claim(path: Path, owner: str) -> bool:
     except OSError as error:
         if error.errno in (*_GONE, errno.EEXIST):
             return False
-        _remove_directory(path)
+        with suppress(OSError):
+            if _is_made_here(path):
+                remove_cgroup(path)
         raise ScopeError.of("setxattr(2)", error, path) from error
     return True
 
@@ -739,16 +814,18 @@ def _describe(path: Path, description: str | None) -> None:
         except OSError as error:
             # ENOENT: another program removed it; claiming it finds that, too.
             if error.errno not in _GONE:
-                _remove_directory(path)
+                with suppress(OSError):
+                    if _is_made_here(path):
+                        remove_cgroup(path)
                 raise ScopeError.of("setxattr(2)", error, path) from error
 
 
-def _make_in_slice(path: Path, *, exist_ok: bool = True) -> None:
+def _make_in_slice(path: Path, *, mode: int = 0o755, exist_ok: bool = True) -> None:
     for _ in range(MAKE_ATTEMPTS_MAX):
         _make_slice(path.parent)
         # ENOENT: the slice, which was empty, was removed between the two calls.
         with _calling("mkdir(2)", path, errno.ENOENT):
-            syscall(path.mkdir, mode=0o755, exist_ok=exist_ok)
+            syscall(path.mkdir, mode=mode, exist_ok=exist_ok)
             return
     raise ScopeError("mkdir(2)", errno.ENOENT, path, "another program keeps removing the slice")
 
@@ -769,15 +846,38 @@ def _expect_usable(path: Path) -> None:
         raise ScopeError("mkdir(2)", errno.EOPNOTSUPP, path, advice)
 
 
-def _remove_directory(path: Path) -> bool:
-    try:
-        syscall(path.rmdir)
-    except OSError as error:
-        if error.errno in _BUSY:
+def remove_cgroup(path: Path | str, above: Descriptor | None = None) -> bool:
+    """
+    Remove a cgroup; False while something is in it.
+
+    Only after `populated 0` was read: since Linux 6.19 processes that are exiting still populate
+    their cgroup, and until 7.0.8 rmdir(2) waits for them, where no signal reaches it. (A process
+    that enters in between is not one that is exiting, and rmdir(2) refuses.)
+
+    Args:
+        path: The cgroup; a name if `above` is given.
+        above: The cgroup that it is in; lent.
+    """
+    # Keeps NODE-17.
+    events = f"{path}/cgroup.events"
+    with _calling("read(2)", events, *_GONE):
+        if "populated 1" in _read_in(above, events).splitlines():
             return False
-        if error.errno not in _GONE:
-            raise ScopeError.of("rmdir(2)", error, path) from error
+    with _calling("rmdir(2)", path, *_GONE):
+        try:
+            syscall(os.rmdir, path, dir_fd=None if above is None else above.fileno())
+        except OSError as error:
+            if error.errno in _BUSY:
+                return False
+            raise
     return True
+
+
+def _is_made_here(path: Path) -> bool | None:
+    """Say whether a scope was made here, and not by a consumer; None if there is none."""
+    with _calling("stat(2)", path, *_GONE):
+        return bool(syscall(path.lstat).st_mode & stat.S_ISVTX)
+    return None
 
 
 def _is_there(path: Path) -> bool:
@@ -818,7 +918,14 @@ def _process_of_thread(thread: str) -> int | None:
     return None
 
 
-def _read_in(directory: Descriptor, name: str) -> str:
+def _is_populated(directory: Descriptor) -> bool:
+    """Say whether a live process is in an open cgroup or below; not if it was removed."""
+    with _calling("read(2)", "cgroup.events", *_GONE):
+        return "populated 1" in _read_in(directory, "cgroup.events").splitlines()
+    return False
+
+
+def _read_in(directory: Descriptor | None, name: str) -> str:
     with syscall(open, name, opener=_opener_in(directory)) as file:
         return str(syscall(file.read))
 
@@ -829,11 +936,11 @@ def _write_in(directory: Descriptor, name: str, text: str) -> None:
         syscall(file.write, text.encode())
 
 
-def _opener_in(directory: Descriptor) -> Callable[[str, int], int]:
+def _opener_in(directory: Descriptor | None) -> Callable[[str, int], int]:
     # Without O_CREAT and O_TRUNC, which open() adds: files cannot be made in a cgroup.
     def opener(name: str, flags: int) -> int:
         access = flags & (os.O_ACCMODE | os.O_CLOEXEC)
-        return os.open(name, access, dir_fd=directory.fileno())
+        return os.open(name, access, dir_fd=None if directory is None else directory.fileno())
 
     return opener
 

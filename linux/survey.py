@@ -150,7 +150,8 @@ def survey_node(state_dir: Path, features: Features) -> NodeSeen:
 def states_of(pids: Iterable[int]) -> str:
     """List processes with the state of each, as text."""
     processes = [f"{pid} ({_STATE_WORDS.get(state, state)})" for pid, state, _ in _read_all(pids)]
-    return _shortened(processes) or "none that can be seen"
+    # Since Linux 6.19 a process that is exiting populates its cgroup and is not listed.
+    return _shortened(processes) or "none that can be seen; they are exiting"
 
 
 def zombies_below(init: int) -> str:

@@ -48,6 +48,8 @@ NAME_OWNERS: Final = {
     r"asyncio\.create_subprocess_\w+": FORGES,
     r"os\.(close|closerange|dup|dup2)": r"transport/descriptors\.py",
     r"fcntl\.F_DUPFD\w*": r"transport/descriptors\.py",
+    # A cgroup is removed only after it was read that it is empty.
+    r"(.*\.)?rmdir": r"linux/cgroups\.py",
     # However the socket is called that they are asked of.
     r"(.*\.)?(sendmsg|sendmsg_afalg|recvmsg|recvmsg_into|send_fds|recv_fds)": (
         r"transport/channel\.py"
@@ -254,6 +256,7 @@ VIOLATIONS: Final = [
     (dangerous_calls_have_one_owner, "linux/forge/client.py", "import os as o\no.dup2(3, 4)"),
     (dangerous_calls_have_one_owner, "linux/forge/client.py", "from os import close as shut"),
     (dangerous_calls_have_one_owner, "linux/anchor.py", "import fcntl\nfcntl.F_DUPFD_CLOEXEC"),
+    (dangerous_calls_have_one_owner, "linux/backend.py", "def f(path): path.parent.rmdir()"),
     (dangerous_calls_have_one_owner, "linux/anchor.py", "import os\nspawn = os.posix_spawn"),
     (dangerous_calls_have_one_owner, "linux/cli/command.py", "import os\nos.fork()"),
     (dangerous_calls_have_one_owner, "linux/cli/command.py", "__import__('ctypes')"),

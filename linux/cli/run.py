@@ -258,7 +258,8 @@ def _end(handoff: Handoff, features: Features) -> None:
 def _what_is_left(handoff: Handoff, features: Features) -> str | None:
     """Look for what the provider could not release by its deadline."""
     scope = _scope_of(handoff, None)
-    if scope is not None and scope.is_dir():
+    # One that was there before is given back: it has no owner then.
+    if scope is not None and Scope(scope, "").owner() is not None:
         return f"processes in {scope}: {states_of(Scope(scope, '').processes())}"
     # On Linux kernels before 6.11 it cannot be found out whether an init is dead.
     is_provable = features.pidfd_namespaces and NamespaceType.PID in handoff.bundle.types

@@ -65,7 +65,11 @@ class SimulatedCgroup:
         self.members: list[SimulatedMember] = []
         """The living processes."""
         self.was_used = False
-        """Whether anything was ever in it or below: `usage_usec` of `cpu.stat`."""
+        """Whether anything was in it or below since it was made or adopted, as by `cpu.stat`."""
+        self.is_made_here = False
+        """Whether a provider made it: the sticky bit of its permissions."""
+        self.has_owner = False
+        """Whether a provider uses it: the owner's token."""
         self.changes = 0
         self._is_told_to_freeze = False
 
@@ -79,6 +83,11 @@ class SimulatedCgroup:
         """`frozen`: whether it, or one above it, was told to freeze."""
         above = self.parent is not None and self.parent.is_frozen
         return self._is_told_to_freeze or above
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether a process is in it, or another one below."""
+        return bool(self.children or self.members)
 
     def make(self, name: str) -> SimulatedCgroup:
         """Make one below it; EEXIST."""
@@ -95,8 +104,7 @@ class SimulatedCgroup:
 
     def remove(self, name: str) -> None:
         """Remove one below it; ENOENT, or EBUSY while that is populated or has others below."""
-        found = self.find(name)
-        if found.children or found.members:
+        if self.find(name).is_in_use:
             _refuse(errno.EBUSY)
         del self.children[name]
 

@@ -266,11 +266,33 @@ class SimulatedNode:
                 self._report(Observation(allocation_id, Sighting.INIT_DIED))
             self._report_population(allocation_id)
 
-    def remove_scope(self, allocation_id: str) -> None:
-        """Let another program remove the empty cgroup; EBUSY if it is not empty."""
+    def prepare_scope(self, allocation_id: str) -> SimulatedCgroup:
+        """Let another program make the cgroup before the provider does; EEXIST."""
         with self.lock:
-            self.drop_scope(allocation_id)
-            self._report(Observation(allocation_id, Sighting.EMPTIED))
+            return self._slice.make(allocation_id)
+
+    def remove_scope(self, allocation_id: str) -> None:
+        """Let another program remove the cgroup, which may be used by no allocation; EBUSY."""
+        with self.lock:
+            self._slice.remove(allocation_id)
+            if self.find(allocation_id).scope is not None:
+                self.allocations[allocation_id].scope = None
+                self._drop_if_empty(allocation_id)
+                self._report(Observation(allocation_id, Sighting.EMPTIED))
+
+    def discard_scope(self, allocation_id: str) -> None:
+        """Let another program end what is in a cgroup that no allocation uses, and remove it."""
+        with self.lock:
+            scope = self._slice.find(allocation_id)
+            scope.kill()
+            scope.settle()
+            scope.children.clear()
+            self._slice.remove(allocation_id)
+
+    def has_scope(self, allocation_id: str) -> bool:
+        """Say whether the cgroup is there, whoever made it."""
+        with self.lock:
+            return allocation_id in self._slice.children
 
     @property
     def mounted(self) -> list[str]:
@@ -362,15 +384,22 @@ class SimulatedNode:
         return allocation.is_init_gone
 
     def make_scope(self, allocation_id: str) -> None:
-        """Make the cgroup."""
+        """Make the cgroup, or adopt the one that is there; EEXIST if that is used or owned."""
         with self.lock:
-            scope = self._slice.make(allocation_id)
+            scope = self._slice.children.get(allocation_id)
+            if scope is None or scope.is_in_use or scope.has_owner:
+                scope = self._slice.make(allocation_id)
+                scope.is_made_here = True
+            scope.has_owner, scope.was_used = True, False
             self.allocations.setdefault(allocation_id, NodeAllocation()).scope = scope
 
     def drop_scope(self, allocation_id: str) -> None:
-        """Remove the cgroup; EBUSY while it is populated."""
+        """Remove the cgroup, or give it back if it was adopted; EBUSY while it is in use."""
         with self.lock:
-            self._slice.remove(allocation_id)
+            scope = self._slice.find(allocation_id)
+            if scope.is_made_here or scope.is_in_use:
+                self._slice.remove(allocation_id)
+            scope.has_owner = False
             self.allocations[allocation_id].scope = None
             self._drop_if_empty(allocation_id)
 

@@ -26,6 +26,7 @@ from .worlds import (
     IMAGE,
     LIGHT,
     MOUNT,
+    OCCUPATIONS,
     OTHER_IMAGE,
     PID,
     SCOPE_PREFIX,
@@ -155,10 +156,60 @@ class BackendContract:
             create(world, allocation_id, LIGHT, "missing.sqfs")
         assert_never_was(world, allocation_id)
 
-    def test_a_taken_scope_undoes_everything(self, world: World, allocation_id: str) -> None:
-        world.occupy_scope(allocation_id)
-        with pytest.raises(CreationFailed, match="EEXIST"):
+    @pytest.mark.clause("NODE-18")
+    @pytest.mark.parametrize("how", OCCUPATIONS)
+    def test_a_taken_scope_undoes_everything(
+        self, world: World, allocation_id: str, how: str
+    ) -> None:
+        world.occupy_scope(allocation_id, how)
+        with pytest.raises(CreationFailed, match=r"EEXIST|File exists"):
             create(world, allocation_id, LIGHT, IMAGE)
+        assert world.has_scope(allocation_id)
+        world.vacate_scope(allocation_id)
+        assert_never_was(world, allocation_id)
+
+    @pytest.mark.clause("NODE-18", "NODE-19")
+    def test_a_scope_that_was_prepared_is_adopted_and_given_back(
+        self, world: World, allocation_id: str
+    ) -> None:
+        world.prepare_scope(allocation_id)
+        # The second life begins with a cgroup that has been used.
+        for _ in range(2):
+            create(world, allocation_id)
+            world.backend.watch(allocation_id)
+            assert set(world.sightings(allocation_id)) <= {Sighting.CHANGED}
+            assert not world.backend.is_over(allocation_id)
+            world.pass_through(allocation_id)
+            eventually(lambda: world.backend.is_over(allocation_id))
+            world.release(allocation_id)
+            assert world.has_scope(allocation_id)
+        world.vacate_scope(allocation_id)
+        assert world.leftovers() == []
+
+    @pytest.mark.clause("NODE-19")
+    def test_an_adopted_scope_is_given_back_by_a_later_program(
+        self, world: World, allocation_id: str
+    ) -> None:
+        world.prepare_scope(allocation_id)
+        create(world, allocation_id)
+        (adoption,) = world.restart().adoptions
+        assert adoption.state is AllocationState.CREATED
+        world.join(allocation_id)
+        world.release(allocation_id)
+        assert world.has_scope(allocation_id)
+        world.vacate_scope(allocation_id)
+        assert world.leftovers() == []
+
+    @pytest.mark.clause("NODE-19")
+    def test_a_creation_that_fails_gives_back_what_it_adopted(
+        self, world: World, allocation_id: str
+    ) -> None:
+        world.prepare_scope(allocation_id)
+        with pytest.raises(CreationFailed, match=r"missing\.sqfs"):
+            create(world, allocation_id, LIGHT, "missing.sqfs")
+        assert world.has_scope(allocation_id)
+        create(world, allocation_id)
+        world.release(allocation_id)
         world.vacate_scope(allocation_id)
         assert_never_was(world, allocation_id)
 

@@ -17,6 +17,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -42,6 +43,7 @@ from ..simulated import (
     SimulatedInspector,
     SimulatedNode,
 )
+from ..simulated.cgroups import SimulatedMember
 from ..syscalls import SyscallError
 
 PID: Final = NamespaceType.PID
@@ -56,6 +58,9 @@ SCOPE_PREFIX: Final = f"nsh-test-{os.getpid()}-"
 DEADLINE_S: Final = 10.0
 HOLD_TIME_S: Final = 60.0
 
+
+OCCUPATIONS: Final = ("another owner", "a process", "a cgroup below")
+"""Why a cgroup that is there already is not adopted."""
 
 IMAGE: Final = "hello.sqfs"
 OTHER_IMAGE: Final = "deep/other.sqfs"
@@ -156,11 +161,19 @@ class World(ABC):
     def remove_scope(self, name: str) -> None: ...
 
     @abstractmethod
-    def occupy_scope(self, name: str) -> None:
-        """Take the cgroup's name before the backend can."""
+    def prepare_scope(self, name: str) -> None:
+        """Make the cgroup before the backend does, as a consumer that sets limits."""
 
     @abstractmethod
-    def vacate_scope(self, name: str) -> None: ...
+    def occupy_scope(self, name: str, how: str) -> None:
+        """Make the cgroup unfit for the backend, in one of the ways of `OCCUPATIONS`."""
+
+    @abstractmethod
+    def vacate_scope(self, name: str) -> None:
+        """Remove a cgroup that was prepared or occupied, and what is in it."""
+
+    @abstractmethod
+    def has_scope(self, name: str) -> bool: ...
 
     # What is on the machine.
 
@@ -227,12 +240,6 @@ class SimulatedWorld(World):
     def __init__(self) -> None:
         super().__init__()
         self.node = SimulatedNode(frozenset({IMAGE, OTHER_IMAGE}), hook=self.before)
-        self._occupied: set[str] = set()
-
-    def before(self, step: Step, name: str) -> None:
-        if step is Step.SCOPE and name in self._occupied:
-            raise SimulatedFailure("mkdir(2): EEXIST")
-        super().before(step, name)
 
     def fail(self) -> NoReturn:
         raise SimulatedFailure("test(2): EIO")
@@ -295,11 +302,24 @@ class SimulatedWorld(World):
     def remove_scope(self, name: str) -> None:
         self.node.remove_scope(name)
 
-    def occupy_scope(self, name: str) -> None:
-        self._occupied.add(name)
+    def prepare_scope(self, name: str) -> None:
+        self.node.prepare_scope(name)
+
+    def occupy_scope(self, name: str, how: str) -> None:
+        scope = self.node.prepare_scope(name)
+        match how:
+            case "another owner":
+                scope.has_owner = True
+            case "a process":
+                scope.enter(SimulatedMember())
+            case _:
+                scope.make("below")
 
     def vacate_scope(self, name: str) -> None:
-        self._occupied.discard(name)
+        self.node.discard_scope(name)
+
+    def has_scope(self, name: str) -> bool:
+        return self.node.has_scope(name)
 
     def mounted(self) -> list[str]:
         return self.node.mounted
@@ -377,7 +397,7 @@ class LinuxWorld(World):
                 self.dies_at = step
                 self.launch()
                 self.backend.create_namespaces(request)
-                self.backend.release_namespaces(request.allocation_id)
+                self.release(request.allocation_id)
             finally:
                 os._exit(1)
         assert os.waitpid(program, 0) == (program, signal.SIGKILL)
@@ -469,13 +489,28 @@ class LinuxWorld(World):
     def remove_scope(self, name: str) -> None:
         self.scope(name).rmdir()
 
-    def occupy_scope(self, name: str) -> None:
-        Scope.create(self._cgroup2, name, "another owner")
-        self.adopt_process(name, self.scope(name))
+    def prepare_scope(self, name: str) -> None:
+        self.scope(name).parent.mkdir(exist_ok=True)
+        self.scope(name).mkdir()
+
+    def occupy_scope(self, name: str, how: str) -> None:
+        if how == "another owner":
+            Scope.create(self._cgroup2, name, how)
+            return
+        self.prepare_scope(name)
+        if how == "a process":
+            self.adopt_process(name, self.scope(name))
+        else:
+            (self.scope(name) / "below").mkdir()
 
     def vacate_scope(self, name: str) -> None:
-        self.leave(name)
-        eventually(lambda: _is_removed(self.scope(name)))
+        if self._members.get(name):
+            self.leave(name)
+        for cgroup in (self.scope(name) / "below", self.scope(name)):
+            eventually(partial(_is_removed, cgroup))
+
+    def has_scope(self, name: str) -> bool:
+        return self.scope(name).is_dir()
 
     def mounted(self) -> list[str]:
         return sorted(

@@ -429,7 +429,7 @@ def test_states_are_shown_in_words() -> None:
 
 
 def test_no_processes_and_many_are_shown_in_words() -> None:
-    assert states_of([]) == "none that can be seen"
+    assert states_of([]) == "none that can be seen; they are exiting"
     assert states_of([os.getpid()] * (PROCESSES_SHOWN_MAX + 3)).endswith("and 3 more")
 
 

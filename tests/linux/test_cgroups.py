@@ -6,6 +6,7 @@ import errno
 import os
 import select
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -208,11 +209,128 @@ def test_our_own_scope_is_not_made_a_second_time(root: Path) -> None:
         Scope.create(root, "alloc", OWNER)
 
 
-def test_an_empty_scope_without_an_owner_is_replaced(scope: Scope, root: Path) -> None:
+def test_a_scope_whose_maker_died_before_stamping_it_is_taken_over(
+    scope: Scope, root: Path
+) -> None:
     os.removexattr(scope.path, OWNER_ATTRIBUTE)
-    before = scope.path.stat().st_ino
-    assert Scope.create(root, "alloc", OWNER).owner() == OWNER
-    assert scope.path.stat().st_ino != before
+    taken = Scope.create(root, "alloc", OWNER)
+    assert taken.owner() == OWNER
+    assert taken.remove()
+    assert not taken.path.exists()
+
+
+@pytest.fixture
+def theirs(root: Path) -> Path:
+    """A scope that a consumer made, with limits, before it asked."""
+    path = root / WORKLOAD_SLICE / "alloc.scope"
+    path.mkdir(parents=True)
+    (path / "cgroup.max.descendants").write_text("7")
+    os.setxattr(path, "user.consumer", b"mine")
+    return path
+
+
+def state_of(path: Path) -> tuple[int, str, bytes]:
+    limit = (path / "cgroup.max.descendants").read_text().strip()
+    return path.stat().st_ino, limit, os.getxattr(path, "user.consumer")
+
+
+@pytest.mark.clause("NODE-18", "NODE-19")
+def test_a_scope_that_a_consumer_made_is_adopted_and_given_back(root: Path, theirs: Path) -> None:
+    before, attributes = state_of(theirs), os.listxattr(theirs)
+    for _ in range(2):
+        scope = Scope.create(root, "alloc", OWNER)
+        assert (scope.owner(), scope.is_gone(), scope.is_over()) == (OWNER, False, False)
+        assert state_of(theirs) == before
+        (theirs / "below").mkdir()
+        run_to_end(theirs / "below")
+        wait_until(scope.is_over)
+        assert scope.remove()
+        assert scope.is_gone()
+        assert (state_of(theirs), os.listxattr(theirs)) == (before, attributes)
+        assert not (theirs / "below").exists()
+        assert Scope.open(root, "alloc", OWNER) is None
+    scope.kill()
+    assert scope.remove()
+    assert theirs.is_dir()
+
+
+@pytest.mark.clause("NODE-18")
+def test_use_before_the_adoption_is_no_use(root: Path, theirs: Path) -> None:
+    run_to_end(theirs)
+    wait_until(lambda: "usage_usec 0\n" not in (theirs / "cpu.stat").read_text())
+    scope = Scope.create(root, "alloc", OWNER)
+    again = Scope.open(root, "alloc", OWNER)
+    assert again is not None
+    assert [each.was_used() or each.is_over() for each in (scope, again)] == [False, False]
+    run_to_end(theirs)
+    wait_until(again.was_used)
+    wait_until(again.is_over)
+
+
+@pytest.mark.clause("NODE-18")
+def test_a_scope_in_use_is_not_adopted(root: Path, theirs: Path) -> None:
+    refused = pytest.raises(ScopeError, match=r"EEXIST.*processes are in it; end them first")
+    with running(theirs), refused:
+        Scope.create(root, "alloc", OWNER)
+    (theirs / "below").mkdir()
+    with pytest.raises(ScopeError, match=r"EEXIST.*cgroups are below it, 'below' .* remove them"):
+        Scope.create(root, "alloc", OWNER)
+    assert OWNER_ATTRIBUTE not in os.listxattr(theirs)
+
+
+@pytest.mark.clause("NODE-18")
+def test_a_process_that_enters_during_the_adoption_keeps_its_scope(
+    root: Path, theirs: Path
+) -> None:
+    with subprocess.Popen(["sleep", "1000"]) as process:
+        is_due = True
+
+        def enter(event: str, _: tuple[object, ...]) -> None:
+            nonlocal is_due
+            if event == "os.setxattr" and is_due:
+                is_due = False
+                (theirs / "cgroup.procs").write_text(str(process.pid))
+
+        sys.addaudithook(enter)
+        with pytest.raises(ScopeError, match=r"EEXIST.*processes are in it"):
+            Scope.create(root, "alloc", OWNER)
+        assert OWNER_ATTRIBUTE not in os.listxattr(theirs)
+        assert process.poll() is None
+        process.kill()
+
+
+def test_an_adoption_that_fails_is_undone(root: Path, theirs: Path) -> None:
+    (theirs.parent / "neighbour").mkdir()
+    (theirs.parent / "neighbour" / "cgroup.type").write_text("threaded")
+    before = state_of(theirs)
+    with pytest.raises(ScopeError, match="made threaded"):
+        Scope.create(root, "alloc", OWNER)
+    assert state_of(theirs) == before
+    assert OWNER_ATTRIBUTE not in os.listxattr(theirs)
+
+
+@pytest.mark.clause("NODE-19", "NODE-4")
+def test_an_adopted_scope_that_lost_its_owner_is_not_ours(root: Path, theirs: Path) -> None:
+    scope = Scope.create(root, "alloc", OWNER)
+    os.removexattr(theirs, OWNER_ATTRIBUTE)
+    assert scope.is_gone()
+    assert Scope.open(root, "alloc", OWNER) is None
+    assert scope.remove()
+    assert theirs.is_dir()
+
+
+@pytest.mark.clause("NODE-19")
+def test_a_crash_at_any_moment_leaves_no_scope_that_could_be_a_consumers(root: Path) -> None:
+    # Between mkdir(2) and setxattr(2) a scope has no owner; its permissions say whose it is.
+    made: list[int] = []
+
+    def note(event: str, arguments: tuple[object, ...]) -> None:
+        if event == "os.setxattr" and str(arguments[0]).endswith("alloc.scope"):
+            made.append(Path(str(arguments[0])).stat().st_mode)
+
+    sys.addaudithook(note)
+    Scope.create(root, "alloc", OWNER)
+    assert [stat.filemode(mode) for mode in made] == ["drwxr-xr-t"]
 
 
 @pytest.mark.clause("END-11", "NODE-4")
@@ -224,7 +342,7 @@ def test_a_used_scope_without_an_owner_is_never_touched(
     place = scope.path / "below" if nested else scope.path
     place.mkdir(exist_ok=True)
     with running(place) as process:
-        with pytest.raises(ScopeError, match="it has no owner but is in use"):
+        with pytest.raises(ScopeError, match="it has no owner, and processes are in it"):
             Scope.create(root, "alloc", OWNER)
         found = Scope.open(root, "alloc", OWNER)
         assert found is not None
@@ -404,6 +522,73 @@ def test_kill_reaches_everyone_frozen_nested_and_detached(scope: Scope, is_froze
         scope.kill()
         wait_until(lambda: not scope.is_populated())
     assert scope.remove()
+
+
+_removals: Final[list[list[tuple[str, bool]]]] = []
+"""Where `removals_noted` notes; the hook of an interpreter stays for as long as that runs."""
+
+
+def _note_removal(event: str, arguments: tuple[object, ...]) -> None:
+    if event == "os.rmdir" and _removals:
+        path, above = arguments
+        base = Path(f"/proc/self/fd/{above}") if above != -1 else Path()
+        with suppress(FileNotFoundError):
+            events = (base / str(path) / "cgroup.events").read_text()
+            _removals[-1].append((Path(str(path)).name, "populated 1" in events))
+
+
+sys.addaudithook(_note_removal)
+
+
+@contextmanager
+def removals_noted() -> Iterator[list[tuple[str, bool]]]:
+    """Note each rmdir of a cgroup: its name, and whether it was populated then."""
+    _removals.append([])
+    try:
+        yield _removals[-1]
+    finally:
+        _removals.pop()
+
+
+@pytest.mark.clause("NODE-17")
+def test_no_cgroup_is_removed_before_it_reads_as_empty(scope: Scope, root: Path) -> None:
+    below, anchors = scope.path / "below", anchor_cgroup(root, "instance")
+    below.mkdir()
+    own = Scope(scope.path, OWNER)
+
+    def remove_all() -> list[bool]:
+        gone = [own.remove(), remove_anchor_cgroup(root, "instance")]
+        remove_slices(root)
+        return gone
+
+    with removals_noted() as noted:
+        with running(below), running(anchors):
+            assert remove_all() == [False, False]
+        with running(scope.path):
+            assert remove_all()[0] is False
+        os.removexattr(scope.path, OWNER_ATTRIBUTE)
+        with running(scope.path):
+            assert not own.remove()
+        os.setxattr(scope.path, OWNER_ATTRIBUTE, OWNER.encode())
+        assert {name for name, _ in noted} <= {"below", "instance.scope", ANCHOR_SLICE}
+        wait_until(lambda: all(remove_all()))
+    assert [name for name, is_populated in noted if is_populated] == []
+    names = {"below", "alloc.scope", "instance.scope", WORKLOAD_SLICE, ANCHOR_SLICE}
+    assert {name for name, _ in noted} == names
+
+
+def test_many_cgroups_below_are_removed_in_one_go_and_listed_once(scope: Scope) -> None:
+    for number in range(300):
+        (scope.path / f"below-{number}").mkdir()
+    listings = 0
+
+    def count_listings(event: str, _: tuple[object, ...]) -> None:
+        nonlocal listings
+        listings += event == "os.scandir"
+
+    sys.addaudithook(count_listings)
+    assert scope.remove()
+    assert listings <= 2
 
 
 THREADED: Final = """
