@@ -21,6 +21,7 @@ those two calls with their traps closed, for passing descriptors without frames.
 from __future__ import annotations
 
 import array
+import errno
 import socket
 from collections import deque
 from collections.abc import Sequence
@@ -63,6 +64,8 @@ class Reception(NamedTuple):
     """Close-on-exec, in the sender's order; the caller owns them."""
     is_truncated: bool
     """Whether the Linux kernel threw something away: descriptors, or the rest of a packet."""
+    denied: tuple[int, ...] = ()
+    """The errno of each descriptor that the Linux kernel withheld: a security module can (7.3)."""
 
 
 def send_once(sock: socket.socket, data: bytes | memoryview, fds: Sequence[int] = ()) -> int:
@@ -122,7 +125,7 @@ def receive_once(sock: socket.socket, size: int, descriptors_max: int) -> Recept
     Source:
         unix(7), SCM_RIGHTS. recvmsg(2). cmsg(3).
     """
-    # Keeps FD-5, FD-6.
+    # Keeps FD-5, FD-6, FD-14.
     # CMSG_LEN, not CMSG_SPACE: the padding of the latter has room for one descriptor more.
     # recvmsg, not socket.recv_fds: the latter ignores its flags, so that what it returns would be
     # inherited by every program that is executed (CPython issue 107898).
@@ -135,7 +138,8 @@ def receive_once(sock: socket.socket, size: int, descriptors_max: int) -> Recept
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
     is_truncated = bool(flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC))
-    return Reception(data, adopt_all(fds), is_truncated)
+    descriptors = adopt_all(fd for fd in fds if fd >= 0)
+    return Reception(data, descriptors, is_truncated, tuple(-fd for fd in fds if fd < 0))
 
 
 def _cmsg_len(descriptors: int) -> int:
@@ -429,7 +433,13 @@ class Channel:
         return received
 
     def _note_arrival(self, reception: Reception) -> None:
-        fault = self._why_truncated(reception) if reception.is_truncated else None
+        fault = None
+        if reception.is_truncated:
+            fault = self._why_truncated(reception)
+        elif reception.denied:
+            numbers = ", ".join(errno.errorcode.get(n, str(n)) for n in reception.denied)
+            fault = f"the receiver's Linux kernel denies {len(reception.denied)} of the descriptors"
+            fault = f"{fault} ({numbers}); a security module forbids them"
         if reception.descriptors or fault is not None:
             end = self._frames.bytes_fed
             first_byte = end - len(reception.data)

@@ -354,7 +354,7 @@ class ForgeProgram:
         """Make anchors until the owner closes its end."""
         while True:
             try:
-                record, descriptors, _ = receive_once(self._owner, RECORD_BYTES_MAX, 1)
+                record, descriptors, *_ = receive_once(self._owner, RECORD_BYTES_MAX, 1)
             except ConnectionResetError:
                 return
             with ExitStack() as stack:

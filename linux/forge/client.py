@@ -224,10 +224,12 @@ class Forge:
                 self._end(patiently=True)
             raise
         if not answer.descriptors:
-            # The pidfd was sent, but no descriptor was left for it here. The forge still has it.
+            # The pidfd was sent and withheld: no descriptor was left for it here, or a security
+            # module denies it. The forge still has it.
             with self._ending_if_unanswered(plan):
                 self._ask(UNDO_LAST, None)
-            raise ForgeError("receive the anchor", SyscallError("recvmsg(2)", errno.EMFILE))
+            number = answer.denied[0] if answer.denied else errno.EMFILE
+            raise ForgeError("receive the anchor", SyscallError("recvmsg(2)", number))
         return Anchor(pid, answer.descriptors[0], plan.token)
 
     def _ask_for(self, plan: AnchorPlan, record: bytes, image: Descriptor | None) -> Reception:

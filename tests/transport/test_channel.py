@@ -300,7 +300,7 @@ def test_linux_joins_plain_bytes_with_the_descriptors_after_them() -> None:
         first, second = receive_once(theirs, 100, 3), receive_once(theirs, 100, 3)
         close_all(first.descriptors)
         assert (first.data, len(first.descriptors)) == (b"plainwith", 1)
-        assert second == (b"after", [], False)
+        assert second == (b"after", [], False, ())
 
 
 message_lists = st.lists(
@@ -893,7 +893,7 @@ def test_never_more_descriptors_than_there_is_room_for(kind: int, room: int) -> 
     with ours, theirs:
         send_once(ours, b"x", [descriptor.fileno() for descriptor in sent])
         close_all(sent)
-        data, descriptors, is_truncated = receive_once(theirs, 10, room)
+        data, descriptors, is_truncated, _ = receive_once(theirs, 10, room)
         assert data == b"x"
         assert [inode(descriptor) for descriptor in descriptors] == expected[:room]
         assert not any(os.get_inheritable(descriptor.fileno()) for descriptor in descriptors)
@@ -901,13 +901,53 @@ def test_never_more_descriptors_than_there_is_room_for(kind: int, room: int) -> 
         close_all(descriptors)
 
 
+class DenyingSocket(socket.socket):
+    """A socket of a Linux that denies some descriptors (SO_RIGHTS_NOTRUNC, 7.3)."""
+
+    denied: Sequence[int] = ()
+    """Which slots of each set."""
+
+    def recvmsg(self, *arguments: int) -> tuple[bytes, list[tuple[int, int, bytes]], int, object]:
+        data, ancillary, flags, address = super().recvmsg(*arguments)
+        for number, (level, kind, content) in enumerate(ancillary):
+            fds = array.array("i", content)
+            for slot in self.denied:
+                os.close(fds[slot])
+                fds[slot] = -errno.EPERM
+            ancillary[number] = level, kind, fds.tobytes()
+        return data, ancillary, flags, address
+
+
+@pytest.mark.clause("FD-14")
+@pytest.mark.parametrize("denied", [(0,), (1,), (2,), (0, 2), (0, 1, 2)])
+def test_a_descriptor_that_is_denied_is_none(denied: tuple[int, ...]) -> None:
+    before = descriptors_open()
+    ours, theirs = socket.socketpair()
+    receiving = DenyingSocket(fileno=theirs.detach())
+    receiving.denied = denied
+    with ours, Channel(receiving, accepts_descriptors=True) as receiver:
+        sent = memfds(3)
+        send_once(
+            ours,
+            encode_frame(encode_message(response(PID, NET, MOUNT))),
+            [d.fileno() for d in sent],
+        )
+        close_all(sent)
+        (rejected,) = receiver.receive()
+        assert isinstance(rejected, Rejected)
+        assert f"denies {len(denied)} of the descriptors (EPERM" in rejected.error.reason
+        assert receiver.receive() == []
+        assert descriptors_open() == before + 2
+    assert descriptors_open() == before
+
+
 def test_a_packet_longer_than_the_read_is_truncated() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         send_once(ours, b"packet")
-        assert receive_once(theirs, 3, 0) == (b"pac", [], True)
+        assert receive_once(theirs, 3, 0) == (b"pac", [], True, ())
         send_once(ours, memoryview(b"packet"))
-        assert receive_once(theirs, 6, 0) == (b"packet", [], False)
+        assert receive_once(theirs, 6, 0) == (b"packet", [], False, ())
 
 
 def test_sending_to_a_closed_peer_is_an_error_and_no_signal() -> None:
@@ -929,7 +969,7 @@ def test_credentials_that_come_with_bytes_are_no_descriptors() -> None:
     with ours, theirs:
         theirs.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         send_once(ours, b"x")
-        assert receive_once(theirs, 1, SENDMSG_DESCRIPTORS_MAX) == (b"x", [], False)
+        assert receive_once(theirs, 1, SENDMSG_DESCRIPTORS_MAX) == (b"x", [], False, ())
 
 
 def test_a_peer_that_refuses_descriptors_is_told_by_the_sender(narrow: Wire) -> None:
