@@ -71,6 +71,8 @@ SELF_SERVICE_SLICE: Final = "self-service.slice"
 DYING_PATIENCE_MS: Final = 5
 """How long the first try to end an init waits for its end."""
 
+_log: Final = logging.getLogger(__name__)
+
 SURVEY_AFTER_TRIES: Final = 6
 """From which try on a living init is explained by the processes that it may wait for."""
 
@@ -122,9 +124,6 @@ _WatchKey: TypeAlias = tuple[Literal["scope", "anchor", "again"], str]
 _AGAIN: Final[_WatchKey] = ("again", "")
 
 
-_log: Final = logging.getLogger(__name__)
-
-
 class LinuxBackend(StepwiseBackend[_Allocation]):
     """
     Makes, watches and releases allocations on this node; fulfils `transport.contract.Backend`.
@@ -163,6 +162,7 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
         with calling("eventfd(2)"):
             self._nudge: Final = Descriptor(syscall(os.eventfd, 1, os.EFD_CLOEXEC))
         self._again: Final[set[str]] = set()
+        self._has_said_blind = False
         self._on_close: Final = on_close
 
     @classmethod
@@ -631,12 +631,22 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
         with self._guard:  # against `_end`, in another thread
             is_due = allocation.events is None and not allocation.is_released
             if allocation.scope is not None and is_due:
+                self._watch_removal(allocation.name, allocation.scope)
                 # Kept only once it is watched: what is kept is not tried again.
                 with ExitStack() as undo:
                     events = undo.enter_context(allocation.scope.open_events())
                     self._watch.add(("scope", allocation.name), events.fileno())
                     undo.pop_all()
                 allocation.events = events
+
+    def _watch_removal(self, name: str, scope: Scope) -> None:
+        try:
+            self._watch.add_removal(("scope", name), scope.path)
+        except SyscallError as error:
+            # Its emptying is noticed all the same, and its removal at the next look.
+            if not self._has_said_blind:
+                _log.warning("scopes that other programs remove are not noticed at once: %s", error)
+            self._has_said_blind = True
 
     def _look_at_scope(self, name: str) -> Observation | None:
         allocation = self._allocations.get(name)

@@ -26,6 +26,7 @@ import re
 import select
 import signal
 import stat
+import struct
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, suppress
@@ -37,7 +38,17 @@ from statemachine.messages import objection_to_id
 from transport.calls import syscall
 from transport.descriptors import Descriptor
 
-from .syscalls import SyscallError, calling, pidfd_open, pidfd_send_signal
+from .syscalls import (
+    IN_DELETE,
+    IN_ONLYDIR,
+    IN_Q_OVERFLOW,
+    SyscallError,
+    calling,
+    inotify_add_watch,
+    inotify_init1,
+    pidfd_open,
+    pidfd_send_signal,
+)
 
 WORKLOAD_SLICE: Final = "workload.slice"
 """Contains the scopes of allocations."""
@@ -86,6 +97,12 @@ LEAVING_PAUSE_MS: Final = 2
 
 EVENTS_BYTES_MAX: Final = 4096
 """More than `cgroup.events` ever contains; one read re-arms its poll."""
+
+INOTIFY_BYTES_MAX: Final = 65_536
+"""How much of the events of removals is read at a time; the rest is read the next time."""
+
+_INOTIFY_EVENT: Final = struct.Struct("=iIII")
+"""`struct inotify_event` without the name: watch, mask, cookie, length of the name."""
 
 _GONE: Final = (errno.ENOENT, errno.ENODEV)
 _BUSY: Final = (errno.EBUSY, errno.ENOTEMPTY)
@@ -460,9 +477,10 @@ def described_scopes(root: Path) -> list[DescribedScope]:
 
 class ScopeWatch(Generic[Key]):
     """
-    One descriptor that reports changes of many scopes, and the deaths of anchors.
+    One descriptor that reports changes and removals of many scopes, and the deaths of anchors.
 
-    It is an epoll, because `cgroup.events` is always readable: waiting for that would spin. Add
+    It is an epoll, because `cgroup.events` is always readable: waiting for that would spin. The
+    removal of a cgroup wakes no poll of a file in it; inotify reports it, of the slice. Add
     `fileno()` to an event loop as readable (a nested epoll works) and call `poll` when it is.
 
     The watched descriptors belong to the caller, who calls `remove` *before* closing one. Usable
@@ -479,6 +497,10 @@ class ScopeWatch(Generic[Key]):
         self._guard: Final = threading.Lock()
         with calling("epoll_create1(2)"):
             self._epoll: Final = syscall(select.epoll)
+        self._inotify: Descriptor | None = None
+        self._removals: Final[dict[tuple[int, str], Key]] = {}
+        """By the number of the slice's watch, and the name of the scope in it."""
+        self._places: Final[dict[Key, tuple[int, str]]] = {}
         self._keys: Final[dict[int, Key]] = {}
         self._masks: Final[dict[int, int]] = {}
         self._fds: Final[dict[Key, int]] = {}
@@ -510,9 +532,40 @@ class ScopeWatch(Generic[Key]):
                 syscall(self._epoll.register, fd, mask)
             self._keys[fd], self._masks[fd], self._fds[key] = key, mask, fd
 
+    def add_removal(self, key: Key, scope: Path) -> None:
+        """
+        Watch for the removal of a scope; `poll` returns its key once more then.
+
+        To be called before the scope's descriptor is added: if that can be opened, no removal was
+        missed.
+
+        Args:
+            key: That of the scope.
+            scope: Its directory.
+
+        Raises:
+            SyscallError: the slice is gone, or cannot be watched: the user has too many instances
+                of inotify (EMFILE), for example. The rest is watched as before.
+        """
+        # Keeps END-21.
+        with self._guard:
+            if self._inotify is None:
+                with ExitStack() as undo:
+                    inotify = undo.enter_context(inotify_init1())
+                    with calling("epoll_ctl(2)"):
+                        syscall(self._epoll.register, inotify, select.EPOLLIN)
+                    undo.pop_all()
+                self._inotify = inotify
+            # Each time, because a slice can be removed and made again; it is the same watch if not.
+            watch = inotify_add_watch(self._inotify, scope.parent, IN_DELETE | IN_ONLYDIR)
+            self._forget_removal(key)
+            self._places[key] = place = (watch, scope.name)
+            self._removals[place] = key
+
     def remove(self, key: Key) -> None:
         """Stop watching; nothing if the key is not watched."""
         with self._guard:
+            self._forget_removal(key)
             fd = self._fds.pop(key, None)
             if fd is not None:
                 del self._keys[fd], self._masks[fd]
@@ -527,17 +580,24 @@ class ScopeWatch(Generic[Key]):
         """
         with self._guard:
             with calling("epoll_wait(2)"):
-                ready = [fd for fd, _ in syscall(self._epoll.poll, 0) if fd in self._keys]
+                events = [fd for fd, _ in syscall(self._epoll.poll, 0)]
+            ready = [fd for fd in events if fd in self._keys]
             for fd in ready:
                 if self._masks[fd] == self.DEATH or not _rearm(fd):
                     self._disarm(fd)
-            return [self._keys[fd] for fd in ready]
+            keys = [self._keys[fd] for fd in ready]
+            if self._inotify is not None and self._inotify.fileno() in events:
+                keys += self._read_removals(self._inotify)
+            return list(dict.fromkeys(keys))
 
     def close(self) -> None:
         """Stop watching everything. Idempotent; what was watched stays open."""
         with self._guard:
             self._epoll.close()
-            for known in (self._keys, self._masks, self._fds):
+            if self._inotify is not None:
+                self._inotify.close()
+                self._inotify = None
+            for known in (self._keys, self._masks, self._fds, self._removals, self._places):
                 known.clear()
 
     def __enter__(self) -> Self:
@@ -545,6 +605,26 @@ class ScopeWatch(Generic[Key]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _read_removals(self, inotify: Descriptor) -> list[Key]:
+        with calling("read(2)", "inotify"):
+            events = syscall(os.read, inotify.fileno(), INOTIFY_BYTES_MAX)
+        keys: list[Key] = []
+        while events:
+            watch, mask, _, size = _INOTIFY_EVENT.unpack_from(events)
+            end = _INOTIFY_EVENT.size + size
+            name = os.fsdecode(events[_INOTIFY_EVENT.size : end].rstrip(b"\0"))
+            events = events[end:]
+            if mask & IN_Q_OVERFLOW:
+                return list(self._places)  # some are missing, so any can have gone
+            if (watch, name) in self._removals:
+                keys.append(self._removals[watch, name])
+        return keys
+
+    def _forget_removal(self, key: Key) -> None:
+        place = self._places.pop(key, None)
+        if place is not None:
+            self._removals.pop(place, None)
 
     def _disarm(self, fd: int) -> None:
         # ENOENT: disarmed before. EBADF: closed too early, which also removes it from the epoll.

@@ -66,6 +66,11 @@ AT_EMPTY_PATH: Final = 0x1000
 RESOLVE_NO_MAGICLINKS: Final = 0x02
 RESOLVE_BENEATH: Final = 0x08
 
+# sys/inotify.h: events of a directory.
+IN_DELETE: Final = 0x200
+IN_Q_OVERFLOW: Final = 0x4000
+IN_ONLYDIR: Final = 0x01000000
+
 FS_LOG_LINE_BYTES_MAX: Final = 4096
 """Longest line that is read from a filesystem context's log; real ones are far shorter."""
 
@@ -447,6 +452,35 @@ def ioctl(fd: FileDescriptor, request: int, arg: int | bytearray = 0) -> int:
 def ioctl_descriptor(fd: FileDescriptor, request: int, arg: int = 0) -> Descriptor:
     """Make a request that returns a descriptor, close-on-exec; the caller owns it."""
     return Descriptor(ioctl(fd, request, arg))
+
+
+def inotify_init1() -> Descriptor:
+    """
+    Make an inotify instance, from which events are read without blocking (inotify_init1(2)).
+
+    The caller owns it.
+
+    Raises:
+        SyscallError: EMFILE, no descriptor is left, or no instance of the user's (128 by default).
+    """
+    flags = os.O_NONBLOCK | os.O_CLOEXEC
+    return Descriptor(_libc_call("inotify_init1", ctypes.c_int(flags)))
+
+
+def inotify_add_watch(instance: FileDescriptor, path: Path, mask: int) -> int:
+    """
+    Watch a path; one that is watched already keeps its number (inotify_add_watch(2)).
+
+    Args:
+        instance: from `inotify_init1`; borrowed.
+        path: what to watch.
+        mask: IN_ flags.
+
+    Returns:
+        The number that its events have.
+    """
+    text = _text("inotify_add_watch(2)", path)
+    return _libc_call("inotify_add_watch", _fd(instance), text, ctypes.c_uint(mask), path=path)
 
 
 def pidfd_open(pid: int) -> Descriptor:

@@ -376,11 +376,29 @@ class BackendContract:
         world.release(name)
         assert world.leftovers() == []
 
-    def test_a_scope_that_was_removed_is_over(self, world: World, name: str) -> None:
+    @pytest.mark.clause("END-21")
+    @pytest.mark.parametrize("is_used", [False, True], ids=["unused", "used"])
+    @pytest.mark.parametrize("is_adopted", [False, True], ids=["made here", "adopted"])
+    def test_a_scope_that_was_removed_is_over(
+        self, world: World, allocation_id: str, is_used: bool, is_adopted: bool
+    ) -> None:
+        name = allocation_id
+        if is_adopted:
+            world.prepare_scope(name)
+        create(world, name)
+        world.backend.watch(name)
+        if is_used:
+            world.join(name)
+            world.sees(name, Sighting.POPULATED)
+            world.leave(name)
+            world.sees(name, Sighting.EMPTIED)
+        # Nothing that was reported before is left to be noticed.
+        eventually(lambda: world.sightings(name) == [])
         world.remove_scope(name)
         world.sees(name, Sighting.EMPTIED)
         assert world.backend.is_over(name)
         world.release(name)
+        assert world.leftovers() == []
 
     def test_a_dead_init_is_seen(self, world: World, name: str) -> None:
         world.kill_init(name)

@@ -487,7 +487,7 @@ class LinuxWorld(World):
         return anchor.pid
 
     def remove_scope(self, name: str) -> None:
-        self.scope(name).rmdir()
+        eventually(partial(_is_removed, self.scope(name)))
 
     def prepare_scope(self, name: str) -> None:
         self.scope(name).parent.mkdir(exist_ok=True)

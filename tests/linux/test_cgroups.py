@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import select
 import signal
@@ -735,6 +736,52 @@ def test_a_death_is_reported_once(scope: Scope) -> None:
         assert watch.poll() == []
         watch.remove("anchor")
         watch.remove("anchor")
+
+
+@pytest.mark.clause("END-21")
+def test_a_removal_is_reported_once_and_no_others(scope: Scope, root: Path) -> None:
+    other = Scope.create(root, "other", OWNER)
+    with ScopeWatch[str]() as watch, scope.open_events() as events:
+        watch.add_removal("alloc", scope.path)
+        watch.add("alloc", events.fileno())
+        assert watch.poll() == ["alloc"]
+        other.path.rmdir()
+        assert watch.poll() == []
+        scope.path.rmdir()
+        assert is_readable(watch)
+        assert watch.poll() == ["alloc"]
+        assert watch.poll() == []
+        # The slice is another one now.
+        assert Scope.create(root, "alloc", OWNER).remove()
+        (root / WORKLOAD_SLICE).rmdir()
+        again = Scope.create(root, "alloc", OWNER)
+        watch.add_removal("alloc", again.path)
+        assert again.remove()
+        assert watch.poll() == ["alloc"]
+        watch.remove("alloc")
+        assert Scope.create(root, "alloc", OWNER).remove()
+        assert watch.poll() == []
+
+
+def test_a_removal_among_too_many_others_is_not_missed(scope: Scope) -> None:
+    queue = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
+    others = [scope.path.parent / f"other-{number}" for number in range(2)]
+    with ScopeWatch[str]() as watch:
+        watch.add_removal("alloc", scope.path)
+        for other in itertools.islice(itertools.cycle(others), queue + 1):
+            other.mkdir()
+            other.rmdir()
+        scope.path.rmdir()
+        seen: list[str] = []
+        while is_readable(watch):
+            seen += watch.poll()
+        assert seen == ["alloc"]
+
+
+def is_readable(watch: ScopeWatch[str]) -> bool:
+    poll = select.poll()
+    poll.register(watch.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def test_a_key_can_be_watched_again_after_it_was_removed(scope: Scope) -> None:

@@ -472,7 +472,7 @@ def test_a_provider_takes_no_descriptors_from_a_consumer(path: Path, use_passrig
         # The other way round they pass.
         with accepted.channel, accepted.credentials.pidfd or ExitStack():
             send_once_from(accepted.channel, null.fileno())
-        data, descriptors, is_truncated = receive_once(consumer, 10, 3)
+        data, descriptors, is_truncated, _ = receive_once(consumer, 10, 3)
         assert (data, len(descriptors), is_truncated) == (b"x", 1, False)
         descriptors[0].close()
 
