@@ -145,7 +145,7 @@ def find_cgroup2(mountinfo: str | Path = Path("/proc/self/mountinfo")) -> Path:
         fields = mount.split(" ")
         if filesystem.split(" ")[0] != "cgroup2" or "rw" not in fields[5].split(","):
             continue
-        root = Path(_unescape(fields[4]))
+        root = Path(unescape(fields[4]))
         # Only a v2 hierarchy has this file at its top: not so if another mount covers this one.
         if syscall((root / "cgroup.controllers").exists):
             return root
@@ -1035,6 +1035,6 @@ def _rearm(fd: int) -> bool:
     return True
 
 
-def _unescape(field: str) -> str:
+def unescape(field: str) -> str:
     """Decode the octal escapes that mountinfo has for blanks and backslashes."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)

@@ -63,13 +63,17 @@ MOUNT_ATTR_NOEXEC: Final = 0x8
 # fcntl.h and linux/openat2.h: how a path is looked up.
 AT_FDCWD: Final = -100
 AT_EMPTY_PATH: Final = 0x1000
+AT_RECURSIVE: Final = 0x8000
 RESOLVE_NO_MAGICLINKS: Final = 0x02
 RESOLVE_BENEATH: Final = 0x08
 
 # sys/inotify.h: events of a directory.
 IN_DELETE: Final = 0x200
+"""Something in it was removed."""
 IN_Q_OVERFLOW: Final = 0x4000
+"""Events were lost, because too many had not been read."""
 IN_ONLYDIR: Final = 0x01000000
+"""Watch nothing but a directory."""
 
 FS_LOG_LINE_BYTES_MAX: Final = 4096
 """Longest line that is read from a filesystem context's log; real ones are far shorter."""

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final, NamedTuple, NoReturn
 
 from statemachine.messages import NamespaceType
@@ -31,7 +31,7 @@ from transport.descriptors import Descriptor
 
 from .. import syscalls
 from ..anchor import ANCHOR_COMMAND, ANCHOR_VARIABLE, Anchor
-from ..cgroups import Scope, remove_slices
+from ..cgroups import Scope, remove_slices, unescape
 from ..features import Features
 from ..limits import protect_from_oom_killer
 from ..namespaces import CLONE_FLAGS, PROC_NAMES, open_namespace
@@ -82,6 +82,11 @@ _PROC_ATTRIBUTES: Final = (
     syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV | syscalls.MOUNT_ATTR_NOEXEC
 )
 
+_SYS: Final = "/sys"
+
+_REFUSED: Final = (errno.EPERM, errno.EACCES, errno.EBUSY, errno.ENODEV)
+"""What the Linux kernel says to a sysfs that may not be mounted: in a container, for example."""
+
 UMASK: Final = 0o022
 """So that every user can enter the directories of mount points, whatever the owner's umask."""
 
@@ -106,6 +111,8 @@ class Work:
         self.anchor: Anchor | None = None
         self.is_away = False
         """Whether the forge is in this anchor's namespaces instead of its own."""
+        self.shortfalls: list[str] = []
+        """What the anchor lacks because the Linux kernel refuses it here."""
 
     @property
     def features(self) -> Features:
@@ -166,6 +173,47 @@ def _bring_up_lo(work: Work) -> None:
         name, flags = _IFREQ.unpack(request)
         request[:] = _IFREQ.pack(name, flags | _IFF_UP)
         syscalls.ioctl(any_socket, Ioctl.SIOCSIFFLAGS, request)
+
+
+def _mount_sys(work: Work) -> None:
+    # A sysfs shows the network namespace that it was mounted in. What is mounted below the node's
+    # is put back on it: copies, so that what is unmounted or mounted there later comes here, too.
+    # Keeps NODE-20.
+    below = _mounts_below_sys(syscall(Path("/proc/self/mountinfo").read_text))
+    if below is None:
+        return
+    with ExitStack() as stack:
+        try:
+            flags = syscalls.OPEN_TREE_CLONE | syscalls.AT_RECURSIVE
+            copies = {
+                path: stack.enter_context(syscalls.open_tree(syscalls.AT_FDCWD, path, flags))
+                for path in below
+            }
+            context = stack.enter_context(syscalls.fsopen("sysfs"))
+            syscalls.fsconfig_create(context)
+            attributes = _PROC_ATTRIBUTES | syscalls.MOUNT_ATTR_RDONLY
+            mounted = stack.enter_context(syscalls.fsmount(context, attributes))
+        except SyscallError as error:
+            if error.errno not in _REFUSED:
+                raise
+            work.shortfalls.append(f"/sys shows the node's network: {error}")
+            return
+        syscalls.attach_mount(mounted, _SYS)
+        for path, copy in copies.items():
+            syscalls.attach_mount(copy, path)
+
+
+def _mounts_below_sys(mountinfo: str) -> list[str] | None:
+    """List what is mounted directly below /sys, in order; None if there is no sysfs."""
+    mounts = [
+        (unescape(line.split(" ", 5)[4]), line.partition(" - ")[2].split(" ")[0])
+        for line in mountinfo.splitlines()
+        if f" {_SYS}" in line
+    ]
+    if dict(mounts).get(_SYS) != "sysfs":
+        return None
+    below = {path for path, _ in mounts if path.startswith(f"{_SYS}/")}
+    return sorted(path for path in below if below.isdisjoint(map(str, PurePosixPath(path).parents)))
 
 
 def _mount_image(work: Work) -> None:
@@ -278,6 +326,7 @@ def _mount_proc_and_exit(question: Descriptor) -> NoReturn:
 
 
 _PROC_KINDS: Final = (NamespaceType.PID, NamespaceType.MOUNT)
+_SYS_KINDS: Final = (NamespaceType.NET, NamespaceType.MOUNT)
 
 
 class SetupOp(NamedTuple):
@@ -295,6 +344,7 @@ SETUP: Final = (
     SetupOp("create the namespaces", lambda work: bool(work.plan.kinds), _unshare),
     SetupOp("separate the mounts", lambda work: work.has(NamespaceType.MOUNT), _separate_mounts),
     SetupOp("bring up lo", lambda work: work.has(NamespaceType.NET), _bring_up_lo),
+    SetupOp("mount /sys", lambda work: work.has(*_SYS_KINDS), _mount_sys),
     SetupOp("mount the image", lambda work: work.plan.mount_path is not None, _mount_image),
     SetupOp("start the anchor", lambda work: True, _start_anchor),
     SetupOp("mount /proc", lambda work: work.has(*_PROC_KINDS), _mount_proc),
@@ -303,7 +353,8 @@ SETUP: Final = (
 Everything that is done for one anchor, in order.
 
 With a PID namespace and no mount namespace /proc stays as it is, because mounting it would change
-the node's: it shows the node's processes.
+the node's: it shows the node's processes. So does /sys with a network namespace and no mount
+namespace.
 """
 
 
@@ -389,7 +440,8 @@ class ForgeProgram:
                 raise SystemExit(1) from error
             return
         try:
-            send_once(self._owner, encode_success(self._last.pid), [self._last.pidfd.fileno()])
+            answer = encode_success(self._last.pid, work.shortfalls)
+            send_once(self._owner, answer, [self._last.pidfd.fileno()])
         except OSError:
             # The owner is gone, and does not know of this anchor.
             self._last.kill()

@@ -10,6 +10,7 @@ Processes are created in the files of this folder and nowhere else.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import select
 import shutil
@@ -42,6 +43,7 @@ from .plan import (
     decode_answer,
     encode_plan,
     encode_settings,
+    shortfalls_in,
 )
 
 FORGE_TIMEOUT_S: Final = 10.0
@@ -58,6 +60,8 @@ UNREPORTED_SEARCHES_MAX: Final = 5
 
 UNREPORTED_PAUSE_MS: Final = 2
 """Pause between two searches: an exec that has begun is done by then."""
+
+_log: Final = logging.getLogger(__name__)
 
 _PACKAGES: Final = str(Path(__file__).resolve().parents[2])
 
@@ -99,6 +103,8 @@ class Forge:
         self._socket: socket.socket | None = None
         self._stderr: Descriptor | None = None
         self._closed = False
+        self._said: Final[set[str]] = set()
+        """What was warned of: once is enough, it is so for every anchor."""
 
     @classmethod
     def start(cls, *, cgroup: Path | None, tied: bool = False, features: Features) -> Forge:
@@ -230,6 +236,10 @@ class Forge:
                 self._ask(UNDO_LAST, None)
             number = answer.denied[0] if answer.denied else errno.EMFILE
             raise ForgeError("receive the anchor", SyscallError("recvmsg(2)", number))
+        for shortfall in shortfalls_in(answer.data):
+            if shortfall not in self._said:
+                _log.warning("%s", shortfall)
+            self._said.add(shortfall)
         return Anchor(pid, answer.descriptors[0], plan.token)
 
     def _ask_for(self, plan: AnchorPlan, record: bytes, image: Descriptor | None) -> Reception:

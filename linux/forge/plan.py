@@ -8,7 +8,7 @@ read is a bug.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Final
@@ -21,6 +21,9 @@ from ..syscalls import SyscallError
 RECORD_BYTES_MAX: Final = 65_536
 """Longest record. Two paths of PATH_MAX fit, each byte of them escaped."""
 
+
+SHORTFALL_MAX: Final = 1000
+"""Longest text of a shortfall, in characters."""
 
 RETURN: Final = "return to the node's namespaces"
 """The operation whose failure ends the forge, which cannot work in an anchor's namespaces."""
@@ -128,9 +131,22 @@ def encode_failure(step: str, cause: SyscallError) -> bytes:
     return json.dumps(plain).encode()
 
 
-def encode_success(pid: int) -> bytes:
-    """Encode the answer that an anchor was made, or that another request was fulfilled."""
-    return json.dumps({"pid": pid}).encode()
+def encode_success(pid: int, shortfalls: Sequence[str] = ()) -> bytes:
+    """
+    Encode the answer that an anchor was made, or that another request was fulfilled.
+
+    Args:
+        pid: Of the anchor.
+        shortfalls: What it lacks because the Linux kernel refuses it here; they are cut to fit.
+    """
+    return json.dumps(
+        {"pid": pid, "shortfalls": [each[:SHORTFALL_MAX] for each in shortfalls]}
+    ).encode()
+
+
+def shortfalls_in(record: bytes) -> list[str]:
+    """Decode what an anchor lacks from the answer that it was made."""
+    return list(map(str, json.loads(record).get("shortfalls", ())))
 
 
 def decode_answer(record: bytes) -> int:

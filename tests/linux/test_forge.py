@@ -20,9 +20,10 @@ import pytest
 
 from linux import syscalls
 from linux.anchor import Anchor, find_anchors
-from linux.cgroups import Scope, remove_slices
+from linux.cgroups import Scope, find_cgroup2, remove_slices
 from linux.features import Features
 from linux.forge import client as forge_module
+from linux.forge.child import _mounts_below_sys
 from linux.forge.client import Forge
 from linux.forge.plan import AnchorPlan, ForgeError
 from linux.forge.spawn import spawn_within
@@ -49,7 +50,7 @@ from tests.support.forging import (
     wait_dead,
     wait_until,
 )
-from transport.descriptors import Descriptor
+from transport.descriptors import Descriptor, DescriptorBundle
 
 __all__ = ["anchors_cgroup", "features", "forge"]
 
@@ -158,6 +159,69 @@ def test_proc_stays_the_nodes_where_changing_it_would_change_the_node(
         assert run_within(bundle, "cat", f"/proc/{anchor.pid}/comm") == "sleep\n"
 
 
+def mounts_of_sys(table: str) -> list[str]:
+    points = [line.split()[1] for line in table.splitlines()]
+    return [point for point in points if point.startswith("/sys/")]
+
+
+@pytest.mark.clause("NODE-20")
+@pytest.mark.parametrize("kinds", [(NET, MOUNT), ALL], ids=["without PID", "all"])
+def test_sys_shows_the_allocations_network_readonly(
+    forge: Forge, features: Features, kinds: tuple[NamespaceType, ...]
+) -> None:
+    with allocation(forge, features, kinds) as (_, bundle):
+        assert run_within(bundle, "ls", "/sys/class/net").split() == ["lo"]
+        mounts = run_within(bundle, "cat", "/proc/self/mounts")
+        assert " /sys sysfs ro,nosuid,nodev,noexec," in mounts
+        # What is mounted below it on the node is there, last and so on top.
+        nodes = mounts_of_sys(Path("/proc/self/mounts").read_text())
+        assert mounts_of_sys(mounts)[-len(nodes) :] == nodes
+        assert run_within(bundle, "ls", str(find_cgroup2())).split() == sorted(
+            run_within(DescriptorBundle(), "ls", str(find_cgroup2())).split()
+        )
+
+
+@pytest.mark.parametrize("kinds", [(NET,), (PID, MOUNT)], ids=["no mounts", "no network"])
+def test_sys_stays_the_nodes_without_both(
+    forge: Forge, features: Features, kinds: tuple[NamespaceType, ...]
+) -> None:
+    with allocation(forge, features, kinds) as (_, bundle):
+        nodes = sorted(path.name for path in Path("/sys/class/net").iterdir())
+        assert sorted(run_within(bundle, "ls", "/sys/class/net").split()) == nodes
+
+
+@pytest.mark.clause("NODE-20")
+def test_where_no_sysfs_may_be_mounted_that_is_said_and_the_nodes_stays(
+    features: Features,
+) -> None:
+    """A user namespace may not mount a /sys that shows more than the one it was given."""
+    program = """
+import logging
+logging.basicConfig(stream=sys.stdout, format="%(message)s")
+for name in "one", "two":
+    with forge.make(AnchorPlan(name, (NamespaceType.NET, NamespaceType.MOUNT))) as anchor:
+        print("made")
+        anchor.kill()
+"""
+    cover = 'mount -t tmpfs none /sys/kernel; exec unshare -Urmnpf --mount-proc "$@"'
+    said = run_owner(features, program, "unshare", "-Urm", "sh", "-c", cover, "-")
+    refusal = "/sys shows the node's network: fsmount(2): EPERM (Operation not permitted)"
+    assert said == [refusal, "made", "made"]
+
+
+def test_the_mounts_below_sys_are_those_on_top() -> None:
+    def line(point: str, fstype: str) -> str:
+        return f"41 31 0:38 / {point} rw,relatime shared:1 - {fstype} x rw\n"
+
+    table = line("/", "ext4") + line("/sys", "sysfs") + line("/system", "tmpfs")
+    assert _mounts_below_sys(table) == []
+    table += line("/sys/fs/cgroup", "tmpfs") + line("/sys/fs/cgroup/unified", "cgroup2")
+    table += line("/sys/kernel/a\\040b", "debugfs") + line("/sys/kernel/a\\040b", "tmpfs")
+    assert _mounts_below_sys(table) == ["/sys/fs/cgroup", "/sys/kernel/a b"]
+    assert _mounts_below_sys(table + line("/sys", "tmpfs")) is None
+    assert _mounts_below_sys(line("/", "ext4")) is None
+
+
 @pytest.mark.clause("NODE-7")
 def test_orphans_are_reaped_by_an_anchor_that_knows_nothing_of_it(
     forge: Forge, features: Features
@@ -240,10 +304,12 @@ def test_image_is_closed_in_every_case(forge: Forge, tmp_path: Path) -> None:
         forge.make(plan(ALL, **paths))
 
 
-def test_mounts_come_from_the_node_and_never_go_there(features: Features, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kinds", [(MOUNT,), (NET, MOUNT)], ids=["anywhere", "below /sys"])
+def test_mounts_come_from_the_node_and_never_go_there(
+    features: Features, tmp_path: Path, kinds: tuple[NamespaceType, ...]
+) -> None:
     """In a mount namespace that shares its mounts, as every node under systemd does."""
-    from_node, from_inside = tmp_path / "from-node", tmp_path / "from-inside"
-    from_node.mkdir()
+    from_inside = tmp_path / "from-inside"
     from_inside.mkdir()
     errors: list[BaseException] = []
 
@@ -251,9 +317,12 @@ def test_mounts_come_from_the_node_and_never_go_there(features: Features, tmp_pa
         syscalls.unshare(syscalls.CLONE_NEWNS)
         syscalls.mount(None, "/", None, syscalls.MS_REC | syscalls.MS_SLAVE)
         syscalls.mount(None, "/", None, syscalls.MS_REC | syscalls.MS_SHARED)
+        syscalls.mount("tmpfs", "/sys/fs/cgroup", "tmpfs", 0)
+        from_node = Path("/sys/fs/cgroup/from-node") if NET in kinds else tmp_path / "from-node"
+        from_node.mkdir()
         with (
             Forge.start(cgroup=None, features=features) as forge,
-            allocation(forge, features, (MOUNT,)) as (_, bundle),
+            allocation(forge, features, kinds) as (_, bundle),
         ):
             syscalls.mount("tmpfs", from_node, "tmpfs", 0)
             assert f" {from_node} " in run_within(bundle, "cat", "/proc/mounts")
