@@ -14,6 +14,7 @@
     self_service the namespaces that they make themselves when the provider cannot be reached
     simulated    `SimulatedBackend`: the same without a privileged machine
     survey       which allocations there are, and why one is still alive
+    launch       the tool without the settings of a job, which keeps them all
     cli          the command `nshandoff`
 
 `forge`, `simulated`, `cli` and `demo` are folders. Beside `SimulatedBackend`, `simulated` has the

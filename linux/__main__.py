@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
-from .cli.command import main
+import os
+import sys
+
+from . import launch
+
+
+def start() -> int:
+    """Run the command, in an interpreter that has none of the caller's settings."""
+    if not launch.is_isolated():
+        try:
+            launch.isolate(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # noqa: PTH100, PTH120
+        except OSError as error:
+            print(f"nshandoff: no Python without the caller's settings: {error}", file=sys.stderr)
+            return 125 if sys.argv[1:2] in (["run"], ["exec"]) else 3
+    launch.take_over()
+    from .cli.command import main
+
+    return main()
+
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(start())

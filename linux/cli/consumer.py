@@ -147,14 +147,21 @@ def failure_of(error: NamespaceError) -> Failure:
 
 
 @contextmanager
-def signals_taken(numbers: Iterable[signal.Signals]) -> Iterator[set[signal.Signals]]:
+def signals_taken(
+    numbers: Iterable[signal.Signals], *, ignored_too: bool = False
+) -> Iterator[set[signal.Signals]]:
     """
     Block signals while the body runs, which waits for them when it is ready (sigwaitinfo).
 
+    Args:
+        numbers: Which.
+        ignored_too: Whether also those that were ignored when the command started (nohup); blocked,
+            they come all the same.
+
     Returns:
-        The blocked ones: without those that were ignored when the command started (nohup).
+        The blocked ones.
     """
-    taken = {number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN}
+    taken = {n for n in numbers if ignored_too or signal.getsignal(n) is not signal.SIG_IGN}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, taken)
     try:
         yield taken
@@ -185,7 +192,8 @@ def interruptible(
             raise Interrupted(number)
         postponed.append(number)
 
-    before = {number: signal.signal(number, interrupt) for number in taken & INTERRUPTIONS}
+    wanted = {n for n in taken & INTERRUPTIONS if signal.getsignal(n) is not signal.SIG_IGN}
+    before = {number: signal.signal(number, interrupt) for number in wanted}
     mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, before)
     try:
         yield postponed

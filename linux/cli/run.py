@@ -1,31 +1,37 @@
 """`nshandoff run`: run a command inside an allocation.
 
-The command gets the standard streams, environment, working directory, terminal and signals of
-`nshandoff`, which returns the command's exit code. The allocation lives as long as the command:
-what else is left in its cgroup is killed when the command exits.
+The command is started as env(1) would start it: all that survives exec(2) survives, as chapter 9
+lists. `nshandoff` stays its parent, in the same process group, passes signals on to it and ends as
+it does. The allocation lives as long as the command: what else is left in its cgroup is killed when
+the command exits.
 
-Once the command runs, signals have no handlers. All that matter are blocked, and one loop waits for
-the next of them (sigwaitinfo). So none is missed and none interrupts anything else, also SIGCHLD,
-which says that the command exited or stopped.
+Once the command runs, signals have no handlers. All are blocked, and one loop waits for the next of
+them (sigwaitinfo). So none is missed and none interrupts anything else, also SIGCHLD, which says
+that the command exited or stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import resource
 import signal
-from collections.abc import Iterator, Sequence
+import stat
+import sys
+from collections.abc import Iterator, Sequence, Set
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Final, Protocol
 
 from statemachine.errors import NamespaceError
 from statemachine.messages import NamespaceRequest, NamespaceType
+from transport.descriptors import Descriptor
 from transport.request import Consumer, Handoff
 
 from ..cgroups import WORKLOAD_SLICE, CgroupUnavailable, Scope, find_cgroup2
 from ..features import Features
-from ..forge.spawn import restore_foreground, spawn_within
+from ..forge.spawn import Inherited, own_timers, spawn_within
+from ..launch import Launch, launch
 from ..namespaces import KernelInspector, has_dead_init
 from ..self_service import OwnNamespaces
 from ..survey import states_of
@@ -40,29 +46,31 @@ from .consumer import (
 )
 from .exits import SIGNAL_BASE, ExitCode, Failure, Interrupted, print_error
 
-PASSED_ON: Final = (
-    signal.SIGHUP,
-    signal.SIGINT,
-    signal.SIGQUIT,
-    signal.SIGTERM,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-    signal.SIGALRM,
-    signal.SIGWINCH,
-    signal.SIGCONT,
-    signal.SIGTSTP,
-    signal.SIGCHLD,
+ALL_SIGNALS: Final = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
+"""What is passed on to the command: all that can be."""
+
+OF_TERMINAL: Final = frozenset(
+    {
+        signal.SIGHUP,
+        signal.SIGINT,
+        signal.SIGQUIT,
+        signal.SIGTSTP,
+        signal.SIGTTIN,
+        signal.SIGTTOU,
+        signal.SIGCONT,
+        signal.SIGWINCH,
+    }
 )
-"""Signals that are passed on to the command, except SIGCHLD, which is about the command."""
+"""Signals that a terminal sends to a process group, so that the command has them already."""
+
+OF_HANGUP: Final = frozenset({signal.SIGHUP, signal.SIGCONT})
+"""Those that it sends to the leader of the session alone."""
 
 SI_KERNEL: Final = 0x80
-"""`si_code` of a signal that the Linux kernel sent: here, that of a terminal."""
+"""`si_code` of a signal that the Linux kernel sent."""
 
 WITHDRAW_TIMEOUT_S: Final = 2.0
 """How long an interrupted command may take to withdraw its request."""
-
-_TERMINAL: Final = 0
-"""The terminal is that on standard input, if there is one."""
 
 
 class RunningCommand(Protocol):
@@ -78,14 +86,15 @@ def run(options: argparse.Namespace) -> int:
     Run a command in an allocation that lives as long as it does.
 
     Returns:
-        The exit code: the command's, or 128 plus the signal that ended it.
+        The exit code of the command. If a signal ended it, this process ends by that signal too.
 
     Raises:
         Failure: RUN_FAILED, NOT_FOUND or NOT_EXECUTABLE; no command runs, the allocation is ended.
-        Interrupted: a signal came before there was a command; the allocation is ended.
     """
     try:
-        return _run(options)
+        code = _run(options)
+    except Interrupted as interruption:
+        code = -interruption.number
     except Failure as failure:
         if failure.code in (ExitCode.NOT_EXECUTABLE, ExitCode.NOT_FOUND):
             raise
@@ -93,6 +102,7 @@ def run(options: argparse.Namespace) -> int:
         raise Failure(ExitCode.RUN_FAILED, failure.text, failure.kind) from failure
     except (OSError, CgroupUnavailable) as error:
         raise Failure(ExitCode.RUN_FAILED, str(error), type(error).__name__) from error
+    return code if code >= 0 else _die_of(-code)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -100,17 +110,23 @@ def _run(options: argparse.Namespace) -> int:
     if not options.command:
         raise Failure(ExitCode.USAGE, "no command; it comes after the options and --")
     features = Features.probe()
-    with _children_noticed(), signals_taken(PASSED_ON) as taken, ExitStack() as stack:
+    had, blocked = launch(), signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with (
+        _children_noticed(),
+        signals_taken(ALL_SIGNALS, ignored_too=True) as taken,
+        ExitStack() as stack,
+    ):
         own = None
         if options.fallback != "never":
             own = stack.enter_context(closing(own_namespaces(options, features)))
         consumer = consumer_of(options, KernelInspector(features), own)
-        handoff = stack.enter_context(_obtain(consumer, wanted, own, taken))
+        handoff = stack.enter_context(_obtain(consumer, wanted, own, taken - blocked))
         stack.callback(_end, handoff, features)
         scope = _scope_of(handoff, own)
-        with _foreground() as has_terminal:
-            child = _start(options.command, handoff, scope, has_terminal=has_terminal)
-            return _wait_for(child, taken, has_terminal=has_terminal)
+        with _terminal_kept():
+            child = _start(options.command, handoff, scope, _inherited(had, blocked))
+            _leave_to_command(had)
+            return _wait_for(child, scope, taken)
 
 
 def _obtain(
@@ -138,30 +154,54 @@ def _scope_of(handoff: Handoff, own: OwnNamespaces | None) -> Path | None:
 
 
 def _start(
-    command: Sequence[str], handoff: Handoff, scope: Path | None, *, has_terminal: bool
+    command: Sequence[str], handoff: Handoff, scope: Path | None, inherited: Inherited
 ) -> RunningCommand:
     with ExitStack() as stack:
         # A scope is entered without its owner's token.
         procs = None if scope is None else stack.enter_context(Scope(scope, "").open_procs())
         try:
-            return spawn_within(
-                command, handoff.bundle, scope=procs, cwd=_directory(), foreground=has_terminal
-            )
+            return spawn_within(command, handoff.bundle, scope=procs, inherited=inherited)
         except (SyscallError, ValueError) as error:
             raise Failure(ExitCode.RUN_FAILED, str(error), type(error).__name__) from error
         except OSError as error:
-            if error.filename != command[0]:
-                raise
             is_absent = isinstance(error, FileNotFoundError)
             code = ExitCode.NOT_FOUND if is_absent else ExitCode.NOT_EXECUTABLE
-            raise Failure(code, f"{command[0]}: {error.strerror}") from error
+            raise Failure(code, f"{command[0] or repr('')}: {error.strerror}") from error
 
 
-def _directory() -> str | None:
-    try:
-        return str(Path.cwd())
-    except FileNotFoundError:
-        return None  # it was removed; then the root
+# --- What the command inherits ------------------------------------------------------------------
+
+
+def _inherited(had: Launch, blocked: Set[int]) -> Inherited:
+    """Collect what survives an exec and that a child does not have by itself."""
+    pending = signal.sigpending() & blocked
+    for number in pending:
+        signal.sigwait({number})  # it is the command's now
+    return Inherited(
+        environment=had.environment,
+        descriptors=had.descriptors,
+        ignored=frozenset(n for n in ALL_SIGNALS if had.ignored >> (n - 1) & 1),
+        blocked=frozenset(blocked),
+        pending=frozenset(pending),
+        timers=own_timers(),
+    )
+
+
+def _leave_to_command(had: Launch) -> None:
+    """
+    Let go of what is the command's alone now: timers, and all open files but standard error.
+
+    Otherwise the other end of a pipe would not notice that the command closes it. A regular file
+    stays open, because record locks on it belong to this process (fcntl(2)).
+    """
+    for which, _, _ in own_timers():
+        signal.setitimer(which, 0)
+    for number in (0, 1, *had.descriptors):
+        with suppress(OSError):  # a library has closed it
+            if not stat.S_ISREG(os.fstat(number).st_mode):
+                Descriptor(number).close()
+                if number < 2:
+                    os.open(os.devnull, os.O_RDWR)  # gets the number that has become free
 
 
 # --- While the command runs --------------------------------------------------------------------
@@ -178,69 +218,82 @@ def _children_noticed() -> Iterator[None]:
 
 
 @contextmanager
-def _foreground() -> Iterator[bool]:
-    """Say whether there is a terminal to pass on; take it back after the body."""
-    has_terminal = os.isatty(_TERMINAL) and _owns_terminal()
-    try:
-        yield has_terminal
-    finally:
-        if has_terminal:
-            with suppress(SyscallError):  # the terminal was closed
-                restore_foreground(_TERMINAL)
+def _terminal_kept() -> Iterator[None]:
+    """
+    After the body, take the terminal over from a process group that is gone.
 
-
-def _owns_terminal() -> bool:
+    A shell that was the command gives it back to the process group it was started in, but cannot
+    name that in a PID namespace of its own.
+    """
     try:
-        return os.tcgetpgrp(_TERMINAL) == os.getpgrp()
+        terminal = Descriptor(os.open("/dev/tty", os.O_RDWR))
     except OSError:
-        return False  # not the terminal of this session
+        yield  # there is none
+        return
+    with terminal:
+        yield
+        with suppress(OSError):  # it was taken away
+            try:
+                os.killpg(os.tcgetpgrp(terminal.fileno()), 0)
+            except ProcessLookupError:
+                os.tcsetpgrp(terminal.fileno(), os.getpgrp())
 
 
-def _wait_for(child: RunningCommand, taken: set[signal.Signals], *, has_terminal: bool) -> int:
-    """Pass signals on to the command until it exits; return its exit code."""
+def _wait_for(child: RunningCommand, scope: Path | None, taken: Set[signal.Signals]) -> int:
+    """Pass signals on to the command until it exits; return its exit code, -N for signal N."""
     while True:
         pid, status = os.waitpid(child.pid, os.WNOHANG | os.WUNTRACED)
         if pid and os.WIFSTOPPED(status):
-            _stop_too(child, os.WSTOPSIG(status), has_terminal=has_terminal)
+            _stop_too(child, signal.Signals(os.WSTOPSIG(status)))
         elif pid:
             child.returncode = os.waitstatus_to_exitcode(status)
-            return child.returncode if child.returncode >= 0 else SIGNAL_BASE - child.returncode
+            return child.returncode
         else:
             received = signal.sigwaitinfo(taken)
-            if received.si_signo != signal.SIGCHLD:
-                _pass_on(received, child, has_terminal=has_terminal)
+            if _is_for_command(received) and not _is_from_within(received.si_pid, child, scope):
+                # It is not reaped, so the pid is still its own.
+                os.kill(child.pid, received.si_signo)
 
 
-def _pass_on(received: signal.struct_siginfo, child: RunningCommand, *, has_terminal: bool) -> None:
-    """Pass a signal on: one of the terminal to the process group, others to the command."""
-    if received.si_signo == signal.SIGCONT and has_terminal and _owns_terminal():
-        # Allowed, because this process is in the foreground now.
-        os.tcsetpgrp(_TERMINAL, child.pid)
-    is_for_all = received.si_code == SI_KERNEL or received.si_signo == signal.SIGCONT
-    # It is not reaped, so pid and process group are still its own. It may have left its group.
-    with suppress(ProcessLookupError):
-        (os.killpg if is_for_all else os.kill)(child.pid, received.si_signo)
+def _is_for_command(received: signal.struct_siginfo) -> bool:
+    """Say whether the command lacks this signal: it has what a terminal sends to its group."""
+    if received.si_signo == signal.SIGCHLD and received.si_code > 0:
+        return False
+    if received.si_code != SI_KERNEL or received.si_signo not in OF_TERMINAL:
+        return True
+    return received.si_signo in OF_HANGUP and os.getsid(0) == os.getpid()
 
 
-def _stop_too(child: RunningCommand, cause: int, *, has_terminal: bool) -> None:
-    """
-    Stop when the command was stopped, so that the shell takes over; `fg` sends SIGCONT.
+def _is_from_within(pid: int, child: RunningCommand, scope: Path | None) -> bool:
+    """Say whether the command sent it, to its group (kill 0) and not to its parent."""
+    if pid in (os.getpid(), child.pid):
+        return True
+    return pid > 0 and scope is not None and pid in Scope(scope, "").processes()
 
-    In an orphaned process group, which no shell would continue, the Linux kernel ignores Ctrl-Z.
-    The command's group is never orphaned, because this process is its parent; so it is continued
-    here.
-    """
-    if has_terminal:
-        with suppress(SyscallError):
-            restore_foreground(_TERMINAL)
-    os.kill(os.getpid(), signal.SIGTSTP)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTSTP})  # here it stops
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTSTP})
-    if signal.SIGCONT not in signal.sigpending() and cause == signal.SIGTSTP:
-        os.kill(os.getpid(), signal.SIGCONT)
+
+def _stop_too(child: RunningCommand, cause: signal.Signals) -> None:
+    """Stop as the command did, so that a shell takes over; what continues both is SIGCONT."""
+    if os.waitpid(child.pid, os.WNOHANG | os.WCONTINUED)[0]:
+        return  # continued already
+    if signal.getsignal(cause) is signal.SIG_IGN:
+        cause = signal.SIGSTOP
+    os.kill(os.getpid(), cause)  # SIGSTOP stops here, what is blocked in the next line
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {cause})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {cause})
 
 
 # --- At the end --------------------------------------------------------------------------------
+
+
+def _die_of(number: int) -> int:
+    """End by a signal, so that who waits for this process sees what became of the command."""
+    sys.stderr.flush()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if number not in (signal.SIGKILL, signal.SIGSTOP):
+        signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+    return SIGNAL_BASE + number  # the init of a PID namespace lives on
 
 
 def _end(handoff: Handoff, features: Features) -> None:

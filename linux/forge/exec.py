@@ -1,29 +1,79 @@
 """Enter a cgroup and then execute a command: run by `spawn` in the allocation's namespaces.
 
-`python -I -S exec.py STATUS ENVIRONMENT SCOPE TTY COMMAND..` enters the scope and becomes the
-command, so that the command is in its scope from its first instruction. It imports nothing of ours:
-it starts fast, and works in any mount namespace that has a Python.
+`python -I -S -B exec.py STATUS PLAN SCOPE` enters the scope and becomes the command, so that the
+command is in its scope from its first instruction. It imports nothing of ours: it starts fast, and
+works in any mount namespace that has a Python. Its own environment is empty, because variables of
+an interpreter or of the dynamic linker are meant for the command.
 
 The alternative, the `preexec_fn` of `subprocess`, forks the whole caller, however large, and runs
 Python in a fork of a process with threads, which Python warns about.
 
-Arguments, all but the last of them numbers:
-    STATUS       a descriptor: on failure `phase NUL errno NUL path` is written to it. It closes
-                 with the exec, and that says that the command runs.
-    ENVIRONMENT  a descriptor: a file with the command's environment, `NAME=VALUE NUL` each. Not
-                 this interpreter's, which may not work with a command's LD_LIBRARY_PATH.
-    SCOPE        a descriptor: the `cgroup.procs` to enter; -1 for none.
-    TTY          a descriptor: the terminal to come to the foreground of; -1 for none.
+Arguments, all of them numbers of descriptors:
+    STATUS  a pipe. `READY` is written to it just before the exec; on failure, before or after
+            that, `phase NUL errno NUL path`. It closes with the exec. Nothing at all before it
+            closes means that this helper died.
+    PLAN    a pipe: what to do, until its end, as `spawn.Plan` writes it.
+    SCOPE   the `cgroup.procs` to enter; -1 for none.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
+from collections.abc import Iterator
+
+READY = b"ready\n"
+"""Said before the exec. If nothing follows, the command runs."""
 
 EXIT_NOT_STARTED = 127
 """As a shell exits if there is no such command; only our parent sees it."""
+
+SHELL = b"/bin/sh"
+"""What executes a file that has no format the Linux kernel knows (execvp(3))."""
+
+DEFAULT_PATH = b"/bin:/usr/bin"
+"""Where a command is looked for if its environment has no PATH, as in glibc."""
+
+NOT_HERE = (errno.ENOENT, errno.ESTALE, errno.ENOTDIR, errno.ENODEV, errno.ETIMEDOUT)
+"""With these a search in PATH goes on, as in glibc."""
+
+
+class Variables:
+    """
+    An environment for execve(2) in its own order, with names that occur twice.
+
+    Python takes it as a mapping. An entry with no `=` behind its first byte cannot be given: Python
+    adds the `=` itself and refuses an empty name. It is left out.
+    """
+
+    def __init__(self, entries: list[bytes]) -> None:
+        cuts = [(entry, entry.find(b"=", 1)) for entry in entries]
+        self.names = [entry[:cut] for entry, cut in cuts if cut > 0]
+        self._values = [entry[cut + 1 :] for entry, cut in cuts if cut > 0]
+
+    def keys(self) -> list[bytes]:
+        """Return the names."""
+        return self.names
+
+    def values(self) -> list[bytes]:
+        """Return the values, in the same order."""
+        return self._values
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, name: bytes) -> bytes:
+        return self._values[self.names.index(name)]
+
+
+def read_plan(pipe: int) -> list[bytes]:
+    """Read the plan to its end."""
+    parts = []
+    while part := os.read(pipe, 1 << 16):
+        parts.append(part)
+    return b"".join(parts).split(b"\0")[:-1]
 
 
 def enter_scope(scope: int) -> None:
@@ -32,50 +82,94 @@ def enter_scope(scope: int) -> None:
     os.write(scope, b"0")
 
 
-def come_to_foreground(tty: int) -> None:
-    """Make this process' group the foreground group of the terminal."""
-    # A background process that does this is stopped, unless it ignores SIGTTOU.
-    signal.signal(signal.SIGTTOU, signal.SIG_IGN)
-    os.tcsetpgrp(tty, os.getpgrp())
+def enter_directory(path: bytes, identity: bytes) -> bool:
+    """Enter the working directory; say whether it is the one with this device and inode."""
+    if path:
+        os.chdir(path)
+    if not identity:
+        return True
+    status = os.lstat(b".")
+    return identity == b"%d:%d" % (status.st_dev, status.st_ino)
 
 
-def reset_signals() -> None:
-    """Give every signal its default disposition, and block none; an exec does neither."""
+def set_signals(ignored: list[int], blocked: list[int], pending: list[int]) -> None:
+    """Give every signal its disposition, block some, and send those that were pending."""
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
-        signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
+    # What came while this was not the command yet, was for the caller.
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    for one in pending:
+        os.kill(os.getpid(), one)
 
 
-def read_environment(file: int) -> dict[bytes, bytes]:
-    """Read the command's environment."""
-    content = os.pread(file, os.fstat(file).st_size, 0)
-    pairs = (variable.partition(b"=") for variable in content.split(b"\0")[:-1])
-    return {name: value for name, _, value in pairs}
+def set_timers(timers: list[bytes]) -> None:
+    """Continue the caller's interval timers: `which:remaining:interval` each."""
+    for timer in timers:
+        which, remaining, interval = timer.split(b":")
+        signal.setitimer(int(which), float(remaining), float(interval))
+
+
+def execute(command: list[bytes], variables: Variables) -> None:
+    """
+    Execute a command as execvp(3) does.
+
+    Raises:
+        OSError: it cannot be executed.
+    """
+    is_denied = False
+    for candidate in candidates(command[0], variables):
+        try:
+            os.execve(candidate, command, variables)  # type: ignore[arg-type]
+        except OSError as error:
+            if error.errno == errno.ENOEXEC:
+                os.execve(SHELL, [SHELL, candidate, *command[1:]], variables)  # type: ignore[arg-type]
+            if b"/" in command[0] or error.errno not in (errno.EACCES, *NOT_HERE):
+                raise
+            is_denied |= error.errno == errno.EACCES
+    number = errno.EACCES if is_denied else errno.ENOENT
+    raise OSError(number, os.strerror(number))
+
+
+def candidates(name: bytes, variables: Variables) -> Iterator[bytes]:
+    """Say where a command may be, in the order in which it is looked for."""
+    if b"/" in name:
+        yield name
+    elif name:
+        path = variables[b"PATH"] if b"PATH" in variables.names else DEFAULT_PATH
+        for directory in path.split(b":"):
+            yield directory + b"/" + name if directory else name
 
 
 def main() -> None:
     """Do all of this in order, and become the command."""
-    status, environment, scope, tty = map(int, sys.argv[1:5])
-    command = sys.argv[5:]
-    phase, path = "prepare", ""
-    for fd in {status, environment, scope} - {-1}:
-        os.set_inheritable(fd, False)
+    status, plan, scope = map(int, sys.argv[1:4])
+    phase, path = "prepare", b""
     try:
+        for fd in {status, plan, scope} - {-1}:
+            os.set_inheritable(fd, False)
+        settings, directory, identity, *words = read_plan(plan)
+        count, *numbers = settings.split(b";")
+        ignored, blocked, pending, timers = ([n for n in x.split(b",") if n] for x in numbers)
+        command = words[: int(count)]
         if scope >= 0:
-            phase, path = "scope", "cgroup.procs"
+            phase, path = "scope", b"cgroup.procs"
             enter_scope(scope)
-        if tty >= 0:
-            phase, path = "foreground", "terminal"
-            come_to_foreground(tty)
-        phase, path = "prepare", ""
-        variables = read_environment(environment)
-        reset_signals()
+        phase, path = "directory", directory
+        if not enter_directory(directory, identity):
+            phase = "identity"
+            raise OSError(errno.ESTALE, "")
+        phase, path = "prepare", b""
+        set_signals([*map(int, ignored)], [*map(int, blocked)], [*map(int, pending)])
+        set_timers(timers)
         phase, path = "exec", command[0]
-        os.execvpe(command[0], command, variables)
+        os.write(status, READY)
+        execute(command, Variables(words[int(count) :]))
     except OSError as error:
-        report = f"{phase}\0{error.errno}\0{path}"
-        os.write(status, report.encode("utf-8", "surrogateescape"))
+        os.write(status, b"%s\0%d\0%s" % (phase.encode(), error.errno or 0, path))
         os._exit(EXIT_NOT_STARTED)
+    except BaseException:
+        os.write(status, b"died\x000\x00")  # also after READY
+        raise
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """`spawn_within`: start a command in an allocation's namespaces and cgroup.
 
 The command is our child, in all of the allocation's namespaces, in its scope before it executes
-anything, and without any descriptor of ours. Three rules of the Linux kernel decide how:
+anything, and without any descriptor of ours. What else it has is either that of a new program, or
+what the caller `Inherited` from the one that executed it. Three rules of the Linux kernel decide
+how:
 
 *   Only a thread that does not share its root and working directory can enter a mount namespace. So
     a thread is made for this command, which ends with it. It enters the mount namespace last.
@@ -18,8 +20,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final, TypeAlias
 
@@ -30,6 +33,7 @@ from transport.descriptors import Descriptor, DescriptorBundle
 from .. import syscalls
 from ..namespaces import CLONE_FLAGS
 from ..syscalls import SyscallError, calling
+from .exec import READY
 
 START_TIMEOUT_S: Final = 30.0
 """How long a command may take to start; with a frozen scope it never would."""
@@ -49,11 +53,9 @@ _PROGRAM: Final = Path(__file__).with_name("exec.py")
 _ENTRY_ORDER: Final = (NamespaceType.PID, NamespaceType.NET, NamespaceType.MOUNT)
 
 # The call of each phase of `exec`, except the exec itself.
-_PHASE_CALLS: Final[Mapping[str, str]] = {
-    "prepare": "pread(2)",
-    "scope": "write(2)",
-    "foreground": "tcsetpgrp(3)",
-}
+_PHASE_CALLS: Final[Mapping[str, str]] = {"prepare": "read(2)", "scope": "write(2)"}
+
+_TIMERS: Final = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
 
 
 class InitDead(SyscallError):
@@ -61,6 +63,48 @@ class InitDead(SyscallError):
 
     def __str__(self) -> str:
         return "the PID namespace's init is dead; nothing can be started in it any more"
+
+
+class HelperDied(SyscallError):
+    """The helper that starts the command ended without a word. Nothing runs."""
+
+    def __str__(self) -> str:
+        return "the helper that starts the command died before it said that the command runs"
+
+
+class OtherDirectory(SyscallError):
+    """The working directory's path leads to another directory inside the allocation, or nowhere."""
+
+    def __str__(self) -> str:
+        return (
+            f"the working directory is another one inside the allocation: {self.path or '.'}; its "
+            "mount namespace has the provider's view of the node's files; start in one of both"
+        )
+
+
+@dataclass(frozen=True)
+class Inherited:
+    """
+    What survives an exec, of this process, and would not survive the start of a child by itself.
+
+    What is not here does: limits, groups, umask, priorities, session, process group, terminal.
+
+    Args:
+        environment: `NAME=VALUE` each, in their order, also names that occur twice.
+        descriptors: The open ones above the standard streams, which have no close-on-exec flag.
+            Borrowed until the command has started.
+        ignored: Signals that are ignored.
+        blocked: Signals that are blocked.
+        pending: Blocked signals that have come.
+        timers: Interval timers: which, the time that is left and the interval, in seconds.
+    """
+
+    environment: tuple[bytes, ...]
+    descriptors: tuple[int, ...] = ()
+    ignored: frozenset[int] = frozenset()
+    blocked: frozenset[int] = frozenset()
+    pending: frozenset[int] = frozenset()
+    timers: tuple[tuple[int, float, float], ...] = ()
 
 
 def spawn_within(
@@ -73,25 +117,27 @@ def spawn_within(
     stdin: Stream = None,
     stdout: Stream = None,
     stderr: Stream = None,
-    foreground: bool = False,
+    inherited: Inherited | None = None,
 ) -> Child:
     """
     Start a command in an allocation's namespaces and scope.
 
     It has default signal dispositions, a process group of its own, and no open descriptor but its
-    three standard streams. When this returns, the command's own program runs.
+    three standard streams; or else what the caller has inherited, its process group and its working
+    directory. When this returns, the command's own program runs.
 
     Args:
-        command: What to execute; the first is looked up in the PATH of `env`, in the allocation.
+        command: What to execute; the first is looked up in the PATH of the command's environment,
+            in the allocation, as execvp(3) does.
         bundle: The namespaces to be in, in any order; borrowed. All others are the caller's.
         scope: The scope's `cgroup.procs`, open for writing; borrowed. None for the caller's cgroup.
         env: The command's whole environment; None for the caller's.
-        cwd: Working directory, in the allocation; None for `/`.
+        cwd: Working directory, in the allocation; None for `/`. Not with `inherited`.
         stdin: As for `subprocess.Popen`.
         stdout: Likewise.
         stderr: Likewise.
-        foreground: Whether to bring the command to the foreground of the terminal that is its
-            standard input; no effect if that is no terminal. `restore_foreground` undoes it.
+        inherited: What survives, as if the caller executed the command. Its environment counts,
+            not `env`. The working directory has to be the same directory inside.
 
     Returns:
         The running command, our child. The caller waits for it.
@@ -100,56 +146,54 @@ def spawn_within(
         FileNotFoundError, PermissionError, other OSError: the command cannot be executed, or the
             working directory not be entered; `filename` is what was tried.
         InitDead: the PID namespace can take no process any more.
+        OtherDirectory: the working directory is not the same directory in the allocation.
+        HelperDied: it is not known why nothing runs.
         SyscallError: a namespace or the scope cannot be entered; ETIMEDOUT, the scope is frozen.
         ValueError: a NUL, or `=` in the name of a variable. In all cases nothing runs.
 
     Source:
-        setns(2); cgroups(7). Protocol, "Conventions on the node".
+        setns(2); cgroups(7); execvp(3). Protocol, "Conventions on the node".
     """
+    if inherited is None:
+        variables = _entries(os.environ if env is None else env)
+        settings, directory, identity = Inherited(variables), os.fsencode(cwd or "/"), b""
+    else:
+        settings, (directory, identity) = inherited, _own_directory(bundle)
+    plan = _plan(command, settings, directory, identity)
     with ExitStack() as stack:
-        variables = stack.enter_context(_environment_file(os.environ if env is None else env))
-        answer, question = (stack.enter_context(Descriptor(fd)) for fd in syscall(os.pipe))
-        passed = [question, variables, *([scope] if scope is not None else [])]
+        pipes = (syscall(os.pipe) for _ in range(2))
+        (answer, question), (order, source) = (
+            tuple(stack.enter_context(Descriptor(fd)) for fd in pipe) for pipe in pipes
+        )
+        passed = [question, order, *([scope] if scope is not None else [])]
+        numbers = (question.fileno(), order.fileno(), scope.fileno() if scope is not None else -1)
 
         def start() -> Child:
-            tty = 0 if foreground and _is_terminal(stdin) else -1
-            numbers = (question.fileno(), variables.fileno(), scope.fileno() if scope else -1, tty)
             return syscall(
                 subprocess.Popen,
-                [sys.executable, "-I", "-S", str(_PROGRAM), *map(str, numbers), *command],
+                [sys.executable, "-I", "-S", "-B", str(_PROGRAM), *map(str, numbers)],
                 stdin=stdin,
                 stdout=stdout,
                 stderr=stderr,
-                cwd=cwd or "/",
-                pass_fds=[descriptor.fileno() for descriptor in passed],
-                process_group=0,
+                env={},
+                pass_fds=[*settings.descriptors, *(descriptor.fileno() for descriptor in passed)],
+                process_group=0 if inherited is None else None,
             )
 
-        child = _in_thread_within(bundle, start)
+        with calling("execve(2)"):
+            child = _in_thread_within(bundle, start)
         question.close()
+        order.close()
+        _send(plan, source)
         _await_start(child, answer, command)
         child.args = list(command)
         return child
 
 
-def restore_foreground(tty: int) -> None:
-    """
-    Bring the caller's process group back to the foreground, after a command had it.
-
-    Args:
-        tty: The terminal; borrowed. No effect if it is none, or not the caller's.
-
-    Raises:
-        SyscallError: it failed; nothing has changed.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
-    try:
-        syscall(os.tcsetpgrp, tty, os.getpgrp())
-    except OSError as error:
-        if error.errno != errno.ENOTTY:
-            raise SyscallError.of("tcsetpgrp(3)", error) from error
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def own_timers() -> tuple[tuple[int, float, float], ...]:
+    """Return this process' interval timers that run, for `Inherited`."""
+    timers = ((int(which), *signal.getitimer(which)) for which in _TIMERS)
+    return tuple(timer for timer in timers if timer[1])
 
 
 def _in_thread_within(bundle: DescriptorBundle, start: Callable[[], Child]) -> Child:
@@ -165,7 +209,10 @@ def _in_thread_within(bundle: DescriptorBundle, start: Callable[[], Child]) -> C
             errors.append(error)
 
     thread = threading.Thread(target=run, name="spawn within an allocation")
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as error:  # all that Python says of it
+        raise SyscallError("clone(2)", errno.EAGAIN) from error
     thread.join()
     if errors:
         raise errors[0]
@@ -190,48 +237,78 @@ def _start_or_say_dead(start: Callable[[], Child], bundle: DescriptorBundle) -> 
         raise
 
 
-def _await_start(child: Child, answer: Descriptor, command: Sequence[str]) -> None:
-    """Wait until the command runs; if it never will, reap the child and raise the reason."""
-    poll = select.poll()
-    poll.register(answer, select.POLLIN)
-    if not poll.poll(START_TIMEOUT_S * 1000):
-        child.kill()
-        with child:
-            raise SyscallError("execve(2)", errno.ETIMEDOUT, command[0])
-    report = syscall(os.read, answer.fileno(), STATUS_BYTES_MAX)
-    if report:
-        with child:
-            raise _failure(report)
+def _own_directory(bundle: DescriptorBundle) -> tuple[bytes, bytes]:
+    """Return path and identity of the working directory; empty, where it stays by itself."""
+    if NamespaceType.MOUNT not in bundle.types:
+        return b"", b""
+    try:
+        path, status = syscall(os.getcwdb), syscall(os.stat, b".")
+    except OSError as error:
+        raise OtherDirectory("getcwd(3)", error.errno or errno.ENOENT) from error
+    return path, b"%d:%d" % (status.st_dev, status.st_ino)
 
 
-def _failure(report: bytes) -> OSError:
-    phase, number, path = os.fsdecode(report).split("\0")
-    if phase in _PHASE_CALLS:
-        return SyscallError(_PHASE_CALLS[phase], int(number), path or None)
-    # The subclass that fits the errno, as subprocess would raise it.
-    return OSError(int(number), os.strerror(int(number)), path)
+def _plan(command: Sequence[str], settings: Inherited, directory: bytes, identity: bytes) -> bytes:
+    """Write for `exec` what to do: strings that end with a NUL."""
+    words = [os.fsencode(word) for word in command]
+    if any(b"\0" in word for word in words):
+        raise ValueError(f"no argument of a command can contain a null byte: {list(command)}")
+    timers = ",".join(":".join(map(str, timer)) for timer in settings.timers)
+    signals = (settings.ignored, settings.blocked, settings.pending)
+    numbers = ";".join([str(len(words)), *map(_joined, signals), timers])
+    parts = [numbers.encode(), directory, identity, *words, *settings.environment]
+    return b"".join(part + b"\0" for part in parts)
 
 
-def _environment_file(variables: Mapping[str, str]) -> Descriptor:
-    """Write an environment for `exec` into a file without a name."""
-    content = bytearray()
+def _joined(numbers: Iterable[int]) -> str:
+    return ",".join(str(int(number)) for number in numbers)
+
+
+def _entries(variables: Mapping[str, str]) -> tuple[bytes, ...]:
     for name, value in variables.items():
         if not name or "=" in name or "\0" in name + value:
             raise ValueError(f"no environment can contain {name!r}={value!r}")
-        content += os.fsencode(f"{name}={value}") + b"\0"
-    with ExitStack() as undo, calling("memfd_create(2)"):
-        file = undo.enter_context(
-            Descriptor(syscall(os.memfd_create, "environment", os.MFD_CLOEXEC))
-        )
-        remaining = memoryview(content)
-        while remaining:
-            remaining = remaining[syscall(os.write, file.fileno(), remaining) :]
-        undo.pop_all()
-    return file
+    return tuple(os.fsencode(f"{name}={value}") for name, value in variables.items())
 
 
-def _is_terminal(stream: Stream) -> bool:
-    if stream is None:
-        return os.isatty(0)
-    fd = stream if isinstance(stream, int) else stream.fileno()
-    return fd >= 0 and os.isatty(fd)
+def _send(plan: bytes, source: Descriptor) -> None:
+    """Write the plan; give up when its reader is gone or does not read, which is seen later."""
+    syscall(os.set_blocking, source.fileno(), False)
+    poll = select.poll()
+    poll.register(source, select.POLLOUT)
+    remaining = memoryview(plan)
+    with source:
+        while remaining and poll.poll(START_TIMEOUT_S * 1000):
+            try:
+                remaining = remaining[syscall(os.write, source.fileno(), remaining) :]
+            except BrokenPipeError:
+                return
+
+
+def _await_start(child: Child, answer: Descriptor, command: Sequence[str]) -> None:
+    """Wait until the helper says that the command runs; if not, reap it and raise the reason."""
+    poll = select.poll()
+    poll.register(answer, select.POLLIN)
+    report, part = b"", b"?"
+    while part and poll.poll(START_TIMEOUT_S * 1000):
+        part = syscall(os.read, answer.fileno(), STATUS_BYTES_MAX)
+        report += part
+    if part == b"" and report == READY:
+        return
+    child.kill()
+    with child:
+        if part:
+            raise SyscallError("execve(2)", errno.ETIMEDOUT, Path(command[0]))
+        raise _failure(report.removeprefix(READY))
+
+
+def _failure(report: bytes) -> OSError:
+    phase, number, path = os.fsdecode(report or b"died\x000\x00").split("\0")
+    if phase == "died":
+        return HelperDied("execve(2)", errno.ECHILD)
+    if phase == "identity":
+        return OtherDirectory("stat(2)", int(number), Path(path))
+    if phase in _PHASE_CALLS:
+        return SyscallError(_PHASE_CALLS[phase], int(number), Path(path) if path else None)
+    # The subclass that fits the errno, as subprocess would raise it.
+    return OSError(int(number), os.strerror(int(number)), path)

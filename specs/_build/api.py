@@ -22,6 +22,7 @@ PROGRAMS: Final = (
     "linux.demo",
     "linux.forge.child",
     "linux.forge.exec",
+    "linux.launch",
     *(f"{package}.testing" for package in PACKAGES),
 )
 """Modules and folders of modules that are run, not imported by users; and tools for tests."""

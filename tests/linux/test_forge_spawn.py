@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from linux.cgroups import Scope, remove_slices
 from linux.features import Features
 from linux.forge import spawn as forge_spawn
 from linux.forge.client import Forge
-from linux.forge.spawn import InitDead, restore_foreground, spawn_within
+from linux.forge.spawn import HelperDied, Inherited, InitDead, OtherDirectory, spawn_within
 from linux.syscalls import SyscallError
 from tests.support.forging import (
     ALL,
@@ -277,38 +279,180 @@ def test_descriptor_of_another_type_enters_nothing(forge: Forge, features: Featu
         spawn_within(["true"], mistaken)
 
 
-def test_command_comes_to_the_foreground_of_its_terminal_and_goes_back() -> None:
-    """Under a terminal of its own, as the leader of its session, like a shell."""
-    program = """
-import fcntl, os, sys, termios
-from linux.forge.spawn import restore_foreground, spawn_within
-from transport.descriptors import DescriptorBundle
+# --- How it is said that the command runs -------------------------------------------------------
 
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-show = "import os; print(os.tcgetpgrp(0) == os.getpgrp(), flush=True)"
-for foreground in (True, False):
-    with DescriptorBundle() as nothing:
-        command = [sys.executable, "-I", "-S", "-c", show]
-        with spawn_within(command, nothing, foreground=foreground) as child:
-            child.wait()
-    restore_foreground(0)
-    print(os.tcgetpgrp(0) == os.getpgrp(), flush=True)
-"""
-    leader, terminal = map(Descriptor, os.openpty())
-    with leader, terminal:
-        done = subprocess.run(
-            [sys.executable, "-P", "-c", program],
-            env={**os.environ, "PYTHONPATH": PACKAGES},
-            stdin=terminal.fileno(),
+
+@pytest.mark.parametrize(
+    "helper",
+    [
+        "raise SystemExit(0)",
+        "import os; os.kill(os.getpid(), 9)",
+        "import os, sys; os.close(int(sys.argv[1])); import time; time.sleep(1000)",
+    ],
+)
+def test_helper_that_says_nothing_is_no_command_that_runs(
+    helper: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silent = tmp_path / "silent.py"
+    silent.write_text(helper)
+    monkeypatch.setattr(forge_spawn, "_PROGRAM", silent)
+    with DescriptorBundle() as nothing, pytest.raises(HelperDied, match="died before it said"):
+        spawn_within(["true"], nothing)
+
+
+def test_interpreter_that_is_missing_is_not_the_commands_fault(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with (
+        DescriptorBundle() as nothing,
+        pytest.raises(SyscallError, match=r"^execve\(2\): ENOENT .*: /nowhere/python$"),
+    ):
+        spawn_within(["/nowhere/python"], nothing)
+
+
+def test_large_environment_is_passed_whole() -> None:
+    large = {f"V{number}": "x" * 100_000 for number in range(8)}
+    assert len(output("env", "-0", env={**large, "PATH": "/usr/bin:/bin"})) > 800_000
+
+
+def test_limits_that_bind_the_command_do_not_stop_its_start() -> None:
+    """A limit of no bytes in a file, also of one without a name."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        assert output("echo", "started") == "started\n"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_helper_is_isolated_from_the_commands_environment(tmp_path: Path) -> None:
+    (tmp_path / "os.py").write_text("raise SystemExit(1)")
+    given = {
+        "PYTHONPATH": str(tmp_path),
+        "PYTHONHOME": "/nowhere",
+        "LD_PRELOAD": "/nowhere/lib.so",
+        "LD_LIBRARY_PATH": str(tmp_path),
+    }
+    for library in ("libm.so.6", "libc.so.6"):
+        (tmp_path / library).write_text("no library")
+    with DescriptorBundle() as nothing, spawn_within(["/bin/true"], nothing, env=given) as child:
+        assert child.wait() == 127  # the dynamic linker's, of the command itself
+
+
+# --- The rules of execvp(3) ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    for folder, mode, text in (
+        ("denied", 0o644, "#!/bin/sh\necho denied"),
+        ("script", 0o755, "echo script $0 $1"),
+        ("empty", 0o755, ""),
+    ):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "tool").write_text(text)
+        (tmp_path / folder / "tool").chmod(mode)
+    return tmp_path
+
+
+def test_file_without_a_first_line_for_an_interpreter_is_run_by_sh(folders: Path) -> None:
+    tool = str(folders / "script" / "tool")
+    assert output(tool, "word") == f"script {tool} word\n"
+    assert output(str(folders / "empty" / "tool")) == ""
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("{0}/nowhere:{0}/script:{0}/empty", "script {0}/script/tool word\n"),
+        ("{0}/denied:{0}/script", "script {0}/script/tool word\n"),
+        ("{0}/script/tool:{0}/script", "script {0}/script/tool word\n"),
+    ],
+)
+def test_command_is_looked_for_as_execvp_does(folders: Path, path: str, says: str) -> None:
+    env = {"PATH": path.format(folders)}
+    assert output("tool", "word", env=env) == says.format(folders)
+
+
+def test_empty_part_of_path_is_the_working_directory(folders: Path) -> None:
+    for path in (":/nowhere", "/nowhere:", "/nowhere::/nowhere"):
+        shown = output("tool", "x", env={"PATH": path}, cwd=str(folders / "script"))
+        assert shown == "script tool x\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "path", "number"),
+    [
+        ("", "{0}/script", errno.ENOENT),
+        ("tool", "{0}/denied", errno.EACCES),
+        ("tool", "{0}/denied:{0}/nowhere", errno.EACCES),
+        ("tool", "", errno.ENOENT),
+        ("tool", "{0}/nowhere", errno.ENOENT),
+        ("./tool", "{0}/script", errno.ENOENT),
+        ("/", "", errno.EACCES),
+    ],
+)
+def test_command_that_is_not_found_has_the_errno_of_execvp(
+    folders: Path, command: str, path: str, number: int
+) -> None:
+    env = {"PATH": path.format(folders)}
+    with DescriptorBundle() as nothing, pytest.raises(OSError, match=os.strerror(number)) as caught:
+        spawn_within([command], nothing, env=env)
+    assert (caught.value.errno, caught.value.filename) == (number, command)
+
+
+def test_without_a_path_the_search_is_that_of_the_c_library() -> None:
+    assert "A=1" in output("env", env={"A": "1"}).splitlines()
+
+
+# --- What the caller inherited ------------------------------------------------------------------
+
+
+def test_inherited_environment_keeps_its_order_and_its_doubles() -> None:
+    entries = (
+        b"B=1",
+        b"A=2",
+        b"B=3",
+        b"\xff=\xfe",
+        b"E=",
+        b"=F=5",
+        b"G==",
+        b"no equals sign",
+        b"=",
+    )
+    with (
+        DescriptorBundle() as nothing,
+        spawn_within(
+            ["cat", "/proc/self/environ"],
+            nothing,
             stdout=subprocess.PIPE,
-            start_new_session=True,
-            check=True,
-            text=True,
-        )
-    assert done.stdout.split() == ["True", "True", "False", "True"]
+            inherited=Inherited(entries),
+        ) as child,
+    ):
+        shown = child.communicate()[0].split(b"\0")[:-1]
+    assert shown == list(entries[:-2])
 
 
-def test_foreground_without_a_terminal_changes_nothing() -> None:
-    assert output("true", foreground=True, stdin=subprocess.DEVNULL) == ""
-    with Descriptor(os.open("/dev/null", os.O_RDONLY)) as no_terminal:
-        restore_foreground(no_terminal.fileno())
+def test_inherited_working_directory_is_the_same_one_or_nothing_starts(
+    forge: Forge, features: Features, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inherited = Inherited((b"PATH=/usr/bin:/bin",))
+    place = tmp_path / "place"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    with allocation(forge, features, (MOUNT,)) as (_, bundle):
+        with spawn_within(["pwd"], bundle, stdout=subprocess.PIPE, inherited=inherited) as child:
+            assert child.communicate()[0] == f"{place}\n".encode()
+        run_within(bundle, "mount", "-t", "tmpfs", "tmpfs", str(place))
+        with pytest.raises(OtherDirectory, match=re.escape(str(place))):
+            spawn_within(["true"], bundle, inherited=inherited)
+        run_within(bundle, "umount", str(place))
+        place.rmdir()
+        with pytest.raises(OtherDirectory, match="another one inside"):
+            spawn_within(["true"], bundle, inherited=inherited)
+    with (
+        DescriptorBundle() as nothing,
+        spawn_within(["true"], nothing, inherited=inherited) as child,
+    ):
+        assert child.wait() == 0  # as exec(2): a removed directory is as good as any

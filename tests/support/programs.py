@@ -21,6 +21,7 @@ from transport.request import Consumer, Handoff
 
 ROOT: Final = Path(__file__).parents[2]
 COMMAND: Final = (sys.executable, "-m", "linux")
+INSTALLED: Final = str(Path(sys.executable).with_name("nshandoff"))
 DEADLINE_S: Final = 20.0
 POLL_S: Final = 0.01
 
@@ -63,7 +64,8 @@ def running(*words: str | Path, **how: Any) -> Iterator[subprocess.Popen[str]]:
         "env": environment(),
         **how,
     }
-    with subprocess.Popen([*COMMAND, *map(str, words)], text=True, **settings) as program:
+    command = settings.pop("command", COMMAND)
+    with subprocess.Popen([*command, *map(str, words)], text=True, **settings) as program:
         try:
             yield program
         finally:

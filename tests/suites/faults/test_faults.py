@@ -84,6 +84,7 @@ OUTSIDE: Final = {
     "linux/forge/exec.py": "runs in a process without these packages",
     "transport/testing": "tests",
     "linux/testing": "tests",
+    "linux/launch.py": "runs before these packages",
     "linux/cli": "programs; strace refuses them things",
     "linux/demo": "programs",
     "linux/simulated": "a node that is none",
