@@ -53,6 +53,8 @@ class Launch(NamedTuple):
     """What was open, without the standard streams; borrowed."""
     ignored: int
     """The mask of ignored signals."""
+    streams: tuple[int, ...]
+    """Standard streams that the tool does not need once a command has them; borrowed."""
 
 
 _launch: Launch | None = None
@@ -60,7 +62,7 @@ _launch: Launch | None = None
 
 def launch() -> Launch:
     """Return what this process had; what it has now, if it is not the command `nshandoff`."""
-    return _launch or Launch(_entries_of(os.environb), (), _ignored_now() & ~PYTHONS_OWN)
+    return _launch or Launch(_entries_of(os.environb), (), _ignored_now() & ~PYTHONS_OWN, ())
 
 
 def is_isolated() -> bool:
@@ -90,6 +92,7 @@ def isolate(packages: str) -> NoReturn:
 
 def take_over() -> None:
     """Note what this process had, and clean its environment. Closed streams get /dev/null."""
+    # Keeps RUN-5.
     global _launch
     descriptors = _open_descriptors()
     _plug_streams()
@@ -97,7 +100,7 @@ def take_over() -> None:
     while (part := os.environ.get(f"{ENVIRONMENT}{len(parts) + 1}")) is not None:
         parts.append(bytes.fromhex(part))
     environment = tuple(b"".join(parts).split(b"\0")[:-1])
-    _launch = Launch(environment, descriptors, int(os.environ[IGNORED], 16))
+    _launch = Launch(environment, descriptors, int(os.environ[IGNORED], 16), (0, 1))
     os.environ.clear()
     for entry in environment:
         name, _, value = entry.partition(b"=")

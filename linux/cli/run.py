@@ -174,6 +174,7 @@ def _start(
 
 def _inherited(had: Launch, blocked: Set[int]) -> Inherited:
     """Collect what survives an exec and that a child does not have by itself."""
+    # Keeps RUN-1.
     pending = signal.sigpending() & blocked
     for number in pending:
         signal.sigwait({number})  # it is the command's now
@@ -196,11 +197,11 @@ def _leave_to_command(had: Launch) -> None:
     """
     for which, _, _ in own_timers():
         signal.setitimer(which, 0)
-    for number in (0, 1, *had.descriptors):
+    for number in (*had.streams, *had.descriptors):
         with suppress(OSError):  # a library has closed it
             if not stat.S_ISREG(os.fstat(number).st_mode):
                 Descriptor(number).close()
-                if number < 2:
+                if number in had.streams:
                     os.open(os.devnull, os.O_RDWR)  # gets the number that has become free
 
 
@@ -241,6 +242,7 @@ def _terminal_kept() -> Iterator[None]:
 
 def _wait_for(child: RunningCommand, scope: Path | None, taken: Set[signal.Signals]) -> int:
     """Pass signals on to the command until it exits; return its exit code, -N for signal N."""
+    # Keeps RUN-4.
     while True:
         pid, status = os.waitpid(child.pid, os.WNOHANG | os.WUNTRACED)
         if pid and os.WIFSTOPPED(status):
@@ -265,10 +267,30 @@ def _is_for_command(received: signal.struct_siginfo) -> bool:
 
 
 def _is_from_within(pid: int, child: RunningCommand, scope: Path | None) -> bool:
-    """Say whether the command sent it, to its group (kill 0) and not to its parent."""
-    if pid in (os.getpid(), child.pid):
+    """
+    Say whether the command sent it, to its group (kill 0) and not to its parent.
+
+    A sender in another PID namespace is given by its number there. If a program here has the same
+    number, it is taken for the sender: a signal may come twice, but none is lost.
+    """
+    members = {child.pid} if scope is None else {child.pid, *Scope(scope, "").processes()}
+    if pid in (os.getpid(), *members):
         return True
-    return pid > 0 and scope is not None and pid in Scope(scope, "").processes()
+    return pid in map(_inner_pid, members) and not _read(f"/proc/{pid}/cmdline")
+
+
+def _inner_pid(pid: int) -> int:
+    """Return a process' number in its own PID namespace; 0 if it is gone."""
+    lines = _read(f"/proc/{pid}/status").splitlines()
+    return next((int(x.split()[-1]) for x in lines if x.startswith(b"NSpid:")), 0)
+
+
+def _read(path: str) -> bytes:
+    """Read a file of a process; nothing, if that is gone or a thread of the Linux kernel."""
+    try:
+        return Path(path).read_bytes()
+    except OSError:
+        return b""
 
 
 def _stop_too(child: RunningCommand, cause: signal.Signals) -> None:

@@ -84,6 +84,7 @@ def enter_scope(scope: int) -> None:
 
 def enter_directory(path: bytes, identity: bytes) -> bool:
     """Enter the working directory; say whether it is the one with this device and inode."""
+    # Keeps RUN-3.
     if path:
         os.chdir(path)
     if not identity:

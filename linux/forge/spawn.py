@@ -88,23 +88,20 @@ class Inherited:
     What survives an exec, of this process, and would not survive the start of a child by itself.
 
     What is not here does: limits, groups, umask, priorities, session, process group, terminal.
-
-    Args:
-        environment: `NAME=VALUE` each, in their order, also names that occur twice.
-        descriptors: The open ones above the standard streams, which have no close-on-exec flag.
-            Borrowed until the command has started.
-        ignored: Signals that are ignored.
-        blocked: Signals that are blocked.
-        pending: Blocked signals that have come.
-        timers: Interval timers: which, the time that is left and the interval, in seconds.
     """
 
     environment: tuple[bytes, ...]
+    """`NAME=VALUE` each, in their order, also names that occur twice."""
     descriptors: tuple[int, ...] = ()
+    """Open ones above the standard streams, as they are to stay; borrowed until it has started."""
     ignored: frozenset[int] = frozenset()
+    """Signals that are ignored."""
     blocked: frozenset[int] = frozenset()
+    """Signals that are blocked."""
     pending: frozenset[int] = frozenset()
+    """Blocked signals that have come."""
     timers: tuple[tuple[int, float, float], ...] = ()
+    """Interval timers: which, the time that is left and the interval, in seconds."""
 
 
 def spawn_within(
@@ -287,6 +284,7 @@ def _send(plan: bytes, source: Descriptor) -> None:
 
 def _await_start(child: Child, answer: Descriptor, command: Sequence[str]) -> None:
     """Wait until the helper says that the command runs; if not, reap it and raise the reason."""
+    # Keeps RUN-2.
     poll = select.poll()
     poll.register(answer, select.POLLIN)
     report, part = b"", b"?"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -13,12 +16,16 @@ from pathlib import Path
 
 import pytest
 
+from linux.cli import command as cli
 from linux.cli.exits import ExitCode
+from linux.forge import spawn as forge_spawn
 from linux.forge.spawn import spawn_within
 from statemachine import AllocationEnded, NamespaceRequest
+from tests.support import exec_probe
 from tests.support.programs import (
     COMMAND,
     DEADLINE_S,
+    INSTALLED,
     PID,
     Daemon,
     environment,
@@ -91,8 +98,11 @@ def test_what_the_command_leaves_ends_with_it(words: tuple[str, ...], cgroup2: P
     assert not list(cgroup2.glob(f"workload.slice/{words[-1]}.scope"))
 
 
+@pytest.mark.clause("RUN-4")
 def test_signals_reach_the_command(words: tuple[str, ...]) -> None:
     names = ("HUP", "INT", "QUIT", "USR1", "USR2", "ALRM", "WINCH", "CONT")
+    names += ("ABRT", "PIPE", "SEGV", "XCPU", "XFSZ", "VTALRM", "PROF", "PWR", "URG", "IO")
+    names += ("TSTP", "TTIN", "TTOU", "TRAP", "BUS", "SYS")
     traps = "".join(f"trap 'echo {name}' {name}; " for name in names)
     script = f"{traps} trap 'echo TERM; exit 3' TERM; echo ready; while :; do sleep 0.01; done"
     with running(*words, *ALL, "--", "sh", "-c", script) as program:
@@ -116,6 +126,122 @@ def test_ignored_hangup_is_none_of_the_commands_business(words: tuple[str, ...])
         run.send_signal(signal.SIGHUP)
         out, _ = run.communicate("still here\n")
         assert (run.returncode, out) == (0, "still here\n")
+
+
+def test_real_time_signals_reach_the_command_in_their_order(words: tuple[str, ...]) -> None:
+    script = (
+        "import signal, sys\n"
+        "numbers = range(signal.SIGRTMIN, signal.SIGRTMAX + 1)\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, numbers)\n"
+        "print('ready', flush=True)\n"
+        "print(*(signal.sigwait(numbers) for _ in range(4)))"
+    )
+    with running(*words, *ALL, "--", sys.executable, "-I", "-S", "-c", script) as program:
+        assert program.stdout is not None
+        assert program.stdout.readline() == "ready\n"
+        for offset in (5, 5, 5, 9):
+            program.send_signal(signal.SIGRTMIN + offset)
+        first = signal.SIGRTMIN
+        out, _ = program.communicate()
+    assert out.split() == [str(first + offset) for offset in (5, 5, 5, 9)]
+
+
+@pytest.mark.parametrize("namespaces", ["pid,net,mount", "net"])
+def test_what_the_command_sends_to_its_group_does_not_come_back(
+    words: tuple[str, ...], namespaces: str
+) -> None:
+    script = "n=0; trap 'n=$((n+1))' TERM; kill -TERM 0; sleep 0.3; echo $n"
+    words = (*words, "--namespaces", namespaces, "--", "sh", "-c", script)
+    with running(*words, start_new_session=True) as program:
+        out, _ = program.communicate()
+        assert (program.returncode, out) == (0, "1\n")
+
+
+def test_what_the_command_closes_is_closed(words: tuple[str, ...], tmp_path: Path) -> None:
+    """`run` holds no end of a pipe that is the command's."""
+    theirs, ours = (Descriptor(fd) for fd in os.pipe())
+    with theirs, ours:
+        script = f"exec <&- >&- {ours.fileno()}>&-; until [ -e {tmp_path}/go ]; do sleep 0.01; done"
+        # bash: in others only the numbers below 10 can be closed.
+        with running(*words, *ALL, "--", "bash", "-c", script, pass_fds=[ours.fileno()]) as program:
+            ours.close()
+            assert program.stdout is not None
+            assert program.stdout.read() == ""
+            assert os.read(theirs.fileno(), 1) == b""
+            assert program.stdin is not None
+            poll = select.poll()
+            poll.register(program.stdin, 0)
+            assert poll.poll(DEADLINE_S * 1000) == [(program.stdin.fileno(), select.POLLERR)]
+            assert program.poll() is None
+            (tmp_path / "go").touch()
+            assert program.wait(DEADLINE_S) == 0
+
+
+def test_record_locks_are_held_as_long_as_the_command_runs(
+    words: tuple[str, ...], tmp_path: Path
+) -> None:
+    program = (
+        "import fcntl, os, sys\n"
+        "file = os.open('lock', os.O_RDWR | os.O_CREAT)\n"
+        "fcntl.lockf(file, fcntl.LOCK_EX)\n"
+        "os.set_inheritable(file, True)\n"
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    command = (sys.executable, "-c", program, INSTALLED)
+    script = ("--", "sh", "-c", "echo ready; read line")
+    with running(*words, *ALL, *script, command=command, cwd=tmp_path) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "ready\n"
+        with (tmp_path / "lock").open("w") as file:
+            with pytest.raises(BlockingIOError):
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            run.communicate("\n")
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_closed_inside(
+    words: tuple[str, ...], tmp_path: Path, closed: str
+) -> None:
+    found = []
+    probe = (sys.executable, "-I", "-S", str(exec_probe.__file__), "9")
+    for launcher in (("/usr/bin/env",), (INSTALLED, *words, *ALL, "--")):
+        shell = ("sh", "-c", f'exec "$@" 9>"$0" {closed}', str(tmp_path / "result"))
+        run = subprocess.run([*shell, *launcher, *probe], env=environment(), check=False)
+        assert run.returncode == 0
+        found.append(json.loads((tmp_path / "result").read_text())["descriptors"])
+    assert found[0] == found[1]
+
+
+@pytest.mark.clause("RUN-3")
+def test_directory_of_another_mount_namespace_is_refused(
+    words: tuple[str, ...], tmp_path: Path
+) -> None:
+    """A consumer with a private directory, in a path that the node has as well."""
+    (tmp_path / "input").write_text("of another job")
+    private = 'mount -t tmpfs private . && cd "$PWD" && echo own >input && exec "$@"'
+    where = {
+        "command": ("unshare", "--mount", "sh", "-c", private, "sh", *COMMAND),
+        "cwd": tmp_path,
+    }
+    with running(*words, "--namespaces", "mount", "--", "cat", "input", **where) as run:
+        out, errors = run.communicate()
+    assert (run.returncode, out) == (ExitCode.RUN_FAILED, "")
+    assert f"the working directory is another one inside the allocation: {tmp_path}" in errors
+    with running(*words, "--namespaces", "net", "--", "cat", "input", **where) as run:
+        assert run.communicate() == ("own\n", "")
+
+
+def test_silence_of_the_helper_is_no_exit_code_of_a_command(
+    words: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "silent.py").write_text("")
+    monkeypatch.setattr(forge_spawn, "_PROGRAM", tmp_path / "silent.py")
+    assert cli.main([*words, *ALL, "--", "true"]) == ExitCode.RUN_FAILED
+    assert "the helper that starts the command died" in capfd.readouterr().err
 
 
 def test_ended_allocation_takes_the_command_along(
@@ -167,6 +293,7 @@ def next_message(accepted: endpoint.Accepted) -> object:
 @pytest.mark.parametrize(
     ("command", "code", "says"),
     [
+        ("", ExitCode.NOT_FOUND, "No such file"),
         ("no-such-command", ExitCode.NOT_FOUND, "No such file"),
         ("/etc/passwd", ExitCode.NOT_EXECUTABLE, "Permission denied"),
         ("/etc/passwd/x", ExitCode.NOT_EXECUTABLE, "Not a directory"),
@@ -177,7 +304,8 @@ def test_command_that_cannot_run_is_named(
 ) -> None:
     result = nshandoff(*words, *ALL, "--", command)
     assert (result.returncode, result.stdout) == (code, "")
-    assert result.stderr == f"nshandoff: {command}: {says}" + result.stderr.partition(says)[2]
+    said = f"nshandoff: {command or repr('')}: {says}"
+    assert result.stderr.startswith(said)
     assert daemon.alive() == []
 
 
@@ -337,3 +465,84 @@ def test_ctrl_z_is_nothing_where_no_shell_could_continue(words: tuple[str, ...])
         terminal.type("\x1atyped\n")
         terminal.wait_for("line typed")
         assert terminal.program.wait(DEADLINE_S) == 0
+
+
+def test_rest_of_a_pipeline_keeps_the_terminal(words: tuple[str, ...]) -> None:
+    job = f"{' '.join(COMMAND)} {' '.join(words)} --namespaces pid -- sh -c 'echo ready; sleep 0.3'"
+    with Terminal(
+        "bash", "-mc", f"{job} | sh -c 'cat; read line </dev/tty; echo line $line'"
+    ) as terminal:
+        terminal.wait_for("ready")
+        terminal.type("typed\n")
+        terminal.wait_for("line typed")
+        assert terminal.program.wait(DEADLINE_S) == 0
+
+
+def test_terminal_is_the_commands_whatever_its_standard_input_is(words: tuple[str, ...]) -> None:
+    inside = "sh -c 'echo ready; read line </dev/tty; echo line $line'"
+    job = f"{' '.join(COMMAND)} {' '.join(words)} --namespaces pid -- {inside} </dev/null"
+    with Terminal("bash", "-mc", job) as terminal:
+        terminal.wait_for("ready")
+        terminal.type("typed\n")
+        terminal.wait_for("line typed")
+        assert terminal.program.wait(DEADLINE_S) == 0
+
+
+def test_job_from_the_background_waits_for_the_foreground(words: tuple[str, ...]) -> None:
+    inside = "sh -c 'echo ready; read line; echo line $line; exit 6'"
+    job = f"{' '.join(COMMAND)} {' '.join(words)} --namespaces pid,net -- {inside}"
+    wait = "until jobs | grep -q Stopped; do sleep 0.05; done"
+    with Terminal("bash", "-mc", f"{job} & {wait}; echo stopped; fg; echo exited $?") as terminal:
+        terminal.wait_for("stopped")
+        terminal.type("typed\n")
+        terminal.wait_for("line typed")
+        terminal.wait_for("exited 6")
+        assert terminal.program.wait(DEADLINE_S) == 0
+
+
+def test_without_a_terminal_nothing_is_different(words: tuple[str, ...]) -> None:
+    inside = ("sh", "-c", "cat; tty; echo exited")
+    with running(*words, "--namespaces", "pid", "--", *inside, start_new_session=True) as program:
+        out, _ = program.communicate("typed\n")
+    assert out == "typed\nnot a tty\nexited\n"
+
+
+@pytest.mark.parametrize("leads", [True, False], ids=["leads its session", "of a shell"])
+def test_terminal_that_is_taken_away_hangs_up_on_the_command(
+    words: tuple[str, ...], tmp_path: Path, leads: bool
+) -> None:
+    inside = (
+        f"trap 'echo HUP >{tmp_path}/hung; exit 0' HUP; echo ready; while :; do sleep 0.01; done"
+    )
+    command: tuple[str, ...] = (*COMMAND, *words, "--namespaces", "pid", "--", "sh", "-c", inside)
+    if not leads:
+        command = ("bash", "-ic", '"$@"; exit 0', "bash", *command)
+    with Terminal(*command) as terminal:
+        terminal.wait_for("ready")
+    wait_until((tmp_path / "hung").exists)
+
+
+def test_terminal_comes_back_from_a_shell_in_a_pid_namespace(words: tuple[str, ...]) -> None:
+    show = "import os; print('foreground', os.tcgetpgrp(0) == os.getpgrp(), flush=True)"
+    after = f'{sys.executable} -I -S -c "{show}"'
+    shell = "bash --norc --noprofile -i"
+    script = f"{' '.join(COMMAND)} {' '.join(words)} --namespaces pid -- {shell}; {after}"
+    with Terminal("sh", "-c", script) as terminal:
+        terminal.wait_for("# ")
+        terminal.type("sh -c 'echo started; exec sleep 1000'\n")
+        terminal.wait_for(r"\rstarted")
+        terminal.type("\x1a")
+        terminal.wait_for("Stopped")
+        terminal.type("kill %1; exit\nexit\n")
+        assert terminal.wait_for(r"foreground (\w+)")[1] == "True"
+        assert terminal.program.wait(DEADLINE_S) == 0
+
+
+def test_end_by_a_signal_ends_a_script_as_it_would_without_run(words: tuple[str, ...]) -> None:
+    """A shell goes on with the next line if what it waited for was not ended by the Ctrl-C."""
+    inside = "sh -c 'echo ready; exec sleep 1000'"
+    script = f"{' '.join(COMMAND)} {' '.join(words)} --namespaces pid -- {inside}; echo next"
+    with Terminal("bash", "-c", script) as terminal:
+        terminal.wait_for("ready")
+        terminal.type("\x03")
+        assert terminal.program.wait(DEADLINE_S) == -signal.SIGINT

@@ -282,6 +282,7 @@ def test_descriptor_of_another_type_enters_nothing(forge: Forge, features: Featu
 # --- How it is said that the command runs -------------------------------------------------------
 
 
+@pytest.mark.clause("RUN-2")
 @pytest.mark.parametrize(
     "helper",
     [
@@ -326,6 +327,7 @@ def test_limits_that_bind_the_command_do_not_stop_its_start() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.clause("RUN-5")
 def test_helper_is_isolated_from_the_commands_environment(tmp_path: Path) -> None:
     (tmp_path / "os.py").write_text("raise SystemExit(1)")
     given = {
@@ -434,6 +436,7 @@ def test_inherited_environment_keeps_its_order_and_its_doubles() -> None:
     assert shown == list(entries[:-2])
 
 
+@pytest.mark.clause("RUN-3")
 def test_inherited_working_directory_is_the_same_one_or_nothing_starts(
     forge: Forge, features: Features, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

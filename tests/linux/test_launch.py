@@ -36,6 +36,7 @@ def run(command: tuple[str, ...], *words: str, **how: object) -> subprocess.Comp
     return subprocess.run([*command, *words], capture_output=True, text=True, check=False, **how)  # type: ignore[call-overload, no-any-return]
 
 
+@pytest.mark.clause("RUN-5")
 @WAYS
 def test_basic_settings_of_python_do_nothing_to_the_tool(
     command: tuple[str, ...], settings: dict[str, str]
@@ -46,6 +47,7 @@ def test_basic_settings_of_python_do_nothing_to_the_tool(
     assert (result.stderr.count("\n"), result.stdout) == (1, "")
 
 
+@pytest.mark.clause("RUN-5")
 def test_the_installed_command_needs_nothing_of_them(
     settings: dict[str, str], tmp_path: Path
 ) -> None:
