@@ -20,7 +20,8 @@ EXIT CODES
     2     the command line makes no sense; nothing was done
     3     this node, or this user on it, cannot
     4     the provider cannot be reached, and self-service was not allowed
-    125   run: nshandoff itself failed, for any reason, wrong usage among them
+    125   run: nshandoff itself failed, for any reason, wrong usage among them, so that
+          none of these is taken for the exit code of the command
     126   run: the command cannot be executed
     127   run: there is no such command
     128+N ended by signal N, or run: the command was; 130 is Ctrl-C
@@ -36,6 +37,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from .exits import PROGRAM, SIGNAL_BASE, ExitCode, Failure, Interrupted, print_error
+from .parser import Parser
 
 DISTRIBUTION: Final = "namespace-handoff"
 """The name of the distribution on a package index."""
@@ -73,12 +75,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             `run`), which has been printed.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    options = None if words[:1] == ["demo"] else _parse(words)
     try:
-        if words[:1] == ["demo"]:
-            return _demo(words[1:])
-        options = _parse(words)
-        return int(_VERBS[options.verb](options))
+        return _demo(words[1:]) if options is None else int(_VERBS[options.verb](options))
     except Failure as failure:
+        if options is not None and failure.code is ExitCode.USAGE:
+            options.parser.error(str(failure))
         print_error(str(failure))
         return failure.code
     except Interrupted as interruption:
@@ -89,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Make the parser of the whole command line, up to a `--`."""
-    parser = _Parser(
+    parser = Parser(
         prog=PROGRAM,
         description=_ABOUT,
         epilog=_EPILOG,
@@ -392,18 +394,6 @@ def _add_backend(parser: argparse.ArgumentParser) -> None:
 
 
 # --- Reading the command line ------------------------------------------------------------------
-
-
-class _Parser(argparse.ArgumentParser):
-    """Accepts no abbreviated options, and has the exit code for wrong usage of its verb."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings, allow_abbrev=False)
-        self.failure_code = ExitCode.USAGE
-
-    def error(self, message: str) -> Any:
-        self.print_usage(sys.stderr)
-        self.exit(self.failure_code, f"{self.prog}: {message}\n")
 
 
 class _Version(argparse.Action):

@@ -90,13 +90,14 @@ def run(options: argparse.Namespace) -> int:
 
     Raises:
         Failure: RUN_FAILED, NOT_FOUND or NOT_EXECUTABLE; no command runs, the allocation is ended.
+            USAGE; nothing was done.
     """
     try:
         code = _run(options)
     except Interrupted as interruption:
         code = -interruption.number
     except Failure as failure:
-        if failure.code in (ExitCode.NOT_EXECUTABLE, ExitCode.NOT_FOUND):
+        if failure.code in (ExitCode.NOT_EXECUTABLE, ExitCode.NOT_FOUND, ExitCode.USAGE):
             raise
         # One exit code for everything that is not the command's, as in env(1).
         raise Failure(ExitCode.RUN_FAILED, failure.text, failure.kind) from failure

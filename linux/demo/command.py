@@ -40,6 +40,7 @@ from typing import Final, TextIO
 
 from statemachine.errors import NamespaceError
 
+from ..cli.parser import Parser
 from .census import Census, Traces
 from .claims import settled
 from .host import (
@@ -204,7 +205,7 @@ _BARE: Final = ("namespace_members", "mounts", "loop_devices", "cgroups")
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="nshandoff demo",
         description=(
             "Run two allocations from request to release on this machine, and check with the\n"
@@ -213,7 +214,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         ),
         epilog="exit codes:" + (__doc__ or "").partition("EXIT CODES")[2].rstrip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--backend",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -75,6 +76,7 @@ def test_help_loads_none_of_the_packages_it_helps_with() -> None:
         "linux.cli",
         "linux.cli.command",
         "linux.cli.exits",
+        "linux.cli.parser",
     }
 
 
@@ -103,7 +105,15 @@ def test_defaults_are_those_of_the_modules_they_are_for() -> None:
     ("words", "says"),
     [
         ([], "VERB"),
-        (["nonsense"], "invalid choice"),
+        (["nonsense"], "there is no VERB 'nonsense'\n"),
+        (["requst"], "did you mean request?"),
+        (["--verson"], "did you mean --version?"),
+        (["trace", "shw"], "did you mean show?"),
+        (["serve", "--hold-tme=3"], "there is no option --hold-tme; did you mean --hold-time?"),
+        (["serve", "--no-scope"], "did you mean --no-scopes?"),
+        (["list", "--json", "-q"], "there is no option -q\n"),
+        (["request", "--namespace", "pid", "--id", "x"], "did you mean --namespaces?"),
+        (["request", "--id", "--namespace", "--namespaces", "pid"], "expected one argument"),
         (["request", "--namespaces", "pid"], "--id"),
         (["request", "--id", "x"], "--namespaces"),
         (["request", "--id", "x", "--namespaces", "pid,user"], "user"),
@@ -113,7 +123,7 @@ def test_defaults_are_those_of_the_modules_they_are_for() -> None:
         (["request", "--id", "", "--namespaces", "pid"], "0 bytes"),
         (["request", "--id", "x", "--namespaces", "pid", "--uenv", "a"], "needs a Mount"),
         (["request", "--id", "x", "--namespaces", "mount", "--uenv", "../a"], "plain path"),
-        (["request", "--id", "x", "--name", "pid"], "--namespaces"),
+        (["request", "--id", "x", "--names", "pid"], "--namespaces"),
         (["end"], "ID"),
         (["end", ".."], "reserves"),
         (["serve", "--mode", "9"], "octal"),
@@ -133,25 +143,38 @@ def test_what_makes_no_sense_is_refused_before_anything_is_done(
     assert code_of(words) == ExitCode.USAGE
     result = capsys.readouterr()
     assert says in result.err
+    verb = f"nshandoff {words[0]}" if words and words[0] in VERBS else "nshandoff"
+    assert result.err.startswith(f"usage: {verb} ")
+    assert re.match(rf"{verb}( check| show)?: ", result.err.splitlines()[-1])
     assert "handoff socket" not in result.err
     assert result.out == ""
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "says"),
     [
-        ["run", "--namespaces", "pid,pid", "--", "true"],
-        ["run", "--namespaces", "pid"],
-        ["run", "--namespaces", "pid", "--"],
-        ["run", "--", "true"],
-        ["run", "--wrong"],
+        (["--namespaces", "pid,pid", "--", "true"], "repeats Pid"),
+        (["--namespaces", "pid"], "no command"),
+        (["--namespaces", "pid", "--"], "no command"),
+        (["--", "true"], "--namespaces"),
+        (["--wrong"], "no option --wrong"),
+        (["--namespaces", "pid", "--wrong", "true"], "no option --wrong"),
+        (["--namespace", "pid", "--", "true"], "did you mean --namespaces?"),
+        (["--namespaces", "pid", "--fallback", "nver", "--", "true"], "never"),
     ],
 )
 def test_run_keeps_even_usage_apart_from_what_a_command_exits_with(
-    words: list[str], capsys: pytest.CaptureFixture[str]
+    words: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert code_of(words) == ExitCode.RUN_FAILED
-    assert capsys.readouterr().err != ""
+    assert code_of(["run", *words]) == ExitCode.RUN_FAILED
+    said = capsys.readouterr().err
+    assert said.startswith("usage: nshandoff run ")
+    assert says in said
+
+
+def test_wrong_usage_of_the_demo_is_told_like_any_other(capsys: pytest.CaptureFixture[str]) -> None:
+    assert code_of(["demo", "--jsn"]) == ExitCode.USAGE
+    assert capsys.readouterr().err.endswith("there is no option --jsn; did you mean --json?\n")
 
 
 def code_of(words: list[str]) -> int:
@@ -167,6 +190,7 @@ def code_of(words: list[str]) -> int:
         ("run --namespaces pid -- a --id b -- c", "a --id b -- c"),
         ("run --namespaces pid a --id b -- c", "a --id b -- c"),
         ("run --namespaces pid -- -- c", "-- c"),
+        ("run --namespaces pid a --namespace c", "a --namespace c"),
     ],
 )
 def test_words_of_the_command_are_left_alone(words: str, command: str) -> None:
