@@ -2,6 +2,7 @@
 
     serve     be this node's provider                     cli.serve
     run       run a command inside an allocation          cli.run
+    exec      run a command inside a living allocation    cli.run
     request   obtain namespaces, show them, hold them     cli.request
     end       end an allocation                           cli.request
     list      show allocations, their state and remains   cli.list
@@ -20,12 +21,12 @@ EXIT CODES
     2     the command line makes no sense; nothing was done
     3     this node, or this user on it, cannot
     4     the provider cannot be reached, and self-service was not allowed
-    125   run: nshandoff itself failed, for any reason, wrong usage among them, so that
+    125   run, exec: nshandoff itself failed, for any reason, wrong usage among them, so that
           none of these is taken for the exit code of the command
-    126   run: the command cannot be executed
-    127   run: there is no such command
-    128+N ended by signal N, or run: the command was; 130 is Ctrl-C
-    else  run: the exit code of the command
+    126   run, exec: the command cannot be executed
+    127   run, exec: there is no such command
+    128+N ended by signal N; 130 is Ctrl-C
+    else  run, exec: the exit code of the command; they end by the signal that ended it
 """
 
 from __future__ import annotations
@@ -101,6 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     _add_serve(verbs)
     _add_run(verbs)
+    _add_exec(verbs)
     _add_request(verbs)
     _add_end(verbs)
     _add_list(verbs)
@@ -124,6 +126,12 @@ def _run(options: argparse.Namespace) -> int:
     from .run import run
 
     return run(options)
+
+
+def _exec(options: argparse.Namespace) -> int:
+    from .run import enter
+
+    return enter(options)
 
 
 def _request(options: argparse.Namespace) -> int:
@@ -172,6 +180,7 @@ def _demo(words: list[str]) -> int:
 _VERBS: Final = {
     "serve": _serve,
     "run": _run,
+    "exec": _exec,
     "request": _request,
     "end": _end,
     "list": _list,
@@ -240,7 +249,29 @@ def _add_run(verbs: Any) -> None:
     run.add_argument("--id", metavar="ID", help="the allocation's id (default: a new one)")
     _add_wishes(run)
     _add_places(run)
+    run.add_argument(
+        "--tie",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="end the allocation also if this command is killed (default); by self-service always",
+    )
     run.add_argument("command", metavar="COMMAND", nargs=argparse.REMAINDER)
+
+
+def _add_exec(verbs: Any) -> None:
+    about = (
+        "Run a command in the namespaces and the cgroup of an allocation that is alive, and leave "
+        "it alive: for the ranks of a job, or to look around. Otherwise as `run`."
+    )
+    usage = f"{PROGRAM} exec [--socket PATH] [--state-dir DIR] ID -- COMMAND ..."
+    entering = verbs.add_parser(
+        "exec", help="run a command inside a living allocation", description=about, usage=usage
+    )
+    entering.failure_code = ExitCode.RUN_FAILED
+    _add_socket(entering)
+    _add_state_dir(entering)
+    entering.add_argument("id", metavar="ID", help="the allocation's id")
+    entering.add_argument("command", metavar="COMMAND", nargs=argparse.REMAINDER)
 
 
 def _add_request(verbs: Any) -> None:
@@ -411,11 +442,13 @@ class _Version(argparse.Action):
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
-    """Parse the command line; for `run`, what follows the first `--` is not parsed."""
-    is_run = words[:1] == ["run"]
-    cut = words.index("--") if is_run and "--" in words else len(words)
+    """Parse the command line; for `run` and `exec`, what follows the first `--` is not parsed."""
+    is_launcher = words[:1] in (["run"], ["exec"])
+    cut = words.index("--") if is_launcher and "--" in words else len(words)
     options = build_parser().parse_args(words[:cut])
-    if is_run:
+    if is_launcher:
+        if options.command and options.command[0].startswith("-"):
+            options.parser.error(f"options come first, before {options.command[0]} and --")
         # If words of the command came before it, that `--` is the command's.
         options.command += words[cut if options.command else cut + 1 :]
     return options

@@ -1,9 +1,9 @@
-"""`nshandoff run`: run a command inside an allocation.
+"""`nshandoff run` and `exec`: run a command inside an allocation, a new one or a living one.
 
 The command is started as env(1) would start it: all that survives exec(2) survives, as chapter 9
 lists. `nshandoff` stays its parent, in the same process group, passes signals on to it and ends as
-it does. The allocation lives as long as the command: what else is left in its cgroup is killed when
-the command exits.
+it does. The allocation that `run` made lives as long as the command: what else is left in its
+cgroup is killed when the command exits. What was there before is only entered, and not ended.
 
 Once the command runs, signals have no handlers. All are blocked, and one loop waits for the next of
 them (sigwaitinfo). So none is missed and none interrupts anything else, also SIGCHLD, which says
@@ -13,24 +13,27 @@ that the command exited or stopped.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import resource
 import signal
 import stat
 import sys
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Final, Protocol
 
 from statemachine.errors import NamespaceError
+from statemachine.lifecycle import AllocationState
 from statemachine.messages import NamespaceRequest, NamespaceType
 from transport.descriptors import Descriptor
 from transport.request import Consumer, Handoff
 
 from ..cgroups import WORKLOAD_SLICE, CgroupUnavailable, Scope, find_cgroup2
 from ..features import Features
-from ..forge.spawn import Inherited, own_timers, spawn_within
+from ..forge.spawn import Inherited, own_timers, scope_tied, spawn_within
+from ..journal import Entry, JournalError, read_journal
 from ..launch import Launch, launch
 from ..namespaces import KernelInspector, has_dead_init
 from ..self_service import OwnNamespaces
@@ -39,6 +42,7 @@ from ..syscalls import SyscallError
 from .consumer import (
     END_TIMEOUT_S,
     consumer_of,
+    id_of,
     obtain,
     own_namespaces,
     request_of,
@@ -92,42 +96,122 @@ def run(options: argparse.Namespace) -> int:
         Failure: RUN_FAILED, NOT_FOUND or NOT_EXECUTABLE; no command runs, the allocation is ended.
             USAGE; nothing was done.
     """
+    return _as_launcher(_run, options)
+
+
+def enter(options: argparse.Namespace) -> int:
+    """
+    Run a command in a living allocation, which is neither made nor ended by it (`exec`).
+
+    Returns:
+        As for `run`.
+
+    Raises:
+        Failure: as for `run`; RUN_FAILED also if the allocation is not alive.
+    """
+    return _as_launcher(_enter, options)
+
+
+def _as_launcher(verb: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
+    """Have one exit code for everything that is not the command's, as env(1) has."""
     try:
-        code = _run(options)
+        if not options.command:
+            raise Failure(ExitCode.USAGE, "no command; it comes after the options and --")
+        code = verb(options)
     except Interrupted as interruption:
         code = -interruption.number
     except Failure as failure:
         if failure.code in (ExitCode.NOT_EXECUTABLE, ExitCode.NOT_FOUND, ExitCode.USAGE):
             raise
-        # One exit code for everything that is not the command's, as in env(1).
         raise Failure(ExitCode.RUN_FAILED, failure.text, failure.kind) from failure
-    except (OSError, CgroupUnavailable) as error:
+    except (OSError, CgroupUnavailable, JournalError) as error:
         raise Failure(ExitCode.RUN_FAILED, str(error), type(error).__name__) from error
     return code if code >= 0 else _die_of(-code)
 
 
 def _run(options: argparse.Namespace) -> int:
     wanted = request_of(options)
-    if not options.command:
-        raise Failure(ExitCode.USAGE, "no command; it comes after the options and --")
     features = Features.probe()
-    had, blocked = launch(), signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    with (
-        _children_noticed(),
-        signals_taken(ALL_SIGNALS, ignored_too=True) as taken,
-        ExitStack() as stack,
-    ):
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with _all_signals_taken() as taken, ExitStack() as stack:
         own = None
         if options.fallback != "never":
             own = stack.enter_context(closing(own_namespaces(options, features)))
         consumer = consumer_of(options, KernelInspector(features), own)
+        was_alive = _is_alive(wanted.allocation_id)
         handoff = stack.enter_context(_obtain(consumer, wanted, own, taken - blocked))
-        stack.callback(_end, handoff, features)
         scope = _scope_of(handoff, own)
-        with _terminal_kept():
-            child = _start(options.command, handoff, scope, _inherited(had, blocked))
-            _leave_to_command(had)
-            return _wait_for(child, scope, taken)
+        # Keeps RUN-6.
+        if handoff.is_degraded or (not was_alive and stack.enter_context(_claimed(scope))):
+            stack.callback(_end, handoff, features)
+            if options.tie and scope is not None and not handoff.is_degraded:
+                stack.enter_context(scope_tied(scope))
+        return _execute(options.command, handoff, scope, blocked, taken)
+
+
+def _enter(options: argparse.Namespace) -> int:
+    entry = _living(options)
+    features = Features.probe()
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with _all_signals_taken() as taken:
+        consumer = consumer_of(options, KernelInspector(features))
+        with obtain(consumer, entry.request, None, taken - blocked) as handoff:
+            # Otherwise it has ended meanwhile, and this is a new one, which nobody uses.
+            if _living(options).incarnation != entry.incarnation:
+                raise Failure(ExitCode.RUN_FAILED, f"{entry.allocation_id} has ended just now")
+            scope = None if entry.scope_path is None else Path(entry.scope_path)
+            return _execute(options.command, handoff, scope, blocked, taken)
+
+
+def _living(options: argparse.Namespace) -> Entry:
+    """Return what the provider has noted of the allocation; it only knows its request."""
+    name, directory = id_of(options), Path(options.state_dir)
+    for entry in read_journal(directory).entries:
+        if entry.allocation_id == name and entry.state is AllocationState.HANDED_OFF:
+            return entry
+    raise Failure(ExitCode.RUN_FAILED, f"there is no living allocation {name} in {directory}")
+
+
+def _is_alive(name: str) -> bool:
+    """Say whether a provider has an allocation of this id, by the owner of its scope."""
+    with suppress(CgroupUnavailable):
+        path = find_cgroup2() / WORKLOAD_SLICE / f"{name}.scope"
+        return Scope(path, "").owner() is not None
+    return False
+
+
+@contextmanager
+def _claimed(scope: Path | None) -> Iterator[bool]:
+    """Say whether this is the first of several `run` that made one allocation at the same time."""
+    try:
+        directory = None if scope is None else Descriptor(os.open(scope, os.O_RDONLY))
+    except FileNotFoundError:
+        directory = None
+    if directory is None:
+        yield True
+        return
+    with directory:
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def _execute(
+    command: Sequence[str],
+    handoff: Handoff,
+    scope: Path | None,
+    blocked: Set[int],
+    taken: Set[signal.Signals],
+) -> int:
+    """Start the command and wait for it; return its exit code, -N for signal N."""
+    had = launch()
+    with _terminal_kept():
+        child = _start(command, handoff, scope, _inherited(had, blocked))
+        _leave_to_command(had)
+        return _wait_for(child, scope, taken)
 
 
 def _obtain(
@@ -210,11 +294,12 @@ def _leave_to_command(had: Launch) -> None:
 
 
 @contextmanager
-def _children_noticed() -> Iterator[None]:
-    """Reset SIGCHLD: if it is ignored, it does not come and exit statuses are lost."""
+def _all_signals_taken() -> Iterator[set[signal.Signals]]:
+    """Block all signals; reset SIGCHLD, because exit statuses are lost if that is ignored."""
     before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
-        yield
+        with signals_taken(ALL_SIGNALS, ignored_too=True) as taken:
+            yield taken
     finally:
         signal.signal(signal.SIGCHLD, before)
 

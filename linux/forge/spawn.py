@@ -20,8 +20,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final, TypeAlias
@@ -54,6 +54,9 @@ _ENTRY_ORDER: Final = (NamespaceType.PID, NamespaceType.NET, NamespaceType.MOUNT
 
 # The call of each phase of `exec`, except the exec itself.
 _PHASE_CALLS: Final[Mapping[str, str]] = {"prepare": "read(2)", "scope": "write(2)"}
+
+_TIE: Final = "echo 0 >cgroup.procs; read -r line || echo 1 >cgroup.kill"
+"""Waits in the scope for a line; without one, all in it are killed."""
 
 _TIMERS: Final = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
 
@@ -185,6 +188,43 @@ def spawn_within(
         _await_start(child, answer, command)
         child.args = list(command)
         return child
+
+
+@contextmanager
+def scope_tied(scope: Path) -> Iterator[None]:
+    """
+    Have everything in a scope killed if this process dies before the body ends, however it dies.
+
+    A shell does it, which is in the scope itself: who kills the caller with all that is around it
+    (a scheduler a job step, the Linux kernel a cgroup without memory) does not reach it there.
+
+    Args:
+        scope: The scope's directory.
+
+    Raises:
+        SyscallError: it cannot be started.
+    """
+    # Keeps RUN-7.
+    reading, writing = (Descriptor(fd) for fd in syscall(os.pipe))
+    with reading, writing:
+        with calling("execve(2)"):
+            shell = syscall(
+                subprocess.Popen,
+                ["/bin/sh", "-c", _TIE],
+                stdin=reading.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                cwd=scope,
+                env={},
+                start_new_session=True,
+            )
+        reading.close()
+        try:
+            yield
+        finally:
+            with suppress(BrokenPipeError):  # it was killed with the scope
+                syscall(os.write, writing.fileno(), b"\n")
+            shell.wait()
 
 
 def own_timers() -> tuple[tuple[int, float, float], ...]:
