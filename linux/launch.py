@@ -33,10 +33,10 @@ NOT_FOR_US: Final = (
     b"LD_",
     b"MALLOC_",
     *(b"GCONV_PATH", b"GETCONF_DIR", b"GLIBC_TUNABLES", b"HOSTALIASES", b"LOCALDOMAIN", b"LOCPATH"),
-    *(b"NIS_PATH", b"NLSPATH", b"RESOLV_HOST_CONF", b"RES_OPTIONS", b"TMPDIR", b"TZDIR"),
+    *(b"NIS_PATH", b"NLSPATH", b"RESOLV_HOST_CONF", b"RES_OPTIONS", b"TZDIR"),
 )
 """How variables begin that neither the tool nor a process of its own gets: those of Python, and
-those that the C library ignores in a set-user-ID program (ld.so(8))."""
+those that the C library ignores in a set-user-ID program (ld.so(8)), but for TMPDIR."""
 
 _PROGRAM: Final = (
     "import sys; path = sys.argv.pop(1); path in sys.path or sys.path.insert(0, path);"

@@ -224,7 +224,8 @@ def as_nobody() -> Iterator[AsNobody]:
             origin = Path(spec.origin)
             is_package = origin.name == "__init__.py"
             source = origin.parent if is_package else origin
-            _copy(source, folder / "site" / source.name)
+            # Where the packages are: a PYTHONPATH of the caller is not for the tool.
+            _copy(source, folder / "tree" / source.name)
         for name in ("python", "tmp"):
             (folder / name).mkdir()
         subprocess.run(["chmod", "-R", "a+rX", folder], check=True)
@@ -256,7 +257,7 @@ def _run_as_nobody(
             *(str(base), str(folder / "python"), str(NOBODY)),
             *("--regid", str(NOBODY), "--clear-groups", "env", "-i"),
             *(f"PATH={path}", "HOME=/", f"TMPDIR={folder / 'tmp'}", "PYTHONDONTWRITEBYTECODE=1"),
-            f"PYTHONPATH={folder / 'tree'}:{folder / 'site'}",
+            f"PYTHONPATH={folder / 'tree'}",
             *(str(python), "-m", "linux", "demo", *arguments),
         ],
         # A folder that this user may not even enter.
