@@ -444,6 +444,24 @@ def test_ctrl_c_is_the_commands(daemon: Daemon, words: tuple[str, ...]) -> None:
         assert daemon.alive() == []
 
 
+@pytest.mark.clause("RUN-4")
+def test_ctrl_c_comes_once(words: tuple[str, ...]) -> None:
+    script = (
+        "import signal, time\n"
+        "signal.signal(signal.SIGINT, lambda *_: print('INT', flush=True))\n"
+        "print('ready', flush=True)\n"
+        "for _ in range(50): time.sleep(0.01)\n"
+        "print('over')"
+    )
+    inside = (sys.executable, "-I", "-S", "-c", script)
+    with Terminal(*COMMAND, *words, "--namespaces", "pid", "--", *inside) as terminal:
+        terminal.wait_for("ready")
+        terminal.type("\x03")
+        shown = terminal.wait_for("(?s)(.*)over")[1]
+        assert shown.count("INT") == 1
+        assert terminal.program.wait(DEADLINE_S) == 0
+
+
 def test_ctrl_z_stops_both_and_fg_continues_both(words: tuple[str, ...]) -> None:
     inside = "sh -c 'echo ready; read line; echo line $line; exit 6'"
     job = f"{' '.join(COMMAND)} {' '.join(words)} --namespaces pid,net -- {inside}"

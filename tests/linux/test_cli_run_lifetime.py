@@ -125,6 +125,22 @@ def test_run_ends_what_it_made_and_not_what_it_joined(daemon: Daemon, allocation
     assert daemon.alive() == []
 
 
+@pytest.mark.clause("RUN-6")
+def test_run_does_not_end_what_another_program_requested(
+    daemon: Daemon, allocation_id: str
+) -> None:
+    with (
+        daemon.obtain(allocation_id, NET) as handoff,
+        running(*exec_words(daemon, allocation_id, *READY)) as rank,
+    ):
+        wait_ready(rank)
+        joined = nshandoff(*run_words(daemon, allocation_id, "net"), "--", "sh", "-c", "exit 5")
+        assert (joined.returncode, joined.stderr) == (5, "")
+        assert rank.poll() is None
+        rank.communicate("\n")
+        handoff.end(DEADLINE_S)
+
+
 def test_of_several_at_the_same_time_one_has_made_it(tmp_path: Path) -> None:
     with _claimed(tmp_path) as first, _claimed(tmp_path) as second:
         assert (first, second) == (True, False)
