@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
-from linux.cgroups import ALLOCATION_ATTRIBUTE, Scope
+from linux.cgroups import ALLOCATION_ATTRIBUTE, STATE_ATTRIBUTE, Scope
 from linux.cli.exits import ExitCode
-from linux.instance import instance_of
+from linux.doctor import examine, repair
+from linux.features import Features
+from linux.instance import Instance, instance_of
 from linux.journal import JOURNAL_NAME
 from tests.support.programs import (
     NET,
@@ -116,7 +118,41 @@ def test_leftovers_of_a_lost_state_directory_are_released_once_they_are_dead(
     # Another provider is none of its business, and the advice is right.
     daemon.start()
     assert list(daemon.states()) == [idle]
-    assert examined(new_dir)[1][str(daemon.state_dir)]["verdict"] == "ALIVE"
+    assert "holds its anchors" in examined(new_dir)[1][str(daemon.state_dir)]["why"]
+
+
+@pytest.mark.clause("CRASH-19")
+def test_what_another_state_directory_knows_of_is_left_to_it(
+    daemon: Daemon, allocation_id: str, cgroup2: Path, new_dir: Path
+) -> None:
+    obtain(daemon, allocation_id)
+    daemon.stop(signal.SIGKILL)
+    job = join(cgroup2, allocation_id)
+    job.kill()
+    job.wait()
+    _, found, done = examined(new_dir, "--repair")
+    assert done == []
+    assert f"--state-dir {daemon.state_dir}` looks at it" in found[str(daemon.state_dir)]["why"]
+    assert (cgroup2 / "workload.slice" / f"{allocation_id}.scope").exists()
+
+
+@pytest.mark.clause("CRASH-15", "CRASH-19")
+def test_nothing_is_released_while_its_instance_is_locked(
+    daemon: Daemon, allocation_id: str, cgroup2: Path, new_dir: Path
+) -> None:
+    obtain(daemon, allocation_id)
+    daemon.stop(signal.SIGKILL)
+    shutil.rmtree(daemon.state_dir)
+    features = Features.probe()
+    scope = cgroup2 / "workload.slice" / f"{allocation_id}.scope"
+    os.setxattr(scope, STATE_ATTRIBUTE, b"ended")
+    findings = examine(new_dir, features)
+    assert any(it.is_repairable for it in findings)
+    with Instance.lock(cgroup2, instance_of(daemon.state_dir), None):
+        assert repair(findings, new_dir, features) == []
+        assert scope.exists()
+    assert repair(findings, new_dir, features) == [f"released allocation {allocation_id}"]
+    assert not scope.exists()
 
 
 @pytest.mark.clause("CRASH-11", "CRASH-18", "CRASH-19")
@@ -156,7 +192,8 @@ def test_what_another_version_made_is_kept(
 ) -> None:
     obtain(daemon, allocation_id, PID)
     scope = cgroup2 / "workload.slice" / f"{allocation_id}.scope"
-    os.removexattr(scope, ALLOCATION_ATTRIBUTE)
+    for attribute in (ALLOCATION_ATTRIBUTE, STATE_ATTRIBUTE):
+        os.removexattr(scope, attribute)
     daemon.stop(signal.SIGKILL)
     shutil.rmtree(daemon.state_dir)
     for _ in range(2):

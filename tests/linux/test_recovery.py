@@ -450,6 +450,7 @@ def test_an_older_journal_that_was_put_back_kills_no_job(
         inits = {name: world.init_of(name) for name in (renewed, later)}
         world.backend.record_ended(ended)
         world.backend.close()
+        newer = (world.state_dir / JOURNAL_NAME).read_bytes()
         (world.state_dir / JOURNAL_NAME).write_bytes(older)
         caplog.clear()
         found = {it.request.allocation_id: it.state for it in world.start().adoptions}
@@ -464,6 +465,11 @@ def test_an_older_journal_that_was_put_back_kills_no_job(
         caplog.clear()
         world.restart()
         assert caplog.records == []
+        # The one that was replaced is the older one now.
+        world.backend.close()
+        (world.state_dir / JOURNAL_NAME).write_bytes(newer)
+        world.start()
+        assert "journal_incomplete" in {getattr(it, "event", "") for it in caplog.records}
 
 
 @pytest.mark.needs_root
@@ -557,6 +563,13 @@ def test_what_was_removed_under_a_provider_is_made_again(
         for path in world.state_dir.glob(f"{JOURNAL_NAME}*"):
             path.unlink()
         assert backend.hold_place() == ["the journal of 1 allocations was removed"]
+        # What lies in its place is kept, and not believed.
+        foreign = b"not a database" * 100
+        for path in world.state_dir.glob(f"{JOURNAL_NAME}*"):
+            path.unlink()
+        (world.state_dir / JOURNAL_NAME).write_bytes(foreign)
+        assert backend.hold_place() == ["the journal of 1 allocations was removed"]
+        assert foreign in [path.read_bytes() for path in world.state_dir.glob("*.aside-*")]
         assert [it.state for it in world.restart().adoptions] == [AllocationState.HANDED_OFF]
         assert world.identities(allocation_id) == before
         second = LinuxWorld(tmp_path / "other", cgroup2, image_root)
@@ -574,9 +587,18 @@ from linux.features import Features
 from linux.journal import read_journal
 from linux.recovery import find_cases
 view = read_journal(Path(sys.argv[1]))
-for case in find_cases(view.entries, view.instance, Path(sys.argv[2]), Features.probe()):
+root = Path(sys.argv[2]) if len(sys.argv) > 2 else None
+for case in find_cases(view.entries, view.instance, root, Features.probe()):
     print(case.store.name, case.init.name, case.action.name)
 """
+
+
+def seen_from_another_pid_namespace(state_dir: Path, *root: Path) -> list[str]:
+    words = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", LOOK]
+    told = subprocess.run(
+        [*words, state_dir, *root], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    return sorted(told.stdout.splitlines())
 
 
 @pytest.mark.needs_root
@@ -594,11 +616,7 @@ def test_from_another_pid_namespace_everything_is_kept(
             journal.forget(f"{allocation_id}-lost")
             journal.forget(f"{allocation_id}-requested")
             journal.intend(replace(entry, state=AllocationState.REQUESTED, anchor=None))
-        words = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", LOOK]
-        told = subprocess.run(
-            [*words, world.state_dir, cgroup2], capture_output=True, text=True, check=True, cwd=ROOT
-        )
-        assert sorted(told.stdout.splitlines()) == [
+        assert seen_from_another_pid_namespace(world.state_dir, cgroup2) == [
             "MADE UNSEEN KEEP",
             "NONE UNSEEN KEEP",
             "REQUESTED UNSEEN KEEP",
@@ -621,6 +639,7 @@ def test_without_cgroups_the_journal_alone_is_believed_where_it_was_written(
     shutil.copytree(tmp_path / "state", tmp_path / "copy")
     with pytest.raises(JournalUnavailable, match="is a copy or was moved"):
         program(tmp_path / "copy")
+    assert seen_from_another_pid_namespace(tmp_path / "state") == ["MADE UNSEEN KEEP"]
     first.close()
     second = program(tmp_path / "state")
     assert [it.state for it in second.recover().adoptions] == [AllocationState.CREATED]
