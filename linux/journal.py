@@ -67,7 +67,6 @@ _SCHEMA: Final = """
         boot_id       TEXT NOT NULL,
         instance      TEXT NOT NULL,
         lock          TEXT NOT NULL,
-        changes       INTEGER NOT NULL,
         checksum      INTEGER NOT NULL
     );
     CREATE TABLE allocation (
@@ -80,17 +79,20 @@ _SCHEMA: Final = """
         anchor        TEXT,
         scope_path    TEXT,
         why           TEXT,
+        change        INTEGER NOT NULL,
         checksum      INTEGER NOT NULL
     );
     CREATE TABLE ended (
         position      INTEGER PRIMARY KEY AUTOINCREMENT,
         allocation_id TEXT NOT NULL UNIQUE,
+        change        INTEGER NOT NULL,
         checksum      INTEGER NOT NULL
     );
 """
 
 _COLUMNS: Final = (
-    "allocation_id, incarnation, state, request, mount_path, anchor, scope_path, why, checksum"
+    "allocation_id, incarnation, state, request, mount_path, anchor, scope_path, why,"
+    " change, checksum"
 )
 
 _LOG_SUFFIXES: Final = ("", "-wal", "-shm")
@@ -207,6 +209,7 @@ class Journal:
         self._path: Final = state_dir / JOURNAL_NAME
         self._guard: Final = threading.Lock()
         self.on_change = on_change
+        self._changes = 0
         self._lock = lock_directory(state_dir)
         try:
             self._database = _open_for_writing(self._path)
@@ -235,12 +238,12 @@ class Journal:
     @property
     def changes(self) -> int:
         """How many changes the journal has seen."""
-        return self._boot.changes
+        return self._changes
 
     def count_from(self, changes: int) -> None:
         """Count on from a number that is at least the journal's own; the next change stores it."""
         with self._guard:
-            self._boot = replace(self._boot, changes=max(changes, self._boot.changes))
+            self._changes = max(changes, self._changes)
 
     def intend(self, entry: Entry) -> None:
         """
@@ -253,7 +256,7 @@ class Journal:
         with self._change() as database:
             if _find(database, entry.allocation_id) is not None:
                 raise ValueError(f"allocation {entry.allocation_id!r} already has an entry")
-            _insert(database, entry)
+            _insert(database, entry, self._changes + 1)
 
     def publish(
         self, allocation_id: str, state: AllocationState, **fields: Unpack[EntryFields]
@@ -273,11 +276,12 @@ class Journal:
             if STATES.index(state) < STATES.index(entry.state):
                 reason = f"is {entry.state.value}; it cannot become {state.value}"
                 raise ValueError(f"{allocation_id!r} {reason}")
-            _, _, *columns = _encode_entry(replace(entry, state=state, **fields))
+            changed = replace(entry, state=state, **fields)
+            _, _, *columns = _encode_entry(changed, self._changes + 1)
             syscall(
                 database.execute,
                 "UPDATE allocation SET state = ?, request = ?, mount_path = ?, anchor = ?,"
-                " scope_path = ?, why = ?, checksum = ? WHERE allocation_id = ?",
+                " scope_path = ?, why = ?, change = ?, checksum = ? WHERE allocation_id = ?",
                 (*columns, allocation_id),
             )
 
@@ -288,7 +292,7 @@ class Journal:
                 database.execute, "DELETE FROM allocation WHERE allocation_id = ?", (allocation_id,)
             )
             if removed.rowcount:
-                _remember(database, allocation_id)
+                _remember(database, allocation_id, self._changes + 1)
 
     def find(self, allocation_id: str) -> Entry | None:
         """Return the entry of an allocation; None if it has none."""
@@ -338,9 +342,9 @@ class Journal:
             boot = replace(self._boot, lock=_name_of_lock(self._lock))
             with _typed_errors(self._path), _transaction(self._database):
                 for name in remembered:
-                    _remember(self._database, name)
+                    _remember(self._database, name, self._changes)
                 for entry in entries:
-                    _insert(self._database, entry)
+                    _insert(self._database, entry, self._changes)
                 _write_boot(self._database, boot)
             self._boot = boot
 
@@ -377,11 +381,12 @@ class Journal:
                 boot = replace(before, lock=lock)
                 if boot != before:
                     _write_boot(database, boot)
+                self._changes = _read_changes(database)
                 return boot, before.lock != lock
             for entry in entries:
-                _remember(database, entry.allocation_id)
+                _remember(database, entry.allocation_id, 0)
             syscall(database.execute, "DELETE FROM allocation")
-            boot = _Boot(boot_id, instance_of(self._state_dir), lock, 0)
+            boot = _Boot(boot_id, instance_of(self._state_dir), lock)
             _write_boot(database, boot)
             return boot, False
 
@@ -389,13 +394,14 @@ class Journal:
     def _change(self) -> Iterator[sqlite3.Connection]:
         """Change the journal in one transaction, which also counts the change."""
         with self._guard:
-            boot = replace(self._boot, changes=self._boot.changes + 1)
+            before = self._database.total_changes
             with _typed_errors(self._path), _transaction(self._database):
                 yield self._database
-                _write_boot(self._database, boot)
-            self._boot = boot
+            if self._database.total_changes == before:
+                return  # nothing was there to be forgotten
+            self._changes += 1
             # Afterwards, so that the count outside is never ahead of a journal that is whole.
-            self.on_change(boot.changes)
+            self.on_change(self._changes)
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -466,7 +472,7 @@ def _read_by(path: Path, options: str) -> JournalView:
                 entries=_read_entries(database),
                 remembered=_read_remembered(database),
                 instance=None if boot is None else boot.instance,
-                changes=0 if boot is None else boot.changes,
+                changes=_read_changes(database),
             )
         finally:
             database.close()
@@ -630,7 +636,6 @@ class _Boot:
     instance: str
     lock: str
     """Which lock file it was written beside: the file's device and inode."""
-    changes: int
 
 
 def set_aside(state_dir: Path) -> list[Path]:
@@ -676,30 +681,29 @@ def _checksum(*values: object) -> int:
     return zlib.crc32(json.dumps(values).encode())
 
 
-def _insert(database: sqlite3.Connection, entry: Entry) -> None:
+def _insert(database: sqlite3.Connection, entry: Entry, change: int) -> None:
     syscall(
         database.execute,
-        f"INSERT INTO allocation ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        _encode_entry(entry),
+        f"INSERT INTO allocation ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        _encode_entry(entry, change),
     )
 
 
 def _write_boot(database: sqlite3.Connection, boot: _Boot) -> None:
-    values = (boot.boot_id, boot.instance, boot.lock, boot.changes)
+    values = (boot.boot_id, boot.instance, boot.lock)
     syscall(
         database.execute,
-        "REPLACE INTO boot (rowid, boot_id, instance, lock, changes, checksum)"
-        " VALUES (1, ?, ?, ?, ?, ?)",
+        "REPLACE INTO boot (rowid, boot_id, instance, lock, checksum) VALUES (1, ?, ?, ?, ?)",
         (*values, _checksum(*values)),
     )
 
 
-def _remember(database: sqlite3.Connection, allocation_id: str) -> None:
+def _remember(database: sqlite3.Connection, allocation_id: str, change: int) -> None:
     # REPLACE moves an id that ended again to the last position.
     syscall(
         database.execute,
-        "REPLACE INTO ended (allocation_id, checksum) VALUES (?, ?)",
-        (allocation_id, _checksum(allocation_id)),
+        "REPLACE INTO ended (allocation_id, change, checksum) VALUES (?, ?, ?)",
+        (allocation_id, change, _checksum(allocation_id, change)),
     )
     syscall(
         database.execute,
@@ -710,15 +714,26 @@ def _remember(database: sqlite3.Connection, allocation_id: str) -> None:
 
 
 def _read_boot(database: sqlite3.Connection) -> _Boot | None:
-    row = syscall(
-        database.execute, "SELECT boot_id, instance, lock, changes, checksum FROM boot"
-    ).fetchone()
+    row = syscall(database.execute, "SELECT boot_id, instance, lock, checksum FROM boot").fetchone()
     if row is None:
         return None
     *values, checksum = row
     if checksum != _checksum(*values):
         raise _UnreadableEntry("the boot that it is of is unreadable: its checksum is wrong")
     return _Boot(*values)
+
+
+def _read_changes(database: sqlite3.Connection) -> int:
+    """
+    Return the number of the last change.
+
+    Each change is numbered in the row that it writes, which no later one removes without having a
+    number of its own: a counter in a place of its own would be one more page to write each time.
+    """
+    query = (
+        "SELECT max(change) FROM (SELECT change FROM allocation UNION ALL SELECT change FROM ended)"
+    )
+    return int(syscall(database.execute, query).fetchone()[0] or 0)
 
 
 def _read_entries(database: sqlite3.Connection) -> tuple[Entry, ...]:
@@ -728,12 +743,12 @@ def _read_entries(database: sqlite3.Connection) -> tuple[Entry, ...]:
 
 def _read_remembered(database: sqlite3.Connection) -> tuple[str, ...]:
     rows = syscall(
-        database.execute, "SELECT allocation_id, checksum FROM ended ORDER BY position"
+        database.execute, "SELECT allocation_id, change, checksum FROM ended ORDER BY position"
     ).fetchall()
-    for name, checksum in rows:
-        if checksum != _checksum(name):
+    for name, change, checksum in rows:
+        if checksum != _checksum(name, change):
             raise _UnreadableEntry(f"the remembered {name!r} is unreadable: its checksum is wrong")
-    return tuple(str(name) for name, _ in rows)
+    return tuple(str(name) for name, _, _ in rows)
 
 
 def _find(database: sqlite3.Connection, allocation_id: str) -> Entry | None:
@@ -745,14 +760,16 @@ def _find(database: sqlite3.Connection, allocation_id: str) -> Entry | None:
     return None if row is None else _decode_entry(row)
 
 
-_Row: TypeAlias = tuple[str, str, str, str, str | None, str | None, str | None, str | None, int]
+_Row: TypeAlias = tuple[
+    str, str, str, str, str | None, str | None, str | None, str | None, int, int
+]
 
 
 class _UnreadableEntry(Exception):
     """A row has a value that this module never writes."""
 
 
-def _encode_entry(entry: Entry) -> _Row:
+def _encode_entry(entry: Entry, change: int) -> _Row:
     values = (
         entry.allocation_id,
         entry.incarnation,
@@ -762,12 +779,15 @@ def _encode_entry(entry: Entry) -> _Row:
         None if entry.anchor is None else json.dumps(dict(entry.anchor)),
         entry.scope_path,
         entry.why,
+        change,
     )
     return (*values, _checksum(*values))
 
 
 def _decode_entry(row: _Row) -> Entry:
-    allocation_id, incarnation, state, request, mount_path, anchor, scope_path, why, checksum = row
+    allocation_id, incarnation, state, request, mount_path, anchor, scope_path, why, _, checksum = (
+        row
+    )
     try:
         if checksum != _checksum(*row[:-1]):
             raise ValueError("its checksum is wrong")

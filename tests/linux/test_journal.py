@@ -315,7 +315,8 @@ def test_an_entry_we_cannot_have_written_is_refused(tmp_path: Path, column: str,
         "UPDATE ended SET allocation_id = 'gonE'",
         "UPDATE boot SET boot_id = '7b5e1b2e-0000-4000-8000-000000000003'",
         "UPDATE boot SET instance = 'another'",
-        "UPDATE boot SET changes = 0",
+        "UPDATE allocation SET change = 0",
+        "UPDATE ended SET change = 9",
         "DELETE FROM boot",
     ],
 )
@@ -339,6 +340,7 @@ def test_changes_are_counted_and_told_when_they_are_done(tmp_path: Path) -> None
         journal.publish("alloc", AllocationState.ENDED)
         journal.count_from(7)
         journal.count_from(3)
+        journal.forget("alloc")
         journal.forget("alloc")
         with pytest.raises(KeyError):
             journal.publish("alloc", AllocationState.ENDED)
