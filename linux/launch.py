@@ -16,8 +16,8 @@ import sys
 from typing import Final, NamedTuple, NoReturn
 
 IGNORED: Final = "NSHANDOFF_IGNORED"
-"""Variable: the mask of ignored signals, as in the `SigIgn` of /proc/PID/status. It also says that
-this interpreter is isolated."""
+"""Variable: the mask of ignored signals that sh had, the `SigIgn` of /proc/PID/status. It also
+says that this interpreter is isolated."""
 
 ENVIRONMENT: Final = "NSHANDOFF_ENVIRONMENT_"
 """Variables that begin so, numbered from 1: /proc/PID/environ, in hexadecimal."""
@@ -26,7 +26,8 @@ PART_BYTES: Final = 32768
 """How much of it is in one variable; the Linux kernel takes 128 KiB in one."""
 
 PYTHONS_OWN: Final = 1 << (13 - 1) | 1 << (25 - 1)
-"""SIGPIPE and SIGXFSZ, which a Python ignores from its start: how they were is not known then."""
+"""SIGPIPE and SIGXFSZ, which a Python ignores from its start: how they were, only sh knows. Of the
+others it does not, because it may ignore them itself (bash SIGQUIT), until it executes a Python."""
 
 NOT_FOR_US: Final = (
     b"PYTHON",
@@ -83,7 +84,7 @@ def isolate(packages: str) -> NoReturn:
     with open("/proc/self/environ", "rb") as file:
         content = file.read()
     parts = [content[at : at + PART_BYTES] for at in range(0, len(content), PART_BYTES)]
-    variables = {IGNORED: f"{_ignored_now() & ~PYTHONS_OWN:x}"}
+    variables = {IGNORED: "0"}
     for number, part in enumerate(parts, 1):
         variables[f"{ENVIRONMENT}{number}"] = part.hex()
     command = [sys.executable, "-I", "-X", "utf8", "-c", _PROGRAM, packages, *sys.argv[1:]]
@@ -100,7 +101,8 @@ def take_over() -> None:
     while (part := os.environ.get(f"{ENVIRONMENT}{len(parts) + 1}")) is not None:
         parts.append(bytes.fromhex(part))
     environment = tuple(b"".join(parts).split(b"\0")[:-1])
-    _launch = Launch(environment, descriptors, int(os.environ[IGNORED], 16), (0, 1))
+    ignored = int(os.environ[IGNORED], 16) & PYTHONS_OWN | _ignored_now() & ~PYTHONS_OWN
+    _launch = Launch(environment, descriptors, ignored, (0, 1))
     os.environ.clear()
     for entry in environment:
         name, _, value = entry.partition(b"=")

@@ -105,6 +105,15 @@ def test_what_survives_an_exec_survives_run(
 
 
 @pytest.mark.clause("RUN-1")
+@pytest.mark.parametrize("sh", ["dash", "bash"])
+def test_whichever_shell_is_sh_all_survives(
+    daemon: Daemon, directory: Path, oracle: dict[str, Any], sh: str, allocation_id: str
+) -> None:
+    words = ("--socket", str(daemon.socket), "--id", allocation_id, "--namespaces", "net", "--")
+    assert probed(directory, f"/bin/{sh}", "-p", INSTALLED, "run", *words) == oracle
+
+
+@pytest.mark.clause("RUN-1")
 def test_without_an_installation_all_survives_but_two_dispositions(
     daemon: Daemon, directory: Path, oracle: dict[str, Any], allocation_id: str
 ) -> None:
