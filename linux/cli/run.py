@@ -139,7 +139,9 @@ def _run(options: argparse.Namespace) -> int:
             own = stack.enter_context(closing(own_namespaces(options, features)))
         consumer = consumer_of(options, KernelInspector(features), own)
         was_alive = _is_alive(wanted.allocation_id)
-        handoff = stack.enter_context(_obtain(consumer, wanted, own, taken - blocked))
+        handoff = stack.enter_context(
+            _obtain(consumer, wanted, own, taken - blocked, withdraws=not was_alive)
+        )
         scope = _scope_of(handoff, own)
         # Keeps RUN-6.
         if handoff.is_degraded or (not was_alive and stack.enter_context(_claimed(scope))):
@@ -219,12 +221,14 @@ def _obtain(
     wanted: NamespaceRequest,
     own: OwnNamespaces | None,
     taken: set[signal.Signals],
+    *,
+    withdraws: bool,
 ) -> Handoff:
-    """Obtain namespaces; if that is interrupted, withdraw the request."""
+    """Obtain namespaces; if that is interrupted, withdraw the request for a new allocation."""
     try:
         return obtain(consumer, wanted, own, taken)
     except Interrupted:
-        if own is None or not own.is_begun:
+        if withdraws and (own is None or not own.is_begun):
             with suppress(NamespaceError):
                 consumer.end(wanted.allocation_id, WITHDRAW_TIMEOUT_S)
         raise

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from linux.cgroups import Scope, remove_slices
 from linux.cli import command as cli
 from linux.cli.exits import ExitCode
 from linux.forge import spawn as forge_spawn
@@ -272,6 +273,28 @@ def test_interruption_before_there_is_a_command_withdraws_the_request(
             second.channel.send(AllocationEnded(allocation_id))
             out, _ = program.communicate()
         assert (program.returncode, out) == (-signal.SIGTERM, "")
+
+
+@pytest.mark.clause("RUN-6")
+def test_interruption_does_not_end_what_was_there_before(
+    tmp_path: Path, allocation_id: str, cgroup2: Path
+) -> None:
+    path = tmp_path / "silent.sock"
+    words = ("run", "--socket", path, "--id", allocation_id, "--fallback", "never")
+    scope = Scope.create(cgroup2, allocation_id, "the provider")
+    try:
+        with (
+            endpoint.listen(path) as listener,
+            running(*words, *ALL, "--", "echo", "never") as program,
+            closing(next_of(listener)) as first,
+        ):
+            assert isinstance(next_message(first), NamespaceRequest)
+            program.send_signal(signal.SIGTERM)
+            assert program.wait(DEADLINE_S) == -signal.SIGTERM
+            assert listener.accept() is None
+    finally:
+        wait_until(scope.remove)
+        remove_slices(cgroup2)
 
 
 def next_of(listener: endpoint.Listener) -> endpoint.Accepted:
