@@ -40,7 +40,7 @@ def _dispatch_request(state: State, message: Message, request: NamespaceRequest)
         uid = state.connections[message.connection].uid
         allocation = Allocation(request.allocation_id, request, uid=uid)
         state.enter(allocation)
-    allocation.parties.add(message.connection)
+    state.add_party(allocation, message.connection)
     state.fire_allocation(allocation, _name_of_request(allocation, request), message)
 
 
@@ -60,7 +60,7 @@ def _objection_to_request(
 
 def _dispatch_end(state: State, message: Message, name: str) -> None:
     allocation = state.find(name)
-    allocation.parties.add(message.connection)
+    state.add_party(allocation, message.connection)
     is_over = allocation.is_announced or allocation.state is AllocationState.RELEASED
     event = on.EndRepeated if is_over else on.EndReceived
     state.fire_allocation(allocation, event, message)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Final
 
 from .. import events as on
 from ..effects import Effect, Order, Timer
-from ..errors import LocalProtocolError
+from ..errors import LocalProtocolError, NamespaceError
 from ..events import ConnectionId, Event, ProviderInput
 from ..lifecycle import (
     EXPIRIES,
@@ -28,7 +28,7 @@ from ..lifecycle import (
     Guard,
     ServiceState,
 )
-from ..messages import AllocationEnded, NamespaceRequest, objection_to_size
+from ..messages import AllocationEnded, NamespaceRequest, NamespaceResponse, objection_to_size
 from ..messages import Message as AnyMessage
 from ..table import Snapshot
 from . import allocations, answers, service
@@ -74,6 +74,20 @@ class ProviderKernel:
     def state_of(self, allocation_id: str) -> AllocationState:
         """Say where an allocation stands; remembered ones are released, others unknown."""
         return self._state.find(allocation_id).state
+
+    def user_of(self, allocation_id: str) -> int | None:
+        """Say which user asked for an allocation first; None for an adopted or unknown one."""
+        return self._state.find(allocation_id).uid
+
+    def response_of(self, allocation_id: str) -> NamespaceResponse | None:
+        """Return the response, the very object, that an allocation is handed over with now."""
+        allocation = self._state.find(allocation_id)
+        is_alive = allocation.state in (AllocationState.CREATED, AllocationState.HANDED_OFF)
+        return allocation.response if is_alive else None
+
+    def objection_to(self, uid: int) -> NamespaceError | None:
+        """Say why a connection of a user would be refused now, or None if it would not."""
+        return service.objection_to_peer(self._state, uid)
 
     def drain_of(self, allocation_id: str) -> str:
         """Say what keeps an ended allocation from being released; empty when nothing is known."""
@@ -242,8 +256,10 @@ def _note_not_created(_: State, allocation: Allocation, event: on.NamespacesNotC
 
 
 def _note_sent(state: State, allocation: Allocation, event: on.ResponseSent) -> None:
-    if event.connection in state.connections:
+    connection = state.connections.get(event.connection)
+    if connection is not None:
         allocation.holders.add(event.connection)
+        connection.concerns.add(allocation.allocation_id)
 
 
 def _note_populated(_: State, allocation: Allocation, event: on.ScopePopulated) -> None:

@@ -72,6 +72,8 @@ class Connection:
     """Those whose answers have not left, in the order of their arrival."""
     is_closing: bool = False
     """Whether the provider has closed it; then nothing is read or answered any more."""
+    concerns: set[str] = field(default_factory=set)
+    """Names of the allocations that name it in any field. Derived, so in no snapshot."""
 
     @property
     def is_read(self) -> bool:
@@ -125,6 +127,11 @@ class Allocation:
     def subject(self) -> str:
         """What the text of an error calls it."""
         return f"allocation {self.allocation_id}"
+
+    @property
+    def connections(self) -> set[ConnectionId]:
+        """Those that it names in any field."""
+        return self.asked.union(self.parties, self.holders, self.deferred)
 
     def drop(self, connection: ConnectionId) -> None:
         """Forget a lost connection, but for whether it asked."""

@@ -75,7 +75,9 @@ def _forget_connection(state: State, service: Service, event: on.ConnectionLost)
     service.held = [message for message in service.held if message.connection != number]
     if not service.held:
         state.time(service, stop(Timer.READINESS))
-    for _, allocation in sorted(state.allocations.items()):
+    # Only those that it has to do with: a loss costs what the connection held, not what is alive.
+    concerned = (state.allocations.get(name) for name in sorted(connection.concerns))
+    for allocation in filter(None, concerned):
         allocation.drop(number)
         if number in allocation.asked:
             allocation.asked.discard(number)

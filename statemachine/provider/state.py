@@ -116,6 +116,8 @@ class State:
         """Keep nothing of an allocation but its name."""
         del self.allocations[allocation.allocation_id]
         self._count(allocation, -1)
+        for number in allocation.connections & self.connections.keys():
+            self.connections[number].concerns.discard(allocation.allocation_id)
         self.remembered.pop(allocation.allocation_id, None)
         self.remember([allocation.allocation_id])
 
@@ -125,6 +127,13 @@ class State:
         self.remembered |= dict.fromkeys(names)
         while len(self.remembered) > self.limits.remembered:
             del self.remembered[next(iter(self.remembered))]
+
+    def add_party(self, allocation: Allocation, number: ConnectionId) -> None:
+        """Note that a connection has sent a message about an allocation."""
+        # An allocation that only stands for a name is not kept, and is no concern of anyone.
+        allocation.parties.add(number)
+        if self.allocations.get(allocation.allocation_id) is allocation:
+            self.connections[number].concerns.add(allocation.allocation_id)
 
     def requests(
         self, connection: ConnectionId, allocation: Allocation, *states: MessageState
@@ -166,6 +175,8 @@ class State:
             allocation = Allocation.thaw(frozen)
             self.allocations[allocation.allocation_id] = allocation
             self._count(allocation, +1)
+            for number in allocation.connections & self.connections.keys():
+                self.connections[number].concerns.add(allocation.allocation_id)
         for number, index in held:
             self.service.held.append(self.connections[number].messages[index])
         if held:

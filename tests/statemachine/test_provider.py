@@ -42,6 +42,7 @@ from statemachine.provider import (
     ProviderKernel,
     event_of,
 )
+from statemachine.provider.models import Allocation
 
 PID, NET, MOUNT = NamespaceType.PID, NamespaceType.NET, NamespaceType.MOUNT
 UNKNOWN, REQUESTED = AllocationState.UNKNOWN, AllocationState.REQUESTED
@@ -115,6 +116,42 @@ class Script:
             self.feed(event)
         always.require(always.an_error_changes_nothing(before, self.kernel.snapshot()))
         return caught.value
+
+
+def test_losing_a_connection_looks_at_what_it_has_to_do_with_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    script = Script(Limits(open_per_connection=1000))
+    script.open(1, 2)
+    for number in range(500):
+        script.hand_over(1, NamespaceRequest(f"a{number}", A.namespaces))
+    script.hand_over(2, NamespaceRequest("b", A.namespaces))
+    script.end(2, "never")
+    looked_at: list[str] = []
+    drop = Allocation.drop
+
+    def note(allocation: Allocation, connection: int) -> None:
+        looked_at.append(allocation.allocation_id)
+        drop(allocation, connection)
+
+    monkeypatch.setattr(Allocation, "drop", note)
+    # Also after a snapshot, which does not have what is derived from it.
+    again = ProviderKernel.restore(script.kernel.snapshot(), Limits(open_per_connection=1000))
+    for kernel in (script.kernel, again):
+        looked_at.clear()
+        assert kernel.receive(on.ConnectionLost(2)) == (do.StartTimer(Timer.CLAIM, "b"),)
+        assert looked_at == ["b"]
+
+
+def test_what_is_released_is_no_concern_of_a_connection_any_more() -> None:
+    script = Script()
+    script.open(1)
+    for number in range(3):
+        request = NamespaceRequest(f"a{number}", A.namespaces)
+        script.hand_over(1, request)
+        script.end(1, request.allocation_id)
+        script.release(request.allocation_id)
+    assert not script.kernel._state.connections[1].concerns
 
 
 @pytest.fixture
