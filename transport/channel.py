@@ -48,6 +48,9 @@ RECEIVE_BYTES_MAX: Final = 65_536
 RECEIVE_READS_MAX: Final = 16
 """Most reads of one `Channel.receive`: every set of descriptors ends a read."""
 
+READ_AHEAD_BYTES_MAX: Final = 4_096
+"""Most bytes that `Channel.receive_next` reads beyond the frame that it is reading."""
+
 OUTGOING_BYTES_MAX: Final = 1_048_576
 """Most bytes that wait for a peer to read what was sent before."""
 
@@ -260,6 +263,11 @@ class Channel:
         """Whether a frame has begun to arrive and is not whole."""
         return self._frames.is_partial
 
+    @property
+    def bytes_held(self) -> int:
+        """How many bytes have been read that no message was made of yet."""
+        return self._frames.bytes_held
+
     def send(self, message: Message, bundle: DescriptorBundle | None = None) -> None:
         """
         Send a message, or as much of it as there is room for; the rest waits for `flush`.
@@ -295,6 +303,30 @@ class Channel:
         self._outgoing_bytes += len(frame)
         self._outgoing_bundles += bool(owned)
         self.flush()
+
+    def offer(self, message: Message, bundle: DescriptorBundle) -> bool:
+        """
+        Send a message if there is room for at least its first byte now; else nothing.
+
+        Args:
+            message, bundle: as `send`. The bundle is closed in every case.
+
+        Returns:
+            Whether the descriptors have left. If not, the message is to be offered again when the
+            socket is writable.
+
+        Raises:
+            FdPassing, ValueError: as `send`.
+        """
+        # Keeps PEER-14.
+        self.send(message, bundle)
+        if not bundle or bundle.closed:
+            return True
+        frame = self._outgoing.pop()
+        self._outgoing_bytes -= len(frame.rest)
+        self._outgoing_bundles -= 1
+        frame.bundle.close()
+        return False
 
     def flush(self) -> bool:
         """
@@ -347,6 +379,38 @@ class Channel:
             bytes_left -= len(reception.data)
             received += self._accept(reception)
         return received
+
+    def stop_sending(self, reason: str) -> None:
+        """Send nothing more, and drop what waits; any later `send` says why."""
+        self._close_write(reason)
+
+    def receive_next(self) -> Received | None:
+        """
+        Take the next message that has arrived, and read little more than that.
+
+        Returns:
+            As one of those that `receive` returns; None if nothing whole has arrived and the socket
+            has nothing left to read.
+
+        Raises:
+            ValueError: the channel is closed.
+        """
+        self.fileno()
+        while not self._read_closed:
+            try:
+                if (received := self._take_frame()) is not None:
+                    return received
+                size = max(READ_AHEAD_BYTES_MAX, self._frames.bytes_missing)
+                reception = receive_once(self._sock, size, self._descriptors_max)
+            except BlockingIOError:
+                return None
+            except OSError as error:
+                return self._close_read(Lost(f"the connection broke: {error.strerror}"))
+            if not reception.data:
+                return self._lost()
+            self._frames.feed(reception.data)
+            self._note_arrival(reception)
+        return None
 
     def close(self) -> None:
         """Close the socket and every descriptor that waits on either side; may be called again."""
@@ -417,20 +481,31 @@ class Channel:
 
     def _accept(self, reception: Reception) -> list[Received]:
         if not reception.data:
-            place = "in the middle of a frame" if self.is_mid_frame else "the connection"
-            return [self._close_read(Lost(f"the peer closed {place}"))]
+            return [self._lost()]
         self._frames.feed(reception.data)
         self._note_arrival(reception)
         received: list[Received] = []
+        while not self._read_closed and (taken := self._take_frame()) is not None:
+            received.append(taken)
+        return received
+
+    def _take_frame(self) -> Delivery | Rejected | None:
         try:
-            while (frame := self._frames.take()) is not None:
-                received.append(self._deliver(frame))
+            frame = self._frames.take()
+            if frame is not None:
+                return self._deliver(frame)
             # What has not been delivered belongs to the frame that has only begun. If it can be
             # refused now, it is: its peer might never send the rest.
             _sole(self._arrivals)
         except FdPassing as error:
-            received.append(self._close_read(Rejected(error)))
-        return received
+            self._drop_incoming()
+            return Rejected(error)
+        return None
+
+    def _lost(self) -> Lost:
+        place = "in the middle of a frame" if self.is_mid_frame else "the connection"
+        self._drop_incoming()
+        return Lost(f"the peer closed {place}")
 
     def _note_arrival(self, reception: Reception) -> None:
         fault = None
@@ -474,7 +549,7 @@ class Channel:
         del self._arrivals[: len(arrivals)]
         return Delivery(message, DescriptorBundle(types, descriptors))
 
-    def _close_read(self, last: Rejected | Lost) -> Rejected | Lost:
+    def _close_read(self, last: Lost) -> Lost:
         self._drop_incoming()
         return last
 

@@ -15,16 +15,18 @@ import fcntl
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from statemachine.errors import FdPassing, SocketUnavailable
+from statemachine.errors import NamespaceError, SocketUnavailable
 
 from .calls import syscall
-from .channel import Channel
+from .channel import Channel, send_once
+from .codec import encode_message
 from .descriptors import Descriptor
+from .framing import encode_frame
 
 SOCKET_PATH_BYTES_MAX: Final = 107
 """Longest path of a socket, in bytes: `sun_path` has 108, one of them for the closing NUL."""
@@ -32,8 +34,13 @@ SOCKET_PATH_BYTES_MAX: Final = 107
 SOCKET_MODE: Final = 0o600
 """Permissions of the socket file, unless configured: its owner may connect."""
 
-BACKLOG_CONNECTIONS: Final = 128
-"""How many connections may wait to be accepted before `connect` says EAGAIN."""
+BACKLOG_CONNECTIONS: Final = 512
+"""
+How many connections may wait to be accepted before `connect` says EAGAIN.
+
+As many as may come in one burst. Accepting is in the order of connecting, whoever it is, so more
+would let a flood of connections make others wait for longer.
+"""
 
 SO_PEERPIDFD: Final = 77
 """Socket option (Linux 6.5): a pidfd of the process that connected."""
@@ -81,8 +88,7 @@ class PeerCredentials(NamedTuple):
             unix(7), SO_PEERCRED, SO_PEERPIDFD.
         """
         # Keeps PEER-1.
-        ucred = syscall(sock.getsockopt, socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        pid, uid, gid = _UCRED.unpack(ucred)
+        pid, uid, gid = _ids_of(sock)
         return cls(pid, uid, gid, _peer_pidfd(sock) if use_peerpidfd else None)
 
     def close(self) -> None:
@@ -104,6 +110,15 @@ class Accepted(NamedTuple):
         with ExitStack() as stack:
             stack.callback(self.credentials.close)
             stack.callback(self.channel.close)
+
+
+class Refused(NamedTuple):
+    """A connection that was closed before anything was made for it."""
+
+    uid: int
+    """Who had connected."""
+    error: NamespaceError | None
+    """What it was told; None if it had left already, without a word."""
 
 
 def listen(
@@ -254,18 +269,41 @@ class Listener:
         Source:
             accept(2).
         """
-        # Keeps PEER-11.
-        self.fileno()
+        sock = self._accept_next()
+        return None if sock is None else self._accepted(sock)
+
+    def accept_if(
+        self, objection_to: Callable[[int], NamespaceError | None]
+    ) -> Accepted | Refused | None:
+        """
+        Take the next connection, or close it before anything is made for it.
+
+        Args:
+            objection_to: says why a user's connection is refused, or None if it is not.
+
+        Returns:
+            As `accept`; and what was closed, because it was refused or its peer had left already.
+
+        Raises:
+            ValueError, OSError: as `accept`.
+        """
+        # Keeps PEER-15.
+        sock = self._accept_next()
+        if sock is None:
+            return None
         try:
-            sock, _ = syscall(self._sock.accept)
-        except (BlockingIOError, ConnectionAbortedError):
+            uid = _ids_of(sock)[1]
+        except OSError:
+            _turn_away(sock)
             return None
-        except OSError as error:
-            if error.errno not in _SHORTAGE:
-                raise
-            self._turn_away_next()
-            return None
-        return self._accepted(sock)
+        objection = objection_to(uid)
+        if objection is not None:
+            _turn_away(sock, objection)
+        elif _has_left(sock):
+            sock.close()
+        else:
+            return self._accepted(sock)
+        return Refused(uid, objection)
 
     def close(self) -> None:
         """
@@ -290,6 +328,20 @@ class Listener:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+    def _accept_next(self) -> socket.socket | None:
+        # Keeps PEER-11.
+        self.fileno()
+        try:
+            sock, _ = syscall(self._sock.accept)
+        except (BlockingIOError, ConnectionAbortedError):
+            return None
+        except OSError as error:
+            if error.errno not in _SHORTAGE:
+                raise
+            self._turn_away_next()
+            return None
+        return sock
 
     def _accepted(self, sock: socket.socket) -> Accepted | None:
         try:
@@ -338,6 +390,21 @@ def _refuse_descriptors(sock: socket.socket) -> None:
         syscall(sock.setsockopt, socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
 
 
+def _ids_of(sock: socket.socket) -> tuple[int, int, int]:
+    """Return the pid, uid and gid of who is at the other end."""
+    ucred = syscall(sock.getsockopt, socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    pid, uid, gid = _UCRED.unpack(ucred)
+    return pid, uid, gid
+
+
+def _has_left(sock: socket.socket) -> bool:
+    """Say whether a peer has closed its end and has said nothing."""
+    try:
+        return not syscall(sock.recv, 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except OSError:
+        return False
+
+
 def _peer_pidfd(sock: socket.socket) -> Descriptor | None:
     try:
         return Descriptor(syscall(sock.getsockopt, socket.SOL_SOCKET, SO_PEERPIDFD))
@@ -351,9 +418,15 @@ def _open_reserve() -> Descriptor:
     return Descriptor(syscall(os.open, os.devnull, os.O_RDONLY | os.O_CLOEXEC))
 
 
-def _turn_away(sock: socket.socket) -> None:
-    with Channel(sock, accepts_descriptors=False) as channel, suppress(FdPassing):
-        channel.send(SocketUnavailable("the provider has no file descriptor left"))
+_SHORT: Final = SocketUnavailable("the provider has no file descriptor left")
+
+
+def _turn_away(sock: socket.socket, error: NamespaceError = _SHORT) -> None:
+    # Keeps PEER-15.
+    # Nothing is made for it: a flood of these must cost next to nothing.
+    with sock, suppress(OSError):
+        sock.setblocking(False)
+        send_once(sock, encode_frame(encode_message(error)))
 
 
 # The path: who has it, and taking it over from a provider that died.

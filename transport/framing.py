@@ -71,6 +71,18 @@ class FrameReader:
         return bool(self._buffer)
 
     @property
+    def bytes_held(self) -> int:
+        """How many bytes are held that `take` has not given out."""
+        return len(self._buffer)
+
+    @property
+    def bytes_missing(self) -> int:
+        """How many bytes the frame that has begun lacks, as far as its header says; else 0."""
+        if len(self._buffer) < HEADER_BYTES:
+            return 0
+        return max(0, HEADER_BYTES + self._announced() - len(self._buffer))
+
+    @property
     def bytes_fed(self) -> int:
         """How many bytes of the stream have been fed so far."""
         return self._bytes_taken + len(self._buffer)
@@ -91,7 +103,7 @@ class FrameReader:
         # Keeps WIRE-4.
         if len(self._buffer) < HEADER_BYTES:
             return None
-        body_bytes = int.from_bytes(self._buffer[:HEADER_BYTES], "big")
+        body_bytes = self._announced()
         if not 1 <= body_bytes <= FRAME_BYTES_MAX:
             raise FdPassing(
                 f"a frame announces {body_bytes} bytes; 1 to {FRAME_BYTES_MAX} are allowed"
@@ -99,6 +111,9 @@ class FrameReader:
         if len(self._buffer) < HEADER_BYTES + body_bytes:
             return None
         return self._cut(HEADER_BYTES + body_bytes)
+
+    def _announced(self) -> int:
+        return int.from_bytes(self._buffer[:HEADER_BYTES], "big")
 
     def _cut(self, frame_bytes: int) -> Frame:
         frame = Frame(bytes(self._buffer[HEADER_BYTES:frame_bytes]), self._bytes_taken)

@@ -81,6 +81,7 @@ _messages = partial(_in, "messages", "statemachine/test_messages.py")
 _table = partial(_in, "table", "statemachine/test_table.py")
 _descriptors = partial(_in, "descriptors", "transport/test_descriptors.py")
 _driver = partial(_in, "driver", "transport/test_serve.py")
+_fairness = partial(_in, "fairness", "transport/test_fairness.py")
 _liar = partial(_in, "lying provider", "suites/test_lying_provider.py")
 _journal = partial(_in, "journal", "linux/test_journal.py")
 _recovery = partial(_in, "recovery", "linux/test_recovery.py")
@@ -619,16 +620,48 @@ CANARIES: Final = (
         "a pool is there to be used",
         _driver("test_a_release_waits_for_the_creation_before_it"),
         _WORK,
-        "        if before is not None:\n            await asyncio.wait({before})\n",
-        "",
+        "        if queue[0] is job:\n            self._begin(job)\n",
+        "        self._begin(job)\n",
     ),
     _bug(
         "every byte of a frame gives the next one as much time again",
         "a timer is most easily started anew",
         _driver("test_bytes_that_trickle_in_buy_no_more_time"),
         _PEERS,
-        "        elif self._frame_deadline is None:\n",
-        "        else:\n            self._stop_frame_deadline()\n",
+        "        if self._frame_deadline is None:\n",
+        "        self._stop_frame_deadline()\n        if True:\n",
+    ),
+    _bug(
+        "a user with many connections has many turns",
+        "who is served next is whose frame is there",
+        _in("turns", "transport/test_turns.py"),
+        "transport/serve/turns.py",
+        "        self._users.move_to_end(user)\n",
+        "",
+    ),
+    _bug(
+        "a peer that does not read is read on",
+        "what it asks is answered, and the answers are kept for it",
+        _fairness("test_who_does_not_read_is_not_read_and_dropped_in_time"),
+        _PEERS,
+        "        if self.read_closed or self.is_blocked:\n",
+        "        if self.read_closed:\n",
+    ),
+    _bug(
+        "what waited for room is opened though it has ended",
+        "a name outlives what it names",
+        _fairness("test_what_ends_while_it_waits_for_room_is_not_handed_over"),
+        _SERVE,
+        "        if has_waited and self._kernel.response_of(name) is not response:\n",
+        "        if False:\n",
+    ),
+    _bug(
+        "an image that hangs takes a thread for each who asks for it",
+        "a pool is there to be used",
+        _fairness("test_one_image_that_hangs_makes_no_other_image_wait"),
+        _WORK,
+        "self._turns.take(lambda job: job.image not in self._images)",
+        "self._turns.take()",
     ),
     _bug(
         "what an earlier provider has ended is not remembered",

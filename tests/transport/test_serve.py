@@ -104,6 +104,8 @@ class Recovering(SimulatedBackend):
         self._is_released.set()
 
 
+IMAGES: Final = frozenset({"hello.sqfs", *(f"h{number}.sqfs" for number in range(20))})
+
 limits_for_us: Final = partial(Limits, frozenset({os.geteuid()}))
 
 
@@ -112,7 +114,7 @@ class Rig:
 
     def __init__(self, path: Path, stack: ExitStack) -> None:
         self.path: Final = path
-        self.node: Final = stack.enter_context(closing(SimulatedNode(frozenset({"hello.sqfs"}))))
+        self.node: Final = stack.enter_context(closing(SimulatedNode(IMAGES)))
         self._stack: Final = stack
         self.held: Final[list[Gate | Recovering]] = []
 
@@ -357,7 +359,7 @@ def test_answers_to_a_peer_that_does_not_read_wait_for_it(rig: Rig) -> None:
 
 def test_a_peer_that_never_reads_is_dropped_and_holds_no_descriptors(rig: Rig) -> None:
     limits = limits_for_us(open_per_connection=1_000_000, open_per_uid=1_000_000)
-    serving, line = rig.serve(limits=limits), rig.connect()
+    serving, line = rig.serve(limits=limits, spans=Spans(unread_s=0.1)), rig.connect()
     with suppress(BrokenPipeError, ConnectionResetError):
         while True:
             line.say(frame_of(wanted("a")) * 10)

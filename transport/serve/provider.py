@@ -11,21 +11,24 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Final, TypeAlias
 
 from statemachine import effects as do
 from statemachine import events as on
 from statemachine.effects import Effect
-from statemachine.errors import FdPassing, NamespaceError
+from statemachine.errors import CreationFailed, FdPassing, NamespaceError, SocketUnavailable
 from statemachine.events import ProviderInput
 from statemachine.lifecycle import AllocationState
-from statemachine.messages import AllocationEnded
+from statemachine.messages import AllocationEnded, NamespaceResponse
 from statemachine.provider import Limits, ProviderKernel
 
 from ..contract import Adoption, Backend
+from ..descriptors import DescriptorBundle
 from ..endpoint import Listener
 from .peers import Connections
 from .timers import Spans, Timers
+from .turns import Lane
 from .watch import Watcher
 from .work import BackendWork
 
@@ -61,23 +64,28 @@ class Provider:
         self._path: Final = listener.path
         self._backend: Final = backend
         self._observer: Final = observer
-        self._kernel: Final = ProviderKernel(limits or Limits(frozenset({os.geteuid()})))
+        limits = limits or Limits(frozenset({os.geteuid()}))
+        self._kernel: Final = ProviderKernel(limits)
         self._events: Final[deque[ProviderInput]] = deque()
+        self._asking = 0
+        """The connection whose message the present effects follow from; 0 if none."""
         self._is_feeding = False
         self._stopping: Final = asyncio.Event()
         self._is_closed = False
         self._has_hung = False
         spans = spans or Spans()
         self._timers: Final = Timers(spans, self._feed)
-        self._connections: Final = Connections(listener, spans, self._feed, self._stopping)
+        self._connections: Final = Connections(
+            listener, limits, spans, self._kernel.objection_to, self._feed, self._stopping
+        )
         self._watcher: Final = Watcher(
             backend, spans.empty_grace_s, self._kernel.state_of, self._feed, self._stopping
         )
-        self._work: Final = BackendWork(backend, self._report, self._stopping)
+        self._work: Final = BackendWork(backend, spans.image_s, self._report, self._stopping)
         self._performers: Final[dict[type[Effect], Callable[[Any], None]]] = {
             do.StartTimer: self._timers.start,
             do.StopTimer: self._timers.stop,
-            do.CreateNamespaces: self._work.create,
+            do.CreateNamespaces: self._create,
             do.ReleaseNamespaces: self._release,
             do.Watch: self._watcher.watch,
             do.RecordHandoff: self._record_handoff,
@@ -125,9 +133,16 @@ class Provider:
                 of released allocations that the backend remembers.
 
         Raises:
+            SocketUnavailable: the threads that work needs cannot be started; everything is closed.
             Exception: the backend could not recover; everything is closed.
         """
         self._loop = asyncio.get_running_loop()
+        try:
+            self._work.start()
+        except SocketUnavailable:
+            self._connections.stop_accepting()
+            self._connections.close("the provider does not start")
+            raise
         self._connections.start()
         starting = self._loop.create_task(self._start(on_ready, on_recovered))
         stopping = self._loop.create_task(self._stopping.wait())
@@ -143,8 +158,6 @@ class Provider:
     def stop(self) -> None:
         """Ask `run` to return; to be called in the loop's thread. May be called again."""
         self._stopping.set()
-        # Tidying up may sleep for a minute: it wakes, and sees that it is over.
-        self._work.tidy_soon()
 
     async def _start(
         self,
@@ -162,7 +175,7 @@ class Provider:
             self._feed(event_of_adoption(adoption))
         self._watcher.start()
         self._feed(on.ProviderReady())
-        self._work.keep_tidy()
+        self._work.tidy_soon()
         if on_ready is not None:
             on_ready()
 
@@ -173,16 +186,15 @@ class Provider:
         self._connections.stop_accepting()
         self._feed(on.ProviderStopping())
         # Connections stay open meanwhile: what is under way was asked for on them.
-        left = await self._work.finish(starting)
-        self._has_hung = bool(left)
+        self._has_hung = not await self._work.finish(starting)
         self._watcher.stop()
-        self._connections.drop_all("the provider is shutting down")
+        self._connections.close("the provider is shutting down")
         # Last of all, because a connection that is lost can start a timer. What is alive now stays
         # alive, whatever else this loop does.
         self._is_closed = True
         self._timers.close()
         self._watcher.close()
-        self._work.abandon(left)
+        self._work.close()
 
     # --- Events in, effects out ----------------------------------------------------------------
 
@@ -205,6 +217,7 @@ class Provider:
         effects = self._kernel.receive(event)
         if self._observer is not None:
             self._observer(event, effects)
+        self._asking = getattr(event, "connection", 0)
         for effect in effects:
             self._performers[type(effect)](effect)
 
@@ -217,6 +230,13 @@ class Provider:
 
     # --- Effects that concern several parts ------------------------------------------------------
 
+    def _create(self, effect: do.CreateNamespaces) -> None:
+        self._work.create(effect, self._lane_of(effect.request.allocation_id))
+
+    def _lane_of(self, name: str) -> Lane:
+        """Say in whose turn work for an allocation is: its user's, of the connection that asks."""
+        return self._kernel.user_of(name), self._asking
+
     def _release(self, effect: do.ReleaseNamespaces) -> None:
         # Keeps END-14.
         # Before the release is even queued: it may wait for a creation, and the end be announced.
@@ -227,7 +247,7 @@ class Provider:
             # The release is tried all the same, and notes it as well.
             _log.exception("recording the end of %s failed", name)
         self._watcher.forget(name)
-        self._work.release(effect)
+        self._work.release(effect, self._lane_of(name))
 
     def _record_handoff(self, effect: do.RecordHandoff) -> None:
         try:
@@ -241,14 +261,12 @@ class Provider:
         connection = self._connections.get(effect.connection)
         if connection is None:
             return
-        name = effect.response.allocation_id
-        # Opened for every hand-over anew, and owned by the channel: none is kept here.
+        response, name = effect.response, effect.response.allocation_id
+        # Opened for every hand-over anew, when there is room to send them: none is kept here.
         try:
-            is_sent = connection.send(effect.response, self._backend.bundle_of(name))
-        except Exception as error:
-            if not isinstance(error, NamespaceError):
-                _log.exception("opening %s failed", name)
-            failure = FdPassing(f"the descriptors of {name} cannot be had: {error}")
+            is_sent = connection.hand_over(response, partial(self._open, response))
+        except (NamespaceError, ValueError) as error:
+            failure = error if isinstance(error, FdPassing) else _unopened(name, error)
             self._connections.send(effect.connection, failure)
             self._feed(on.ResponseNotSent(name, effect.connection, failure))
             return
@@ -258,6 +276,18 @@ class Provider:
             # Its loss is reported only when all it said is read; the release does not wait for it.
             gone = FdPassing("the consumer takes nothing any more")
             self._feed(on.ResponseNotSent(name, effect.connection, gone))
+
+    def _open(self, response: NamespaceResponse, has_waited: bool) -> DescriptorBundle:
+        """Open the descriptors of a response, unless its allocation ended while it waited."""
+        name = response.allocation_id
+        if has_waited and self._kernel.response_of(name) is not response:
+            raise CreationFailed("the allocation ended before it could be handed over")
+        try:
+            return self._backend.bundle_of(name)
+        except Exception as error:
+            if not isinstance(error, NamespaceError):
+                _log.exception("opening %s failed", name)
+            raise _unopened(name, error) from error
 
     def _refuse(self, effect: do.Refuse) -> None:
         self._connections.send(effect.connection, effect.error)
@@ -269,6 +299,10 @@ class Provider:
         connection = self._connections.get(effect.connection)
         if connection is not None:
             connection.close_when_sent()
+
+
+def _unopened(name: str, error: Exception) -> FdPassing:
+    return FdPassing(f"the descriptors of {name} cannot be had: {error}")
 
 
 def event_of_adoption(adoption: Adoption) -> ProviderInput:

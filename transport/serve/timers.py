@@ -27,6 +27,12 @@ PARTIAL_FRAME_TIMEOUT_S: Final = 5.0
 LINGER_TIMEOUT_S: Final = 1.0
 """How long a connection that is being closed may take to read what was sent to it."""
 
+UNREAD_TIMEOUT_S: Final = 30.0
+"""How long answers may wait for a peer to read what was sent before; then nothing more is sent."""
+
+IMAGE_TIMEOUT_S: Final = 20.0
+"""How long a creation with an image may take: less than a consumer waits for its answer."""
+
 RETRY_FIRST_S: Final = 0.001
 """Pause before the second try to release; it doubles with each further try."""
 
@@ -53,6 +59,10 @@ class Spans:
     """For a peer to read what was sent before its connection is closed."""
     empty_grace_s: float = 0.0
     """How long a used cgroup must stay empty to count as ended."""
+    unread_s: float = UNREAD_TIMEOUT_S
+    """For a peer to read what keeps answers waiting."""
+    image_s: float = IMAGE_TIMEOUT_S
+    """For a creation with an image, from its turn in the kernel on."""
 
 
 class Timers:

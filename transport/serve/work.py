@@ -1,29 +1,163 @@
-"""Backend work of a provider, in threads: in order for one allocation, side by side for others."""
+"""Backend work of a provider, in threads: in order for one allocation, shared out by user.
+
+Every thread is started before anything is served, and none afterwards. Work with an image may hang
+for as long as a file server likes, so it has threads of its own, of which one image never has more
+than one, and a deadline: when that is over, the creation counts as failed, whatever becomes of it.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import threading
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Final
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
 
 from statemachine import effects as do
 from statemachine import events as on
-from statemachine.errors import AllocationNotFound, CreationFailed
+from statemachine.errors import AllocationNotFound, CreationFailed, SocketUnavailable
 from statemachine.events import ProviderInput
+from statemachine.messages import NamespaceRequest
 
 from ..contract import Backend, Recovery
 from .timers import BACKEND_PAUSE_S
+from .turns import Lane, Turns
 
-WORKERS_MAX: Final = 8
-"""Most pieces of backend work at a time: more than cores, because images may be slow to mount."""
+WORKERS_MAX: Final = 2
+"""Most pieces of work without an image at a time: they share a forge, a journal, and one
+interpreter, so that more of them would only make each take longer."""
 
-STOP_TIMEOUT_S: Final = 5.0
-"""How long a provider that shuts down waits for backend work that is under way."""
+IMAGE_WORKERS_MAX: Final = 4
+"""Most pieces of work with an image at a time; of these any may hang."""
+
+STOP_TIMEOUT_S: Final = 1.0
+"""How long a provider that shuts down waits for backend work that was asked for."""
+
+HANG_TIMEOUT_S: Final = 0.5
+"""How long it waits after that for work that has begun; what takes longer hangs."""
+
+_NO_LANE: Final[Lane] = (None, 0)
 
 _log: Final = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """One piece of work."""
+
+    lane: Lane
+    """In whose turn it is done."""
+    do: Callable[[], Any]
+    """Does it, in a thread."""
+    done: Callable[[_Job, Any, Exception | None], None]
+    """Takes what it returned or raised, in the event loop's thread."""
+    image: str | None = None
+    """The image that it uses."""
+    deadline: asyncio.TimerHandle | None = None
+    """When it counts as failed."""
+    is_given_up: bool = False
+    """Whether it has been reported as failed though it may still go on."""
+
+
+class Workers:
+    """
+    Threads that do jobs, in turns; jobs with the same image one at a time.
+
+    Args:
+        count: how many threads.
+        name: begins the threads' names.
+    """
+
+    def __init__(self, count: int, name: str) -> None:
+        self._turns: Final[Turns[_Job]] = Turns()
+        self._changed: Final = threading.Condition()
+        self._is_closed = False
+        self._images: Final[set[str]] = set()
+        """Those that some thread uses now."""
+        self._busy: Final[set[threading.Thread]] = set()
+        # Daemons: what hangs must not keep the program from ending.
+        self._threads: Final = [
+            threading.Thread(target=self._work, name=f"{name}-{number}", daemon=True)
+            for number in range(count)
+        ]
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no job is being done, and none waits."""
+        with self._changed:
+            return not self._busy and not self._turns
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """
+        Start the threads; what is done is reported to the loop.
+
+        Raises:
+            RuntimeError: one cannot be started.
+        """
+        self._loop = loop
+        for thread in self._threads:
+            thread.start()
+
+    def put(self, job: _Job) -> None:
+        """Have a job done when it is its turn."""
+        with self._changed:
+            self._turns.put(job.lane, job)
+            self._changed.notify()
+
+    def withdraw(self, job: _Job) -> bool:
+        """Take back a job; say whether it had not begun."""
+        with self._changed:
+            return self._turns.remove(job.lane, job)
+
+    def clear(self) -> None:
+        """Take back all jobs that have not begun."""
+        with self._changed:
+            self._turns.clear()
+
+    def close(self) -> None:
+        """End the threads; one that hangs ends when it can."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+            idle = [x for x in self._threads if x not in self._busy and x.ident is not None]
+        for thread in idle:
+            thread.join()
+
+    def _work(self) -> None:
+        while (job := self._next()) is not None:
+            result, error = None, None
+            try:
+                result = job.do()
+            except Exception as raised:
+                error = raised
+            self._finish(job)
+            # The loop may be closed already, if this has hung.
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(job.done, job, result, error)
+
+    def _next(self) -> _Job | None:
+        with self._changed:
+            while not self._is_closed:
+                job = self._turns.take(lambda job: job.image not in self._images)
+                if job is not None:
+                    self._busy.add(threading.current_thread())
+                    if job.image is not None:
+                        self._images.add(job.image)
+                    return job
+                self._changed.wait()
+        return None
+
+    def _finish(self, job: _Job) -> None:
+        with self._changed:
+            self._busy.discard(threading.current_thread())
+            if job.image is not None:
+                self._images.discard(job.image)
+                # Another thread may have left a job alone for this image's sake.
+                self._changed.notify_all()
 
 
 class BackendWork:
@@ -32,96 +166,206 @@ class BackendWork:
 
     Args:
         backend: does it.
+        image_s: how long a creation with an image may take, in seconds.
         report: takes the event that is the outcome, in the event loop's thread.
         stopping: set when no more tidying up is wanted.
     """
 
     def __init__(
-        self, backend: Backend, report: Callable[[ProviderInput], None], stopping: asyncio.Event
+        self,
+        backend: Backend,
+        image_s: float,
+        report: Callable[[ProviderInput], None],
+        stopping: asyncio.Event,
     ) -> None:
         self._backend: Final = backend
+        self._image_s: Final = image_s
         self._report: Final = report
         self._stopping: Final = stopping
-        # Not the loop's own: what hangs must keep neither others nor the end of the loop waiting.
-        self._pool = ThreadPoolExecutor(WORKERS_MAX, thread_name_prefix="backend")
-        self._last: Final[dict[str, asyncio.Task[None]]] = {}
-        """The last piece of each allocation that has any; it waits for those before it."""
-        self._tidying: asyncio.Task[None] | None = None
-        self._untidy: Final = asyncio.Event()
+        self._workers: Final = Workers(WORKERS_MAX, "backend")
+        self._image_workers: Final = Workers(IMAGE_WORKERS_MAX, "backend-image")
+        self._queues: Final[dict[str, deque[_Job]]] = {}
+        """Of each allocation that has any, its work in order; the first is under way."""
+        self._is_over = False
+        self._is_tidying = False
+        self._is_untidy = False
+        self._tidy_timer: asyncio.TimerHandle | None = None
+        self._moved: Final = asyncio.Event()
+        """Set when some work is done."""
+
+    def start(self) -> None:
+        """
+        Start the threads, all that there will ever be.
+
+        Raises:
+            SocketUnavailable: they cannot be started; those that were are gone.
+        """
+        # Keeps PEER-17.
+        try:
+            for workers in (self._workers, self._image_workers):
+                workers.start(asyncio.get_running_loop())
+        except RuntimeError as error:
+            self.close()
+            raise SocketUnavailable(
+                f"the provider needs {WORKERS_MAX + IMAGE_WORKERS_MAX} threads, and not all of "
+                f"them can be started ({error}): pids.max of its cgroup, or RLIMIT_NPROC"
+            ) from error
 
     async def recover(self) -> Recovery:
         """Find what an earlier provider left; as `Backend.recover`."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._backend.recover)
+        found: asyncio.Future[Recovery] = asyncio.get_running_loop().create_future()
 
-    def create(self, effect: do.CreateNamespaces) -> None:
+        def done(_: _Job, recovery: Recovery, error: Exception | None) -> None:
+            if found.cancelled():
+                return
+            if error is None:
+                found.set_result(recovery)
+            else:
+                found.set_exception(error)
+
+        self._workers.put(_Job(_NO_LANE, self._backend.recover, done))
+        return await found
+
+    def create(self, effect: do.CreateNamespaces, lane: Lane) -> None:
         """Make an allocation's namespaces, after the work that it already has."""
-        name = effect.request.allocation_id
-        self._add(name, lambda: try_to_create(self._backend, effect))
+        # Keeps PEER-16.
+        request = effect.request
+        image = request.uenv_image
+        job = _Job(lane, partial(try_to_create, self._backend, effect), self._done, image)
+        if image is not None:
+            loop = asyncio.get_running_loop()
+            job.deadline = loop.call_later(self._image_s, self._give_up, job, request)
+        self._add(request.allocation_id, job)
 
-    def release(self, effect: do.ReleaseNamespaces) -> None:
+    def release(self, effect: do.ReleaseNamespaces, lane: Lane) -> None:
         """Try once to release an allocation, after the work that it already has."""
-        name = effect.allocation_id
-        self._add(name, lambda: try_to_release(self._backend, effect))
-
-    def keep_tidy(self) -> None:
-        """Have the backend tidy up from now on, whenever something is due."""
-        self._tidying = asyncio.get_running_loop().create_task(self._keep_tidy())
+        work = partial(try_to_release, self._backend, effect)
+        self._add(effect.allocation_id, _Job(lane, work, self._done))
 
     def tidy_soon(self) -> None:
-        """Have the backend look now whether something is due."""
-        self._untidy.set()
+        """Have the backend tidy up now, and from now on whenever something is due."""
+        if self._stopping.is_set():
+            return
+        if self._is_tidying:
+            self._is_untidy = True
+            return
+        self._stop_tidy_timer()
+        self._is_tidying = True
+        # Dropping an image can hang as well as mounting it.
+        self._image_workers.put(_Job(_NO_LANE, self._backend.tidy, self._tidied))
 
-    async def finish(self, starting: asyncio.Task[None]) -> set[asyncio.Task[None]]:
+    async def finish(self, starting: asyncio.Task[None]) -> bool:
         """
         Let work finish, and what follows from it, for `STOP_TIMEOUT_S` at most.
+
+        What has not begun by then is not done: its intent is in the journal, if it got so far.
 
         Args:
             starting: to be waited for as well.
 
         Returns:
-            What has not finished in time; to be given to `abandon`.
+            Whether nothing is under way any more.
         """
-        clock = asyncio.get_running_loop().time
-        deadline = clock() + STOP_TIMEOUT_S
-        left = {starting, *([self._tidying] if self._tidying else [])}
-        # Work that ends can bring about more: a release after a creation, say.
-        while left := {task for task in (*left, *self._last.values()) if not task.done()}:
-            timeout_s = deadline - clock()
-            if timeout_s <= 0:
-                break
-            await asyncio.wait(left, timeout=timeout_s)
-        return left
+        starting.add_done_callback(lambda _: self._moved.set())
+        if await self._wait(lambda: starting.done() and self._is_idle, STOP_TIMEOUT_S):
+            return True
+        self._is_over = True
+        starting.cancel()
+        self._workers.clear()
+        self._image_workers.clear()
+        return await self._wait(self._are_workers_idle, HANG_TIMEOUT_S)
 
-    def abandon(self, left: set[asyncio.Task[None]]) -> None:
-        """Take no more work, and do not wait for what hangs: its intent is in the journal."""
-        for task in left:
-            task.cancel()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+    def close(self) -> None:
+        """Take no more work, and do not wait for what hangs."""
+        self._is_over = True
+        self._stop_tidy_timer()
+        for queue in self._queues.values():
+            for job in queue:
+                if job.deadline is not None:
+                    job.deadline.cancel()
+        self._workers.close()
+        self._image_workers.close()
 
-    def _add(self, name: str, job: Callable[[], ProviderInput]) -> None:
+    @property
+    def _is_idle(self) -> bool:
+        return not self._queues and not self._is_tidying
+
+    def _are_workers_idle(self) -> bool:
+        return self._workers.is_idle and self._image_workers.is_idle
+
+    async def _wait(self, is_done: Callable[[], bool], timeout_s: float) -> bool:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not is_done():
+                    self._moved.clear()
+                    await self._moved.wait()
+        return is_done()
+
+    # One piece after the other, for each allocation.
+
+    def _workers_for(self, job: _Job) -> Workers:
+        return self._workers if job.image is None else self._image_workers
+
+    def _add(self, name: str, job: _Job) -> None:
         # Keeps END-9.
-        # Tasks wait for one another, not threads: a thread that waits is a worker less for others.
-        work = self._do(name, self._last.get(name), job)
-        self._last[name] = asyncio.get_running_loop().create_task(work)
+        # Jobs wait for one another, not threads: a thread that waits is a worker less for others.
+        queue = self._queues.setdefault(name, deque())
+        queue.append(job)
+        if queue[0] is job:
+            self._begin(job)
 
-    async def _do(
-        self, name: str, before: asyncio.Task[None] | None, job: Callable[[], ProviderInput]
-    ) -> None:
-        if before is not None:
-            await asyncio.wait({before})
-        event = await asyncio.get_running_loop().run_in_executor(self._pool, job)
-        # Unless more was added meanwhile, which waits for this very task.
-        if self._last.get(name) is asyncio.current_task():
-            del self._last[name]
-        self._report(event)
+    def _begin(self, job: _Job) -> None:
+        if not self._is_over:
+            self._workers_for(job).put(job)
 
-    async def _keep_tidy(self) -> None:
-        while not self._stopping.is_set():
-            self._untidy.clear()
+    def _done(self, job: _Job, event: Any, _: Exception | None) -> None:
+        if job.deadline is not None:
+            job.deadline.cancel()
+        if not job.is_given_up:
+            self._report(event)
+        self._leave(event.allocation_id, job)
+
+    def _leave(self, name: str, job: _Job) -> None:
+        queue = self._queues[name]
+        was_first = queue[0] is job
+        queue.remove(job)
+        if not queue:
+            del self._queues[name]
+        elif was_first:
+            self._begin(queue[0])
+        self._moved.set()
+
+    def _give_up(self, job: _Job, request: NamespaceRequest) -> None:
+        """Report a creation as failed that takes too long; one that has begun goes on."""
+        name, queue = request.allocation_id, self._queues[request.allocation_id]
+        job.is_given_up = True
+        span = f"{request.uenv_image!a} within {self._image_s:g} s"
+        if self._image_workers.withdraw(job) or queue[0] is not job:
+            reason = f"there was no turn for {span}: images that hang are before it"
+            self._leave(name, job)
+        else:
+            reason = f"it was not made with {span}: the image hangs, and is left to the kernel"
+        self._report(on.NamespacesNotCreated(name, CreationFailed(reason)))
+
+    # Tidying up.
+
+    def _tidied(self, _: _Job, due_s: float | None, error: Exception | None) -> None:
+        self._is_tidying = False
+        self._moved.set()
+        if error is not None:
+            _log.error("tidying up failed", exc_info=error)
+            due_s = BACKEND_PAUSE_S
+        if self._is_untidy:
+            self._is_untidy = False
+            self.tidy_soon()
+        elif due_s is not None and not self._stopping.is_set():
             loop = asyncio.get_running_loop()
-            due_s = await loop.run_in_executor(self._pool, _try_to_tidy, self._backend)
-            with suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._untidy.wait(), due_s)
+            self._tidy_timer = loop.call_later(due_s, self.tidy_soon)
+
+    def _stop_tidy_timer(self) -> None:
+        if self._tidy_timer is not None:
+            self._tidy_timer.cancel()
+            self._tidy_timer = None
 
 
 def try_to_create(backend: Backend, effect: do.CreateNamespaces) -> ProviderInput:
@@ -151,11 +395,3 @@ def try_to_release(backend: Backend, effect: do.ReleaseNamespaces) -> ProviderIn
         _log.exception("releasing %s failed", name)
         why = f"{type(error).__name__}: {error}"
     return on.NamespacesReleased(name) if why is None else on.ReleaseDelayed(name, why)
-
-
-def _try_to_tidy(backend: Backend) -> float | None:
-    try:
-        return backend.tidy()
-    except Exception:
-        _log.exception("tidying up failed")
-        return BACKEND_PAUSE_S

@@ -135,6 +135,7 @@ ERRNOS: Final[Mapping[str, str]] = {
     "read": _READ,
     "read_bytes": f"{_OPEN} {_READ} ESRCH",  # open(2), read(2), proc(5)
     "read_text": f"{_OPEN} {_READ} ENODEV ENOTSUP",  # open(2), read(2), cgroups(7)
+    "recv": "EAGAIN ECONNRESET ENOMEM",  # recv(2), unix(7)
     "recvmsg": "EAGAIN ECONNRESET ENOMEM",  # recvmsg(2), unix(7)
     "register": "ENOMEM ENOSPC",  # epoll_ctl(2)
     "removexattr": "EACCES ENODATA ENOENT",  # removexattr(2)

@@ -53,6 +53,7 @@ from transport.descriptors import NamespaceIdentity
 from transport.endpoint import begin_connect, listen
 from transport.request import AsyncConsumer, AsyncHandoff, exchange
 from transport.serve import Provider
+from transport.serve.work import Workers
 
 SETTLING_S: Final = 0.004
 """How long a real node is watched before nothing more is expected of it by itself."""
@@ -86,6 +87,26 @@ class Inline(ThreadPoolExecutor):
         except BaseException as error:
             future.set_exception(error)
         return future
+
+
+class InlineWorkers(Workers):
+    """Do every job in the event loop's thread, soon."""
+
+    def __init__(self) -> None:
+        super().__init__(0, "none")
+
+    def put(self, job: Any) -> None:
+        self._loop.call_soon(self._do, job)
+
+    def _do(self, job: Any) -> None:
+        result, error = None, None
+        try:
+            result = job.do()
+        except Death:
+            return
+        except Exception as raised:
+            error = raised
+        job.done(job, result, error)
 
 
 class HurriedSelector(selectors.EpollSelector):
@@ -169,7 +190,8 @@ class Stage(ABC):
             self.world.backend.close()
             raise
         self.provider = Provider(listener, self.world.backend)
-        self.provider._work._pool = Inline()
+        work: Any = self.provider._work
+        work._workers, work._image_workers = InlineWorkers(), InlineWorkers()
         running = self.running = asyncio.ensure_future(self.provider.run(ready.set))
         waiting = asyncio.ensure_future(ready.wait())
         await asyncio.wait({running, waiting}, return_when=asyncio.FIRST_COMPLETED)
@@ -189,22 +211,25 @@ class Stage(ABC):
     async def drop(self, provider: Provider) -> None:
         """Drop the program where it stands, as the kernel does when it is killed."""
         provider._is_closed = True
-        listener = provider._connections._listener
+        connections = provider._connections
+        listener = connections._listener
         self.loop.remove_reader(listener._sock.fileno())
+        self.loop.remove_reader(connections._epoll.fileno())
         with suppress(ValueError):
             self.loop.remove_reader(self.world.backend.fileno())
-        for connection in provider._connections._open.values():
+        for connection in connections._open.values():
             connection.abandon()
+        connections._open.clear()
+        connections._turns.clear()
+        connections._epoll.close()
         provider._timers.close()
         provider._watcher.close()
         listener._reserve.close()
         listener._sock.close()
-        tasks = [*provider._work._last.values(), provider._work._tidying, self.running]
-        living = [task for task in tasks if task is not None and not task.done()]
-        for task in living:
-            task.cancel()
-        if living:
-            await asyncio.gather(*living, return_exceptions=True)
+        provider._work.close()
+        if self.running is not None and not self.running.done():
+            self.running.cancel()
+            await asyncio.gather(self.running, return_exceptions=True)
         self.running = None
 
     @abstractmethod
@@ -341,7 +366,7 @@ class Stage(ABC):
         kernel = self.provider.kernel
         while True:
             await asyncio.sleep(0.001)
-            names = list(self.provider._work._last)
+            names = list(self.provider._work._queues)
             alive = [n for n in self.world_names() if n != self.neighbour]
             if not names and not alive and len(self.provider._connections) <= 1:
                 return

@@ -217,7 +217,7 @@ ONCE_BROKEN: Final = (
     # The anchor of a forge that was given up was missed when it was about to be executed.
     ("end by consumer", "provider", "channel.receive_once", "recvmsg", "ENOMEM"),
     # A peer that is gone before it is accepted made the listener pause.
-    ("end by consumer", "provider", "endpoint.Listener.accept", "accept", "ECONNABORTED"),
+    ("end by consumer", "provider", "endpoint.Listener._accept_next", "accept", "ECONNABORTED"),
 )
 
 
@@ -255,7 +255,7 @@ def test_a_scope_whose_events_could_not_be_read_is_heard_of_again(
 def test_a_connection_that_cannot_be_listened_to_is_told_so_at_once(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refused = _refuse_once(monkeypatch, stage, "add_reader", "Connection.start")
+    refused = _refuse_once(monkeypatch, _connections(stage), "_register", "Connections._take_up")
     with Line.to(stage.path) as line:
         stage.loop.run_until_complete(asyncio.sleep(0.01))
         answer = line.hear()
@@ -266,7 +266,7 @@ def test_a_connection_that_cannot_be_listened_to_is_told_so_at_once(
     assert stage.tell(end_by_consumer).outcome == "served"
 
 
-@pytest.mark.parametrize("caller", ["Connections.start", "Watcher.start"])
+@pytest.mark.parametrize("caller", ["Connections._resume_accepting", "Watcher.start"])
 def test_listening_is_taken_up_again_though_that_is_refused_once(
     stage: Stage, monkeypatch: pytest.MonkeyPatch, caller: str
 ) -> None:
@@ -274,7 +274,7 @@ def test_listening_is_taken_up_again_though_that_is_refused_once(
     assert provider is not None
     stage.loop.remove_reader(provider._connections._listener.fileno())
     stage.loop.remove_reader(stage.world.backend.fileno())
-    refused = _refuse_once(monkeypatch, stage, "add_reader", caller)
+    refused = _refuse_once(monkeypatch, stage.loop, "add_reader", caller)
 
     async def resume() -> None:
         provider._connections._resume_accepting()
@@ -290,18 +290,23 @@ def test_an_answer_whose_rest_cannot_be_sent_ends_in_a_fallback(
 ) -> None:
     calls = stage.tell(end_by_consumer).passed
     answer = next(c for c in calls if (c.who, c.name) == ("provider", "sendmsg"))
-    refused = _refuse_once(monkeypatch, stage, "add_writer", "Connection.send")
+    refused = _refuse_once(monkeypatch, _connections(stage), "watch", "Connection._wait_for_room")
     outcome = stage.tell(end_by_consumer, (Fault(answer, "EAGAIN"),)).outcome
     assert refused
     assert outcome == "self-served: SocketUnavailable"
 
 
+def _connections(stage: Stage) -> Any:
+    assert stage.provider is not None
+    return stage.provider._connections
+
+
 def _refuse_once(
-    monkeypatch: pytest.MonkeyPatch, stage: Stage, name: str, caller: str
+    monkeypatch: pytest.MonkeyPatch, watcher: Any, name: str, caller: str
 ) -> list[str]:
-    """Let the event loop be refused a watch by one of the driver's functions; say when."""
+    """Let what watches for events be refused one for one of the driver's functions; say when."""
     refused: list[str] = []
-    real = getattr(stage.loop, name)
+    real = getattr(watcher, name)
 
     def add(*arguments: Any) -> None:
         if not refused and sys._getframe(1).f_code.co_qualname == caller:
@@ -309,7 +314,7 @@ def _refuse_once(
             raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
         real(*arguments)
 
-    monkeypatch.setattr(stage.loop, name, add)
+    monkeypatch.setattr(watcher, name, add)
     return refused
 
 
