@@ -92,6 +92,7 @@ _ADVICE: Final = {
     errno.ENOTDIR: "a part of its path is no directory",
     errno.EXDEV: "it leads out of the image root",
     errno.ELOOP: "it goes through a magic link or through too many symbolic links",
+    errno.EAGAIN: "a program holds a lease on it (fcntl), and is told to give it up: ask again",
 }
 
 
@@ -152,7 +153,8 @@ def resolve_image(root: Path, image: str) -> Descriptor:
         The file; the caller owns it.
 
     Raises:
-        ImageError: there is no such file, it leads out of the root, or it is no regular file.
+        ImageError: there is no such file, it leads out of the root, it is no regular file, or
+            another program holds a lease on it, which it is told to give up.
 
     Source:
         Protocol, "Conventions on the node"; openat2(2).
@@ -164,8 +166,9 @@ def resolve_image(root: Path, image: str) -> Descriptor:
             if not stat.S_ISREG(_status_of(found).st_mode):
                 advice = f"it is no regular file; a uenv image is a {IMAGE_FSTYPE} file"
                 raise ImageError(_RESOLVE, "openat2(2)", errno.EINVAL, subject, advice)
-            # O_PATH has not opened it yet. This path leads to the same file.
-            return _open(f"/proc/self/fd/{found.fileno()}")
+            # O_PATH has not opened it yet. This path leads to the same file. Its owner can hold a
+            # lease on it, which open(2) would wait for, 45 s by default (lease-break-time).
+            return _open(f"/proc/self/fd/{found.fileno()}", os.O_NONBLOCK)
     except ImageError:
         raise
     except SyscallError as error:
@@ -509,9 +512,9 @@ def _read_status(loop: Descriptor) -> tuple[Any, ...]:
     return _LOOP_INFO.unpack(buffer)
 
 
-def _open(path: str) -> Descriptor:
+def _open(path: str, flags: int = 0) -> Descriptor:
     with calling("open(2)", path):
-        return Descriptor(syscall(os.open, path, os.O_RDONLY | os.O_CLOEXEC))
+        return Descriptor(syscall(os.open, path, os.O_RDONLY | os.O_CLOEXEC | flags))
 
 
 def _status_of(file: Descriptor) -> os.stat_result:
