@@ -254,6 +254,16 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
         """Where things are."""
         return self._settings
 
+    def start(self) -> None:
+        """
+        Start the process that makes anchors now, so that no request waits for it, or fails by it.
+
+        Raises:
+            ForgeError: it cannot be started.
+        """
+        # Keeps PEER-17.
+        self._forge.ensure_started()
+
     # --- The steps of a creation ---------------------------------------------------------------
 
     def _new(self, request: NamespaceRequest) -> _Allocation:

@@ -249,7 +249,9 @@ def _backend(options: argparse.Namespace, stack: ExitStack) -> Backend:
     state_dir = Path(options.state_dir)
     _refuse_foreign(state_dir)
     backend = LinuxBackend.for_provider(settings, state_dir, clock=time.monotonic)
-    return stack.enter_context(closing(backend))
+    stack.enter_context(closing(backend))
+    backend.start()
+    return backend
 
 
 def _warn_of_root() -> None:

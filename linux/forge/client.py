@@ -115,9 +115,19 @@ class Forge:
             ForgeError: it cannot be started; nothing is left.
         """
         forge = cls(cgroup=cgroup, tied=tied, features=features)
-        with forge._guard:
-            forge._ensure_started()
+        forge.ensure_started()
         return forge
+
+    def ensure_started(self) -> None:
+        """
+        Start the process unless it runs.
+
+        Raises:
+            ForgeError: it cannot be started; nothing is left.
+            ValueError: the forge is closed.
+        """
+        with self._guard:
+            self._ensure_started()
 
     @property
     def pid(self) -> int | None:
