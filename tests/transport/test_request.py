@@ -515,13 +515,15 @@ def test_only_this_allocation_is_self_served(rig: Rig) -> None:
         degraded.end()
 
 
-def test_a_full_backlog_that_empties_in_time_is_waited_for(rig: Rig) -> None:
+@pytest.mark.clause("SELF-1")
+@pytest.mark.parametrize("connect_s", [1.0, 0.0])
+def test_a_full_backlog_that_empties_in_time_is_waited_for(rig: Rig, connect_s: float) -> None:
     with closing(SimulatedBackend(rig.node)) as backend, ExitStack() as stack:
         serving = Serving(rig.path, backend, backlog=0)
         _fill(rig.path, stack)
         threading.Timer(0.05, serving.__enter__).start()
         try:
-            with rig.obtain() as handoff:
+            with rig.obtain(patience=Patience(connect_s)) as handoff:
                 assert not handoff.is_degraded
         finally:
             wait_until(lambda: serving._thread.ident is not None)

@@ -81,7 +81,7 @@ class Patience(NamedTuple):
     """How long a consumer waits, in seconds. The defaults are the constants above."""
 
     connect_s: float = CONNECT_TIMEOUT_S
-    """For the socket to take the connection."""
+    """For the socket to take the connection; where its backlog is full, `answer_s` if longer."""
     answer_s: float = ANSWER_TIMEOUT_S
     """For a whole answer."""
     redial_s: float = REDIAL_S
@@ -297,8 +297,10 @@ class Exchange:
         """Say until when `try_to_connect` is to be repeated, on the clock."""
         # Only a request waits to get into a full backlog. To tell of an end, another connection is
         # tried later, and a caller who waits for self-service must not wait for that as well.
-        is_asking = self.kernel.state is ConsumerState.CONNECTING
-        return self.clock() + (self.patience.connect_s if is_asking else 0.0)
+        if self.kernel.state is not ConsumerState.CONNECTING:
+            return self.clock()
+        # A provider listens, and has much to do: it is its answer that is waited for.
+        return self.clock() + max(self.patience.connect_s, self.patience.answer_s)
 
     def try_to_connect(self, deadline: float) -> bool:
         """Connect, without waiting; False: there is no room yet, and it is worth another try."""
