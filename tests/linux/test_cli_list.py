@@ -57,7 +57,7 @@ def test_basic_everything_of_an_allocation_is_shown(
     daemon: Daemon, allocation_id: str, image_root: Path, cgroup2: Path
 ) -> None:
     run = ("run", "--socket", daemon.socket, "--id", allocation_id, "--namespaces", "mount,pid")
-    command = ("--uenv", "hello.sqfs", "--", "sh", "-c", "echo ready; exec cat")
+    command = ("--no-tie", "--uenv", "hello.sqfs", "--", "sh", "-c", "echo ready; exec cat")
     with running(*run, *command) as program:
         assert program.stdout is not None
         assert program.stdout.readline() == "ready\n"
