@@ -44,7 +44,7 @@ from .cgroups import (
 from .features import Features
 from .forge.client import Forge
 from .forge.plan import AnchorPlan, ForgeError
-from .instance import Instance
+from .instance import Instance, InstanceBusy
 from .journal import Entry, Journal, JournalError, JournalUnavailable
 from .mounts import ImageError, ImageStore
 from .namespaces import open_bundle
@@ -85,7 +85,15 @@ class Kept(Exception):
     """An allocation of that id may be alive, and was kept as it was found."""
 
 
-_FAILURES: Final = (SyscallError, ForgeError, ImageError, JournalError, Overtaken, Kept)
+_FAILURES: Final = (
+    SyscallError,
+    ForgeError,
+    ImageError,
+    JournalError,
+    InstanceBusy,
+    Overtaken,
+    Kept,
+)
 """What a step can fail with."""
 
 
