@@ -87,7 +87,8 @@ def isolate(packages: str) -> NoReturn:
     variables = {IGNORED: "0"}
     for number, part in enumerate(parts, 1):
         variables[f"{ENVIRONMENT}{number}"] = part.hex()
-    command = [sys.executable, "-I", "-X", "utf8", "-c", _PROGRAM, packages, *sys.argv[1:]]
+    options = ["-I", "-X", "utf8", *(["-S"] if sys.flags.no_site else [])]
+    command = [sys.executable, *options, "-c", _PROGRAM, packages, *sys.argv[1:]]
     os.execve(sys.executable, command, variables)
 
 
