@@ -16,7 +16,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
-from errno import EAGAIN, EINTR, EINVAL, ENODATA, ETIMEDOUT, errorcode
+from errno import EINTR, EINVAL, ENODATA, ETIMEDOUT, errorcode
 from typing import Final, Protocol, Self, TypeAlias
 
 from transport.calls import syscall
@@ -143,18 +143,6 @@ Path: TypeAlias = str | bytes | os.PathLike[str]
 """A path, as all calls here take it."""
 
 
-_NO_PROCESS: Final = (
-    "no process can be started: pids.max of its cgroup or of one above, RLIMIT_NPROC, or "
-    "kernel.pid_max is reached"
-)
-
-_SHORTAGES: Final = {
-    ("posix_spawn(3)", EAGAIN): _NO_PROCESS,
-    ("execve(2)", EAGAIN): _NO_PROCESS,
-}
-"""Advice on calls that fail because something is short, where the errno alone does not say what."""
-
-
 class SyscallError(OSError):
     """
     A system call failed.
@@ -178,7 +166,7 @@ class SyscallError(OSError):
         super().__init__(number, os.strerror(number))
         self.call: Final = call
         self.path: Final = None if path is None else os.fsdecode(path)
-        self.advice: Final = advice or _SHORTAGES.get((call, number), "")
+        self.advice: Final = advice
 
     @classmethod
     def of(cls, call: str, error: OSError, path: Path | None = None) -> Self:
