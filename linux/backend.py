@@ -34,8 +34,10 @@ from transport.descriptors import Descriptor, DescriptorBundle
 
 from .anchor import Anchor, boot_id
 from .cgroups import (
+    DEFAULT_PLACE,
     Scope,
     ScopeError,
+    ScopePlace,
     ScopeWatch,
     remove_anchor_cgroup,
     remove_cgroup,
@@ -47,7 +49,7 @@ from .forge.plan import AnchorPlan, ForgeError
 from .instance import Instance, InstanceBusy
 from .journal import Entry, Journal, JournalError, JournalUnavailable
 from .mounts import ImageError, ImageStore
-from .namespaces import open_bundle
+from .namespaces import expect_own_namespaces, open_bundle
 from .recovery import CREATED_MARK, ENDED_MARK, Action, Case, ScopeSeen, describe, find_cases
 from .steps import StepwiseAllocation, StepwiseBackend
 from .survey import states_of, zombies_below
@@ -109,6 +111,8 @@ class NodeSettings:
     """Where they appear inside an allocation."""
     hold_time_s: float = HOLD_TIME_S
     """How long an image stays mounted after its last user."""
+    place: ScopePlace = DEFAULT_PLACE
+    """Where scopes are below `cgroup2`, and what they are called."""
 
 
 @dataclass(slots=True)
@@ -192,10 +196,12 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
             features: what the Linux kernel can do; None finds out.
 
         Raises:
+            SyscallError: this process could not return to its own namespaces.
             JournalError: another provider has the state directory, or the journal is damaged.
             InstanceBusy: a running provider has the anchors that the journal belongs to.
             ScopeError: the anchors' cgroup cannot be made.
         """
+        expect_own_namespaces()
         journal = Journal(state_dir, boot_id())
         with ExitStack() as undo:
             undo.callback(journal.close)
@@ -204,14 +210,15 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
                 instance = None
                 _expect_own(journal)
             else:
-                instance = Instance.lock(root, journal.instance, state_dir)
+                instance = Instance.lock(root, journal.instance, state_dir, settings.place.parent)
 
             def on_close() -> None:
                 journal.close()
                 if root is not None and instance is not None:
                     remove_anchor_cgroup(root, instance.name)
                     instance.close()
-                    remove_slices(root)
+                    for parent in sorted(instance.scope_parents):
+                        remove_slices(root, ScopePlace(parent))
 
             undo.callback(on_close)
             if instance is not None:
@@ -245,8 +252,8 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
 
         def on_close() -> None:
             if root is not None:
-                remove_slices(root)
-                _remove_own_slice(root)
+                remove_slices(root, settings.place)
+                _remove_own_slice(root, settings.place)
 
         return cls(
             settings,
@@ -283,27 +290,32 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
     def _intend(self, allocation: _Allocation) -> None:
         # Keeps CRASH-3.
         assert self._journal is not None
-        name, token = allocation.name, allocation.token
+        name, token, wanted = allocation.name, allocation.token, allocation.request
         if name in self._kept:
             raise Kept(f"an earlier one may be alive: {self._kept[name]}; see `nshandoff doctor`")
-        self._journal.intend(Entry(name, token, AllocationState.REQUESTED, allocation.request))
+        root, place = self._settings.cgroup2, self._settings.place
+        # Where it will be: the settings may be others when a later provider looks for it.
+        path = None if root is None else str(place.path_of(root, name))
+        self._journal.intend(Entry(name, token, AllocationState.REQUESTED, wanted, scope_path=path))
 
     def _make_scope(self, allocation: _Allocation) -> None:
         # Keeps NODE-2.
-        root = self._settings.cgroup2
+        root, place = self._settings.cgroup2, self._settings.place
         assert root is not None
         description = None
         if self._instance is not None:
             description = describe(self._instance.name, allocation.request)
         try:
-            allocation.scope = Scope.create(root, allocation.name, allocation.token, description)
+            allocation.scope = Scope.create(
+                root, allocation.name, allocation.token, description, place
+            )
         except ScopeError as error:
             if error.errno != errno.EEXIST or self._has_journal:
                 raise
             # The provider's own set for this allocation is there, or about to be. The consumer does
             # not wait for its end, and what the consumer starts must not be killed with it.
             own = _make_own_slice(root)
-            allocation.scope = Scope.create(own, allocation.name, allocation.token)
+            allocation.scope = Scope.create(own, allocation.name, allocation.token, place=place)
 
     def _mount_image(self, allocation: _Allocation) -> None:
         image = allocation.request.uenv_image
@@ -768,9 +780,9 @@ def _make_own_slice(root: Path) -> Path:
     return path
 
 
-def _remove_own_slice(root: Path) -> None:
+def _remove_own_slice(root: Path, place: ScopePlace) -> None:
     path = root / SELF_SERVICE_SLICE
     if syscall(path.is_dir):
-        remove_slices(path)
+        remove_slices(path, place)
         with suppress(OSError):
             remove_cgroup(path)

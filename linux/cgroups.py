@@ -28,10 +28,11 @@ import signal
 import stat
 import struct
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final, Generic, NamedTuple, Self, TypeVar
 
 from statemachine.messages import objection_to_id
@@ -46,6 +47,7 @@ from .syscalls import (
     calling,
     inotify_add_watch,
     inotify_init1,
+    open_cgroup_by_id,
     pidfd_open,
     pidfd_send_signal,
 )
@@ -70,6 +72,9 @@ MADE_ATTRIBUTE: Final = "user.nshandoff.made"
 
 USED_ATTRIBUTE: Final = "user.nshandoff.used"
 """Extended attribute of an adopted scope: the CPU time, in microseconds, that was used before."""
+
+_OURS: Final = "user.nshandoff."
+"""Prefix of our extended attributes."""
 
 SCOPE_MODE: Final = stat.S_ISVTX | 0o755
 """
@@ -154,6 +159,79 @@ def find_cgroup2(mountinfo: str | Path = Path("/proc/self/mountinfo")) -> Path:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class ScopePlace:
+    """
+    Where the scopes of a provider are below the mount point of cgroup v2, and what they are called.
+
+    Raises:
+        ValueError: that cannot be a place of scopes; the text says why.
+    """
+
+    parent: str = WORKLOAD_SLICE
+    """The cgroup that contains them: a relative path. What is missing of it is made."""
+    name: str = "{id}.scope"
+    """What one is called; `{id}` stands for the allocation."""
+
+    def __post_init__(self) -> None:
+        for part in self.parent.split("/"):
+            objection = objection_to_id(part)
+            if objection is not None:
+                raise ValueError(f"the parent of scopes {self.parent!a}: {objection}")
+        if self.parent.split("/")[0] == ANCHOR_SLICE:
+            raise ValueError(f"the parent of scopes {self.parent!a}: anchors are there")
+        if self.name.count("{id}") != 1:
+            raise ValueError(f"the name of scopes {self.name!a} does not have {{id}} in it once")
+        objection = objection_to_id(self.name.replace("{id}", "x"))
+        if objection is not None:
+            raise ValueError(f"the name of scopes {self.name!a}: {objection}")
+
+    def path_of(self, root: Path, allocation_id: str) -> Path:
+        """
+        Say where the scope of an allocation is.
+
+        Raises:
+            ScopeError: EINVAL, the id cannot be in a directory's name.
+        """
+        _expect_name(allocation_id)
+        return root / self.parent / self.name.replace("{id}", allocation_id)
+
+
+DEFAULT_PLACE: Final = ScopePlace()
+"""`workload.slice/<id>.scope`."""
+
+
+def find_cgroup(cgroup_id: int) -> Path:
+    """
+    Find a cgroup by its id: in another cgroup namespace, or below another mount, its path differs.
+
+    Args:
+        cgroup_id: The inode number of its directory, which the Linux kernel never uses twice.
+
+    Raises:
+        CgroupUnavailable: there is none, or what can be seen of cgroup v2 here has no path to it.
+
+    Source:
+        open_by_handle_at(2); it needs CAP_DAC_READ_SEARCH, except for the mount point itself.
+    """
+    mount = find_cgroup2()
+    with _calling("stat(2)", mount):
+        if syscall(mount.stat).st_ino == cgroup_id:
+            return mount
+    with (
+        suppress(OSError),
+        _open_directory(mount) as directory,
+        open_cgroup_by_id(directory, cgroup_id) as found,
+    ):
+        path = Path(syscall(os.readlink, f"/proc/self/fd/{found.fileno()}"))
+        if syscall(path.stat).st_ino == cgroup_id:
+            return path
+    raise CgroupUnavailable(
+        f"the provider's cgroups are outside of what {mount} shows here; use the cgroup namespace"
+        " of the node, and mount cgroup2 in it"
+    )
+
+
 class Scope:
     """
     The cgroup of one allocation. It has no open descriptor, because there can be thousands.
@@ -170,7 +248,12 @@ class Scope:
 
     @classmethod
     def create(
-        cls, root: Path, allocation_id: str, owner: str, description: str | None = None
+        cls,
+        root: Path,
+        allocation_id: str,
+        owner: str,
+        description: str | None = None,
+        place: ScopePlace = DEFAULT_PLACE,
     ) -> Self:
         """
         Make the allocation's scope, or adopt the one that is there, and set its owner.
@@ -184,13 +267,14 @@ class Scope:
             allocation_id: The allocation; refused if it cannot be a directory's name.
             owner: This owner's token; a scope with another one is never touched.
             description: Kept with the scope, for `described_scopes`.
+            place: Where scopes are.
 
         Raises:
             ScopeError: nothing was made, and what was there before is still there. With EEXIST it
                 is in use, or another owner's.
         """
         # Keeps NODE-1, NODE-18.
-        path = _scope_path(root, allocation_id)
+        path = place.path_of(root, allocation_id)
         with _calling("open(2)", root):
             # To remove a cgroup takes a descriptor: what fails for want of one can be undone.
             spare = _open_directory(root)
@@ -198,7 +282,7 @@ class Scope:
         with spare, ExitStack() as undo:
             undo.callback(scope._abandon)
             undo.callback(spare.close)
-            if not _make_or_claim(path, owner, description):
+            if not _make_or_claim(path, root, owner, description):
                 _expect_unused(path)
                 _note_past_use(path)
             _expect_usable(path)
@@ -206,7 +290,9 @@ class Scope:
         return scope
 
     @classmethod
-    def open(cls, root: Path, allocation_id: str, owner: str) -> Self | None:
+    def open(
+        cls, root: Path, allocation_id: str, owner: str, place: ScopePlace = DEFAULT_PLACE
+    ) -> Self | None:
         """
         Find the scope that this owner made or adopted, also in an earlier process.
 
@@ -214,7 +300,12 @@ class Scope:
             The scope, if it has the owner's token, or if it was made here and has none (the owner
             died before setting it); None if there is none or another owner has it.
         """
-        scope = cls(_scope_path(root, allocation_id), owner)
+        return cls.at(place.path_of(root, allocation_id), owner)
+
+    @classmethod
+    def at(cls, path: Path, owner: str) -> Self | None:
+        """As `open`, by the scope's path: places can be others when a provider starts again."""
+        scope = cls(path, owner)
         return None if scope.is_gone() else scope
 
     def owner(self) -> str | None:
@@ -381,8 +472,11 @@ class Scope:
         if self._is_frozen_here:
             with _calling("write(2)", self.path / "cgroup.freeze", *_GONE):
                 syscall((self.path / "cgroup.freeze").write_text, "0")
+        ours: list[str] = []
+        with _calling("listxattr(2)", self.path, *_GONE):
+            ours = [each for each in syscall(os.listxattr, self.path) if each.startswith(_OURS)]
         # The token last: without it nothing would be tried again.
-        for name in (USED_ATTRIBUTE, STATE_ATTRIBUTE, ALLOCATION_ATTRIBUTE, OWNER_ATTRIBUTE):
+        for name in sorted(ours, key=OWNER_ATTRIBUTE.__eq__):
             with _calling("removexattr(2)", self.path, *_GONE, errno.ENODATA):
                 syscall(os.removexattr, self.path, name)
         return True
@@ -443,36 +537,39 @@ class Scope:
 class DescribedScope(NamedTuple):
     """A scope as its attributes describe it."""
 
-    allocation_id: str
-    """The name of its directory, without the suffix."""
+    path: Path
+    """Its directory."""
     owner: str | None
     """Its owner's token; None if it has none."""
     description: str | None
     """As given to `Scope.create`; None if there is none."""
 
 
-def described_scopes(root: Path) -> list[DescribedScope]:
+def described_scopes(
+    root: Path, parents: Iterable[str] = (WORKLOAD_SLICE,)
+) -> list[DescribedScope]:
     """
-    List the scopes of all owners, by name.
+    List the scopes of all owners, by path, and those by default that have none.
 
     Args:
         root: The mount point of cgroup v2.
+        parents: Where scopes can be, below it; what is missing of them has none.
 
     Raises:
         ScopeError: they cannot be read.
     """
-    with _calling("readdir(2)", root / WORKLOAD_SLICE, *_GONE):
-        names = sorted(syscall(os.listdir, root / WORKLOAD_SLICE))
-        return [
-            DescribedScope(
-                name.removesuffix(".scope"),
-                _read_owner(root / WORKLOAD_SLICE / name),
-                _read_attribute(root / WORKLOAD_SLICE / name, ALLOCATION_ATTRIBUTE),
-            )
-            for name in names
-            if name.endswith(".scope")
-        ]
-    return []
+    found = []
+    for parent in sorted(set(parents)):
+        names: list[str] = []
+        with _calling("readdir(2)", root / parent, *_GONE):
+            names = sorted(syscall(os.listdir, root / parent))
+        for path in (root / parent / name for name in names):
+            owner = _read_owner(path)
+            # Elsewhere other programs may have scopes: systemd has.
+            if owner is not None or (parent == WORKLOAD_SLICE and path.suffix == ".scope"):
+                description = _read_attribute(path, ALLOCATION_ATTRIBUTE)
+                found.append(DescribedScope(path, owner, description))
+    return found
 
 
 class ScopeWatch(Generic[Key]):
@@ -647,7 +744,7 @@ def anchor_cgroup(root: Path, instance: str) -> Path:
     """
     # Keeps NODE-3.
     path = _anchor_path(root, instance)
-    _make_in_slice(path)
+    _make_in_slice(path, root)
     return path
 
 
@@ -691,15 +788,21 @@ def _lists_members(path: Path) -> bool:
         return False
 
 
-def remove_slices(root: Path) -> None:
+def remove_slices(root: Path, place: ScopePlace = DEFAULT_PLACE) -> None:
     """
-    Remove the two slices if they are empty and were made here.
+    Remove the slices of scopes and anchors if they are empty and were made here.
 
     A slice that was there before, or is still used, stays.
     """
-    for path in (root / WORKLOAD_SLICE, root / ANCHOR_SLICE):
-        if _read_attribute(path, MADE_ATTRIBUTE) is not None:
-            remove_cgroup(path)
+    parent = PurePosixPath(place.parent)
+    for path in (parent, *parent.parents[:-1], PurePosixPath(ANCHOR_SLICE)):
+        remove_slice(root / path)
+
+
+def remove_slice(path: Path) -> None:
+    """Remove one slice if it is empty and was made here."""
+    if _read_attribute(path, MADE_ATTRIBUTE) is not None:
+        remove_cgroup(path)
 
 
 def _open_directory(path: Path) -> Descriptor:
@@ -769,27 +872,23 @@ class _Cursor:
             return [entry.name for entry in listing if entry.is_dir(follow_symlinks=False)]
 
 
-def _scope_path(root: Path, allocation_id: str) -> Path:
-    return root / WORKLOAD_SLICE / _directory_name(allocation_id)
-
-
 def _anchor_path(root: Path, instance: str) -> Path:
-    return root / ANCHOR_SLICE / _directory_name(instance)
+    _expect_name(instance)
+    return root / ANCHOR_SLICE / f"{instance}.scope"
 
 
-def _directory_name(name: str) -> str:
+def _expect_name(name: str) -> None:
     # Checked here whatever was checked before, because here a name becomes a path.
     objection = objection_to_id(name)
     if objection is not None:
         raise ScopeError("mkdir(2)", errno.EINVAL, Path(ascii(name)), objection)
-    return f"{name}.scope"
 
 
-def _make_or_claim(path: Path, owner: str, description: str | None) -> bool:
+def _make_or_claim(path: Path, root: Path, owner: str, description: str | None) -> bool:
     """Make a scope, or claim one that is there and unused; say whether it was made."""
     for _ in range(MAKE_ATTEMPTS_MAX):
         try:
-            _make_in_slice(path, mode=SCOPE_MODE, exist_ok=False)
+            _make_in_slice(path, root, mode=SCOPE_MODE, exist_ok=False)
             is_made = True
         except ScopeError as error:
             if error.errno != errno.EEXIST:
@@ -900,9 +999,9 @@ def _describe(path: Path, description: str | None) -> None:
                 raise ScopeError.of("setxattr(2)", error, path) from error
 
 
-def _make_in_slice(path: Path, *, mode: int = 0o755, exist_ok: bool = True) -> None:
+def _make_in_slice(path: Path, root: Path, *, mode: int = 0o755, exist_ok: bool = True) -> None:
     for _ in range(MAKE_ATTEMPTS_MAX):
-        _make_slice(path.parent)
+        _make_slice(path.parent, root)
         # ENOENT: the slice, which was empty, was removed between the two calls.
         with _calling("mkdir(2)", path, errno.ENOENT):
             syscall(path.mkdir, mode=mode, exist_ok=exist_ok)
@@ -910,8 +1009,12 @@ def _make_in_slice(path: Path, *, mode: int = 0o755, exist_ok: bool = True) -> N
     raise ScopeError("mkdir(2)", errno.ENOENT, path, "another program keeps removing the slice")
 
 
-def _make_slice(path: Path) -> None:
-    with _calling("mkdir(2)", path, errno.EEXIST):
+def _make_slice(path: Path, root: Path) -> None:
+    if path.parent != root and not _is_there(path.parent):
+        _make_slice(path.parent, root)
+    # ENOENT, as above: not so of the root, which no one removes.
+    gone = () if path.parent == root else (errno.ENOENT,)
+    with _calling("mkdir(2)", path, errno.EEXIST, *gone):
         syscall(path.mkdir, mode=0o755)
         # If it is gone again, or the Linux kernel lacks these attributes, it is only not removed.
         with suppress(OSError):

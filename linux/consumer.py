@@ -6,7 +6,9 @@ when it cannot reach the provider. Each can be replaced.
 
 from __future__ import annotations
 
+import errno
 import os
+from pathlib import Path
 from types import EllipsisType
 
 from statemachine.messages import HANDOFF_SOCKET_PATH
@@ -15,8 +17,10 @@ from transport.contract import SelfService
 from transport.descriptors import Inspector
 from transport.request import Audit, Patience
 
+from .cgroups import DEFAULT_PLACE, Scope, ScopeError, find_cgroup, find_cgroup2
 from .features import Features
 from .namespaces import KernelInspector
+from .scope_file import read_scope_file
 from .self_service import OwnNamespaces
 
 
@@ -54,6 +58,37 @@ class Consumer(request.Consumer):
         super().close()
         if self._own is not None:
             self._own.close()
+
+
+def find_scope(socket: str | os.PathLike[str], allocation_id: str) -> Path | None:
+    """
+    Find the scope that a provider made for an allocation, and verify that it has an owner.
+
+    Args:
+        socket: The provider's, from which the allocation was obtained.
+        allocation_id: The allocation, which must be alive.
+
+    Returns:
+        The cgroup's directory, as it is seen here; None if the provider says that it makes none.
+
+    Raises:
+        ScopeError: there is no such scope, or no provider's. Nothing may be put into it.
+        CgroupUnavailable: it cannot be seen from here.
+        ValueError: the provider says where in a form that cannot be read.
+    """
+    # Keeps NODE-23.
+    said = read_scope_file(Path(socket))
+    if said is None:
+        root, place = find_cgroup2(), DEFAULT_PLACE
+    elif said.cgroup_id is None:
+        return None
+    else:
+        root, place = find_cgroup(said.cgroup_id), said.place
+    path = place.path_of(root, allocation_id)
+    if Scope(path, "").owner() is None:
+        advice = f"the provider at {socket} should have made it, and it has no owner"
+        raise ScopeError("getxattr(2)", errno.ENODATA, path, advice)
+    return path
 
 
 def node_defaults(

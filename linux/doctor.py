@@ -23,8 +23,10 @@ from transport.calls import syscall
 from .anchor import boot_id, find_tokens
 from .backend import SELF_SERVICE_SLICE
 from .cgroups import (
+    WORKLOAD_SLICE,
     CgroupUnavailable,
     DescribedScope,
+    ScopePlace,
     described_scopes,
     find_cgroup2,
     instances,
@@ -39,6 +41,7 @@ from .instance import (
     is_locked,
     noted_changes,
     provider_of,
+    scope_parents_of,
 )
 from .journal import (
     JOURNAL_NAME,
@@ -149,6 +152,7 @@ def repair(findings: Iterable[Finding], state_dir: Path, features: Features) -> 
     if root is None:
         return done
     view, _ = _examine_journal(state_dir, root)
+    parents = _scope_parents(root)
     for name in sorted({it.instance for it in wanted if it.instance and it.token}):
         tokens = {it.token for it in wanted if it.instance == name}
         entries = view.entries if view is not None and name == _instance(view, state_dir) else ()
@@ -159,7 +163,8 @@ def repair(findings: Iterable[Finding], state_dir: Path, features: Features) -> 
                     done.append(_release(case))
                 case.close()
             remove_anchor_cgroup(root, name)
-    remove_slices(root)
+    for parent in sorted(parents):
+        remove_slices(root, ScopePlace(parent))
     return done
 
 
@@ -246,7 +251,7 @@ def _still_unnamed(
 
 def _examine_others(root: Path, own: str, features: Features) -> Iterator[Finding]:
     """Look at other providers of the node, and at scopes that no provider has made."""
-    scopes = described_scopes(root)
+    scopes = described_scopes(root, _scope_parents(root))
     described = {scope: read_description(scope.description) for scope in scopes}
     names = {*instances(root), *(found[0] for found in described.values() if found)} - {own}
     for name in sorted(names):
@@ -266,11 +271,18 @@ def _examine_others(root: Path, own: str, features: Features) -> Iterator[Findin
     yield from _examine_loose(loose)
 
 
+def _scope_parents(root: Path) -> frozenset[str]:
+    """Say in which cgroups scopes of any provider of the node can be."""
+    return frozenset({WORKLOAD_SLICE}).union(
+        *(scope_parents_of(root, name) for name in instances(root))
+    )
+
+
 def _examine_loose(loose: list[DescribedScope]) -> Iterator[Finding]:
     """Look at scopes that no provider has made, most of them consumers' that serve themselves."""
     found = find_tokens({scope.owner for scope in loose if scope.owner is not None})
     for scope in loose:
-        what = f"scope of {scope.allocation_id}"
+        what = f"scope of {scope.path.name.removesuffix('.scope')}"
         pid = found.get(scope.owner or "")
         if pid is not None:
             yield Finding(what, Verdict.ALIVE, f"process {pid} is its init; no provider's")

@@ -5,7 +5,7 @@ the cgroup of its anchors. So that cgroup is what a running provider locks: `Ins
 lock ends with its process, however that ends, and who has no lock touches nothing of that instance.
 
 The cgroup also carries, as extended attributes, what is to be known if the files are lost: which
-provider locked it last, and how many changes its journal had seen.
+provider locked it last, where scopes can be, and how many changes its journal had seen.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Final, Self
 from transport.calls import syscall
 from transport.descriptors import Descriptor
 
-from .cgroups import ANCHOR_SLICE, ScopeError, anchor_cgroup
+from .cgroups import ANCHOR_SLICE, WORKLOAD_SLICE, ScopeError, ScopePlace, anchor_cgroup
 from .syscalls import SyscallError, calling
 
 PROVIDER_ATTRIBUTE: Final = "user.nshandoff.provider"
@@ -62,6 +62,8 @@ class ProviderNote:
     pid: int
     state_dir: str
     """Absolute path."""
+    scope_parents: tuple[str, ...] = ()
+    """The cgroups in which it, and those before it, made scopes: below the mount point."""
 
 
 def instance_of(state_dir: Path) -> str:
@@ -84,16 +86,25 @@ class Instance:
     """
 
     def __init__(
-        self, root: Path, name: str, state_dir: Path | None, directory: Descriptor
+        self,
+        root: Path,
+        name: str,
+        state_dir: Path | None,
+        directory: Descriptor,
+        scope_parents: frozenset[str],
     ) -> None:
         self.name: Final = name
         self.path: Final = instance_path(root, name)
         self._root: Final = root
         self._state_dir: Final = state_dir
         self._directory = directory
+        self.scope_parents: Final = scope_parents
+        """The cgroups in which scopes of this instance can be: now, before, and by default."""
 
     @classmethod
-    def lock(cls, root: Path, name: str, state_dir: Path | None) -> Self:
+    def lock(
+        cls, root: Path, name: str, state_dir: Path | None, scope_parent: str = WORKLOAD_SLICE
+    ) -> Self:
         """
         Make the cgroup, unless it is there, and lock it for this process.
 
@@ -102,13 +113,16 @@ class Instance:
             name: The instance; see `instance_of`.
             state_dir: Noted, with this process, for people and for `nshandoff doctor`; None for a
                 program that is no provider.
+            scope_parent: The cgroup in which this provider makes scopes; noted likewise.
 
         Raises:
             InstanceBusy: a running provider has it.
             ScopeError: it cannot be made or locked.
         """
         # Keeps CRASH-15.
-        instance = cls(root, name, state_dir, _lock(root, name))
+        directory = _lock(root, name)
+        parents = scope_parents_of(root, name) | {scope_parent}
+        instance = cls(root, name, state_dir, directory, parents)
         instance._note_provider()
         return instance
 
@@ -151,7 +165,8 @@ class Instance:
     def _note_provider(self) -> None:
         if self._state_dir is None:
             return
-        note = ProviderNote(os.getpid(), str(self._state_dir.absolute()))
+        parents = tuple(sorted(self.scope_parents))
+        note = ProviderNote(os.getpid(), str(self._state_dir.absolute()), parents)
         with suppress(OSError):
             syscall(
                 os.setxattr,
@@ -205,9 +220,16 @@ def provider_of(root: Path, instance: str) -> ProviderNote | None:
     text = _attribute(instance_path(root, instance), PROVIDER_ATTRIBUTE)
     try:
         plain = json.loads(text or "")
-        return ProviderNote(int(plain["pid"]), str(plain["state_dir"]))
+        parents = tuple(ScopePlace(str(each)).parent for each in plain.get("scope_parents", ()))
+        return ProviderNote(int(plain["pid"]), str(plain["state_dir"]), parents)
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def scope_parents_of(root: Path, instance: str) -> frozenset[str]:
+    """Say in which cgroups scopes of an instance can be: where it noted, and by default."""
+    note = provider_of(root, instance)
+    return frozenset({WORKLOAD_SLICE, *(() if note is None else note.scope_parents)})
 
 
 def _lock(root: Path, name: str) -> Descriptor:

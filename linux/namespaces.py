@@ -102,6 +102,33 @@ def open_bundle(
     return DescriptorBundle(tuple(kinds), opened)
 
 
+def expect_own_namespaces() -> None:
+    """
+    Check that this process could return to its own namespaces after leaving them.
+
+    Not so in a user namespace that was made without the others: they belong to the outer one.
+    Whoever makes namespaces for others has to return, each time.
+
+    Raises:
+        SyscallError: EPERM, with what would help.
+    """
+    # Keeps NODE-21.
+    for kind, name in PROC_NAMES.items():
+        path = f"/proc/self/ns/{name}"
+        with syscalls.openat2(syscalls.AT_FDCWD, path, os.O_RDONLY) as namespace:
+            try:
+                syscalls.ioctl_descriptor(namespace, Ioctl.NS_GET_USERNS).close()
+            except SyscallError as error:
+                if error.errno != errno.EPERM:
+                    raise
+                advice = (
+                    f"this process is in a user namespace and its {kind.value} namespace belongs to"
+                    " another one, so it cannot return there; run it outside, or with namespaces of"
+                    " its own (unshare --user --map-root-user --mount --net --pid --fork)"
+                )
+                raise SyscallError("setns(2)", errno.EPERM, path, advice) from error
+
+
 def has_dead_init(namespace: Descriptor, features: Features) -> bool:
     """
     Say whether it is proven that a PID namespace's first process has ended.

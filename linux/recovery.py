@@ -17,7 +17,7 @@ entry is missing.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -37,7 +37,7 @@ from .anchor import (
 )
 from .cgroups import Scope, described_scopes
 from .features import Features
-from .instance import instance_path
+from .instance import instance_path, scope_parents_of
 from .journal import Entry, decode_request, encode_request
 
 CREATED_MARK: Final = "created"
@@ -378,9 +378,10 @@ def find_cases(
         SyscallError: something cannot be read; nothing stays open.
     """
     # Keeps CRASH-8, CRASH-16.
-    search = _Search(instance, root, features)
+    known = tuple(entries)
+    search = _Search(instance, known, root, features)
     try:
-        return search.run(tuple(entries))
+        return search.run(known)
     except BaseException:
         search.close()
         raise
@@ -389,23 +390,26 @@ def find_cases(
 class _Search:
     """What was found so far of one instance."""
 
-    def __init__(self, instance: str, root: Path | None, features: Features) -> None:
+    def __init__(
+        self, instance: str, entries: tuple[Entry, ...], root: Path | None, features: Features
+    ) -> None:
         self._root: Final = root
         self._features: Final = features
         self._anchors: dict[str, Anchor] = {}
         self._is_partial = False
         self._requests: dict[str, NamespaceRequest] = {}
         """Of the scopes of this instance, by their owners' tokens."""
-        self._names: dict[str, str] = {}
+        self._paths: dict[str, Path] = {}
+        """Of all scopes that have an owner, by its token."""
         self._elsewhere: Mapping[str, int] = {}
         self._own_pids: Final = own_pid_namespace()
         if root is not None:
             anchors = instance_path(root, instance)
             self._is_partial = has_hidden_members(anchors)
-            for scope in described_scopes(root):
+            for scope in described_scopes(root, _parents(root, instance, entries)):
                 found = read_description(scope.description)
                 if scope.owner is not None:
-                    self._names[scope.owner] = scope.allocation_id
+                    self._paths[scope.owner] = scope.path
                     if found is not None and found[0] == instance:
                         self._requests[scope.owner] = found[1]
             self._anchors = find_anchors(anchors)
@@ -443,7 +447,7 @@ class _Search:
         token, store = entry.incarnation, _STORES[entry.state]
         if init is Init.DEAD and token in self._elsewhere:
             init = Init.ELSEWHERE
-        scope = self._open(entry.allocation_id, token)
+        scope = self._open(entry)
         seen = _see(scope, self._root)
         return Case(token, store, init, seen, entry.request, entry, self._anchors.get(token), scope)
 
@@ -455,14 +459,32 @@ class _Search:
             init = Init.ELSEWHERE
         else:
             init = Init.UNSEEN if self._is_partial else Init.DEAD
-        scope = None if token not in self._names else self._open(self._names[token], token)
+        scope = None if token not in self._paths else Scope.at(self._paths[token], token)
         seen = _see(scope, self._root)
-        if scope is not None and (request is None or request.allocation_id != self._names[token]):
+        if scope is not None and (request is None or request.allocation_id not in scope.path.name):
             request, seen = None, ScopeSeen.UNDESCRIBED
         return Case(token, Store.NONE, init, seen, request, None, anchor, scope)
 
-    def _open(self, name: str, token: str) -> Scope | None:
-        return None if self._root is None else Scope.open(self._root, name, token)
+    def _open(self, entry: Entry) -> Scope | None:
+        if self._root is None:
+            return None
+        # What has its token is its own, also if cgroup v2 is mounted elsewhere now.
+        path = self._paths.get(entry.incarnation)
+        if path is None and entry.scope_path is not None:
+            path = Path(entry.scope_path)
+        if path is None:
+            return Scope.open(self._root, entry.allocation_id, entry.incarnation)
+        return Scope.at(path, entry.incarnation)
+
+
+def _parents(root: Path, instance: str, entries: Iterable[Entry]) -> Iterator[str]:
+    """Say in which cgroups scopes can be; settings may have been others when they were made."""
+    yield from scope_parents_of(root, instance)
+    for entry in entries:
+        if entry.scope_path is not None:
+            path = Path(entry.scope_path)
+            if path.is_relative_to(root):
+                yield str(path.parent.relative_to(root))
 
 
 _STORES: Final = {

@@ -23,7 +23,7 @@ from transport.calls import syscall
 from transport.descriptors import NamespaceIdentity
 
 from .anchor import Anchor, AnchorIdentity, adopt, boot_id
-from .cgroups import CgroupUnavailable, Scope, find_cgroup2
+from .cgroups import Scope
 from .features import Features
 from .journal import LOCK_NAME, Entry, read_journal
 from .mounts import image_on, loop_devices
@@ -137,11 +137,8 @@ def survey_node(state_dir: Path, features: Features) -> NodeSeen:
     """
     view = read_journal(state_dir)
     is_void = view.boot_id != boot_id()
-    root = None
-    with suppress(CgroupUnavailable):
-        root = find_cgroup2()
     allocations = tuple(
-        _see_dead(entry) if is_void else _see(entry, root, features) for entry in view.entries
+        _see_dead(entry) if is_void else _see(entry, features) for entry in view.entries
     )
     images = tuple(_see_images([seen.entry for seen in allocations]))
     return NodeSeen(_see_provider(state_dir), allocations, images, view.remembered)
@@ -199,12 +196,13 @@ def _see_dead(entry: Entry) -> AllocationSeen:
     return AllocationSeen(entry, None, (), None, (), why)
 
 
-def _see(entry: Entry, root: Path | None, features: Features) -> AllocationSeen:
+def _see(entry: Entry, features: Features) -> AllocationSeen:
     with ExitStack() as stack:
         anchor = _find_anchor(entry, features)
         if anchor is not None:
             stack.enter_context(anchor)
-        scope = None if root is None else Scope.open(root, entry.allocation_id, entry.incarnation)
+        path = entry.scope_path
+        scope = None if path is None else Scope.at(Path(path), entry.incarnation)
         return AllocationSeen(
             entry,
             init_pid=None if anchor is None else anchor.pid,

@@ -85,6 +85,8 @@ FS_LOG_LINES_MAX: Final = 32
 class Ioctl(IntEnum):
     """The ioctl(2) requests of this project, so that a failure can name its request."""
 
+    NS_GET_USERNS = 0xB701
+    """Of a namespace: the user namespace that owns it; EPERM if that is not ours nor below it."""
     NS_GET_NSTYPE = 0xB703
     """Of a namespace: which CLONE flag makes its kind."""
     NS_GET_MNTNS_ID = 0x8008B705
@@ -427,6 +429,28 @@ def openat2(
         ctypes.c_size_t(len(how)),
         path=path,
     )
+
+
+def open_cgroup_by_id(mount: FileDescriptor, cgroup_id: int) -> Descriptor:
+    """
+    Open the directory of a cgroup by its id, wherever it is (open_by_handle_at(2)).
+
+    Args:
+        mount: an open directory in cgroup v2; borrowed.
+        cgroup_id: the directory's inode number.
+
+    Returns:
+        The directory; the caller owns it.
+
+    Raises:
+        SyscallError: ESTALE, there is none; EPERM, no CAP_DAC_READ_SEARCH.
+    """
+    # struct file_handle: size and type of the handle, then the handle: FILEID_KERNFS, the inode.
+    handle = ctypes.create_string_buffer(struct.pack("=IiQ", 8, 0xFE, cgroup_id))
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    name = f"cgroup {cgroup_id}"
+    arguments = (_fd(mount), handle, ctypes.c_int(flags))
+    return Descriptor(_libc_call("open_by_handle_at", *arguments, path=name))
 
 
 def ioctl(fd: FileDescriptor, request: int, arg: int | bytearray = 0) -> int:

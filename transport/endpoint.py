@@ -208,6 +208,27 @@ def begin_connect(path: str | os.PathLike[str]) -> socket.socket:
         raise SocketUnavailable(_connect_fault(address, error)) from error
 
 
+def is_provider_visible(sock: socket.socket) -> bool:
+    """
+    Say whether the process that listens has a pid here: it is in our PID namespace or below it.
+
+    A PID namespace can be entered from its own and from those above it. The provider makes its
+    PID namespaces below its own; so those of one that has no pid here cannot be entered.
+
+    Args:
+        sock: Connected to it; lent.
+
+    Source:
+        unix(7), SO_PEERCRED; pid_namespaces(7), "setns(2)".
+    """
+    try:
+        ucred = syscall(sock.getsockopt, socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    except OSError:
+        return True  # nothing is proved
+    pid, _, _ = _UCRED.unpack(ucred)
+    return bool(pid)
+
+
 class Listener:
     """
     The provider's end of the path; made by `listen`.

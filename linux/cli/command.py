@@ -43,6 +43,9 @@ from .parser import Parser
 DISTRIBUTION: Final = "namespace-handoff"
 """The name of the distribution on a package index."""
 
+DEFAULT_SCOPE: Final = ("workload.slice", "{id}.scope")
+"""Parent and name of the cgroups of allocations; as `linux.cgroups.DEFAULT_PLACE` has them."""
+
 DEFAULT_PATHS: Final = {
     "socket": "/run/pact/handoff.sock",
     "state_dir": "/run/pact/state",
@@ -231,6 +234,11 @@ def _add_serve(verbs: Any) -> None:
         action="store_true",
         help="make no cgroups: for a user namespace that has none; nothing ends by emptying",
     )
+    parent, name = DEFAULT_SCOPE
+    about = f"the cgroup that contains those of allocations (default {parent})"
+    serve.add_argument("--scope-parent", metavar="CGROUP", default=parent, help=about)
+    about = f"what an allocation's cgroup is called, with {{id}} in it (default {name})"
+    serve.add_argument("--scope-name", metavar="PATTERN", default=name, help=about)
     about = "append every event and what was decided to this file, for `trace`"
     serve.add_argument("--trace", metavar="FILE", help=about)
     _add_backend(serve)

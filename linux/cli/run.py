@@ -13,6 +13,7 @@ that the command exited or stopped.
 from __future__ import annotations
 
 import argparse
+import errno
 import fcntl
 import os
 import resource
@@ -30,7 +31,8 @@ from statemachine.messages import NamespaceRequest, NamespaceType
 from transport.descriptors import Descriptor
 from transport.request import Consumer, Handoff
 
-from ..cgroups import WORKLOAD_SLICE, CgroupUnavailable, Scope, find_cgroup2
+from ..cgroups import CgroupUnavailable, Scope, ScopeError
+from ..consumer import find_scope
 from ..features import Features
 from ..forge.spawn import Inherited, own_timers, scope_tied, spawn_within
 from ..journal import Entry, JournalError, read_journal
@@ -138,14 +140,19 @@ def _run(options: argparse.Namespace) -> int:
         if options.fallback != "never":
             own = stack.enter_context(closing(own_namespaces(options, features)))
         consumer = consumer_of(options, KernelInspector(features), own)
-        was_alive = _is_alive(wanted.allocation_id)
+        was_alive = _is_alive(options.socket, wanted.allocation_id)
         handoff = stack.enter_context(
             _obtain(consumer, wanted, own, taken - blocked, withdraws=not was_alive)
         )
-        scope = _scope_of(handoff, own)
+        try:
+            scope = _scope_of(handoff, own, options.socket)
+        except BaseException:
+            if not was_alive:
+                _end(handoff, features, None)
+            raise
         # Keeps RUN-6.
         if handoff.is_degraded or (not was_alive and stack.enter_context(_claimed(scope))):
-            stack.callback(_end, handoff, features)
+            stack.callback(_end, handoff, features, scope)
             if options.tie and scope is not None and not handoff.is_degraded:
                 stack.enter_context(scope_tied(scope))
         return _execute(options.command, handoff, scope, blocked, taken)
@@ -161,7 +168,7 @@ def _enter(options: argparse.Namespace) -> int:
             # Otherwise it has ended meanwhile, and this is a new one, which nobody uses.
             if _living(options).incarnation != entry.incarnation:
                 raise Failure(ExitCode.RUN_FAILED, f"{entry.allocation_id} has ended just now")
-            scope = None if entry.scope_path is None else Path(entry.scope_path)
+            scope = _scope_noted(entry, options.socket)
             return _execute(options.command, handoff, scope, blocked, taken)
 
 
@@ -174,11 +181,26 @@ def _living(options: argparse.Namespace) -> Entry:
     raise Failure(ExitCode.RUN_FAILED, f"there is no living allocation {name} in {directory}")
 
 
-def _is_alive(name: str) -> bool:
+def _scope_noted(entry: Entry, socket: str) -> Path | None:
+    """Find the scope where the journal says; in another view of cgroup v2, where the provider says.
+
+    It can have been made where earlier settings put it.
+    """
+    noted = None if entry.scope_path is None else Path(entry.scope_path)
+    if noted is None or Scope(noted, "").owner() == entry.incarnation:
+        return noted
+    return _find_scope(socket, entry.allocation_id)
+
+
+def _is_alive(socket: str, name: str) -> bool:
     """Say whether a provider has an allocation of this id, by the owner of its scope."""
-    with suppress(CgroupUnavailable):
-        path = find_cgroup2() / WORKLOAD_SLICE / f"{name}.scope"
-        return Scope(path, "").owner() is not None
+    try:
+        return find_scope(socket, name) is not None
+    except ScopeError as error:
+        if error.errno != errno.ENODATA:
+            raise
+    except (CgroupUnavailable, ValueError):
+        pass  # told by `_scope_of`, unless the namespaces are made here
     return False
 
 
@@ -234,12 +256,22 @@ def _obtain(
         raise
 
 
-def _scope_of(handoff: Handoff, own: OwnNamespaces | None) -> Path | None:
+def _scope_of(handoff: Handoff, own: OwnNamespaces | None, socket: str) -> Path | None:
     name = handoff.request.allocation_id
     if handoff.is_degraded:
         assert own is not None
         return own.scope_of(name)
-    return find_cgroup2() / WORKLOAD_SLICE / f"{name}.scope"
+    scope = _find_scope(socket, name)
+    if scope is None:
+        print_error(f"{name}: the provider makes no cgroups: what the command leaves running stays")
+    return scope
+
+
+def _find_scope(socket: str, name: str) -> Path | None:
+    try:
+        return find_scope(socket, name)
+    except ValueError as error:
+        raise Failure(ExitCode.RUN_FAILED, str(error), type(error).__name__) from error
 
 
 def _start(
@@ -408,7 +440,7 @@ def _die_of(number: int) -> int:
     return SIGNAL_BASE + number  # the init of a PID namespace lives on
 
 
-def _end(handoff: Handoff, features: Features) -> None:
+def _end(handoff: Handoff, features: Features, scope: Path | None) -> None:
     """End the allocation, and print a line if that takes longer."""
     name = handoff.request.allocation_id
     is_confirmed = handoff.end(END_TIMEOUT_S)
@@ -416,13 +448,12 @@ def _end(handoff: Handoff, features: Features) -> None:
         return  # the consumer warns of what it cannot release
     if not is_confirmed:
         print_error(f"{name}: the provider did not confirm the end within {END_TIMEOUT_S:g} s")
-    elif (left := _what_is_left(handoff, features)) is not None:
+    elif (left := _what_is_left(handoff, features, scope)) is not None:
         print_error(f"{name} has ended and is draining: {left}")
 
 
-def _what_is_left(handoff: Handoff, features: Features) -> str | None:
+def _what_is_left(handoff: Handoff, features: Features, scope: Path | None) -> str | None:
     """Look for what the provider could not release by its deadline."""
-    scope = _scope_of(handoff, None)
     # One that was there before is given back: it has no owner then.
     if scope is not None and Scope(scope, "").owner() is not None:
         return f"processes in {scope}: {states_of(Scope(scope, '').processes())}"

@@ -41,7 +41,7 @@ from transport.endpoint import listen
 from transport.serve import Observer, Provider, Spans
 
 from ..backend import LinuxBackend, NodeSettings
-from ..cgroups import CgroupUnavailable, find_cgroup2
+from ..cgroups import CgroupUnavailable, ScopePlace, find_cgroup2
 from ..forge.plan import ForgeError
 from ..instance import InstanceBusy
 from ..journal import JournalError
@@ -52,13 +52,14 @@ from ..limits import (
     raise_descriptor_limit,
 )
 from ..root import CHROOT, PRIVATE, has_propagation, is_chroot
+from ..scope_file import write_scope_file
 from ..self_service import make_directory
 from ..shortage import fault_of
 from ..simulated import SimulatedBackend, SimulatedNode
 from ..sinks import Sink
 from ..survey import READY_NAME
 from ..syscalls import SyscallError, calling
-from .exits import ExitCode
+from .exits import ExitCode, Failure
 from .place import PlaceLost, PlaceWatch
 from .signals import Signals, Stopped
 from .trace import TraceFile
@@ -85,7 +86,14 @@ def serve(options: argparse.Namespace) -> ExitCode:
 
     Returns:
         OK after a stop; ENVIRONMENT if it could not start, which has been logged.
+
+    Raises:
+        Failure: USAGE, the scopes cannot be where the options say.
     """
+    try:
+        ScopePlace(options.scope_parent, options.scope_name)
+    except ValueError as error:
+        raise Failure(ExitCode.USAGE, str(error)) from error
     _open_standard_streams()
     with Signals() as signals, _logging_to_stderr():
         return _serve_logged(options, signals)
@@ -131,6 +139,11 @@ def _serve(options: argparse.Namespace, signals: Signals, stack: ExitStack) -> N
     readiness.withdraw()  # that of a provider that was killed
     listener = listen(path, mode=options.mode, gid=options.group)
     stack.callback(listener.close)
+    if isinstance(backend, LinuxBackend):
+        # Only now: while another provider listens there, it is that one's file.
+        settings = backend.settings
+        scope_file = write_scope_file(path, settings.cgroup2, settings.place)
+        stack.callback(scope_file.unlink, missing_ok=True)
     events = EventLog()
     trace = stack.enter_context(TraceFile(options.trace, limits)) if options.trace else None
     provider = Provider(
@@ -245,7 +258,8 @@ def _backend(options: argparse.Namespace, stack: ExitStack) -> Backend:
     _warn_of_root()
     _make_directory(uenv_base)
     cgroup2 = None if options.no_scopes else find_cgroup2()
-    settings = NodeSettings(cgroup2, image_root, uenv_base, options.hold_time)
+    place = ScopePlace(options.scope_parent, options.scope_name)
+    settings = NodeSettings(cgroup2, image_root, uenv_base, options.hold_time, place)
     state_dir = Path(options.state_dir)
     _refuse_foreign(state_dir)
     backend = LinuxBackend.for_provider(settings, state_dir, clock=time.monotonic)

@@ -31,10 +31,10 @@ from transport.descriptors import Descriptor
 
 from .. import syscalls
 from ..anchor import ANCHOR_COMMAND, ANCHOR_VARIABLE, Anchor
-from ..cgroups import Scope, remove_slices, unescape
+from ..cgroups import Scope, remove_slice, unescape
 from ..features import Features
 from ..limits import protect_from_oom_killer
-from ..namespaces import CLONE_FLAGS, PROC_NAMES, open_namespace
+from ..namespaces import CLONE_FLAGS, PROC_NAMES, expect_own_namespaces, open_namespace
 from ..syscalls import Ioctl, SyscallError, calling
 from .plan import (
     RECORD_BYTES_MAX,
@@ -391,6 +391,7 @@ class ForgeProgram:
     """
 
     def __init__(self, owner: socket.socket, settings: ForgeSettings) -> None:
+        expect_own_namespaces()
         self._owner: Final = owner
         self._settings: Final = settings
         self._home: Final = {
@@ -426,8 +427,8 @@ class ForgeProgram:
             if not remaining:
                 break
             _pause(TIED_PAUSE_MS)
-        for root in {each.scope.path.parent.parent for each in self._tied if each.scope}:
-            remove_slices(root)
+        for slice_ in {each.scope.path.parent for each in self._tied if each.scope}:
+            remove_slice(slice_)
 
     def _answer(self, plan: AnchorPlan, image: Descriptor | None) -> None:
         self._drop_last()

@@ -127,7 +127,13 @@ def decode_plan(record: bytes) -> AnchorPlan:
 
 def encode_failure(step: str, cause: SyscallError) -> bytes:
     """Encode the answer that something failed."""
-    plain = {"step": step, "call": cause.call, "errno": cause.errno, "path": cause.path}
+    plain = {
+        "step": step,
+        "call": cause.call,
+        "errno": cause.errno,
+        "path": cause.path,
+        "advice": cause.advice,
+    }
     return json.dumps(plain).encode()
 
 
@@ -164,5 +170,6 @@ def decode_answer(record: bytes) -> int:
         case {"pid": int(pid)}:
             return pid
         case {"step": str(step), "call": str(call), "errno": int(number), "path": path}:
-            raise ForgeError(step, SyscallError(call, number, None if path is None else str(path)))
+            place, advice = None if path is None else str(path), str(plain["advice"])
+            raise ForgeError(step, SyscallError(call, number, place, advice))
     raise ValueError(f"no answer of a forge: {record!r}")

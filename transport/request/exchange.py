@@ -36,13 +36,14 @@ from statemachine.messages import (
     Message,
     NamespaceRequest,
     NamespaceResponse,
+    NamespaceType,
     objection,
     objection_to_id,
 )
 
 from ..channel import Channel, Delivery, Lost, Received, Rejected
 from ..descriptors import DescriptorBundle, Inspector, NamespaceIdentity, verify_bundle
-from ..endpoint import begin_connect
+from ..endpoint import begin_connect, is_provider_visible
 
 if TYPE_CHECKING:
     from ..contract import SelfService
@@ -72,6 +73,11 @@ AUDIT_EVENT: Final = "namespace.handoff_failed"
 """The audit event of a consumer that turns to self-service."""
 
 _UNCONFIRMED: Final = "the provider did not confirm the end in time"
+_NOT_ABOVE: Final = (
+    "the provider is in a PID namespace that is neither this one nor below it, so its PID"
+    " namespaces cannot be entered; run this where the provider runs, or without a PID namespace"
+)
+
 _FULL: Final = "the provider takes no connection: its backlog is full"
 
 _log: Final = logging.getLogger(__name__)
@@ -314,8 +320,19 @@ class Exchange:
                 return False
             self.not_connected(SocketUnavailable(_FULL))
         else:
-            self.connected(sock)
+            if self._could_enter(sock):
+                self.connected(sock)
+            else:
+                sock.close()
+                self.not_connected(SocketUnavailable(_NOT_ABOVE))
         return True
+
+    def _could_enter(self, sock: socket.socket) -> bool:
+        """Say whether a PID namespace of this provider could be entered, if one is wanted."""
+        # Keeps SELF-13.
+        is_asking = self.kernel.state is ConsumerState.CONNECTING
+        is_wanted = is_asking and NamespaceType.PID in self.kernel.request.namespaces
+        return not is_wanted or is_provider_visible(sock)
 
     def connected(self, sock: socket.socket) -> None:
         """Go on with a connected socket, which is owned from here on."""
