@@ -468,19 +468,29 @@ with forge.make(AnchorPlan("token", tuple(NamespaceType))) as anchor:
         assert "raise user.max_pid_namespaces" in refusal
 
 
-def test_forge_that_cannot_return_says_so_and_is_replaced(features: Features) -> None:
-    """Root of a user namespace alone may leave the node's namespaces, but not enter them again."""
-    program = """
-for _ in range(2):
-    try:
-        forge.make(AnchorPlan("token", tuple(NamespaceType)))
-    except ForgeError as error:
-        print(error)
+STARTED_IN_VAIN = """
+from linux.features import Features
+from linux.forge.client import Forge
+from linux.forge.plan import ForgeError
+try:
+    Forge.start(cgroup=None, features=Features.probe())
+except ForgeError as error:
+    print(error)
 """
-    found = run_owner(features, program, "unshare", "-Ur")
-    assert (
-        found == ["return to the node's namespaces: setns(2): EPERM (Operation not permitted)"] * 2
+
+
+@pytest.mark.clause("NODE-21")
+def test_forge_that_could_not_return_says_so_before_it_leaves() -> None:
+    """Root of a user namespace alone may leave the node's namespaces, but not enter them again."""
+    done = subprocess.run(
+        ["unshare", "-Ur", sys.executable, "-P", "-c", STARTED_IN_VAIN],
+        env={**os.environ, "PYTHONPATH": PACKAGES},
+        capture_output=True,
+        check=True,
+        text=True,
     )
+    refusal = "start the forge: setns(2): EPERM (Operation not permitted): /proc/self/ns/pid"
+    assert done.stdout.startswith(f"{refusal}; this process is in a user namespace and its Pid ")
 
 
 def test_without_capabilities_the_refusal_is_eperm_and_the_forge_lives(features: Features) -> None:

@@ -107,6 +107,8 @@ ERRNOS: Final[Mapping[str, str]] = {
     "ftruncate": "EIO EPERM",  # ftruncate(2)
     "getsockopt": "ENOBUFS ENOMEM EMFILE",  # getsockopt(2), unix(7) SO_PEERPIDFD
     "getxattr": "EACCES EIO ENOMEM",  # getxattr(2)
+    "inotify_add_watch(2)": "ENOENT ENOMEM ENOSPC",
+    "inotify_init1(2)": "EMFILE ENFILE ENOMEM",
     "ioctl(2) LOOP_CONFIGURE": "EBUSY EINVAL EIO ENOMEM",  # loop(4)
     "ioctl(2) LOOP_CTL_GET_FREE": "ENOMEM ENOSPC",  # loop(4)
     "ioctl(2)": "EMFILE ENFILE ENOMEM ENOTTY EPERM ESRCH",  # ioctl_pidfd(2), ioctl_nsfs(2)
@@ -116,6 +118,7 @@ ERRNOS: Final[Mapping[str, str]] = {
     "iterdir": "EACCES EMFILE ENFILE ENOENT ENOMEM",  # opendir(3)
     "kill": "EPERM ESRCH",  # kill(2)
     "listen": "EADDRINUSE",  # listen(2)
+    "listxattr": "EACCES ENOENT ENOMEM",  # listxattr(2)
     "lstat": _LOOKUP,
     "memfd_create": "EMFILE ENFILE ENOMEM EPERM",  # memfd_create(2)
     "mkdir": "EACCES EAGAIN EEXIST ENOENT ENOMEM ENOSPC EROFS",  # mkdir(2), cgroups(7)
