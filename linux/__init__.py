@@ -5,7 +5,8 @@
     anchor       the small process that keeps an allocation's namespaces alive
     forge        where processes come from: anchors, and commands inside namespaces
     namespaces   opening, naming and checking namespaces
-    cgroups      cgroup v2 scopes: populated, kill, remove
+    cgroups      cgroup v2 scopes: make or adopt, populated, kill, remove
+    scope_file   where a provider's scopes are: the file beside its socket
     mounts       uenv images: squashfs, once per image
     journal      what must be known after the provider's death
     steps        creation and release, step by step, for both backends

@@ -64,6 +64,19 @@ def test_a_scope_that_no_provider_made_is_refused(
         path.rmdir()
 
 
+@pytest.mark.clause("END-21")
+def test_a_scope_that_is_removed_unused_ends_the_allocation(
+    daemon: Daemon, allocation_id: str
+) -> None:
+    with daemon.obtain(allocation_id, PID):
+        scope = find_scope(daemon.socket, allocation_id)
+        assert scope is not None
+        wait_until(lambda: daemon.states() == {allocation_id: "handed_off"})
+        scope.rmdir()
+        wait_until(lambda: daemon.alive() == [])
+    assert "scope_emptied" in [line["event"] for line in daemon.events(allocation_id)]
+
+
 @pytest.mark.clause("NODE-1", "NODE-22")
 def test_parent_and_name_are_settings(
     tmp_path: Path, image_root: Path, allocation_id: str, cgroup2: Path
