@@ -117,13 +117,17 @@ class Instance:
 
         Raises:
             InstanceBusy: a running provider has it.
-            ScopeError: it cannot be made or locked.
+            ScopeError: it cannot be made or locked, or it cannot be noted where scopes are.
         """
         # Keeps CRASH-15.
         directory = _lock(root, name)
         parents = scope_parents_of(root, name) | {scope_parent}
         instance = cls(root, name, state_dir, directory, parents)
-        instance._note_provider()
+        try:
+            instance._note_provider()
+        except ScopeError:
+            instance.close()
+            raise
         return instance
 
     def is_lost(self) -> bool:
@@ -167,13 +171,17 @@ class Instance:
             return
         parents = tuple(sorted(self.scope_parents))
         note = ProviderNote(os.getpid(), str(self._state_dir.absolute()), parents)
-        with suppress(OSError):
+        try:
             syscall(
                 os.setxattr,
                 self._directory.fileno(),
                 PROVIDER_ATTRIBUTE,
                 json.dumps(asdict(note)).encode(),
             )
+        except OSError as error:
+            # Who does not know where scopes are takes them for removed, and their inits for dead.
+            if self.scope_parents != {WORKLOAD_SLICE}:
+                raise ScopeError.of("setxattr(2)", error, self.path) from error
 
 
 def is_open_as(path: Path, descriptor: Descriptor) -> bool:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from linux.cgroups import CgroupUnavailable, ScopeError, find_cgroup, find_cgroup2
+from linux.cgroups import CgroupUnavailable, Scope, ScopeError, find_cgroup, find_cgroup2
 from linux.cli.exits import ExitCode
 from linux.consumer import find_scope
 from linux.scope_file import SUFFIX
@@ -21,6 +24,7 @@ from tests.support.programs import (
     nshandoff,
     wait_until,
 )
+from transport.descriptors import Descriptor
 
 pytestmark = pytest.mark.needs_root
 
@@ -77,25 +81,87 @@ def test_a_scope_that_is_removed_unused_ends_the_allocation(
     assert "scope_emptied" in [line["event"] for line in daemon.events(allocation_id)]
 
 
+OTHER_PLACE = ("--scope-parent", "jobs.slice/mine", "--scope-name", "alloc-{id}.scope")
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, image_root: Path, cgroup2: Path) -> Iterator[Daemon]:
+    """A provider with scopes that are not where others have them; its slices go with it."""
+    with daemon_in(tmp_path, image_root, *OTHER_PLACE) as daemon:
+        yield daemon
+    assert not (cgroup2 / "jobs.slice").exists()
+
+
+def other_scope(cgroup2: Path, name: str) -> Path:
+    return cgroup2 / "jobs.slice" / "mine" / f"alloc-{name}.scope"
+
+
 @pytest.mark.clause("NODE-1", "NODE-22")
-def test_parent_and_name_are_settings(
-    tmp_path: Path, image_root: Path, allocation_id: str, cgroup2: Path
-) -> None:
-    options = ("--scope-parent", "jobs.slice/mine", "--scope-name", "alloc-{id}.scope")
-    with daemon_in(tmp_path, image_root, *options) as daemon:
-        done = run(daemon, allocation_id, "cat", "/proc/self/cgroup")
-        scope = cgroup2 / "jobs.slice" / "mine" / f"alloc-{allocation_id}.scope"
-        assert f"/{scope.relative_to(cgroup2)}\n" in done.stdout, done.stderr
-        # What a later provider with other settings finds is where it was made.
-        with daemon.obtain(allocation_id, PID):
-            pass
-        daemon.stop()
-        daemon._options = ()
-        daemon.start()
+def test_parent_and_name_are_settings(elsewhere: Daemon, allocation_id: str, cgroup2: Path) -> None:
+    done = run(elsewhere, allocation_id, "cat", "/proc/self/cgroup")
+    scope = other_scope(cgroup2, allocation_id)
+    assert f"/{scope.relative_to(cgroup2)}\n" in done.stdout, done.stderr
+    with elsewhere.obtain(allocation_id, PID):
         assert find_cgroup(scope.stat().st_ino) == scope
+
+
+@pytest.mark.clause("CRASH-16", "NODE-1")
+@pytest.mark.parametrize("is_lost", [False, True], ids=["kept", "lost"])
+def test_scopes_are_found_where_earlier_settings_put_them(
+    elsewhere: Daemon, allocation_id: str, cgroup2: Path, is_lost: bool
+) -> None:
+    with elsewhere.obtain(allocation_id, PID):
+        wait_until(lambda: elsewhere.states() == {allocation_id: "handed_off"})
+    elsewhere.stop(signal.SIGKILL)
+    if is_lost:
+        shutil.rmtree(elsewhere.state_dir)
+    elsewhere.options = ()
+    elsewhere.start()
+    assert elsewhere.alive() == [allocation_id]
+    with elsewhere.obtain(allocation_id, PID):
+        wait_until(lambda: elsewhere.states() == {allocation_id: "handed_off"})
+    words = ("--socket", elsewhere.socket, "--state-dir", elsewhere.state_dir)
+    inside = nshandoff("exec", *words, allocation_id, "--", "cat", "/proc/self/cgroup")
+    scope = other_scope(cgroup2, allocation_id)
+    assert f"/{scope.relative_to(cgroup2)}\n" in inside.stdout, inside.stderr
+    wait_until(lambda: elsewhere.alive() == [])  # it was used, and is empty
     assert not scope.exists()
-    (cgroup2 / "jobs.slice" / "mine").rmdir()
-    (cgroup2 / "jobs.slice").rmdir()
+
+
+@pytest.mark.clause("CRASH-19")
+def test_doctor_finds_what_a_lost_provider_left_elsewhere(
+    elsewhere: Daemon, allocation_id: str, cgroup2: Path, tmp_path: Path
+) -> None:
+    with elsewhere.obtain(allocation_id, PID):
+        wait_until(lambda: elsewhere.states() == {allocation_id: "handed_off"})
+    elsewhere.stop(signal.SIGKILL)
+    shutil.rmtree(elsewhere.state_dir)
+    scope = other_scope(cgroup2, allocation_id)
+    with Scope(scope, "").open_procs() as procs:
+        spawn_into(procs)
+    new = tmp_path / "new"
+    new.mkdir()
+    wait_until(lambda: "DEAD" in nshandoff("doctor", "--state-dir", new).stdout)
+    repaired = nshandoff("doctor", "--state-dir", new, "--repair").stdout
+    assert f"released allocation {allocation_id}" in repaired
+    assert not (cgroup2 / "jobs.slice").exists()
+
+
+def spawn_into(procs: Descriptor) -> None:
+    """Have a process enter a scope, and end."""
+    enter = f"import os; os.write({procs.fileno()}, b'0'); sum(range(10**6))"
+    subprocess.run([sys.executable, "-c", enter], check=True, pass_fds=[procs.fileno()])
+
+
+@pytest.mark.clause("CRASH-10", "NODE-22")
+def test_a_provider_that_cannot_listen_leaves_the_file_to_the_one_that_does(
+    elsewhere: Daemon, tmp_path: Path
+) -> None:
+    said = Path(f"{elsewhere.socket}{SUFFIX}").read_text()
+    words = ("--socket", elsewhere.socket, "--state-dir", tmp_path / "second")
+    second = nshandoff("serve", *words, *elsewhere.places)
+    assert second.returncode == ExitCode.ENVIRONMENT
+    assert Path(f"{elsewhere.socket}{SUFFIX}").read_text() == said
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,21 @@ import pytest
 
 from linux.anchor import boot_id
 from linux.backend import LinuxBackend, NodeSettings
-from linux.cgroups import ALLOCATION_ATTRIBUTE, STATE_ATTRIBUTE, Scope
-from linux.instance import CHANGES_ATTRIBUTE, Instance, InstanceBusy, is_locked
+from linux.cgroups import (
+    ALLOCATION_ATTRIBUTE,
+    STATE_ATTRIBUTE,
+    WORKLOAD_SLICE,
+    Scope,
+    ScopeError,
+)
+from linux.instance import (
+    CHANGES_ATTRIBUTE,
+    PROVIDER_ATTRIBUTE,
+    Instance,
+    InstanceBusy,
+    is_locked,
+    scope_parents_of,
+)
 from linux.journal import (
     JOURNAL_NAME,
     Journal,
@@ -46,6 +59,9 @@ from statemachine.messages import NamespaceRequest
 from transport.contract import Adoption
 
 ROOT: Final = Path(__file__).resolve().parents[2]
+
+ATTRIBUTES_MAX: Final = 128
+"""Most extended attributes that the Linux kernel keeps of a cgroup (kernfs)."""
 
 NOTHING: Final = {
     # Where no scopes are made there is no cgroup of anchors either.
@@ -540,6 +556,30 @@ def test_an_instance_is_locked_while_its_provider_runs(cgroup2: Path, tmp_path: 
     assert not is_locked(cgroup2, name)
     instance.path.rmdir()
     assert not is_locked(cgroup2, name)
+
+
+@pytest.mark.needs_root
+@pytest.mark.clause("CRASH-16")
+def test_where_scopes_can_be_is_noted_before_any_is_made(cgroup2: Path, tmp_path: Path) -> None:
+    name = f"nsh-instance-{os.getpid()}"
+    with Instance.lock(cgroup2, name, tmp_path, "jobs.slice"):
+        pass
+    with Instance.lock(cgroup2, name, tmp_path, "more.slice/jobs") as instance:
+        everywhere = {WORKLOAD_SLICE, "jobs.slice", "more.slice/jobs"}
+        assert scope_parents_of(cgroup2, name) == everywhere
+        instance.path.rmdir()
+        instance.make_again()
+        assert scope_parents_of(cgroup2, name) == everywhere
+    os.removexattr(instance.path, PROVIDER_ATTRIBUTE)
+    for number in range(ATTRIBUTES_MAX):
+        os.setxattr(instance.path, f"user.other{number}", b"")
+    # One that looks for them in the default place only would take what is alive for dead.
+    with pytest.raises(ScopeError, match=r"setxattr\(2\): ENOSPC"):
+        Instance.lock(cgroup2, name, tmp_path, "jobs.slice")
+    assert not is_locked(cgroup2, name)
+    with Instance.lock(cgroup2, name, tmp_path):
+        pass
+    instance.path.rmdir()
 
 
 @pytest.mark.needs_root
