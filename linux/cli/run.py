@@ -152,9 +152,11 @@ def _run(options: argparse.Namespace) -> int:
             raise
         # Keeps RUN-6.
         if handoff.is_degraded or (not was_alive and stack.enter_context(_claimed(scope))):
+            # Untied after the end: before, an empty scope would end the allocation a second time.
+            ties = stack.enter_context(ExitStack())
             stack.callback(_end, handoff, features, scope)
             if options.tie and scope is not None and not handoff.is_degraded:
-                stack.enter_context(scope_tied(scope))
+                ties.enter_context(scope_tied(scope))
         return _execute(options.command, handoff, scope, blocked, taken)
 
 
