@@ -554,10 +554,15 @@ def loop_images() -> Iterator[Path]:
 
 
 def _is_removed(cgroup: Path) -> bool:
+    """Try to remove a cgroup; False while a process that is not listed any more still exits."""
     try:
         cgroup.rmdir()
-    except OSError as error:
-        return error.errno == errno.ENOENT
+    except FileNotFoundError:
+        return True
+    except OSError:
+        if (cgroup / "cgroup.procs").read_text():
+            raise
+        return False
     return True
 
 

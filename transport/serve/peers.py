@@ -256,17 +256,21 @@ class Connection:
             self.channel.flush()
             while self._unsent and not self.channel.wants_write:
                 if not self._send_waiting(self._unsent[0]):
-                    return
+                    break
                 self._drop_unsent(1)
         except FdPassing as error:
             self._close_write(error.reason)
             return
-        if not self.is_blocked:
-            self._stop_waiting_for_room()
-            if self._is_closing:
-                self.drop("closed")
-            else:
-                self._others.enqueue(self)
+        if self.is_blocked:
+            # Watched anew, so that room is not missed that there was all the time.
+            with suppress(OSError):
+                self._others.watch(self, _IN_AND_OUT)
+            return
+        self._stop_waiting_for_room()
+        if self._is_closing:
+            self.drop("closed")
+        else:
+            self._others.enqueue(self)
 
     def _send_waiting(self, answer: _Waiting) -> bool:
         """Send the answer that has waited longest; say whether any of it has left."""
