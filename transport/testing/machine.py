@@ -961,6 +961,7 @@ class Handoffs(RuleBasedStateMachine):
         """Say something that is not answered yet, and have the provider read it."""
         talker.say(self.never, message)
         talker.hears(AllocationNotFound(self.never.allocation_id))
+        self.is_noticed()  # connections take turns: this one's second message before a newer one's
 
     @contextmanager
     def held(self, work: Work) -> Iterator[None]:
