@@ -128,11 +128,6 @@ class Allocation:
         """What the text of an error calls it."""
         return f"allocation {self.allocation_id}"
 
-    @property
-    def connections(self) -> set[ConnectionId]:
-        """Those that it names in any field."""
-        return self.asked.union(self.parties, self.holders, self.deferred)
-
     def drop(self, connection: ConnectionId) -> None:
         """Forget a lost connection, but for whether it asked."""
         self.holders.discard(connection)

@@ -116,7 +116,7 @@ class State:
         """Keep nothing of an allocation but its name."""
         del self.allocations[allocation.allocation_id]
         self._count(allocation, -1)
-        for number in allocation.connections & self.connections.keys():
+        for number in allocation.parties:
             self.connections[number].concerns.discard(allocation.allocation_id)
         self.remembered.pop(allocation.allocation_id, None)
         self.remember([allocation.allocation_id])
@@ -132,7 +132,7 @@ class State:
         """Note that a connection has sent a message about an allocation."""
         # An allocation that only stands for a name is not kept, and is no concern of anyone.
         allocation.parties.add(number)
-        if self.allocations.get(allocation.allocation_id) is allocation:
+        if allocation.allocation_id in self.allocations:
             self.connections[number].concerns.add(allocation.allocation_id)
 
     def requests(
@@ -175,7 +175,7 @@ class State:
             allocation = Allocation.thaw(frozen)
             self.allocations[allocation.allocation_id] = allocation
             self._count(allocation, +1)
-            for number in allocation.connections & self.connections.keys():
+            for number in allocation.parties | allocation.holders:
                 self.connections[number].concerns.add(allocation.allocation_id)
         for number, index in held:
             self.service.held.append(self.connections[number].messages[index])

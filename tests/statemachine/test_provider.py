@@ -154,6 +154,16 @@ def test_what_is_released_is_no_concern_of_a_connection_any_more() -> None:
     assert not script.kernel._state.connections[1].concerns
 
 
+def test_who_was_handed_what_it_never_asked_for_can_be_lost_after_the_release() -> None:
+    script = Script()
+    script.open(1, 2)
+    script.hand_over(1)
+    script.feed(on.ResponseSent("a", 2))
+    script.end(1)
+    assert do.AnnounceEnd(2, "a") in script.release()
+    assert script.lose(2) == ()
+
+
 @pytest.fixture
 def script() -> Script:
     script = Script()
