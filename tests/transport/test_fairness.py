@@ -313,6 +313,36 @@ def test_connections_that_were_lost_while_they_waited_keep_the_order(rig: Rig) -
     assert questions(serving) == [n for n in (1, 2, 3, 4) for _ in range(3)] + [5]
 
 
+@pytest.mark.clause("PEER-8", "PEER-10")
+def test_who_has_left_and_reads_nothing_makes_no_later_connection_wait(rig: Rig) -> None:
+    gate = rig.gate("a")
+    serving = rig.serve(limits=limits_for_us(open_per_connection=2 * UNREAD))
+    line = rig.connect()
+    fill(line, serving, "a", UNREAD, gate)
+    line.sock.shutdown(socket.SHUT_WR)
+    assert is_open(rig.connect())
+
+
+@pytest.mark.clause("PEER-8", "PEER-10")
+@pytest.mark.parametrize("is_lost_first", [False, True])
+def test_who_has_left_and_is_read_no_more_makes_no_later_connection_wait(
+    rig: Rig, is_lost_first: bool
+) -> None:
+    gate = rig.gate("a")
+    serving, line = rig.serve(), rig.connect()
+    line.say(wanted("a"))
+    gate.wait_reached()
+    with held_up(serving) if is_lost_first else ExitStack():
+        # The refusal has to wait for its turn: for a creation that takes long.
+        line.say(b"\0\0\0\0")
+        if not is_lost_first:
+            serving.wait_for(on.FrameRejected)
+        line.hang_up()
+    assert is_open(rig.connect())
+    assert not serving.saw(on.NamespacesNotCreated), "it waited until the creation was given up"
+    gate.let_go()
+
+
 @pytest.mark.clause("PEER-6")
 def test_of_what_a_lost_connection_said_no_more_counts_than_may_be_unanswered(rig: Rig) -> None:
     limits = limits_for_us(open_per_connection=4)

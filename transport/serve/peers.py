@@ -73,6 +73,8 @@ _IN: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
 _IN_AND_OUT: Final = _IN | select.EPOLLOUT
 _LOST: Final = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 
+_LEFT: Final = "the peer closed the connection"
+
 _log: Final = logging.getLogger(__name__)
 
 Opener: TypeAlias = Callable[[bool], DescriptorBundle]
@@ -236,6 +238,9 @@ class Connection:
 
     def _wait_for_room(self) -> None:
         # Keeps PEER-13.
+        if self.is_lost:
+            self._close_write(_LEFT)
+            return
         if self._read_deadline is not None:
             return
         try:
@@ -350,6 +355,8 @@ class Connection:
         # What follows is not read, though the refusal may have to wait for its turn.
         self._close_read()
         self._feed(on.FrameRejected(reason, self.number))
+        if self.is_lost:
+            self.drop(reason)
 
     def _close_read(self) -> None:
         self.read_closed = True
@@ -383,6 +390,16 @@ class Connection:
         return self._others.unread.change(self.uid, change)
 
     # Closing.
+
+    def note_loss(self) -> None:
+        """Go on with a connection that its peer has closed: what it said is read, no more sent."""
+        # Keeps PEER-10.
+        # Later connections of its user wait until it is read to its end: nothing may hold that up.
+        self.is_lost = True
+        if self.read_closed:
+            self.drop(_LEFT)
+        elif self.is_blocked:
+            self._close_write(_LEFT)
 
     def close_when_sent(self) -> None:
         """Read nothing more; close as soon as the peer has what was sent, or has had its time."""
@@ -540,8 +557,8 @@ class Connections:
             if connection is None:
                 continue
             if events & _LOST and not connection.is_lost:
-                connection.is_lost = True
                 self._keep_in_order(connection)
+                connection.note_loss()
             self.enqueue(connection)
             if events & select.EPOLLOUT:
                 loop.call_soon(connection.write)
