@@ -33,6 +33,7 @@ from tests.support.serving import Serving
 from tests.transport.test_serve import Rig, ended, is_open, limits_for_us, rig
 from transport.channel import send_once
 from transport.contract import Step
+from transport.descriptors import DescriptorBundle
 from transport.serve import Spans, peers, work
 from transport.testing.peer import DEADLINE_S, Line, copies_of, frame_of, wait_until
 
@@ -223,6 +224,27 @@ def test_what_ends_while_it_waits_for_room_is_not_handed_over(rig: Rig, is_made_
         *[late] * (UNREAD - first_late),
         ended("a"),
     ]
+
+
+def test_a_bundle_that_is_not_what_was_made_is_not_sent_when_there_is_room_either(rig: Rig) -> None:
+    class Mixed(SimulatedBackend):
+        is_mixed = False
+
+        def bundle_of(self, allocation_id: str) -> DescriptorBundle:
+            bundle = super().bundle_of(allocation_id)
+            if not self.is_mixed:
+                return bundle
+            with bundle:
+                return DescriptorBundle((NET,), [bundle[MOUNT].duplicate()])
+
+    gate = rig.gate("a")
+    serving = rig.serve(Mixed, limits=limits_for_us(open_per_connection=2 * UNREAD))
+    line = rig.connect()
+    fill(line, serving, "a", UNREAD, gate)
+    serving.provider._backend.is_mixed = True
+    *_, last = [line.hear() for _ in range(UNREAD)]
+    assert isinstance(last, FdPassing)
+    assert "does not announce" in last.reason
 
 
 @pytest.mark.clause("PEER-9")

@@ -283,11 +283,12 @@ class Connection:
             self.channel.send(answer.message)
             return True
         try:
-            bundle = answer.open_bundle(True)
-        except NamespaceError as error:
-            self.channel.send(sendable(error))
+            return self.channel.offer(answer.message, answer.open_bundle(True))
+        except (NamespaceError, ValueError) as error:
+            # If it was the channel that failed, it raises the same again.
+            failure = error if isinstance(error, NamespaceError) else FdPassing(str(error))
+            self.channel.send(sendable(failure))
             return True
-        return self.channel.offer(answer.message, bundle)
 
     def _drop_unsent(self, count: int) -> None:
         for _ in range(count):
