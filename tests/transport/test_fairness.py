@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import os
@@ -626,5 +627,26 @@ def test_without_its_threads_it_does_not_start(rig: Rig, monkeypatch: pytest.Mon
         Serving(rig.path, backend, waits_ready=False),
     ):
         pass
+    assert not _workers()
+    assert not rig.path.exists()
+
+
+@pytest.mark.parametrize("refused", [1, 2])
+def test_without_an_event_loop_that_listens_to_it_nothing_is_left(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, refused: int
+) -> None:
+    with closing(SimulatedBackend(rig.node)) as backend:
+        serving = Serving(rig.path, backend, waits_ready=False)
+        calls = itertools.count(1)
+        add_reader = serving.loop.add_reader
+
+        def refuse(*arguments: Any) -> None:
+            if next(calls) == refused:
+                raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+            add_reader(*arguments)
+
+        monkeypatch.setattr(serving.loop, "add_reader", refuse)
+        with pytest.raises(OSError, match="memory"), serving:
+            pass
     assert not _workers()
     assert not rig.path.exists()

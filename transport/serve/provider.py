@@ -134,16 +134,18 @@ class Provider:
 
         Raises:
             SocketUnavailable: the threads that work needs cannot be started; everything is closed.
+            OSError: the event loop cannot listen to the connections; everything is closed.
             Exception: the backend could not recover; everything is closed.
         """
         self._loop = asyncio.get_running_loop()
         try:
             self._work.start()
-        except SocketUnavailable:
+            self._connections.start()
+        except (SocketUnavailable, OSError):
             self._connections.stop_accepting()
             self._connections.close("the provider does not start")
+            self._work.close()
             raise
-        self._connections.start()
         starting = self._loop.create_task(self._start(on_ready, on_recovered))
         stopping = self._loop.create_task(self._stopping.wait())
         try:

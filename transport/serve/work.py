@@ -198,14 +198,13 @@ class BackendWork:
         Start the threads, all that there will ever be.
 
         Raises:
-            SocketUnavailable: they cannot be started; those that were are gone.
+            SocketUnavailable: they cannot be started; `close` ends those that were.
         """
         # Keeps PEER-17.
         try:
             for workers in (self._workers, self._image_workers):
                 workers.start(asyncio.get_running_loop())
         except RuntimeError as error:
-            self.close()
             raise SocketUnavailable(
                 f"the provider needs {WORKERS_MAX + IMAGE_WORKERS_MAX} threads, and not all of "
                 f"them can be started ({error}): pids.max of its cgroup, or RLIMIT_NPROC"
