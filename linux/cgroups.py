@@ -39,6 +39,7 @@ from statemachine.messages import objection_to_id
 from transport.calls import syscall
 from transport.descriptors import Descriptor
 
+from .mountinfo import MOUNTINFO, mount_lines, parse_mount
 from .syscalls import (
     IN_DELETE,
     IN_ONLYDIR,
@@ -127,7 +128,7 @@ class ScopeError(SyscallError):
 _calling: Final = partial(calling, kind=ScopeError)
 
 
-def find_cgroup2(mountinfo: str | Path = Path("/proc/self/mountinfo")) -> Path:
+def find_cgroup2(mountinfo: str | Path = MOUNTINFO) -> Path:
     """
     Find where cgroup v2 is mounted, by filesystem type: on hybrid nodes the path differs.
 
@@ -144,13 +145,11 @@ def find_cgroup2(mountinfo: str | Path = Path("/proc/self/mountinfo")) -> Path:
         proc_pid_mountinfo(5); cgroups(7).
     """
     # Keeps NODE-1.
-    text = syscall(mountinfo.read_text) if isinstance(mountinfo, Path) else mountinfo
-    for line in text.splitlines():
-        mount, _, filesystem = line.partition(" - ")
-        fields = mount.split(" ")
-        if filesystem.split(" ")[0] != "cgroup2" or "rw" not in fields[5].split(","):
+    lines = mount_lines(mountinfo) if isinstance(mountinfo, Path) else mountinfo.splitlines()
+    for mount in map(parse_mount, lines):
+        if mount.fstype != "cgroup2" or "rw" not in mount.options:
             continue
-        root = Path(unescape(fields[4]))
+        root = Path(mount.point)
         # Only a v2 hierarchy has this file at its top: not so if another mount covers this one.
         if syscall((root / "cgroup.controllers").exists):
             return root
@@ -1136,8 +1135,3 @@ def _rearm(fd: int) -> bool:
         # After any other error (no memory) the file is reported again.
         return error.errno not in (*_GONE, errno.EBADF)
     return True
-
-
-def unescape(field: str) -> str:
-    """Decode the octal escapes that mountinfo has for blanks and backslashes."""
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 import threading
-from pathlib import Path
 from typing import Final
 
 from transport.calls import syscall
 
 from . import syscalls
-from .syscalls import calling
+from .mountinfo import mount_lines, parse_mount
 
 CHROOT: Final = (
     "this process is in a chroot, and a process that enters a mount namespace leaves it: run this "
@@ -60,10 +59,7 @@ def is_chroot() -> bool:
 
 def has_propagation() -> bool:
     """Say whether / receives what is mounted later, so that an allocation's can as well."""
-    with calling("read(2)", "/proc/self/mountinfo"):
-        table = syscall(Path("/proc/self/mountinfo").read_text, encoding="utf-8", errors="replace")
-    lines = [line.partition(" - ")[0].split(" ") for line in table.splitlines()]
-    tops = [line[6:] for line in lines if line[4] == "/"]
+    tops = [mount.tags for mount in map(parse_mount, mount_lines()) if mount.point == "/"]
     return bool(tops) and any(tag.startswith(("shared:", "master:")) for tag in tops[-1])
 
 

@@ -31,9 +31,10 @@ from transport.descriptors import Descriptor
 
 from .. import syscalls
 from ..anchor import ANCHOR_COMMAND, ANCHOR_VARIABLE, Anchor
-from ..cgroups import Scope, remove_slice, unescape
+from ..cgroups import Scope, remove_slice
 from ..features import Features
 from ..limits import protect_from_oom_killer
+from ..mountinfo import mount_lines, parse_mount
 from ..namespaces import CLONE_FLAGS, PROC_NAMES, expect_own_namespaces, open_namespace
 from ..syscalls import Ioctl, SyscallError, calling
 from .plan import (
@@ -179,7 +180,7 @@ def _mount_sys(work: Work) -> None:
     # A sysfs shows the network namespace that it was mounted in. What is mounted below the node's
     # is put back on it: copies, so that what is unmounted or mounted there later comes here, too.
     # Keeps NODE-20.
-    below = _mounts_below_sys(syscall(Path("/proc/self/mountinfo").read_text))
+    below = _mounts_below_sys(mount_lines())
     if below is None:
         return
     with ExitStack() as stack:
@@ -203,16 +204,14 @@ def _mount_sys(work: Work) -> None:
             syscalls.attach_mount(copy, path)
 
 
-def _mounts_below_sys(mountinfo: str) -> list[str] | None:
+def _mounts_below_sys(lines: list[str]) -> list[str] | None:
     """List what is mounted directly below /sys, in order; None if there is no sysfs."""
-    mounts = [
-        (unescape(line.split(" ", 5)[4]), line.partition(" - ")[2].split(" ")[0])
-        for line in mountinfo.splitlines()
-        if f" {_SYS}" in line
-    ]
-    if dict(mounts).get(_SYS) != "sysfs":
+    # Only these lines are parsed: a node can have thousands.
+    found = [parse_mount(line) for line in lines if f" {_SYS}" in line]
+    mounts = {mount.point: mount.fstype for mount in found}
+    if mounts.get(_SYS) != "sysfs":
         return None
-    below = {path for path, _ in mounts if path.startswith(f"{_SYS}/")}
+    below = {path for path in mounts if path.startswith(f"{_SYS}/")}
     return sorted(path for path in below if below.isdisjoint(map(str, PurePosixPath(path).parents)))
 
 

@@ -214,12 +214,13 @@ def test_the_mounts_below_sys_are_those_on_top() -> None:
         return f"41 31 0:38 / {point} rw,relatime shared:1 - {fstype} x rw\n"
 
     table = line("/", "ext4") + line("/sys", "sysfs") + line("/system", "tmpfs")
-    assert _mounts_below_sys(table) == []
+    assert _mounts_below_sys(table.splitlines()) == []
     table += line("/sys/fs/cgroup", "tmpfs") + line("/sys/fs/cgroup/unified", "cgroup2")
     table += line("/sys/kernel/a\\040b", "debugfs") + line("/sys/kernel/a\\040b", "tmpfs")
-    assert _mounts_below_sys(table) == ["/sys/fs/cgroup", "/sys/kernel/a b"]
-    assert _mounts_below_sys(table + line("/sys", "tmpfs")) is None
-    assert _mounts_below_sys(line("/", "ext4")) is None
+    assert _mounts_below_sys(table.splitlines()) == ["/sys/fs/cgroup", "/sys/kernel/a b"]
+    table += line("/sys", "tmpfs")
+    assert _mounts_below_sys(table.splitlines()) is None
+    assert _mounts_below_sys([line("/", "ext4")]) is None
 
 
 @pytest.mark.clause("NODE-7")

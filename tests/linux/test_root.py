@@ -12,7 +12,7 @@ import pytest
 
 from linux.cli.exits import ExitCode
 from linux.demo.host import PREFIX
-from tests.support.programs import ROOT, Daemon, environment, wait_until
+from tests.support.programs import MOUNT, NET, ROOT, Daemon, environment, wait_until
 
 pytestmark = pytest.mark.needs_root
 
@@ -91,6 +91,22 @@ def test_provider_says_what_is_wrong_with_its_root(
     assert daemon.stop() == ExitCode.OK
     said = [line["event"] for line in daemon.events() if line["event"].startswith("root_is")]
     assert said == ([event] if event else [])
+
+
+@pytest.mark.parametrize("name", [b"\xff", "\u2028".encode()], ids=["no UTF-8", "a line's end"])
+def test_mount_point_with_any_name_stops_nothing(
+    tmp_path: Path, image_root: Path, allocation_id: str, name: bytes
+) -> None:
+    """Users choose the names of what they mount, and so bytes of a table that is read."""
+    (tmp_path / os.fsdecode(name)).mkdir()
+    daemon = Daemon(tmp_path, image_root)
+    mount = 'mount -t tmpfs tmpfs "$0" && exec "$@"'
+    daemon.prefix = ("unshare", "--mount", "sh", "-c", mount, str(tmp_path / os.fsdecode(name)))
+    daemon.start()
+    with daemon.obtain(allocation_id, NET, MOUNT) as handoff:
+        assert handoff.end()
+    daemon.clear()
+    assert daemon.stop() == ExitCode.OK
 
 
 @pytest.mark.parametrize("how", ["bind mount", "directory"])

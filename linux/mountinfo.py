@@ -1,0 +1,61 @@
+"""Read /proc/self/mountinfo: what is mounted where, of which type, and how it propagates.
+
+Any user who may mount something (with fusermount(1), for example) chooses the name of a mount
+point, and so bytes of this table: they need not be UTF-8, and can have what Python takes for the
+end of a line.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from transport.calls import syscall
+
+from .syscalls import calling
+
+MOUNTINFO: Final = Path("/proc/self/mountinfo")
+"""The table of this process."""
+
+
+class Mount(NamedTuple):
+    """One line of the table."""
+
+    point: str
+    """Where it is mounted, as `os.fsdecode` decodes it."""
+    options: list[str]
+    """Of the mount, not of its filesystem."""
+    tags: list[str]
+    """How it propagates (`shared:1`, `master:2`); none if it is private."""
+    fstype: str
+    """The type of its filesystem, `cgroup2` for example."""
+
+
+def mount_lines(path: Path = MOUNTINFO) -> list[str]:
+    """
+    Read the lines of the table; a later one covers an earlier one with the same mount point.
+
+    Raises:
+        SyscallError: it cannot be read.
+    """
+    with calling("read(2)", path):
+        return os.fsdecode(syscall(path.read_bytes)).split("\n")[:-1]
+
+
+def parse_mount(line: str) -> Mount:
+    """
+    Parse one line.
+
+    Source:
+        proc_pid_mountinfo(5).
+    """
+    mount, _, filesystem = line.partition(" - ")
+    _, _, _, _, point, options, *tags = mount.split(" ")
+    return Mount(_unescape(point), options.split(","), tags, filesystem.split(" ")[0])
+
+
+def _unescape(field: str) -> str:
+    """Decode the octal escapes of blanks and backslashes."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
