@@ -10,12 +10,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from transport.calls import syscall
 
 from .cgroups import ScopePlace
+from .files import replace_file
 from .syscalls import calling
 
 SUFFIX: Final = ".scopes"
@@ -34,7 +36,22 @@ class ScopesSaid(NamedTuple):
     """Where they are below that."""
 
 
-def write_scope_file(address: Path, cgroup2: Path | None, place: ScopePlace) -> Path:
+class ScopeFile(NamedTuple):
+    """The file as one provider wrote it."""
+
+    path: Path
+    """Where it is."""
+    status: os.stat_result
+    """To tell it from that of a provider that came later."""
+
+    def remove(self) -> None:
+        """Remove it, if it is still there and no other provider's."""
+        with suppress(FileNotFoundError):
+            if os.path.samestat(syscall(self.path.lstat), self.status):
+                syscall(self.path.unlink)
+
+
+def write_scope_file(address: Path, cgroup2: Path | None, place: ScopePlace) -> ScopeFile:
     """
     Say where the scopes of a provider are.
 
@@ -51,14 +68,10 @@ def write_scope_file(address: Path, cgroup2: Path | None, place: ScopePlace) -> 
     """
     # Keeps NODE-22.
     path = Path(f"{address}{SUFFIX}")
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with calling("write(2)", path):
+    with calling("stat(2)", cgroup2):
         cgroup_id = None if cgroup2 is None else syscall(cgroup2.stat).st_ino
-        said = {"cgroup_id": cgroup_id, "parent": place.parent, "name": place.name}
-        syscall(draft.write_text, json.dumps(said) + "\n", encoding="utf-8")
-        syscall(draft.chmod, MODE)
-        syscall(os.replace, draft, path)
-    return path
+    said = {"cgroup_id": cgroup_id, "parent": place.parent, "name": place.name}
+    return ScopeFile(path, replace_file(path, json.dumps(said) + "\n", MODE))
 
 
 def read_scope_file(address: Path) -> ScopesSaid | None:

@@ -42,6 +42,7 @@ from transport.serve import Observer, Provider, Spans
 
 from ..backend import LinuxBackend, NodeSettings
 from ..cgroups import CgroupUnavailable, ScopePlace, find_cgroup2
+from ..files import replace_file
 from ..forge.plan import ForgeError
 from ..instance import InstanceBusy
 from ..journal import JournalError
@@ -139,11 +140,12 @@ def _serve(options: argparse.Namespace, signals: Signals, stack: ExitStack) -> N
     readiness.withdraw()  # that of a provider that was killed
     listener = listen(path, mode=options.mode, gid=options.group)
     stack.callback(listener.close)
+    place = None
     if isinstance(backend, LinuxBackend):
+        place = PlaceWatch(backend, path, readiness.announce)
         # Only now: while another provider listens there, it is that one's file.
         settings = backend.settings
-        scope_file = write_scope_file(path, settings.cgroup2, settings.place)
-        stack.callback(scope_file.unlink, missing_ok=True)
+        stack.callback(write_scope_file(path, settings.cgroup2, settings.place).remove)
     events = EventLog()
     trace = stack.enter_context(TraceFile(options.trace, limits)) if options.trace else None
     provider = Provider(
@@ -159,9 +161,6 @@ def _serve(options: argparse.Namespace, signals: Signals, stack: ExitStack) -> N
     )
     events.kernel = provider.kernel
     stack.callback(readiness.withdraw)
-    place = None
-    if isinstance(backend, LinuxBackend):
-        place = PlaceWatch(backend, path, readiness.announce)
     asyncio.run(_run(provider, readiness, signals, trace, place))
 
 
@@ -317,16 +316,8 @@ class Readiness:
     def announce(self) -> None:
         """Make the file, and notify systemd; a failure is only logged."""
         # Keeps DAEMON-5.
-        draft = self._file.with_name(f".{self._file.name}.{os.getpid()}")
         with _logging_failure("ready_file_failed"):
-            try:
-                with calling("write(2)", self._file):
-                    syscall(draft.write_text, f"{self._content}\n", encoding="utf-8")
-                with calling("rename(2)", self._file):
-                    syscall(draft.replace, self._file)
-            except OSError:
-                draft.unlink(missing_ok=True)
-                raise
+            replace_file(self._file, f"{self._content}\n")
         self.notify("READY=1")
 
     def withdraw(self) -> None:

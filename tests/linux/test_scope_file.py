@@ -18,7 +18,7 @@ def test_basic_what_is_said_is_read(tmp_path: Path, has_scopes: bool) -> None:
     socket = tmp_path / "p.sock"
     assert read_scope_file(socket) is None
     for place in (DEFAULT_PLACE, PLACE):
-        file = write_scope_file(socket, tmp_path if has_scopes else None, place)
+        file = write_scope_file(socket, tmp_path if has_scopes else None, place).path
         said = ScopesSaid(tmp_path.stat().st_ino if has_scopes else None, place)
         assert read_scope_file(socket) == said
     assert [path.name for path in tmp_path.iterdir()] == [f"p.sock{SUFFIX}"]
@@ -39,3 +39,17 @@ def test_what_cannot_be_read_is_an_error(tmp_path: Path, text: str) -> None:
 def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"write\(2\): ENOENT.*p\.sock\.scopes"):
         write_scope_file(tmp_path / "nowhere" / "p.sock", None, DEFAULT_PLACE)
+    (tmp_path / f"p.sock{SUFFIX}").mkdir()
+    with pytest.raises(OSError, match=r"rename\(2\): EISDIR.*p\.sock\.scopes"):
+        write_scope_file(tmp_path / "p.sock", None, DEFAULT_PLACE)
+    assert [path.name for path in tmp_path.iterdir()] == [f"p.sock{SUFFIX}"]
+
+
+@pytest.mark.clause("NODE-22")
+def test_what_another_provider_says_is_not_removed(tmp_path: Path) -> None:
+    first, second = (write_scope_file(tmp_path / "p.sock", None, PLACE) for _ in range(2))
+    first.remove()
+    assert read_scope_file(tmp_path / "p.sock") == ScopesSaid(None, PLACE)
+    second.remove()
+    second.remove()
+    assert list(tmp_path.iterdir()) == []
