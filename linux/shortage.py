@@ -1,8 +1,8 @@
 """Say what is short, and whose, when a system call fails for want of something.
 
 An errno alone does not tell: ENOSPC is a full disk where a file is written, a limit of namespaces
-from unshare(2), and a limit of watches from epoll_ctl(2). EMFILE concerns one process and ENFILE
-the whole node. So the words depend on the call and on the errno.
+from unshare(2), and a limit of watches from epoll_ctl(2). EMFILE concerns one process, or one user
+from inotify_init1(2), and ENFILE the whole node. So the words depend on the call and on the errno.
 """
 
 from __future__ import annotations
@@ -20,6 +20,11 @@ _NAMESPACES: Final = (
     "user.max_mnt_namespaces, or nest fewer than 32 PID namespaces"
 )
 _WATCHES: Final = "the user has no watch left: raise fs.epoll.max_user_watches"
+_INOTIFY_WATCHES: Final = "the user has no watch left: raise fs.inotify.max_user_watches"
+_INOTIFY: Final = (
+    "the user has no instance of inotify left, or the process that called no descriptor: raise "
+    "fs.inotify.max_user_instances or its RLIMIT_NOFILE"
+)
 _MOUNTS: Final = "the mount namespace has no mount left: raise fs.mount-max"
 _DEVICES: Final = "the node has no number left for a file system without a device"
 _ATTRIBUTES: Final = "the file has no room left for extended attributes"
@@ -36,6 +41,7 @@ _CGROUPS: Final = "no cgroup left: raise cgroup.max.descendants and cgroup.max.d
 
 WORDS: Final = (
     (EMFILE, r"mount|fsconfig", _DEVICES),
+    (EMFILE, r"inotify_init1", _INOTIFY),
     (EMFILE, r".*", _DESCRIPTORS),
     (ENFILE, r".*", "the node has no descriptor left: raise fs.file-max"),
     (EAGAIN, r"v?fork|clone3?|posix_spawn|execve", _PROCESSES),
@@ -48,6 +54,7 @@ WORDS: Final = (
     ),
     (ENOSPC, r"unshare|clone3?", _NAMESPACES),
     (ENOSPC, r"epoll_ctl", _WATCHES),
+    (ENOSPC, r"inotify_add_watch", _INOTIFY_WATCHES),
     (ENOSPC, r"mount|move_mount|open_tree|fsmount", _MOUNTS),
     (ENOSPC, r"f?setxattr", _ATTRIBUTES),
     (ENOSPC, r".*", _SPACE),
