@@ -972,9 +972,20 @@ def _remove_unowned(path: Path, owner: str) -> bool:
 
 def _claim(path: Path, owner: str) -> bool:
     """Set the owner of a scope that has none; False if another was faster, or it is gone."""
+    # XATTR_CREATE: of two that claim one directory, exactly one becomes its owner.
+    return _stamp(path, OWNER_ATTRIBUTE, owner, os.XATTR_CREATE)
+
+
+def _describe(path: Path, description: str | None) -> None:
+    if description is not None:
+        # If it is gone, claiming it finds that, too.
+        _stamp(path, ALLOCATION_ATTRIBUTE, description)
+
+
+def _stamp(path: Path, attribute: str, text: str, flags: int = 0) -> bool:
+    """Set an attribute of a scope; False if the scope is gone, or with XATTR_CREATE has it."""
     try:
-        # XATTR_CREATE: of two that claim one directory, exactly one becomes its owner.
-        syscall(os.setxattr, path, OWNER_ATTRIBUTE, owner.encode(), os.XATTR_CREATE)
+        syscall(os.setxattr, path, attribute, text.encode(), flags)
     except OSError as error:
         if error.errno in (*_GONE, errno.EEXIST):
             return False
@@ -983,19 +994,6 @@ def _claim(path: Path, owner: str) -> bool:
                 remove_cgroup(path)
         raise ScopeError.of("setxattr(2)", error, path) from error
     return True
-
-
-def _describe(path: Path, description: str | None) -> None:
-    if description is not None:
-        try:
-            syscall(os.setxattr, path, ALLOCATION_ATTRIBUTE, description.encode())
-        except OSError as error:
-            # ENOENT: another program removed it; claiming it finds that, too.
-            if error.errno not in _GONE:
-                with suppress(OSError):
-                    if _is_made_here(path):
-                        remove_cgroup(path)
-                raise ScopeError.of("setxattr(2)", error, path) from error
 
 
 def _make_in_slice(path: Path, root: Path, *, mode: int = 0o755, exist_ok: bool = True) -> None:
