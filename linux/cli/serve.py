@@ -96,13 +96,14 @@ def serve(options: argparse.Namespace) -> ExitCode:
     except ValueError as error:
         raise Failure(ExitCode.USAGE, str(error)) from error
     _open_standard_streams()
-    with Signals() as signals, _logging_to_stderr():
-        return _serve_logged(options, signals)
+    with _logging_to_stderr():
+        return _serve_logged(options)
 
 
-def _serve_logged(options: argparse.Namespace, signals: Signals) -> ExitCode:
+def _serve_logged(options: argparse.Namespace) -> ExitCode:
     try:
-        with ExitStack() as stack:
+        # Within the try: one that was pending stops it while the signals are being set.
+        with Signals() as signals, ExitStack() as stack:
             _serve(options, signals, stack)
     except Stopped as stopped:
         _log_event("stopping", signal=_name_of(stopped.number))

@@ -58,15 +58,16 @@ class Signals:
     """
     The signals of this process, from construction on until it ends; the context is left at the end.
 
-    Until `watch` is called, a stopping signal raises `Stopped` in the main thread. What the program
-    that started this one has blocked or ignored is neither blocked nor ignored here.
+    Until `watch` is called, the first stopping signal raises `Stopped` in the main thread, from the
+    constructor too. What the program that started this one has blocked or ignored is neither
+    blocked nor ignored here.
     """
 
     # Keeps DAEMON-4.
 
     def __init__(self) -> None:
         self._caught: list[int] = []
-        self._is_watched = False
+        self._is_raising = True
         ends = syscall(os.pipe2, os.O_NONBLOCK | os.O_CLOEXEC)
         self._readable, self._writable = map(Descriptor, ends)
         signal.set_wakeup_fd(self._writable.fileno(), warn_on_full_buffer=False)
@@ -92,7 +93,7 @@ class Signals:
             for number in caught:
                 (stop if number in STOPPING else note)(number)
 
-        self._is_watched = True
+        self._is_raising = False
         asyncio.get_running_loop().add_reader(self._readable.fileno(), handle)
 
     def __enter__(self) -> Self:
@@ -107,7 +108,9 @@ class Signals:
         self._writable.close()
 
     def _catch(self, number: int, _: FrameType | None) -> None:
-        # Runs between any two instructions of the main thread, so it only takes a note.
-        if number in STOPPING and not self._is_watched:
-            raise Stopped(number)
+        # Runs between any two instructions of the main thread, so it only takes a note. Where an
+        # exception comes to nothing (in a finalizer, for example), `watch` finds the note.
         self._caught.append(number)
+        if number in STOPPING and self._is_raising:
+            self._is_raising = False  # the next one may not interrupt what is being undone
+            raise Stopped(number)

@@ -121,6 +121,40 @@ def test_signal_stops_it_while_it_starts(
 
 
 @pytest.mark.clause("DAEMON-4")
+def test_signal_that_was_pending_when_it_was_started_stops_it(
+    tmp_path: Path, image_root: Path
+) -> None:
+    daemon = Daemon(tmp_path, image_root)
+    pending = 'kill -TERM $$; exec "$@"'
+    daemon.prefix = ("env", "--block-signal=TERM", "sh", "-c", pending, "sh")
+    daemon.begin()
+    assert daemon.program is not None
+    assert daemon.program.wait(20) == ExitCode.OK
+    assert [line["event"] for line in daemon.events()] == ["stopping", "stopped"]
+
+
+@pytest.mark.clause("DAEMON-4")
+def test_second_signal_interrupts_nothing_that_is_being_undone() -> None:
+    program = """
+import os, signal
+from linux.cli.signals import Signals, Stopped
+try:
+    with Signals():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+            print("undone")
+except Stopped as stopped:
+    print(stopped.number)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), stdout=subprocess.PIPE, check=True
+    )
+    assert done.stdout.split() == [b"undone", b"15"]
+
+
+@pytest.mark.clause("DAEMON-4")
 def test_more_signals_while_it_stops_change_nothing(
     tmp_path: Path, image_root: Path, allocation_id: str
 ) -> None:
