@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import resource
@@ -13,7 +12,7 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,6 +33,7 @@ from tests.support.programs import (
     nshandoff,
     wait_until,
 )
+from tests.support.scarcity import fill_disk, fill_pipe
 from transport.descriptors import Descriptor
 
 pytestmark = pytest.mark.needs_root
@@ -330,27 +330,6 @@ def test_provider_and_anchors_are_protected_from_the_oom_killer_and_workloads_ar
 
 
 # --- Log and trace -----------------------------------------------------------------------------
-
-
-def fill_pipe(fd: int) -> None:
-    os.set_blocking(fd, False)
-    with suppress(BlockingIOError):
-        while True:
-            os.write(fd, b"\0" * 4096)
-    os.set_blocking(fd, True)
-
-
-def fill_disk(disk: Path) -> Path:
-    """Fill a file system, its inodes too; remove the directory that is returned to make room."""
-    fillers = disk / "fillers"
-    fillers.mkdir()
-    with (fillers / "blocks").open("ab", buffering=0) as file, suppress(OSError):
-        while True:
-            file.write(b"\0" * 4096)
-    with suppress(OSError):
-        for number in itertools.count():
-            (fillers / str(number)).touch()
-    return fillers
 
 
 @contextmanager

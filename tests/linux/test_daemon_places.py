@@ -19,8 +19,9 @@ import pytest
 from linux.cgroups import find_cgroup2
 from linux.cli.exits import ExitCode
 from statemachine import CreationFailed
-from tests.linux.test_daemon import fill_disk, said, serve_one, stop_in_time
+from tests.linux.test_daemon import said, serve_one, stop_in_time
 from tests.support.programs import MOUNT, PID, Daemon, wait_until
+from tests.support.scarcity import fill_disk
 
 pytestmark = pytest.mark.needs_root
 

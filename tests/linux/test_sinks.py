@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -12,6 +13,7 @@ import pytest
 
 from linux.sinks import QUEUE_BYTES_MAX, SLOW_READER, Sink
 from tests.support.programs import wait_until
+from tests.support.scarcity import fill_disk, fill_pipe
 from transport.descriptors import Descriptor
 
 LINE = b"x" * 99 + b"\n"
@@ -35,15 +37,6 @@ def pipe() -> Iterator[tuple[Descriptor, Descriptor]]:
     os.set_blocking(reading.fileno(), False)
     with reading, writing:
         yield reading, writing
-
-
-def fill(writing: Descriptor) -> None:
-    """Fill a pipe, and leave it blocking as it was."""
-    os.set_blocking(writing.fileno(), False)
-    with suppress(BlockingIOError):
-        while True:
-            os.write(writing.fileno(), b"\0" * 4096)
-    os.set_blocking(writing.fileno(), True)
 
 
 def drain(reading: Descriptor) -> bytes:
@@ -75,7 +68,7 @@ def test_full_pipe_blocks_no_writer_and_its_losses_are_told_in_their_place(
     pipe: tuple[Descriptor, Descriptor],
 ) -> None:
     reading, writing = pipe
-    fill(writing)
+    fill_pipe(writing.fileno())
     reports = Reports()
     sink = Sink(writing, preface=preface, report=reports)
     room = QUEUE_BYTES_MAX // len(LINE)
@@ -110,7 +103,7 @@ def test_close_does_not_wait_for_a_reader_that_does_not_read(
     pipe: tuple[Descriptor, Descriptor],
 ) -> None:
     reading, writing = pipe
-    fill(writing)
+    fill_pipe(writing.fileno())
     reports = Reports()
     sink = Sink(writing, report=reports)
     sink.write(LINE)
@@ -137,7 +130,7 @@ def test_closed_pipe_loses_lines_and_raises_nothing(pipe: tuple[Descriptor, Desc
 
 def test_non_blocking_file_is_waited_for(pipe: tuple[Descriptor, Descriptor]) -> None:
     reading, writing = pipe
-    fill(writing)
+    fill_pipe(writing.fileno())
     os.set_blocking(writing.fileno(), False)
     reports = Reports()
     sink = Sink(writing, report=reports)
@@ -151,31 +144,25 @@ def test_non_blocking_file_is_waited_for(pipe: tuple[Descriptor, Descriptor]) ->
 @pytest.mark.needs_root
 def test_full_disk_loses_lines_until_there_is_room(small_disk: Path) -> None:
     """A line that was cut is ended before the next one, and counts as lost."""
-    filler, log = small_disk / "filler", small_disk / "log"
+    log = small_disk / "log"
     reports = Reports()
     with Descriptor(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)) as file:
         sink = Sink(file, preface=preface, report=reports)
         long = b"z" * 5000 + b"\n"
         sink.write(long)
         wait_until(lambda: log.stat().st_size == len(long))
-        fill_disk(filler)
+        fillers = fill_disk(small_disk)
         for _ in range(3):
             sink.write(long)
             wait_until(lambda: not sink._bytes)
         cut = log.read_bytes()
-        filler.unlink()
+        shutil.rmtree(fillers)
         sink.write(b"next\n")
         assert sink.close()
     assert not cut.endswith(b"\n")
     assert log.read_bytes() == cut + b"\nlost 3\nnext\n"
     assert [count for count, _ in reports] == [0, 3]
     assert all("no space or no inode left" in why for _, why in reports)
-
-
-def fill_disk(filler: Path) -> None:
-    with filler.open("wb", buffering=0) as file, suppress(OSError):
-        while True:
-            file.write(b"\0" * 4096)
 
 
 def test_what_was_cut_before_is_ended_first(tmp_path: Path) -> None:
@@ -198,7 +185,7 @@ def test_one_that_waits_has_written_when_it_returns_and_waits_once_only(
         sink.write(LINE)
         assert os.read(reading.fileno(), 4096) == LINE
     assert sink.close()
-    fill(writing)
+    fill_pipe(writing.fileno())
     slow = Sink(writing, wait_s=0.1)
     began_s = time.monotonic()
     for _ in range(100):

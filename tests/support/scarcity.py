@@ -1,12 +1,14 @@
-"""Running out of descriptors, on purpose and for a moment."""
+"""Running out of descriptors, of room on a disk or of room in a pipe, on purpose."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import resource
 from collections.abc import Iterator
+from pathlib import Path
 
 
 @contextlib.contextmanager
@@ -27,6 +29,28 @@ def descriptors_left(count: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         for filler in fillers:
             os.close(filler)
+
+
+def fill_pipe(fd: int) -> None:
+    """Fill a pipe or terminal by its writing end, and leave that blocking as it was."""
+    os.set_blocking(fd, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(fd, b"\0" * 4096)
+    os.set_blocking(fd, True)
+
+
+def fill_disk(disk: Path) -> Path:
+    """Fill a file system, its inodes too; remove the directory that is returned to make room."""
+    fillers = disk / "fillers"
+    fillers.mkdir()
+    with (fillers / "blocks").open("ab", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"\0" * 4096)
+    with contextlib.suppress(OSError):
+        for number in itertools.count():
+            (fillers / str(number)).touch()
+    return fillers
 
 
 def _open_null() -> int | None:
