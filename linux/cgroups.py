@@ -1,8 +1,8 @@
 """cgroup v2 scopes: make an allocation's cgroup, see when it is empty, kill all in it, remove it.
 
-Every allocation has one cgroup v2 directory, `<cgroup2>/workload.slice/<allocation_id>.scope`. The
-provider makes it before it answers, and the consumer fills it. From then on the provider sees in it
-that the allocation is over, and kills by it what is left.
+Every allocation has one cgroup v2 directory, `<cgroup2>/workload.slice/<allocation_id>.scope` where
+`ScopePlace` says nothing else. The provider makes it before it answers, and the consumer fills it.
+From then on the provider sees in it that the allocation is over, and kills by it what is left.
 
 Two rules hold throughout. *Decide from state, never from an event*: events of a cgroup come also
 for freezing, late, or merged, so `ScopeWatch` only says where to read again. *Touch only what is
@@ -54,7 +54,7 @@ from .syscalls import (
 )
 
 WORKLOAD_SLICE: Final = "workload.slice"
-"""Contains the scopes of allocations."""
+"""Contains the scopes of allocations by default."""
 
 ANCHOR_SLICE: Final = "pact.slice"
 """Contains the anchors, in one cgroup for each provider instance; they are never in a scope."""
@@ -1009,7 +1009,7 @@ def _make_in_slice(path: Path, root: Path, *, mode: int = 0o755, exist_ok: bool 
 def _make_slice(path: Path, root: Path) -> None:
     if path.parent != root and not _is_there(path.parent):
         _make_slice(path.parent, root)
-    # ENOENT, as above: not so of the root, which no one removes.
+    # ENOENT, as above: not so of the root, which cannot be removed.
     gone = () if path.parent == root else (errno.ENOENT,)
     with _calling("mkdir(2)", path, errno.EEXIST, *gone):
         syscall(path.mkdir, mode=0o755)

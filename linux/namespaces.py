@@ -107,7 +107,7 @@ def expect_own_namespaces() -> None:
     Check that this process could return to its own namespaces after leaving them.
 
     Not so in a user namespace that was made without the others: they belong to the outer one.
-    Whoever makes namespaces for others has to return, each time.
+    A process that makes namespaces for others has to return, each time.
 
     Raises:
         SyscallError: EPERM, with what would help.

@@ -2,7 +2,7 @@
 
 A consumer has to put processes into the scope, and the messages do not say where that is: parent
 and name are settings of the provider, which can also have no scopes, or see another part of cgroup
-v2. The cgroup's id is the same for everyone (`linux.cgroups.find_cgroup`).
+v2. The cgroup's id is the same wherever it is seen from (`linux.cgroups.find_cgroup`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SUFFIX: Final = ".scopes"
 """What the file is called: the socket's path, and this."""
 
 MODE: Final = 0o644
-"""Its permissions: whoever can connect may read it."""
+"""Its permissions: each user that can connect may read it."""
 
 
 class ScopesSaid(NamedTuple):

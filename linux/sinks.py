@@ -168,7 +168,7 @@ class Sink:
             try:
                 written += syscall(os.write, self._fd, memoryview(data)[written:])
             except BlockingIOError:
-                # Whoever gave us the file has made it non-blocking. It has a thread to wait in.
+                # A program that shares the file made it non-blocking. This thread may wait.
                 poll = select.poll()
                 poll.register(self._fd, select.POLLOUT)
                 poll.poll()
