@@ -22,7 +22,7 @@ from ..journal import JournalError
 from ..syscalls import SyscallError
 
 PERIOD_S: Final = 1.0
-"""How often it is looked at: three calls of stat(2)."""
+"""How often it is looked at: six calls of stat(2), lstat(2) and fstat(2)."""
 
 _log: Final = logging.getLogger(__name__)
 

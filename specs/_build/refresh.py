@@ -67,7 +67,7 @@ def _markdown(table: str) -> str:
 
 
 def _recovery(_: str) -> str:
-    """Show each row; a column that does not matter in a row is a dash."""
+    """Show each row of the table of recovery, in the words of its facts."""
     lines = ["| journal | init | scope | verdict | action | why |", "|---|---|---|---|---|---|"]
     for row in recovery.ROWS:
         columns = [
