@@ -228,7 +228,7 @@ def provider_of(root: Path, instance: str) -> ProviderNote | None:
     text = _attribute(instance_path(root, instance), PROVIDER_ATTRIBUTE)
     try:
         plain = json.loads(text or "")
-        parents = tuple(ScopePlace(str(each)).parent for each in plain.get("scope_parents", ()))
+        parents = tuple(ScopePlace(str(each)).parent for each in plain["scope_parents"])
         return ProviderNote(int(plain["pid"]), str(plain["state_dir"]), parents)
     except (ValueError, KeyError, TypeError):
         return None

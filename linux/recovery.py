@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from statemachine.lifecycle import AllocationState
-from statemachine.messages import NamespaceRequest
+from statemachine.messages import NamespaceRequest, objection, objection_to_id
 
 from .anchor import (
     Anchor,
@@ -352,9 +352,11 @@ def read_description(text: str | None) -> tuple[str, NamespaceRequest] | None:
     """Read what `describe` wrote: instance and request; None if it is something else."""
     try:
         plain = json.loads(text or "")
-        return str(plain["instance"]), decode_request(plain["request"])
-    except (ValueError, KeyError, TypeError):
+        instance, request = str(plain["instance"]), decode_request(plain["request"])
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
+    # A workload can have written it: the instance becomes a path here, and so does the request.
+    return None if objection_to_id(instance) or objection(request) else (instance, request)
 
 
 def find_cases(
@@ -417,31 +419,32 @@ class _Search:
     def run(self, entries: tuple[Entry, ...]) -> list[Case]:
         known = {entry.incarnation for entry in entries}
         unnamed = sorted({*self._anchors, *self._requests} - known)
-        adopted = {entry.incarnation: self._adopt(entry) for entry in entries}
-        self._anchors |= {token: anchor for token, (anchor, _) in adopted.items() if anchor}
+        inits = {entry.incarnation: self._adopt(entry) for entry in entries}
         # An entry with an identity needs no search: the identity proves more than a token does.
         lost = {entry.incarnation for entry in entries if entry.anchor is None} | {*unnamed}
         self._elsewhere = find_tokens(lost - set(self._anchors))
-        cases = [self._case_of(entry, adopted[entry.incarnation][1]) for entry in entries]
+        cases = [self._case_of(entry, inits[entry.incarnation]) for entry in entries]
         return cases + [self._unnamed(token) for token in unnamed]
 
     def close(self) -> None:
         for anchor in self._anchors.values():
             anchor.close()
 
-    def _adopt(self, entry: Entry) -> tuple[Anchor | None, Init]:
-        here = self._anchors.get(entry.incarnation)
-        if here is not None:
-            return here, Init.HERE
+    def _adopt(self, entry: Entry) -> Init:
+        if entry.incarnation in self._anchors:
+            return Init.HERE
         if self._is_partial:
-            return None, Init.UNSEEN
+            return Init.UNSEEN
         if entry.anchor is None:
-            return None, Init.DEAD
+            return Init.DEAD
         identity = AnchorIdentity.from_json(entry.anchor)
         if identity.seen_from not in (0, self._own_pids):
-            return None, Init.UNSEEN
+            return Init.UNSEEN
         found = adopt(identity, entry.incarnation, self._features)
-        return found, Init.DEAD if found is None else Init.ELSEWHERE
+        if found is None:
+            return Init.DEAD
+        self._anchors[entry.incarnation] = found
+        return Init.ELSEWHERE
 
     def _case_of(self, entry: Entry, init: Init) -> Case:
         token, store = entry.incarnation, _STORES[entry.state]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import random
 import shutil
@@ -17,7 +18,7 @@ from typing import Final
 
 import pytest
 
-from linux.anchor import boot_id
+from linux.anchor import ANCHOR_VARIABLE, Anchor, boot_id
 from linux.backend import LinuxBackend, NodeSettings
 from linux.cgroups import (
     ALLOCATION_ATTRIBUTE,
@@ -26,20 +27,24 @@ from linux.cgroups import (
     Scope,
     ScopeError,
 )
+from linux.features import Features
 from linux.instance import (
     CHANGES_ATTRIBUTE,
     PROVIDER_ATTRIBUTE,
     Instance,
     InstanceBusy,
     is_locked,
+    provider_of,
     scope_parents_of,
 )
 from linux.journal import (
     JOURNAL_NAME,
+    Entry,
     Journal,
     JournalBusy,
     JournalCorrupt,
     JournalUnavailable,
+    encode_request,
     set_aside,
 )
 from linux.recovery import (
@@ -51,7 +56,11 @@ from linux.recovery import (
     Store,
     Verdict,
     decide,
+    describe,
+    find_cases,
+    read_description,
 )
+from linux.syscalls import pidfd_open
 from linux.testing.worlds import LIGHT, LinuxWorld, eventually, real
 from statemachine.errors import CreationFailed
 from statemachine.lifecycle import AllocationState
@@ -507,6 +516,47 @@ def test_an_end_is_recorded_though_the_journal_cannot_be_written(
         assert adoption.state is AllocationState.ENDED
 
 
+REQUEST: Final = encode_request(NamespaceRequest("alloc", LIGHT))
+
+
+@pytest.mark.parametrize(
+    ("instance", "request_text"),
+    [
+        ("a\0b", REQUEST),
+        ("../elsewhere", REQUEST),
+        ("mine", REQUEST.replace('"alloc"', '""')),
+        ("mine", REQUEST.replace('"alloc"', '"../alloc"')),
+        ("mine", REQUEST.replace('"alloc"', "7")),
+        ("mine", REQUEST.replace("null", '"/absolute"')),
+        ("mine", "[" * 10_000),
+    ],
+)
+def test_a_description_that_no_provider_wrote_says_nothing(
+    instance: str, request_text: str
+) -> None:
+    assert read_description(describe("mine", NamespaceRequest("alloc", LIGHT))) is not None
+    text = json.dumps({"instance": instance, "request": request_text})
+    assert read_description(text) is None
+
+
+@pytest.mark.needs_root
+def test_what_was_opened_before_an_entry_that_cannot_be_read_is_closed() -> None:
+    features = Features.probe()
+    with (
+        subprocess.Popen(["sleep", "infinity"], env={ANCHOR_VARIABLE: "token"}) as process,
+        Anchor(process.pid, pidfd_open(process.pid), "token") as anchor,
+    ):
+        identity = anchor.identity(features).as_json()
+        request = NamespaceRequest("alloc", LIGHT)
+        readable = Entry("alloc", "token", AllocationState.CREATED, request, anchor=identity)
+        entries = (readable, replace(readable, incarnation="other", anchor={"pid": 1}))
+        before = os.listdir("/proc/self/fd")
+        with pytest.raises(ValueError, match="of an anchor's identity") as caught:
+            find_cases(entries, "instance", None, features)
+        assert (os.listdir("/proc/self/fd"), caught.tb is None) == (before, False)
+        process.kill()
+
+
 # --- Whose state directory it is ---------------------------------------------------------------
 
 
@@ -570,6 +620,9 @@ def test_where_scopes_can_be_is_noted_before_any_is_made(cgroup2: Path, tmp_path
         instance.path.rmdir()
         instance.make_again()
         assert scope_parents_of(cgroup2, name) == everywhere
+    for other in (b"[]", b"{}", b"7", b"not JSON"):
+        os.setxattr(instance.path, PROVIDER_ATTRIBUTE, other)
+        assert provider_of(cgroup2, name) is None
     os.removexattr(instance.path, PROVIDER_ATTRIBUTE)
     for number in range(ATTRIBUTES_MAX):
         os.setxattr(instance.path, f"user.other{number}", b"")
