@@ -325,7 +325,7 @@ class Scope:
 
     def marked(self) -> str | None:
         """Return the state that the scope was last marked with; None if it was not, or is gone."""
-        return _read_attribute(self.path, STATE_ATTRIBUTE)
+        return read_attribute(self.path, STATE_ATTRIBUTE)
 
     def is_gone(self) -> bool:
         """Say whether the scope was removed, given back, or replaced by one of another owner."""
@@ -349,7 +349,7 @@ class Scope:
         is empty: after an event and False, ask again a little later.
         """
         usage = _usage_of(self._read("cpu.stat"))
-        return usage > 0 and usage > int(_read_attribute(self.path, USED_ATTRIBUTE) or 0)
+        return usage > 0 and usage > int(read_attribute(self.path, USED_ATTRIBUTE) or 0)
 
     def is_over(self) -> bool:
         """
@@ -566,7 +566,7 @@ def described_scopes(
             owner = _read_owner(path)
             # Elsewhere other programs may have scopes: systemd has.
             if owner is not None or (parent == WORKLOAD_SLICE and path.suffix == ".scope"):
-                description = _read_attribute(path, ALLOCATION_ATTRIBUTE)
+                description = read_attribute(path, ALLOCATION_ATTRIBUTE)
                 found.append(DescribedScope(path, owner, description))
     return found
 
@@ -728,6 +728,11 @@ class ScopeWatch(Generic[Key]):
             syscall(self._epoll.unregister, fd)
 
 
+def anchor_path(root: Path, instance: str) -> Path:
+    """Say where the anchors' cgroup of one provider instance is, made or not."""
+    return root / ANCHOR_SLICE / f"{instance}.scope"
+
+
 def anchor_cgroup(root: Path, instance: str) -> Path:
     """
     Make the cgroup for the anchors of one provider instance, unless it is there.
@@ -742,7 +747,8 @@ def anchor_cgroup(root: Path, instance: str) -> Path:
         ScopeError: it is not there and could not be made.
     """
     # Keeps NODE-3.
-    path = _anchor_path(root, instance)
+    _expect_name(instance)
+    path = anchor_path(root, instance)
     _make_in_slice(path, root)
     return path
 
@@ -770,7 +776,8 @@ def remove_anchor_cgroup(root: Path, instance: str) -> bool:
     Raises:
         ScopeError: the Linux kernel refused for another reason than being in use.
     """
-    path = _anchor_path(root, instance)
+    _expect_name(instance)
+    path = anchor_path(root, instance)
     for _ in range(LEAVING_ATTEMPTS_MAX):
         # A process that has just died (the last anchor, the forge) is not listed any more, but
         # populates its cgroup until it has left the CPU for the last time.
@@ -800,7 +807,7 @@ def remove_slices(root: Path, place: ScopePlace = DEFAULT_PLACE) -> None:
 
 def remove_slice(path: Path) -> None:
     """Remove one slice if it is empty and was made here."""
-    if _read_attribute(path, MADE_ATTRIBUTE) is not None:
+    if read_attribute(path, MADE_ATTRIBUTE) is not None:
         remove_cgroup(path)
 
 
@@ -869,11 +876,6 @@ class _Cursor:
     def _children(self) -> list[str]:
         with syscall(os.scandir, self._here.fileno()) as listing:
             return [entry.name for entry in listing if entry.is_dir(follow_symlinks=False)]
-
-
-def _anchor_path(root: Path, instance: str) -> Path:
-    _expect_name(instance)
-    return root / ANCHOR_SLICE / f"{instance}.scope"
 
 
 def _expect_name(name: str) -> None:
@@ -1066,10 +1068,11 @@ def _is_there(path: Path) -> bool:
 
 
 def _read_owner(path: Path | int) -> str | None:
-    return _read_attribute(path, OWNER_ATTRIBUTE)
+    return read_attribute(path, OWNER_ATTRIBUTE)
 
 
-def _read_attribute(path: Path | int, name: str) -> str | None:
+def read_attribute(path: Path | int, name: str) -> str | None:
+    """Read an extended attribute of a cgroup; None if it has none of that name, or is gone."""
     with _calling("getxattr(2)", str(path), *_GONE, errno.ENODATA, errno.EOPNOTSUPP):
         return syscall(os.getxattr, path, name).decode("utf-8", "replace")
     return None

@@ -23,8 +23,14 @@ from typing import Final, Self
 from transport.calls import syscall
 from transport.descriptors import Descriptor
 
-from .cgroups import ANCHOR_SLICE, WORKLOAD_SLICE, ScopeError, ScopePlace, anchor_cgroup
-from .syscalls import SyscallError, calling
+from .cgroups import (
+    WORKLOAD_SLICE,
+    ScopeError,
+    ScopePlace,
+    anchor_cgroup,
+    anchor_path,
+    read_attribute,
+)
 
 PROVIDER_ATTRIBUTE: Final = "user.nshandoff.provider"
 """Extended attribute of the anchors' cgroup: the provider that locked it last, as JSON."""
@@ -34,8 +40,6 @@ CHANGES_ATTRIBUTE: Final = "user.nshandoff.changes"
 
 LOCK_ATTEMPTS_MAX: Final = 16
 """How often the cgroup is locked again when it is removed meanwhile."""
-
-_NO_VALUE: Final = (errno.ENODATA, errno.ENOENT, errno.ENODEV, errno.EOPNOTSUPP)
 
 
 class InstanceBusy(Exception):
@@ -72,11 +76,6 @@ def instance_of(state_dir: Path) -> str:
     return f"nshandoff-{digest[:16]}"
 
 
-def instance_path(root: Path, instance: str) -> Path:
-    """Return the path of an instance's anchors' cgroup."""
-    return root / ANCHOR_SLICE / f"{instance}.scope"
-
-
 class Instance:
     """
     The anchors' cgroup of one instance, locked; made by `lock`.
@@ -94,7 +93,7 @@ class Instance:
         scope_parents: frozenset[str],
     ) -> None:
         self.name: Final = name
-        self.path: Final = instance_path(root, name)
+        self.path: Final = anchor_path(root, name)
         self._root: Final = root
         self._state_dir: Final = state_dir
         self._directory = directory
@@ -208,7 +207,7 @@ def is_locked(root: Path, instance: str) -> bool:
     Raises:
         SyscallError: it cannot be found out.
     """
-    path = instance_path(root, instance)
+    path = anchor_path(root, instance)
     try:
         with _opened(path) as directory:
             # A shared lock that is given up at once: a provider that starts just now tries again.
@@ -219,13 +218,13 @@ def is_locked(root: Path, instance: str) -> bool:
 
 def noted_changes(root: Path, instance: str) -> int:
     """Return how many changes an instance's journal had seen when that was noted; 0 if never."""
-    text = _attribute(instance_path(root, instance), CHANGES_ATTRIBUTE)
+    text = _attribute(anchor_path(root, instance), CHANGES_ATTRIBUTE)
     return int(text) if text is not None and text.isdigit() else 0
 
 
 def provider_of(root: Path, instance: str) -> ProviderNote | None:
     """Say which provider locked an instance last; None if that was not noted."""
-    text = _attribute(instance_path(root, instance), PROVIDER_ATTRIBUTE)
+    text = _attribute(anchor_path(root, instance), PROVIDER_ATTRIBUTE)
     try:
         plain = json.loads(text or "")
         parents = tuple(ScopePlace(str(each)).parent for each in plain["scope_parents"])
@@ -280,9 +279,6 @@ def _is_locked_now(directory: Descriptor, path: Path, kind: int) -> bool:
 
 
 def _attribute(path: Path, name: str) -> str | None:
-    try:
-        with calling("getxattr(2)", path, *_NO_VALUE):
-            return syscall(os.getxattr, path, name).decode("utf-8", "replace")
-    except SyscallError:
-        return None
+    with suppress(ScopeError):
+        return read_attribute(path, name)
     return None

@@ -35,9 +35,9 @@ from .anchor import (
     has_hidden_members,
     own_pid_namespace,
 )
-from .cgroups import Scope, described_scopes
+from .cgroups import Scope, anchor_path, described_scopes
 from .features import Features
-from .instance import instance_path, scope_parents_of
+from .instance import scope_parents_of
 from .journal import Entry, decode_request, encode_request
 
 CREATED_MARK: Final = "created"
@@ -406,7 +406,7 @@ class _Search:
         self._elsewhere: Mapping[str, int] = {}
         self._own_pids: Final = own_pid_namespace()
         if root is not None:
-            anchors = instance_path(root, instance)
+            anchors = anchor_path(root, instance)
             self._is_partial = has_hidden_members(anchors)
             for scope in described_scopes(root, _parents(root, instance, entries)):
                 found = read_description(scope.description)

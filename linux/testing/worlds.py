@@ -29,7 +29,7 @@ from transport.descriptors import DescriptorBundle, Inspector, NamespaceIdentity
 
 from ..anchor import find_anchors
 from ..backend import LinuxBackend, NodeSettings
-from ..cgroups import ANCHOR_SLICE, WORKLOAD_SLICE, Scope
+from ..cgroups import WORKLOAD_SLICE, Scope, anchor_path
 from ..features import OLDEST, Features
 from ..forge.spawn import spawn_within
 from ..instance import instance_of
@@ -532,7 +532,7 @@ class LinuxWorld(World):
 
     @property
     def anchors_cgroup(self) -> Path:
-        return self._cgroup2 / ANCHOR_SLICE / f"{instance_of(self.state_dir)}.scope"
+        return anchor_path(self._cgroup2, instance_of(self.state_dir))
 
     def close(self) -> None:
         for process in (
