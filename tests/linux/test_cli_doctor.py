@@ -245,6 +245,8 @@ def test_a_provider_makes_again_what_is_removed_under_it(
     shutil.rmtree(daemon.state_dir)
     wait_until(daemon._is_ready)
     assert daemon.states() == {allocation_id: "handed_off"}
+    # It is ready again before a thread of it has written that line.
+    wait_until(lambda: "made_again" in [line["event"] for line in daemon.events()])
     (line,) = (line for line in daemon.events() if line["event"] == "made_again")
     assert line["message"].startswith("the journal of 1 allocations was removed")
     daemon.stop(signal.SIGKILL)
