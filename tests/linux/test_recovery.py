@@ -26,6 +26,7 @@ from linux.cgroups import (
     WORKLOAD_SLICE,
     Scope,
     ScopeError,
+    remove_cgroup,
 )
 from linux.features import Features
 from linux.instance import (
@@ -174,7 +175,7 @@ def settled(
         with real(tmp_path_factory.mktemp("rows"), cgroup2, image_root) as world:
             yield settle_all(world, elsewhere)
     finally:
-        eventually(lambda: try_rmdir(elsewhere))
+        eventually(lambda: remove_cgroup(elsewhere))
 
 
 def settle_all(world: LinuxWorld, elsewhere: Path) -> dict[tuple[Store, Init, ScopeSeen], Settled]:
@@ -271,23 +272,13 @@ def tidy_up(
             if is_alive(inits[facts]):
                 os.kill(inits[facts], signal.SIGKILL)
             eventually(lambda facts=facts: not is_alive(inits[facts]))  # type: ignore[misc]
-            eventually(lambda name=name: try_rmdir(world.scope(name)))  # type: ignore[misc]
+            eventually(lambda name=name: remove_cgroup(world.scope(name)))  # type: ignore[misc]
     world.backend.close()
     with Journal(world.state_dir, boot_id()) as journal:
         for facts, name in names.items():
             if decide(*facts).action is Action.KEEP:
                 journal.forget(name)
     world.start()
-
-
-def try_rmdir(path: Path) -> bool:
-    try:
-        path.rmdir()
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
-    return True
 
 
 @pytest.mark.needs_root
