@@ -74,6 +74,9 @@ MADE_ATTRIBUTE: Final = "user.nshandoff.made"
 USED_ATTRIBUTE: Final = "user.nshandoff.used"
 """Extended attribute of an adopted scope: the CPU time, in microseconds, that was used before."""
 
+FROZEN_ATTRIBUTE: Final = "user.nshandoff.frozen"
+"""Extended attribute of a scope: it was frozen here to kill what is in it, and not by others."""
+
 _OURS: Final = "user.nshandoff."
 """Prefix of our extended attributes."""
 
@@ -243,7 +246,6 @@ class Scope:
         self.path: Final = path
         self._token: Final = owner
         self._was_seen_populated = False
-        self._is_frozen_here = False
 
     @classmethod
     def create(
@@ -468,7 +470,7 @@ class Scope:
     def _give_back_if_adopted(self) -> bool:
         if _is_made_here(self.path) is not False:
             return False
-        if self._is_frozen_here:
+        if read_attribute(self.path, FROZEN_ATTRIBUTE) is not None:
             with _calling("write(2)", self.path / "cgroup.freeze", *_GONE):
                 syscall((self.path / "cgroup.freeze").write_text, "0")
         ours: list[str] = []
@@ -503,9 +505,11 @@ class Scope:
             # ENOENT: the cgroup was removed. EOPNOTSUPP: the consumer made it threaded.
             if error.errno not in (*_GONE, errno.EOPNOTSUPP):
                 raise
+            # Noted on the scope: who gives it back thaws it, also if this program has died.
+            with suppress(OSError):
+                syscall(os.setxattr, directory.fileno(), FROZEN_ATTRIBUTE, b"1")
             with suppress(OSError):  # without freezing it only takes more rounds
                 _write_in(directory, "cgroup.freeze", "1")
-                self._is_frozen_here = True
         # Always, because cgroup.kill signals the leading thread alone. If that has ended or moved
         # away, the other threads of its process stay alive (measured on 6.18).
         self._kill_each(directory)

@@ -638,6 +638,26 @@ def test_a_scope_made_threaded_is_killed_process_by_process(scope: Scope) -> Non
     assert scope.remove()
 
 
+@pytest.mark.clause("NODE-19")
+def test_a_scope_that_was_frozen_to_kill_all_in_it_is_given_back_thawed(
+    root: Path, theirs: Path
+) -> None:
+    attributes = os.listxattr(theirs)
+    scope = Scope.create(root, "alloc", OWNER)
+    (theirs / "cgroup.type").write_text("threaded")
+    with running(theirs) as process:
+        scope.kill()
+        assert exit_status(process) == -signal.SIGKILL
+    assert (theirs / "cgroup.freeze").read_text() == "1\n"
+    # Its provider dies now; the next one gives it back.
+    found = Scope.open(root, "alloc", OWNER)
+    assert found is not None
+    wait_until(found.is_over)
+    assert found.remove()
+    assert (theirs / "cgroup.freeze").read_text() == "0\n"
+    assert os.listxattr(theirs) == attributes
+
+
 def test_remove_takes_a_wide_and_a_deep_nest(scope: Scope) -> None:
     for number in range(20):
         (scope.path / f"wide-{number}" / "below").mkdir(parents=True)
