@@ -215,8 +215,8 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
             def on_close() -> None:
                 journal.close()
                 if root is not None and instance is not None:
-                    remove_anchor_cgroup(root, instance.name)
-                    instance.close()
+                    with instance:
+                        remove_anchor_cgroup(root, instance.name)
                     for parent in sorted(instance.scope_parents):
                         remove_slices(root, ScopePlace(parent))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -11,10 +12,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 
@@ -34,6 +35,7 @@ from linux.instance import (
     PROVIDER_ATTRIBUTE,
     Instance,
     InstanceBusy,
+    instance_of,
     is_locked,
     provider_of,
     scope_parents_of,
@@ -66,6 +68,7 @@ from linux.testing.worlds import LIGHT, LinuxWorld, eventually, real
 from statemachine.errors import CreationFailed
 from statemachine.lifecycle import AllocationState
 from statemachine.messages import NamespaceRequest
+from transport.calls import hook_syscalls
 from transport.contract import Adoption
 
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -597,6 +600,25 @@ def test_an_instance_is_locked_while_its_provider_runs(cgroup2: Path, tmp_path: 
     assert not is_locked(cgroup2, name)
     instance.path.rmdir()
     assert not is_locked(cgroup2, name)
+
+
+@pytest.mark.needs_root
+def test_a_provider_that_cannot_tidy_up_at_its_end_unlocks_its_instance(
+    tmp_path: Path, cgroup2: Path, image_root: Path
+) -> None:
+    with real(tmp_path, cgroup2, image_root) as world:
+
+        def refuse(
+            call: Callable[..., Any], words: tuple[Any, ...], more: Mapping[str, Any]
+        ) -> Any:
+            if call is os.rmdir and words[0] == world.anchors_cgroup:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return call(*words, **more)
+
+        with hook_syscalls(refuse), pytest.raises(ScopeError, match=r"rmdir\(2\): EIO"):
+            world.backend.close()
+        assert not is_locked(cgroup2, instance_of(world.state_dir))
+        world.start()
 
 
 @pytest.mark.needs_root
