@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +22,11 @@ from tests.support.programs import (
     NET,
     PID,
     Daemon,
-    daemon_in,
     nshandoff,
     wait_until,
 )
 
 pytestmark = pytest.mark.needs_root
-
-
-@pytest.fixture
-def daemon(tmp_path: Path, image_root: Path) -> Iterator[Daemon]:
-    with daemon_in(tmp_path, image_root) as daemon:
-        yield daemon
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,12 +38,6 @@ from transport.framing import FrameReader, encode_frame
 pytestmark = pytest.mark.needs_root
 
 NOBODY = 65534
-
-
-@pytest.fixture
-def daemon(tmp_path: Path, image_root: Path) -> Iterator[Daemon]:
-    with daemon_in(tmp_path, image_root) as daemon:
-        yield daemon
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -29,12 +29,6 @@ from transport.descriptors import Descriptor
 pytestmark = pytest.mark.needs_root
 
 
-@pytest.fixture
-def daemon(tmp_path: Path, image_root: Path) -> Iterator[Daemon]:
-    with daemon_in(tmp_path, image_root) as daemon:
-        yield daemon
-
-
 def run(daemon: Daemon, name: str, *command: str) -> subprocess.CompletedProcess[str]:
     words = ("run", "--socket", daemon.socket, "--id", name, "--namespaces", "pid")
     return nshandoff(*words, "--", *command)

@@ -28,7 +28,6 @@ from tests.support.programs import (
     NET,
     PID,
     Daemon,
-    daemon_in,
     environment,
     nshandoff,
     wait_until,
@@ -43,12 +42,6 @@ STOP_S: Final = 2.0
 
 STARTS_MAX: Final = 10
 """On a machine that others keep busy: how often a Python could start and end meanwhile."""
-
-
-@pytest.fixture
-def daemon(tmp_path: Path, image_root: Path) -> Iterator[Daemon]:
-    with daemon_in(tmp_path, image_root) as daemon:
-        yield daemon
 
 
 def stop_in_time(daemon: Daemon) -> None:
