@@ -1,4 +1,4 @@
-"""What `nshandoff run` and `request` share: the request, the consumer, self-service, signals."""
+"""What `nshandoff run`, `exec` and `request` share: request, consumer, self-service, signals."""
 
 from __future__ import annotations
 
@@ -92,10 +92,12 @@ def consumer_of(
     options: argparse.Namespace,
     inspector: Inspector,
     service: SelfService | None = None,
+    *,
+    joins: bool = False,
 ) -> Consumer:
     """Make the consumer for the options; its warnings go to standard error."""
     logging.basicConfig(format=f"{PROGRAM}: %(levelname)s: %(message)s")
-    return Consumer(options.socket, inspector, service=service)
+    return Consumer(options.socket, inspector, service=service, joins=joins)
 
 
 def inspector_of(options: argparse.Namespace, features: Features) -> Inspector:

@@ -136,11 +136,11 @@ def _run(options: argparse.Namespace) -> int:
     features = Features.probe()
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     with _all_signals_taken() as taken, ExitStack() as stack:
+        was_alive = _is_alive(options.socket, wanted.allocation_id)
         own = None
         if options.fallback != "never":
             own = stack.enter_context(closing(own_namespaces(options, features)))
-        consumer = consumer_of(options, KernelInspector(features), own)
-        was_alive = _is_alive(options.socket, wanted.allocation_id)
+        consumer = consumer_of(options, KernelInspector(features), own, joins=was_alive)
         handoff = stack.enter_context(
             _obtain(consumer, wanted, own, taken - blocked, withdraws=not was_alive)
         )
@@ -165,9 +165,9 @@ def _enter(options: argparse.Namespace) -> int:
     features = Features.probe()
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     with _all_signals_taken() as taken:
-        consumer = consumer_of(options, KernelInspector(features))
+        consumer = consumer_of(options, KernelInspector(features), joins=True)
         with obtain(consumer, entry.request, None, taken - blocked) as handoff:
-            # Otherwise it has ended meanwhile, and this is a new one, which nobody uses.
+            # Otherwise it has ended meanwhile, and this is a new one, which is not used.
             if _living(options).incarnation != entry.incarnation:
                 raise Failure(ExitCode.RUN_FAILED, f"{entry.allocation_id} has ended just now")
             scope = _scope_noted(entry, options.socket)

@@ -292,6 +292,7 @@ def test_interruption_does_not_end_what_was_there_before(
             program.send_signal(signal.SIGTERM)
             assert program.wait(DEADLINE_S) == -signal.SIGTERM
             assert listener.accept() is None
+            assert not any(isinstance(each, Delivery) for each in first.channel.receive())
     finally:
         wait_until(scope.remove)
         remove_slices(cgroup2)

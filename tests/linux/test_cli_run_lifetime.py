@@ -13,6 +13,8 @@ import pytest
 from linux.cgroups import Scope
 from linux.cli.exits import ExitCode
 from linux.cli.run import _claimed
+from linux.journal import Entry, read_journal
+from statemachine.lifecycle import AllocationState
 from tests.support.programs import (
     DEADLINE_S,
     MOUNT,
@@ -89,6 +91,34 @@ def test_what_is_not_alive_is_not_made(daemon: Daemon, allocation_id: str) -> No
     assert (result.returncode, result.stdout) == (ExitCode.RUN_FAILED, "")
     assert f"there is no living allocation {allocation_id} in {daemon.state_dir}" in result.stderr
     assert allocation_id not in daemon.alive()
+
+
+@pytest.mark.clause("RUN-6")
+def test_interrupted_exec_ends_nothing(
+    tmp_path: Path, image_root: Path, allocation_id: str
+) -> None:
+    """While it waits for a provider that does not go on."""
+
+    def entries() -> tuple[Entry, ...]:
+        return read_journal(daemon.state_dir).entries
+
+    def connections() -> int:
+        return Path("/proc/net/unix").read_text().count(f" {daemon.socket}\n")
+
+    with daemon_in(tmp_path, image_root) as daemon, daemon.obtain(allocation_id, NET) as handoff:
+        wait_until(lambda: entries()[0].state is AllocationState.HANDED_OFF)
+        os.kill(daemon.pid, signal.SIGSTOP)
+        try:
+            before = connections()
+            with running(*exec_words(daemon, allocation_id, "echo", "never")) as rank:
+                wait_until(lambda: connections() > before)
+                rank.terminate()
+                assert rank.wait(DEADLINE_S) == -signal.SIGTERM
+        finally:
+            os.kill(daemon.pid, signal.SIGCONT)
+        results = nshandoff(*exec_words(daemon, allocation_id, "echo", "alive"))
+        assert (results.stdout, results.stderr) == ("alive\n", "")
+        handoff.end(DEADLINE_S)
 
 
 @pytest.mark.parametrize(

@@ -1041,6 +1041,14 @@ def test_an_interrupted_caller_tells_the_provider(plain: Rig) -> None:
         signal.signal(signal.SIGUSR1, before)
 
 
+@pytest.mark.clause("RUN-6")
+def test_who_joins_an_allocation_and_gives_up_does_not_end_it(rig: Rig) -> None:
+    liar = rig.lie(_say_nothing)
+    with pytest.raises(SocketUnavailable, match="no whole answer"):
+        rig.obtain(patience=HASTY, joins=True)
+    assert liar.told(0) == [rig.wanted]
+
+
 # --- Many at once ------------------------------------------------------------------------------
 
 

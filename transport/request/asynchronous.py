@@ -84,6 +84,7 @@ class AsyncConsumer(BaseConsumer[AsyncHandoff]):
             called in a thread.
         patience: how long to wait.
         audit: told of every turn to self-service.
+        joins: what it asks for is there already and others use it: giving up does not end it.
     """
 
     async def obtain(self, request: NamespaceRequest) -> AsyncHandoff:

@@ -111,6 +111,7 @@ class Consumer(BaseConsumer[Handoff]):
         service: makes namespaces when the provider cannot be reached; None never does.
         patience: how long to wait.
         audit: told of every turn to self-service.
+        joins: what it asks for is there already and others use it: giving up does not end it.
     """
 
     def obtain(self, request: NamespaceRequest) -> Handoff:

@@ -141,6 +141,8 @@ class Exchange:
         self.audit = audit
         self.path = path
         self.clock = clock
+        # Whether the provider is told to end what it may have made.
+        self.tells_end = True
         self.channel: Channel | None = None
         # Effects that take time, for the driver to perform, in order.
         self.slow: deque[Effect] = deque()
@@ -411,7 +413,9 @@ class Exchange:
         self._send(effect.request)
 
     def _send_end(self, effect: do.SendEnd) -> None:
-        self._send(AllocationEnded(effect.allocation_id))
+        # Keeps RUN-6.
+        if self.tells_end:
+            self._send(AllocationEnded(effect.allocation_id))
 
     def _send_fault(self, effect: do.SendFault) -> None:
         self._send(FdPassing(effect.reason))
@@ -578,6 +582,7 @@ class BaseConsumer(Generic[H]):
         service: makes namespaces when the provider cannot be reached; None never does.
         patience: how long to wait.
         audit: told of every turn to self-service.
+        joins: what it asks for is there already and others use it: giving up does not end it.
     """
 
     def __init__(
@@ -588,12 +593,14 @@ class BaseConsumer(Generic[H]):
         service: SelfService | None = None,
         patience: Patience | None = None,
         audit: Audit | None = None,
+        joins: bool = False,
     ) -> None:
         self._path = path
         self._inspector = inspector
         self._service = service
         self._patience = patience or Patience()
         self._audit = audit
+        self._joins = joins
         self._handoffs: dict[str, H] = {}
 
     def handoff_of(self, allocation_id: str) -> H:
@@ -636,6 +643,7 @@ class BaseConsumer(Generic[H]):
         if reason is not None:
             raise CreationFailed(reason)
         exchange = self._exchange(request)
+        exchange.tells_end = not self._joins
         exchange.feed(on.NamespacesWanted())
         return exchange
 
