@@ -146,12 +146,13 @@ def _run(options: argparse.Namespace) -> int:
         )
         try:
             scope = _scope_of(handoff, own, options.socket)
+            # Keeps RUN-6.
+            is_own = handoff.is_degraded or (not was_alive and stack.enter_context(_claimed(scope)))
         except BaseException:
             if not was_alive:
                 _end(handoff, features, None)
             raise
-        # Keeps RUN-6.
-        if handoff.is_degraded or (not was_alive and stack.enter_context(_claimed(scope))):
+        if is_own:
             # Untied after the end: before, an empty scope would end the allocation a second time.
             ties = stack.enter_context(ExitStack())
             stack.callback(_end, handoff, features, scope)
@@ -209,20 +210,17 @@ def _is_alive(socket: str, name: str) -> bool:
 @contextmanager
 def _claimed(scope: Path | None) -> Iterator[bool]:
     """Say whether this is the first of several `run` that made one allocation at the same time."""
-    try:
-        directory = None if scope is None else Descriptor(os.open(scope, os.O_RDONLY))
-    except FileNotFoundError:
-        directory = None
-    if directory is None:
-        yield True
-        return
-    with directory:
+    with ExitStack() as stack:
+        is_first = True
         try:
-            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if scope is not None:
+                directory = stack.enter_context(Descriptor(os.open(scope, os.O_RDONLY)))
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            pass  # it has ended
         except BlockingIOError:
-            yield False
-        else:
-            yield True
+            is_first = False
+        yield is_first
 
 
 def _execute(

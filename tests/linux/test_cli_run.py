@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -243,6 +244,23 @@ def test_silence_of_the_helper_is_no_exit_code_of_a_command(
     monkeypatch.setattr(forge_spawn, "_PROGRAM", tmp_path / "silent.py")
     assert cli.main([*words, *ALL, "--", "true"]) == ExitCode.RUN_FAILED
     assert "the helper that starts the command died" in capfd.readouterr().err
+
+
+def test_what_was_made_is_ended_if_it_cannot_be_claimed(
+    daemon: Daemon,
+    words: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", refuse)
+        assert cli.main([*words, *ALL, "--", "echo", "never"]) == ExitCode.RUN_FAILED
+    out, errors = capfd.readouterr()
+    assert (out, "No locks available" in errors) == ("", True)
+    assert daemon.alive() == []
 
 
 def test_ended_allocation_takes_the_command_along(
