@@ -161,10 +161,7 @@ def spawn_within(
         settings, (directory, identity) = inherited, _own_directory(bundle)
     plan = _plan(command, settings, directory, identity)
     with ExitStack() as stack:
-        pipes = (syscall(os.pipe) for _ in range(2))
-        (answer, question), (order, source) = (
-            tuple(stack.enter_context(Descriptor(fd)) for fd in pipe) for pipe in pipes
-        )
+        (answer, question), (order, source) = (map(stack.enter_context, _pipe()) for _ in range(2))
         passed = [question, order, *([scope] if scope is not None else [])]
         numbers = (question.fileno(), order.fileno(), scope.fileno() if scope is not None else -1)
 
@@ -205,7 +202,7 @@ def scope_tied(scope: Path) -> Iterator[None]:
         SyscallError: it cannot be started.
     """
     # Keeps RUN-7.
-    reading, writing = (Descriptor(fd) for fd in syscall(os.pipe))
+    reading, writing = _pipe()
     with reading, writing:
         with calling("execve(2)"):
             shell = syscall(
@@ -231,6 +228,12 @@ def own_timers() -> tuple[tuple[int, float, float], ...]:
     """Return this process' interval timers that run, for `Inherited`."""
     timers = ((int(which), *signal.getitimer(which)) for which in _TIMERS)
     return tuple(timer for timer in timers if timer[1])
+
+
+def _pipe() -> tuple[Descriptor, Descriptor]:
+    with calling("pipe(2)"):
+        reading, writing = syscall(os.pipe)
+    return Descriptor(reading), Descriptor(writing)
 
 
 def _in_thread_within(bundle: DescriptorBundle, start: Callable[[], Child]) -> Child:

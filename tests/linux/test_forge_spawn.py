@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,6 +35,7 @@ from tests.support.forging import (
     run_within,
     wait_until,
 )
+from transport.calls import hook_syscalls
 from transport.descriptors import Descriptor, DescriptorBundle
 
 __all__ = ["features", "forge"]
@@ -310,6 +312,20 @@ def test_interpreter_that_is_missing_is_not_the_commands_fault(
         pytest.raises(SyscallError, match=r"^execve\(2\): ENOENT .*: /nowhere/python$"),
     ):
         spawn_within(["/nowhere/python"], nothing)
+
+
+def test_pipe_that_cannot_be_made_is_not_the_commands_fault() -> None:
+    def refuse(function: Any, arguments: Any, options: Any) -> Any:
+        if function is os.pipe:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return function(*arguments, **options)
+
+    with (
+        DescriptorBundle() as nothing,
+        hook_syscalls(refuse),
+        pytest.raises(SyscallError, match=r"^pipe\(2\): EMFILE"),
+    ):
+        spawn_within(["true"], nothing)
 
 
 def test_large_environment_is_passed_whole() -> None:
