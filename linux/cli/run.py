@@ -395,6 +395,8 @@ def _is_from_within(pid: int, child: RunningCommand, scope: Path | None) -> bool
     A sender in another PID namespace is given by its number there. If a program here has the same
     number, it is taken for the sender: a signal may come twice, but none is lost.
     """
+    if not pid:
+        return False  # the Linux kernel, or a sender in a PID namespace above
     members = {child.pid} if scope is None else {child.pid, *Scope(scope, "").processes()}
     if pid in (os.getpid(), *members):
         return True

@@ -20,6 +20,7 @@ import pytest
 from linux.cgroups import Scope, remove_slices
 from linux.cli import command as cli
 from linux.cli.exits import ExitCode
+from linux.cli.run import _is_from_within
 from linux.forge import spawn as forge_spawn
 from linux.forge.spawn import spawn_within
 from statemachine import AllocationEnded, NamespaceRequest
@@ -157,6 +158,12 @@ def test_what_the_command_sends_to_its_group_does_not_come_back(
     with running(*words, start_new_session=True) as program:
         out, _ = program.communicate()
         assert (program.returncode, out) == (0, "1\n")
+
+
+def test_signal_without_a_sender_is_passed_on_while_the_command_loses_a_process() -> None:
+    with subprocess.Popen(["true"]) as gone:
+        pass
+    assert not _is_from_within(0, gone, None)
 
 
 def test_what_the_command_closes_is_closed(words: tuple[str, ...], tmp_path: Path) -> None:
