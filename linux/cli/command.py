@@ -6,6 +6,7 @@
     request   obtain namespaces, show them, hold them     cli.request
     end       end an allocation                           cli.request
     list      show allocations, their state and remains   cli.list
+    doctor    say what is alive or dead, release the dead cli.doctor
     trace     check or draw what `serve --trace` wrote    cli.trace
     verify    run the campaign that verifies this tree    cli.verify
     demo      two allocations' lives, checked             demo
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Raises:
         SystemExit: help was requested (0), or the command line makes no sense (2, and 125 for
-            `run`), which has been printed.
+            `run` and `exec`), which has been printed.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = None if words[:1] == ["demo"] else _parse(words)

@@ -31,11 +31,11 @@ class ExitCode(IntEnum):
     UNAVAILABLE = 4
     """The provider cannot be reached, and self-service was not allowed."""
     RUN_FAILED = 125
-    """`run` itself failed; the command was not executed."""
+    """`run` or `exec` itself failed, for any reason."""
     NOT_EXECUTABLE = 126
-    """`run`: the command cannot be executed."""
+    """`run`, `exec`: the command cannot be executed."""
     NOT_FOUND = 127
-    """`run`: there is no such command."""
+    """`run`, `exec`: there is no such command."""
 
 
 class Failure(Exception):

@@ -31,7 +31,7 @@ from tests.support.programs import (
 )
 from transport import endpoint, serve
 
-VERBS = ("serve", "run", "exec", "request", "end", "list", "trace", "verify")
+VERBS = ("serve", "run", "exec", "request", "end", "list", "doctor", "trace", "verify")
 ABSENT = ("--socket", "/nowhere/handoff.sock")
 
 
