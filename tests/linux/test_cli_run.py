@@ -452,6 +452,13 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.leader.fileno(), text.encode())
 
+    def answer(self, *then: str) -> None:
+        """Type a line, and see that it is read, what else is shown, and a good end."""
+        self.type("typed\n")
+        for shown in ("line typed", *then):
+            self.wait_for(shown)
+        assert self.program.wait(DEADLINE_S) == 0
+
     def __enter__(self) -> Terminal:
         return self
 
@@ -461,11 +468,16 @@ class Terminal:
         self.program.wait(DEADLINE_S)
 
 
+def typed(words: tuple[str, ...], inside: str, namespaces: str = "pid") -> str:
+    """The command line, for a shell."""
+    return f"{' '.join((*COMMAND, *words))} --namespaces {namespaces} -- {inside}"
+
+
 def test_command_has_the_terminal_and_it_comes_back(words: tuple[str, ...]) -> None:
     show = "import os; print('foreground', os.tcgetpgrp(0) == os.getpgrp(), flush=True)"
     inside = f"{sys.executable} -I -S -c \"{show}; print('line', input())\""
     after = f'{sys.executable} -I -S -c "{show}"'
-    script = f"{' '.join(COMMAND)} {' '.join(words)} --namespaces pid -- {inside}; {after}"
+    script = f"{typed(words, inside)}; {after}"
     with Terminal("sh", "-c", script) as terminal:
         assert terminal.wait_for(r"foreground (\w+)")[1] == "True"
         terminal.type("typed\n")
@@ -476,17 +488,8 @@ def test_command_has_the_terminal_and_it_comes_back(words: tuple[str, ...]) -> N
 
 def test_ctrl_c_is_the_commands(daemon: Daemon, words: tuple[str, ...]) -> None:
     # exec: a shell that is just starting a child may keep a Ctrl-C to itself.
-    command = (
-        *COMMAND,
-        *words,
-        "--namespaces",
-        "pid",
-        "--",
-        "sh",
-        "-c",
-        "echo ready; exec sleep 1000",
-    )
-    with Terminal(*command) as terminal:
+    inside = ("sh", "-c", "echo ready; exec sleep 1000")
+    with Terminal(*COMMAND, *words, "--namespaces", "pid", "--", *inside) as terminal:
         terminal.wait_for("ready")
         terminal.type("\x03")
         assert terminal.program.wait(DEADLINE_S) == -signal.SIGINT
@@ -513,58 +516,44 @@ def test_ctrl_c_comes_once(words: tuple[str, ...]) -> None:
 
 def test_ctrl_z_stops_both_and_fg_continues_both(words: tuple[str, ...]) -> None:
     inside = "sh -c 'echo ready; read line; echo line $line; exit 6'"
-    job = f"{' '.join(COMMAND)} {' '.join(words)} --namespaces pid,net -- {inside}"
-    script = f"{job}; echo stopped $?; jobs; fg; echo exited $?"
+    script = f"{typed(words, inside, 'pid,net')}; echo stopped $?; jobs; fg; echo exited $?"
     with Terminal("bash", "-mc", script) as terminal:
         terminal.wait_for("ready")
         terminal.type("\x1a")
         terminal.wait_for(f"stopped {128 + signal.SIGTSTP}")
-        terminal.type("typed\n")
-        terminal.wait_for("line typed")
-        terminal.wait_for("exited 6")
-        assert terminal.program.wait(DEADLINE_S) == 0
+        terminal.answer("exited 6")
 
 
 def test_ctrl_z_is_nothing_where_no_shell_could_continue(words: tuple[str, ...]) -> None:
     inside = ("sh", "-c", "echo ready; read line; echo line $line")
     with Terminal(*COMMAND, *words, "--namespaces", "pid", "--", *inside) as terminal:
         terminal.wait_for("ready")
-        terminal.type("\x1atyped\n")
-        terminal.wait_for("line typed")
-        assert terminal.program.wait(DEADLINE_S) == 0
+        terminal.type("\x1a")
+        terminal.answer()
 
 
 def test_rest_of_a_pipeline_keeps_the_terminal(words: tuple[str, ...]) -> None:
-    job = f"{' '.join(COMMAND)} {' '.join(words)} --namespaces pid -- sh -c 'echo ready; sleep 0.3'"
-    with Terminal(
-        "bash", "-mc", f"{job} | sh -c 'cat; read line </dev/tty; echo line $line'"
-    ) as terminal:
+    job = typed(words, "sh -c 'echo ready; sleep 0.3'")
+    rest = "sh -c 'cat; read line </dev/tty; echo line $line'"
+    with Terminal("bash", "-mc", f"{job} | {rest}") as terminal:
         terminal.wait_for("ready")
-        terminal.type("typed\n")
-        terminal.wait_for("line typed")
-        assert terminal.program.wait(DEADLINE_S) == 0
+        terminal.answer()
 
 
 def test_terminal_is_the_commands_whatever_its_standard_input_is(words: tuple[str, ...]) -> None:
     inside = "sh -c 'echo ready; read line </dev/tty; echo line $line'"
-    job = f"{' '.join(COMMAND)} {' '.join(words)} --namespaces pid -- {inside} </dev/null"
-    with Terminal("bash", "-mc", job) as terminal:
+    with Terminal("bash", "-mc", f"{typed(words, inside)} </dev/null") as terminal:
         terminal.wait_for("ready")
-        terminal.type("typed\n")
-        terminal.wait_for("line typed")
-        assert terminal.program.wait(DEADLINE_S) == 0
+        terminal.answer()
 
 
 def test_job_from_the_background_waits_for_the_foreground(words: tuple[str, ...]) -> None:
     inside = "sh -c 'echo ready; read line; echo line $line; exit 6'"
-    job = f"{' '.join(COMMAND)} {' '.join(words)} --namespaces pid,net -- {inside}"
+    job = typed(words, inside, "pid,net")
     wait = "until jobs | grep -q Stopped; do sleep 0.05; done"
     with Terminal("bash", "-mc", f"{job} & {wait}; echo stopped; fg; echo exited $?") as terminal:
         terminal.wait_for("stopped")
-        terminal.type("typed\n")
-        terminal.wait_for("line typed")
-        terminal.wait_for("exited 6")
-        assert terminal.program.wait(DEADLINE_S) == 0
+        terminal.answer("exited 6")
 
 
 def test_without_a_terminal_nothing_is_different(words: tuple[str, ...]) -> None:
@@ -593,7 +582,7 @@ def test_terminal_comes_back_from_a_shell_in_a_pid_namespace(words: tuple[str, .
     show = "import os; print('foreground', os.tcgetpgrp(0) == os.getpgrp(), flush=True)"
     after = f'{sys.executable} -I -S -c "{show}"'
     shell = "bash --norc --noprofile -i"
-    script = f"{' '.join(COMMAND)} {' '.join(words)} --namespaces pid -- {shell}; {after}"
+    script = f"{typed(words, shell)}; {after}"
     with Terminal("sh", "-c", script) as terminal:
         terminal.wait_for("# ")
         terminal.type("sh -c 'echo started; exec sleep 1000'\n")
@@ -608,7 +597,7 @@ def test_terminal_comes_back_from_a_shell_in_a_pid_namespace(words: tuple[str, .
 def test_end_by_a_signal_ends_a_script_as_it_would_without_run(words: tuple[str, ...]) -> None:
     """A shell goes on with the next line if what it waited for was not ended by the Ctrl-C."""
     inside = "sh -c 'echo ready; exec sleep 1000'"
-    script = f"{' '.join(COMMAND)} {' '.join(words)} --namespaces pid -- {inside}; echo next"
+    script = f"{typed(words, inside)}; echo next"
     with Terminal("bash", "-c", script) as terminal:
         terminal.wait_for("ready")
         terminal.type("\x03")
