@@ -15,6 +15,7 @@ import pytest
 
 import statemachine
 from linux import backend
+from linux.cgroups import DEFAULT_PLACE, ScopePlace
 from linux.cli import command as cli
 from linux.cli.exits import ExitCode
 from statemachine.messages import HANDOFF_SOCKET_PATH
@@ -99,6 +100,7 @@ def test_defaults_are_those_of_the_modules_they_are_for() -> None:
         "empty_grace": spans.empty_grace_s,
     } == cli.DEFAULT_SPANS_S
     assert cli.DEFAULT_MODE == endpoint.SOCKET_MODE
+    assert ScopePlace(*cli.DEFAULT_SCOPE) == DEFAULT_PLACE
 
 
 @pytest.mark.parametrize(
