@@ -9,12 +9,19 @@
     scope_file   where a provider's scopes are: the file beside its socket
     mounts       uenv images: squashfs, once per image
     journal      what must be known after the provider's death
+    instance     which provider the living allocations belong to: its lock and its notes
+    recovery     what a starting provider does with what it finds: journal x kernel -> action
+    doctor       the same for an operator, and the release of what is proved dead
     steps        creation and release, step by step, for both backends
     backend      `LinuxBackend`: all of that as `transport.contract.Backend`
     consumer     `Consumer`, and in consumer_async `AsyncConsumer`, with this node's defaults
     self_service the namespaces that they make themselves when the provider cannot be reached
     simulated    `SimulatedBackend`: the same without a privileged machine
     survey       which allocations there are, and why one is still alive
+    limits       resource limits of a daemon, and its protection from the OOM killer
+    shortage     what is short, and whose, when a system call fails for want of something
+    sinks        log and trace lines, written without making the provider wait
+    root         chroot and mount propagation
     launch       the tool without the settings of a job, which keeps them all
     cli          the command `nshandoff`
 
