@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Final
 
 from tests.campaign.canaries import BY_NAME, CANARIES, Canary, Layer
@@ -56,5 +57,10 @@ def run(seed: int, name: str, seeds: int, is_also: bool = False) -> Outcome:
 
 
 def _discovery(canary: Canary, layer: Layer, what: str) -> Discovery:
-    command = f"pytest tests/campaign/test_canaries.py -k {canary.name!r}"
-    return Discovery(f"the layer {layer.name} {what}", command)
+    return Discovery(f"the layer {layer.name} {what}", again(canary))
+
+
+def again(canary: Canary) -> str:
+    """Say how to run one canary alone, for a shell."""
+    test = f"tests/campaign/test_canaries.py::test_a_canary_is_caught[{canary.name}]"
+    return f"pytest {shlex.quote(test)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -12,6 +13,7 @@ import pytest
 from specs import model
 from tests.campaign.canaries import CANARIES, UPSTREAM, Canary, Layer
 from tests.campaign.canaries_cage import ROOT, Change, Misfit, run_changed
+from tests.campaign.canaries_campaign import again
 
 LAYERS = tuple(dict.fromkeys(canary.layer for canary in CANARIES))
 
@@ -56,6 +58,14 @@ def test_what_a_layer_names_can_be_run() -> None:
     command = [sys.executable, "-m", "pytest", "--collect-only", "-qq", "-p", "no:cacheprovider"]
     run = subprocess.run([*command, *sorted(named)], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_a_finding_says_how_its_canary_is_run_again() -> None:
+    for canary in (CANARIES[0], CANARIES[-1]):
+        _, *arguments = shlex.split(again(canary))
+        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+        run = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True)
+        assert f"[{canary.name}]\n\n1 test collected" in run.stdout, run.stdout + run.stderr
 
 
 def test_there_are_canaries_of_every_kind() -> None:
