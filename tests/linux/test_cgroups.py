@@ -33,6 +33,7 @@ from linux.cgroups import (
     remove_slices,
 )
 from linux.syscalls import pidfd_open
+from tests.support.forging import process_state
 from transport.descriptors import Descriptor
 
 pytestmark = pytest.mark.needs_root
@@ -444,7 +445,7 @@ def test_a_process_below_counts(scope: Scope) -> None:
 def test_a_zombie_does_not_count(scope: Scope) -> None:
     with running(scope.path, "true") as process:
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        assert "Z" in Path(f"/proc/{process.pid}/stat").read_text().split(")")[1]
+        assert process_state(process.pid) == "Z"
         assert not scope.is_populated()
         wait_until(scope.is_over)
         assert scope.remove()

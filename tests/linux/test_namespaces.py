@@ -39,6 +39,7 @@ from tests.support.forging import (
     forge,
     made,
     plan,
+    process_state,
     wait_until,
 )
 from transport.descriptors import Descriptor, DescriptorBundle, verify_bundle
@@ -196,9 +197,10 @@ def test_an_init_that_is_not_reaped_is_dead() -> None:
         path = f"/proc/{init}/ns/pid"
         namespace = stack.enter_context(syscalls.openat2(syscalls.AT_FDCWD, path, os.O_RDONLY))
         assert not has_dead_init(namespace, can_tell)
-        parent.send_signal(signal.SIGSTOP)  # it reaps nothing now
+        parent.send_signal(signal.SIGSTOP)
+        wait_until(lambda: process_state(parent.pid) == "T")  # it reaps nothing now
         os.kill(init, signal.SIGKILL)
-        wait_until(lambda: "\nState:\tZ" in Path(f"/proc/{init}/status").read_text())
+        wait_until(lambda: process_state(init) == "Z")
         assert has_dead_init(namespace, can_tell)
 
 

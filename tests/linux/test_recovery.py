@@ -68,6 +68,7 @@ from linux.testing.worlds import LIGHT, LinuxWorld, eventually, real
 from statemachine.errors import CreationFailed
 from statemachine.lifecycle import AllocationState
 from statemachine.messages import NamespaceRequest
+from tests.support.forging import process_state
 from transport.calls import hook_syscalls
 from transport.contract import Adoption
 
@@ -256,10 +257,7 @@ def rewrite_journal(world: LinuxWorld, names: dict[tuple[Store, Init, ScopeSeen]
 
 
 def is_alive(pid: int) -> bool:
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
+    return process_state(pid) not in ("", "Z")
 
 
 def tidy_up(

@@ -118,6 +118,14 @@ def wait_until(happened: Callable[[], bool]) -> None:
         time.sleep(0.002)
 
 
+def process_state(pid: int) -> str:
+    """The letter in /proc/PID/stat, "Z" for a zombie; empty if there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
 def pids_with_token(token: str) -> list[int]:
     """Every process with the token, wherever it is."""
     wanted = f"NSHANDOFF_ANCHOR={token}\0".encode()
