@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from transport.calls import syscall
@@ -38,6 +39,7 @@ def replace_file(path: Path, text: str, mode: int | None = None) -> os.stat_resu
         with calling("rename(2)", path):
             syscall(draft.replace, path)
     except OSError:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            syscall(draft.unlink)
         raise
     return status
