@@ -311,7 +311,7 @@ def test_only_the_parts_that_are_named_are_run(tree: Tree) -> None:
 
 def test_hours_are_filled_with_rounds_of_other_seeds(tree: Tree) -> None:
     tree.part("count", COUNTING)
-    told = tree.verify("--hours", "0.0003")  # 1.1 s
+    told = tree.verify("--hours", "0.001")  # 3.6 s: on a busy machine a round takes more than one
     assert told.returncode == 0, told.stderr
     assert len(tree.numbers) > 4
     assert len(tree.numbers) % 4 == 0

@@ -25,7 +25,7 @@ from linux.simulated.mounts import Propagation
 from linux.simulated.namespaces import SimulatedNamespaces
 from statemachine.messages import NamespaceType
 from tests.suites.fidelity.cgroups import Cgroups, SimulatedCgroups, linux_cgroups
-from tests.suites.fidelity.differential import NOTICE_S
+from tests.suites.fidelity.differential import NOTICES_S
 from tests.suites.fidelity.machines import DEADLINE_S, PATIENCE_S, SLEEP
 from tests.suites.fidelity.mounts import Mounts, SimulatedMounts, linux_mounts
 from tests.suites.fidelity.namespaces import Namespaces, SimulatedWorker, linux_worker
@@ -384,7 +384,7 @@ def test_whatever_changes_before_it_is_read_is_one_notice(cgroups: Cgroups) -> N
     cgroups.enter("a", 0)
     cgroups.exit(0)
     soon(lambda: cgroups.has_changed("a"), True)
-    time.sleep(NOTICE_S)
+    time.sleep(NOTICES_S[-1])
     assert not cgroups.populated("a")
     assert not cgroups.has_changed("a")
 
