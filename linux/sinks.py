@@ -10,6 +10,7 @@ that are lost are counted, and the count is told with the next line that goes th
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import threading
@@ -49,6 +50,9 @@ class Sink:
         report: Is told when lines begin to be lost (0 and the reason), and when lines go through
             again (how many were lost, and the reason). From any thread; must not raise.
         is_cut: Whether the file ends with half a line, which is ended first.
+
+    Raises:
+        SyscallError: EAGAIN, its thread cannot be started.
     """
 
     # Keeps DAEMON-6.
@@ -82,7 +86,10 @@ class Sink:
         self._is_cut = is_cut
         # A daemon thread, because it may hang in a write when the program ends.
         self._thread: Final = threading.Thread(target=self._run, name="sink", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # all that Python says of it
+            raise SyscallError("clone(2)", errno.EAGAIN) from error
 
     def write(self, line: bytes) -> None:
         """Have a line written, its end included; never raises, and waits `wait_s` at most."""

@@ -89,15 +89,19 @@ def serve(options: argparse.Namespace) -> ExitCode:
         OK after a stop; ENVIRONMENT if it could not start, which has been logged.
 
     Raises:
-        Failure: USAGE, the scopes cannot be where the options say.
+        Failure: USAGE, the scopes cannot be where the options say; ENVIRONMENT, there cannot be a
+            log.
     """
     try:
         ScopePlace(options.scope_parent, options.scope_name)
     except ValueError as error:
         raise Failure(ExitCode.USAGE, str(error)) from error
     _open_standard_streams()
-    with _logging_to_stderr():
-        return _serve_logged(options)
+    try:
+        with _logging_to_stderr():
+            return _serve_logged(options)
+    except SyscallError as error:  # there is no log yet
+        raise Failure(ExitCode.ENVIRONMENT, str(error)) from error
 
 
 def _serve_logged(options: argparse.Namespace) -> ExitCode:

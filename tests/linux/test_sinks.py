@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -11,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from linux.cli import command as cli
+from linux.cli.exits import ExitCode
 from linux.sinks import QUEUE_BYTES_MAX, SLOW_READER, Sink
+from linux.syscalls import SyscallError
 from tests.support.programs import wait_until
 from tests.support.scarcity import fill_disk, fill_pipe
 from transport.descriptors import Descriptor
@@ -206,3 +210,19 @@ def test_report_may_write_to_another_sink(pipe: tuple[Descriptor, Descriptor]) -
         assert trace.close()
     assert log.close()
     assert drain(reading) == b"0\n2\n"
+
+
+def test_without_its_thread_there_is_no_sink_and_a_provider_says_so(
+    pipe: tuple[Descriptor, Descriptor],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(SyscallError, match=r"clone\(2\)"):
+        Sink(pipe[1])
+    assert cli.main(["serve", "--socket", str(tmp_path / "socket")]) == ExitCode.ENVIRONMENT
+    assert "no process left" in capfd.readouterr().err
