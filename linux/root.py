@@ -7,13 +7,13 @@ its workload see other files than its own, and a mount at another path than it s
 from __future__ import annotations
 
 import os
-import threading
 from typing import Final
 
 from transport.calls import syscall
 
 from . import syscalls
 from .mountinfo import mount_lines, parse_mount
+from .threads import call_in_thread
 
 CHROOT: Final = (
     "this process is in a chroot, and a process that enters a mount namespace leaves it: run this "
@@ -34,27 +34,26 @@ def is_chroot() -> bool:
 
     Enters that namespace again, in a thread: that moves the thread's root. Without permission to do
     so the answer is no.
-    """
-    roots: list[tuple[int, int, int]] = []
 
-    def run() -> None:
+    Raises:
+        SyscallError: EAGAIN, no thread can be started.
+    """
+
+    def has_another() -> bool:
         try:
             syscalls.unshare(syscalls.CLONE_FS)
-            roots.append(_identity_of_root(infos))
+            before = _identity_of_root(infos)
             syscalls.setns(namespace, syscalls.CLONE_NEWNS)
-            roots.append(_identity_of_root(infos))
+            return before != _identity_of_root(infos)
         except OSError:
-            roots.clear()
+            return False
 
     # Opened before the move: there need not be a /proc afterwards.
     with (
         syscalls.openat2(syscalls.AT_FDCWD, "/proc/self/ns/mnt", os.O_RDONLY) as namespace,
         syscalls.openat2(syscalls.AT_FDCWD, "/proc/self/fdinfo", os.O_RDONLY) as infos,
     ):
-        thread = threading.Thread(target=run, name="look at the root")
-        thread.start()
-        thread.join()
-    return len(set(roots)) > 1
+        return call_in_thread(has_another)
 
 
 def has_propagation() -> bool:

@@ -48,6 +48,10 @@ NAME_OWNERS: Final = {
     r"asyncio\.create_subprocess_\w+": FORGES,
     r"os\.(close|closerange|dup|dup2)": r"transport/descriptors\.py",
     r"fcntl\.F_DUPFD\w*": r"transport/descriptors\.py",
+    # A thread that is not waited for uses what is closed.
+    r"threading\.Thread|_thread\..*": (
+        r"linux/(threads|sinks|demo/processes)\.py|transport/serve/work\.py"
+    ),
     # A cgroup is removed only after it was read that it is empty.
     r"(.*\.)?rmdir": r"linux/cgroups\.py",
     # However the socket is called that they are asked of.
@@ -259,6 +263,7 @@ VIOLATIONS: Final = [
     (dangerous_calls_have_one_owner, "linux/backend.py", "def f(path): path.parent.rmdir()"),
     (dangerous_calls_have_one_owner, "linux/anchor.py", "import os\nspawn = os.posix_spawn"),
     (dangerous_calls_have_one_owner, "linux/cli/command.py", "import os\nos.fork()"),
+    (dangerous_calls_have_one_owner, "linux/root.py", "import threading\nthreading.Thread()"),
     (dangerous_calls_have_one_owner, "linux/cli/command.py", "__import__('ctypes')"),
     (dangerous_calls_have_one_owner, "linux/cli/command.py", "from importlib import import_module"),
     (deciding_modules_are_pure, "statemachine/provider.py", "import os.path"),

@@ -19,7 +19,6 @@ import select
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from transport.descriptors import Descriptor, DescriptorBundle
 from .. import syscalls
 from ..namespaces import CLONE_FLAGS
 from ..syscalls import SyscallError, calling
+from ..threads import call_in_thread
 from .exec import READY
 
 START_TIMEOUT_S: Final = 30.0
@@ -178,7 +178,7 @@ def spawn_within(
             )
 
         with calling("execve(2)"):
-            child = _in_thread_within(bundle, start)
+            child = call_in_thread(lambda: _start_within(bundle, start))
         question.close()
         order.close()
         _send(plan, source)
@@ -236,29 +236,6 @@ def _pipe() -> tuple[Descriptor, Descriptor]:
     return Descriptor(reading), Descriptor(writing)
 
 
-def _in_thread_within(bundle: DescriptorBundle, start: Callable[[], Child]) -> Child:
-    """Call `start` in a thread that is in the bundle's namespaces; the thread ends with it."""
-    results: list[Child] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            _enter(bundle)
-            results.append(_start_or_say_dead(start, bundle))
-        except BaseException as error:  # raised in the caller's thread
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="spawn within an allocation")
-    try:
-        thread.start()
-    except RuntimeError as error:  # all that Python says of it
-        raise SyscallError("clone(2)", errno.EAGAIN) from error
-    thread.join()
-    if errors:
-        raise errors[0]
-    return results[0]
-
-
 def _enter(bundle: DescriptorBundle) -> None:
     # From here on this thread has a root and a working directory of its own.
     syscalls.unshare(syscalls.CLONE_FS)
@@ -267,7 +244,8 @@ def _enter(bundle: DescriptorBundle) -> None:
             syscalls.setns(bundle[kind], CLONE_FLAGS[kind])
 
 
-def _start_or_say_dead(start: Callable[[], Child], bundle: DescriptorBundle) -> Child:
+def _start_within(bundle: DescriptorBundle, start: Callable[[], Child]) -> Child:
+    _enter(bundle)
     try:
         return start()
     except OSError as error:

@@ -1,0 +1,51 @@
+"""What runs in a thread of its own is waited for, whatever interrupts."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from types import FrameType
+
+import pytest
+
+from linux.syscalls import SyscallError
+from linux.threads import call_in_thread
+
+
+class Interrupted(Exception):
+    """Raised by a signal's handler."""
+
+
+def test_basic_what_it_returns_and_raises_is_the_callers() -> None:
+    assert call_in_thread(threading.get_ident) != threading.get_ident()
+    with pytest.raises(ZeroDivisionError):
+        call_in_thread(lambda: 1 // 0)
+
+
+def test_what_interrupts_the_caller_waits_for_the_function() -> None:
+    def interrupt(*_: int | FrameType | None) -> None:
+        raise Interrupted
+
+    def function() -> None:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+        time.sleep(0.1)
+        done.append(True)
+
+    done: list[bool] = []
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with pytest.raises(Interrupted):
+            call_in_thread(function)
+        assert done
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_where_no_thread_can_be_started_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("_thread.start_new_thread", refuse)
+    with pytest.raises(SyscallError, match=r"clone\(2\)"):
+        call_in_thread(threading.get_ident)
