@@ -35,7 +35,7 @@ from .messages import (
 from .table import Snapshot, Table, refusal
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Model:
     """What a table moves: what the caller has, or what the provider is to be told."""
 

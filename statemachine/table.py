@@ -58,7 +58,7 @@ class UnsoundTable(Exception):
     """A table breaks a rule that every table keeps; raised on import."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Table:
     """
     A sound table, ready to move models.

@@ -57,7 +57,7 @@ class Limits:
         return 2 * self.open_per_connection
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Usage:
     """What one user takes up."""
 

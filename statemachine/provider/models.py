@@ -21,7 +21,7 @@ Question: TypeAlias = NamespaceRequest | AllocationEnded
 """What a provider is asked."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Service:
     """The provider as a whole."""
 
@@ -63,7 +63,7 @@ class Message:
         return isinstance(question, AllocationEnded) and question.allocation_id == allocation_id
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Connection:
     """A connection of a consumer, from its opening to its loss."""
 
@@ -92,7 +92,7 @@ class Connection:
         return cls(uid, deque(Message(number, *message) for message in messages), is_closing)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Allocation:
     """One incarnation of an allocation."""
 
