@@ -359,27 +359,17 @@ FrameRejected         stays       stays       stays       stays
 """
 
 MESSAGE_GRID: Final = """
-                      arrived     held        open        deferred    granted     refused     \
-confirmed   unreadable  answered
-MessageHeld           held        local       local       local       local       local       \
-local       local       local
-MessageDispatched     open        open        local       open        local       local       \
-local       local       local
-MessageDeferred       local       local       deferred    local       local       local       \
-local       local       local
-MessageGranted        local       local       granted     local       local       local       \
-local       local       local
-GrantWithdrawn        local       local       local       local       open        local       \
-local       local       local
-MessageRefused        refused     refused     refused     refused     local       local       \
-local       local       local
-EndConfirmed          local       local       confirmed   local       local       local       \
-local       local       local
-FrameRejected         unreadable  peer        peer        peer        peer        peer        \
-peer        peer        peer
-TurnCame              local       stays       stays       stays       answered    answered    \
-answered    answered    local
-"""
+                  arrived    held    open      deferred granted  refused  confirmed unreadable answered
+MessageHeld       held       local   local     local    local    local    local     local      local
+MessageDispatched open       open    local     open     local    local    local     local      local
+MessageDeferred   local      local   deferred  local    local    local    local     local      local
+MessageGranted    local      local   granted   local    local    local    local     local      local
+GrantWithdrawn    local      local   local     local    open     local    local     local      local
+MessageRefused    refused    refused refused   refused  local    local    local     local      local
+EndConfirmed      local      local   confirmed local    local    local    local     local      local
+FrameRejected     unreadable peer    peer      peer     peer     peer     peer      peer       peer
+TurnCame          local      stays   stays     stays    answered answered answered  answered   local
+"""  # noqa: E501
 
 
 def test_the_service_and_a_message_do_in_every_cell_what_the_grids_say() -> None:
