@@ -20,6 +20,7 @@ from transport.contract import (
     Step,
     plan,
 )
+from transport.testing.peer import wait_until
 
 from .worlds import (
     HOLD_TIME_S,
@@ -31,7 +32,6 @@ from .worlds import (
     PID,
     SCOPE_PREFIX,
     World,
-    eventually,
 )
 
 ALL: Final = tuple(NamespaceType)
@@ -180,7 +180,7 @@ class BackendContract:
             assert set(world.sightings(allocation_id)) <= {Sighting.CHANGED}
             assert not world.backend.is_over(allocation_id)
             world.pass_through(allocation_id)
-            eventually(lambda: world.backend.is_over(allocation_id))
+            wait_until(lambda: world.backend.is_over(allocation_id))
             world.release(allocation_id)
             assert world.has_scope(allocation_id)
         world.vacate_scope(allocation_id)
@@ -258,7 +258,7 @@ class BackendContract:
             left = LEFT_BY_FAILURE[step]
             return world.remains(allocation_id) == left and is_released is not bool(left)
 
-        eventually(is_as_promised)
+        wait_until(is_as_promised)
         if LEFT_BY_FAILURE[step]:
             assert f"{step.value}: test" in str(world.backend.why_alive(allocation_id))
         world.fails_at = None
@@ -350,7 +350,7 @@ class BackendContract:
     def test_a_process_that_was_not_seen_counts(self, world: World, name: str) -> None:
         world.pass_through(name)
         # The proof may come a moment after the event, which is what CHANGED says.
-        eventually(lambda: Sighting.EMPTIED in world.sightings(name) or world.backend.is_over(name))
+        wait_until(lambda: Sighting.EMPTIED in world.sightings(name) or world.backend.is_over(name))
 
     def test_a_zombie_does_not_count(self, world: World, name: str) -> None:
         world.join(name)
@@ -393,7 +393,7 @@ class BackendContract:
             world.leave(name)
             world.sees(name, Sighting.EMPTIED)
         # Nothing that was reported before is left to be noticed.
-        eventually(lambda: world.sightings(name) == [])
+        wait_until(lambda: world.sightings(name) == [])
         world.remove_scope(name)
         world.sees(name, Sighting.EMPTIED)
         assert world.backend.is_over(name)
@@ -510,7 +510,7 @@ class BackendContract:
         request = NamespaceRequest(allocation_id, LIGHT, IMAGE)
         world.crash(request, step)
         left = LEFT_BY_CRASH[step]
-        eventually(lambda: world.remains(allocation_id) == left)
+        wait_until(lambda: world.remains(allocation_id) == left)
         adoptions = world.start().adoptions
         assert [adoption.request for adoption in adoptions] == [request] * (Step.INTEND in left)
         if Step.PUBLISH not in left:
@@ -604,7 +604,7 @@ class BackendContract:
         assert world.mounted() == [IMAGE]
         world.now_s += HOLD_TIME_S
         assert world.backend.tidy() is None
-        eventually(lambda: world.mounted() == [])
+        wait_until(lambda: world.mounted() == [])
 
     def test_an_image_in_use_is_not_tidied(self, world: World, allocation_id: str) -> None:
         create(world, allocation_id, (MOUNT,), IMAGE)
@@ -632,7 +632,7 @@ class BackendContract:
             assert world.mounted() == [IMAGE]
             create(world, f"{allocation_id}-next", (MOUNT,), IMAGE)
             assert world.mounted() == [IMAGE, IMAGE]
-        eventually(lambda: world.mounted() == [IMAGE])
+        wait_until(lambda: world.mounted() == [IMAGE])
 
     def test_an_adopted_image_is_shared_with_the_next_user(
         self, world: World, allocation_id: str

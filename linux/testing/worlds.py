@@ -26,6 +26,7 @@ from statemachine.lifecycle import AllocationState
 from statemachine.messages import NamespaceRequest, NamespaceType
 from transport.contract import CREATION, Backend, Recovery, Sighting, Step
 from transport.descriptors import DescriptorBundle, Inspector, NamespaceIdentity
+from transport.testing.peer import DEADLINE_S, wait_until
 
 from ..anchor import find_anchors
 from ..backend import LinuxBackend, NodeSettings
@@ -55,7 +56,6 @@ LIGHT: Final = (PID, MOUNT)
 SCOPE_PREFIX: Final = f"nsh-test-{os.getpid()}-"
 """Prefix of the ids of all allocations that this process requests."""
 
-DEADLINE_S: Final = 10.0
 HOLD_TIME_S: Final = 60.0
 
 
@@ -200,7 +200,7 @@ class World(ABC):
 
     def release(self, name: str) -> None:
         """Release until nothing is left, as a provider does."""
-        eventually(lambda: self.is_released(name))
+        wait_until(lambda: self.is_released(name))
 
     def is_released(self, name: str) -> bool:
         try:
@@ -223,13 +223,6 @@ class World(ABC):
     def sightings(self, name: str) -> list[Sighting]:
         """What the backend reports without waiting."""
         return [seen.sighting for seen in self.backend.observe() if seen.allocation_id == name]
-
-
-def eventually(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not is_so():
-        assert time.monotonic() < deadline, "it did not come true in time"
-        time.sleep(0.002)
 
 
 class SimulatedWorld(World):
@@ -402,7 +395,7 @@ class LinuxWorld(World):
                 os._exit(1)
         assert os.waitpid(program, 0) == (program, signal.SIGKILL)
         # Its forge goes, too, and only then can the anchors' cgroup go with this world.
-        eventually(self._has_no_forge)
+        wait_until(self._has_no_forge)
 
     def _is_there(self, step: Step, name: str) -> bool:
         match step:
@@ -465,7 +458,7 @@ class LinuxWorld(World):
         scope = self.scope(name)
         (scope / "cgroup.freeze").write_text(str(int(is_frozen)))
         state = f"frozen {int(is_frozen)}"
-        eventually(lambda: state in (scope / "cgroup.events").read_text())
+        wait_until(lambda: state in (scope / "cgroup.events").read_text())
 
     def block_release(self, name: str) -> None:
         with self.backend.bundle_of(name) as bundle:
@@ -487,7 +480,7 @@ class LinuxWorld(World):
         return anchor.pid
 
     def remove_scope(self, name: str) -> None:
-        eventually(partial(_is_removed, self.scope(name)))
+        wait_until(partial(_is_removed, self.scope(name)))
 
     def prepare_scope(self, name: str) -> None:
         self.scope(name).parent.mkdir(exist_ok=True)
@@ -507,7 +500,7 @@ class LinuxWorld(World):
         if self._members.get(name):
             self.leave(name)
         for cgroup in (self.scope(name) / "below", self.scope(name)):
-            eventually(partial(_is_removed, cgroup))
+            wait_until(partial(_is_removed, cgroup))
 
     def has_scope(self, name: str) -> bool:
         return self.scope(name).is_dir()

@@ -20,13 +20,14 @@ from linux.forge.plan import AnchorPlan
 from linux.instance import instance_of
 from linux.journal import read_journal
 from linux.survey import PROCESSES_SHOWN_MAX, states_of
-from linux.testing.worlds import LIGHT, LinuxWorld, eventually, loop_images, real
+from linux.testing.worlds import LIGHT, LinuxWorld, loop_images, real
 from statemachine.errors import CreationFailed, FdPassing
 from statemachine.lifecycle import AllocationState
 from statemachine.messages import NamespaceRequest
 from tests.support.forging import new_token, pids_with_token
 from tests.support.scarcity import descriptors_left
 from transport.contract import Sighting
+from transport.testing.peer import wait_until
 
 pytestmark = pytest.mark.needs_root
 
@@ -118,7 +119,7 @@ def test_running_out_of_descriptors_anywhere_leaves_nothing(
 ) -> None:
     create(world, f"{allocation_id}-first")  # with it the forge starts
     # An anchor that has only just been started cannot be told from others yet.
-    eventually(lambda: len(world.leftovers()) == 2)
+    wait_until(lambda: len(world.leftovers()) == 2)
     before = world.leftovers()
     reasons: list[str] = []
     for count in range(40):
@@ -166,7 +167,7 @@ def test_an_end_that_cannot_be_read_is_seen_later(world: LinuxWorld, allocation_
     world.join(allocation_id)
     world.sees(allocation_id, Sighting.POPULATED)
     world.leave(allocation_id)
-    eventually(lambda: "populated 0" in (world.scope(allocation_id) / "cgroup.events").read_text())
+    wait_until(lambda: "populated 0" in (world.scope(allocation_id) / "cgroup.events").read_text())
     with descriptors_left(0):
         assert set(world.sightings(allocation_id)) <= {Sighting.CHANGED}
         assert not world.backend.is_over(allocation_id)  # as the driver asks after CHANGED
@@ -217,7 +218,7 @@ def test_a_full_journal_keeps_nothing_alive(small_world: LinuxWorld, allocation_
     with full(small_world.state_dir):
         small_world.backend.record_handed_off(allocation_id)
         small_world.backend.release_namespaces(allocation_id)
-        eventually(lambda: tells_of_the_journal(small_world, allocation_id))
+        wait_until(lambda: tells_of_the_journal(small_world, allocation_id))
         assert small_world.leftovers() == []
     small_world.release(allocation_id)
     assert small_world.restart().remembered == (allocation_id,)
@@ -250,10 +251,10 @@ def test_strays_of_the_own_cgroup_are_ended(world: LinuxWorld, other_world: Linu
         with Forge(cgroup=cgroup, features=Features.probe()) as forge:
             forge.make(AnchorPlan(token, LIGHT)).close()
     world.restart()
-    eventually(lambda: not pids_with_token(ours))
+    wait_until(lambda: not pids_with_token(ours))
     assert pids_with_token(theirs)
     other_world.restart()
-    eventually(lambda: not pids_with_token(theirs))
+    wait_until(lambda: not pids_with_token(theirs))
 
 
 @pytest.mark.clause("NODE-4")
@@ -285,7 +286,7 @@ def test_why_an_ended_allocation_is_alive_is_journaled(
             world.backend.why_alive(allocation_id) or ""
         )
 
-    eventually(names_the_zombie)
+    wait_until(names_the_zombie)
     why = world.backend.why_alive(allocation_id)
     world.backend.close()
     (entry,) = read_journal(world.state_dir).entries
@@ -410,8 +411,8 @@ sys.stdin.read()
         (scope / "cgroup.procs").write_text(str(member.pid))
         child.kill()
         assert member.wait(10) == -signal.SIGKILL
-    eventually(lambda: not scope.exists())
-    eventually(lambda: not any(image.is_relative_to(image_root) for image in loop_images()))
+    wait_until(lambda: not scope.exists())
+    wait_until(lambda: not any(image.is_relative_to(image_root) for image in loop_images()))
     remove_slices(cgroup2)
 
 
@@ -420,9 +421,9 @@ sys.stdin.read()
 
 def test_states_are_shown_in_words() -> None:
     with subprocess.Popen(["sleep", "infinity"]) as process:
-        eventually(lambda: "sleeping" in states_of([process.pid]))
+        wait_until(lambda: "sleeping" in states_of([process.pid]))
         os.kill(process.pid, signal.SIGSTOP)
-        eventually(lambda: states_of([process.pid]) == f"{process.pid} (stopped)")
+        wait_until(lambda: states_of([process.pid]) == f"{process.pid} (stopped)")
         process.kill()
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         assert states_of([process.pid]) == f"{process.pid} (a zombie)"
@@ -438,4 +439,4 @@ def test_a_process_with_brackets_in_its_name_is_shown(tmp_path: Path) -> None:
     program.write_text("#!/bin/sh\nread x\n")
     program.chmod(0o755)
     with subprocess.Popen([program], stdin=subprocess.PIPE) as process:
-        eventually(lambda: states_of([process.pid]) == f"{process.pid} (sleeping)")
+        wait_until(lambda: states_of([process.pid]) == f"{process.pid} (sleeping)")

@@ -35,12 +35,12 @@ from linux.cgroups import (
 from linux.syscalls import pidfd_open
 from tests.support.forging import process_state
 from transport.descriptors import Descriptor
+from transport.testing.peer import DEADLINE_S, wait_until
 
 pytestmark = pytest.mark.needs_root
 
 OWNER: Final = "token-of-this-test"
 OTHER_TOKEN: Final = "token-of-another"
-DEADLINE_S: Final = 10.0
 IDLE_S: Final = 0.2
 """How long an idle watch is counted; a spinning one wakes thousands of times in it."""
 
@@ -60,13 +60,6 @@ def root(cgroup2: Path, allocation_id: str) -> Iterator[Path]:
 @pytest.fixture
 def scope(root: Path) -> Scope:
     return Scope.create(root, "alloc", OWNER)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.001)
 
 
 @contextmanager

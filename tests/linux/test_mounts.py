@@ -8,7 +8,6 @@ import os
 import random
 import struct
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,11 @@ from linux.features import OLDEST, Features
 from linux.mounts import ImageError, ImageStore, resolve_image
 from linux.syscalls import Ioctl, ioctl
 from transport.descriptors import Descriptor
+from transport.testing.peer import DEADLINE_S, wait_until
 
 pytestmark = pytest.mark.needs_root
 
 HOLD_TIME_S: Final = 60.0
-DEADLINE_S: Final = 10.0
 TEXT: Final = "hello from the image\n"
 
 MakeImage = Callable[[Path, Mapping[str, str]], Path]
@@ -84,13 +83,6 @@ def users_of(store: ImageStore) -> set[str]:
 
 def mounted_by(store: ImageStore) -> list[str]:
     return [entry.name for entry in store._images.values() if entry.master is not None]
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.001)
 
 
 def read_in(mounted: Descriptor, name: str) -> str:

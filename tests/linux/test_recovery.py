@@ -64,13 +64,14 @@ from linux.recovery import (
     read_description,
 )
 from linux.syscalls import pidfd_open
-from linux.testing.worlds import LIGHT, LinuxWorld, eventually, real
+from linux.testing.worlds import LIGHT, LinuxWorld, real
 from statemachine.errors import CreationFailed
 from statemachine.lifecycle import AllocationState
 from statemachine.messages import NamespaceRequest
 from tests.support.forging import process_state
 from transport.calls import hook_syscalls
 from transport.contract import Adoption
+from transport.testing.peer import wait_until
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 
@@ -179,7 +180,7 @@ def settled(
         with real(tmp_path_factory.mktemp("rows"), cgroup2, image_root) as world:
             yield settle_all(world, elsewhere)
     finally:
-        eventually(lambda: remove_cgroup(elsewhere))
+        wait_until(lambda: remove_cgroup(elsewhere))
 
 
 def settle_all(world: LinuxWorld, elsewhere: Path) -> dict[tuple[Store, Init, ScopeSeen], Settled]:
@@ -219,7 +220,7 @@ def prepare(
         world.join(name)
     if seen is ScopeSeen.OVER:
         world.pass_through(name)
-        eventually(
+        wait_until(
             lambda: (
                 Scope.open(world._cgroup2, name, world.program_now._find(name).token) is not None
                 and "usage_usec 0" not in (world.scope(name) / "cpu.stat").read_text()
@@ -237,7 +238,7 @@ def prepare(
         (elsewhere / "cgroup.procs").write_text(str(pid))
     if init is Init.DEAD:
         os.kill(pid, signal.SIGKILL)
-        eventually(lambda: not is_alive(pid))
+        wait_until(lambda: not is_alive(pid))
     return pid
 
 
@@ -272,8 +273,8 @@ def tidy_up(
         if decide(*facts).action is Action.KEEP:
             if is_alive(inits[facts]):
                 os.kill(inits[facts], signal.SIGKILL)
-            eventually(lambda facts=facts: not is_alive(inits[facts]))  # type: ignore[misc]
-            eventually(lambda name=name: remove_cgroup(world.scope(name)))  # type: ignore[misc]
+            wait_until(lambda facts=facts: not is_alive(inits[facts]))  # type: ignore[misc]
+            wait_until(lambda name=name: remove_cgroup(world.scope(name)))  # type: ignore[misc]
     world.backend.close()
     with Journal(world.state_dir, boot_id()) as journal:
         for facts, name in names.items():
@@ -748,7 +749,7 @@ def test_without_cgroups_the_journal_alone_is_believed_where_it_was_written(
     second = program(tmp_path / "state")
     assert [it.state for it in second.recover().adoptions] == [AllocationState.CREATED]
     second.release_namespaces(allocation_id)
-    eventually(lambda: second.why_alive(allocation_id) is None or _retried(second, allocation_id))
+    wait_until(lambda: second.why_alive(allocation_id) is None or _retried(second, allocation_id))
     second.close()
 
 

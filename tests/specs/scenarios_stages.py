@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
@@ -35,6 +35,7 @@ from transport.request.blocking import perform
 from transport.request.exchange import Exchange
 from transport.testing.in_process import put_through
 from transport.testing.machine import Work
+from transport.testing.peer import wait_until
 from transport.trace import Entry, Recovery, Start, Turn, decode_line
 
 if TYPE_CHECKING:
@@ -234,7 +235,7 @@ class _Program(Daemon):
 
     def start(self, **more: str) -> None:
         self.launch()
-        until(self._is_ready, "the provider is ready")
+        wait_until(self._is_ready, "the provider's readiness")
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         program = self.program
@@ -294,7 +295,7 @@ class OnDaemon(_Callers):
         self.callers.append([])
         if is_held:
             self._daemon.launch(Work.RECOVER.name)
-            until(self._is_listening, "the provider listens")
+            wait_until(self._is_listening, "the provider's socket")
         else:
             self._daemon.start()
 
@@ -445,10 +446,3 @@ Stage: TypeAlias = OnKernels | OnDaemon
 """Where a scenario is played: a node, and a provider that comes and goes on it."""
 
 _LINKS: Final = {NamespaceType.PID: "pid", NamespaceType.NET: "net", NamespaceType.MOUNT: "mnt"}
-
-
-def until(is_so: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not is_so():
-        assert time.monotonic() < deadline, f"not in time: {what}"
-        time.sleep(0.002)

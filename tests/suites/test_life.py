@@ -29,7 +29,6 @@ from linux.testing.worlds import (
     NET,
     PID,
     LinuxWorld,
-    eventually,
     real,
 )
 from statemachine import effects as do
@@ -53,7 +52,7 @@ from transport.codec import decode_message, encode_message
 from transport.framing import encode_frame
 from transport.request import Consumer, Handoff
 from transport.serve import Spans
-from transport.testing.peer import Line
+from transport.testing.peer import Line, wait_until
 
 pytestmark = pytest.mark.needs_root
 
@@ -261,7 +260,7 @@ def test_proc_shows_the_allocation_alone(life: Life, inside: Handoff) -> None:
 @pytest.mark.clause("NODE-7")
 def test_orphans_are_reaped(life: Life, inside: Handoff) -> None:
     output_of(life, inside, "sleep 0.01 & exit")
-    eventually(lambda: len(output_of(life, inside, "cd /proc; echo [0-9]*")[0].split()) == 3)
+    wait_until(lambda: len(output_of(life, inside, "cd /proc; echo [0-9]*")[0].split()) == 3)
 
 
 @pytest.mark.clause("NODE-7")
@@ -497,7 +496,7 @@ def leaderless(life: Life, allocation_id: str) -> tuple[Handoff, subprocess.Pope
     program = LEADERLESS.format(exit=SYS_EXIT)
     process = life.spawn(handoff, sys.executable, "-c", program, stdin=subprocess.PIPE)
     stat = Path(f"/proc/{process.pid}/stat")
-    eventually(lambda: stat.read_text().rpartition(")")[2].split()[0] == "Z")
+    wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "Z")
     return handoff, process
 
 
@@ -531,7 +530,7 @@ def test_a_zombie_in_the_cgroup_alone_does_not_keep_it(life: Life, allocation_id
 def test_an_end_that_overtakes_the_creation_undoes_it(life: Life, allocation_id: str) -> None:
     with Line.to(life.path) as asker, Line.to(life.path) as ender:
         asker.say(NamespaceRequest(allocation_id, ALL, IMAGE))
-        eventually(lambda: life.state_of(allocation_id) is not AllocationState.UNKNOWN)
+        wait_until(lambda: life.state_of(allocation_id) is not AllocationState.UNKNOWN)
         ender.say(AllocationEnded(allocation_id))
         assert ender.hear() == AllocationEnded(allocation_id)
         assert isinstance(asker.hear(), CreationFailed | NamespaceResponse)
@@ -544,7 +543,7 @@ def test_an_end_that_overtakes_the_creation_undoes_it(life: Life, allocation_id:
 def test_an_unclaimed_allocation_is_ended(idle_life: Life, allocation_id: str) -> None:
     idle_life.start(claim_s=0.01)
     idle_life.obtain(allocation_id).close()
-    eventually(lambda: idle_life.is_released(allocation_id))
+    wait_until(lambda: idle_life.is_released(allocation_id))
     assert idle_life.world.leftovers() == []
 
 
@@ -553,7 +552,7 @@ def test_a_connection_claims_it(idle_life: Life, allocation_id: str) -> None:
     idle_life.start(claim_s=0.01)
     handoff = idle_life.obtain(allocation_id)
     idle_life.obtain(f"{allocation_id}-unclaimed").close()
-    eventually(lambda: idle_life.is_released(f"{allocation_id}-unclaimed"))
+    wait_until(lambda: idle_life.is_released(f"{allocation_id}-unclaimed"))
     assert not handoff.wait_ended(0.0)
 
 
@@ -561,10 +560,10 @@ def test_a_process_in_it_claims_it(idle_life: Life, allocation_id: str) -> None:
     idle_life.start(claim_s=0.01)
     handoff = idle_life.obtain(allocation_id)
     idle_life.spawn(handoff, "sleep", "infinity")
-    eventually(lambda: any(e == on.ScopePopulated(allocation_id) for e, _ in history_of(idle_life)))
+    wait_until(lambda: any(e == on.ScopePopulated(allocation_id) for e, _ in history_of(idle_life)))
     handoff.close()
     idle_life.obtain(f"{allocation_id}-unclaimed").close()
-    eventually(lambda: idle_life.is_released(f"{allocation_id}-unclaimed"))
+    wait_until(lambda: idle_life.is_released(f"{allocation_id}-unclaimed"))
     assert_still_alive(idle_life, allocation_id)
 
 
@@ -590,9 +589,9 @@ def test_within_the_grace_the_next_process_goes_on(idle_life: Life, allocation_i
     idle_life.start(empty_grace_s=LONG_S)
     handoff = idle_life.obtain(allocation_id)
     idle_life.spawn(handoff, "true").wait()
-    eventually(lambda: graces_of(idle_life) == [allocation_id])
+    wait_until(lambda: graces_of(idle_life) == [allocation_id])
     idle_life.spawn(handoff, "sleep", "infinity")
-    eventually(lambda: graces_of(idle_life) == [])
+    wait_until(lambda: graces_of(idle_life) == [])
     assert_still_alive(idle_life, allocation_id)
 
 
@@ -614,10 +613,10 @@ def draining(idle_life: Life, allocation_id: str) -> Iterator[Handoff]:
     idle_life.world.block_release(allocation_id)
     with Line.to(idle_life.path) as operator:
         operator.say(AllocationEnded(allocation_id))
-        eventually(lambda: idle_life.state_of(allocation_id) is AllocationState.ENDED)
+        wait_until(lambda: idle_life.state_of(allocation_id) is AllocationState.ENDED)
         yield handoff
     idle_life.world.unblock_release(allocation_id)
-    eventually(lambda: idle_life.is_released(allocation_id))
+    wait_until(lambda: idle_life.is_released(allocation_id))
     assert idle_life.world.leftovers() == []
 
 
@@ -631,8 +630,8 @@ def entry_of(life: Life, name: str) -> Entry:
 def test_what_does_not_die_is_named(idle_life: Life, draining: Handoff, allocation_id: str) -> None:
     zombie = str(idle_life.world._entangled[allocation_id].pid)
     ask, kernel = idle_life.provider.ask, idle_life.provider.provider.kernel
-    eventually(lambda: zombie in ask(lambda: kernel.drain_of(allocation_id)))
-    eventually(lambda: zombie in (entry_of(idle_life, allocation_id).why or ""))
+    wait_until(lambda: zombie in ask(lambda: kernel.drain_of(allocation_id)))
+    wait_until(lambda: zombie in (entry_of(idle_life, allocation_id).why or ""))
 
 
 def test_its_end_is_announced_at_the_deadline(
@@ -682,7 +681,7 @@ def test_the_next_provider_sees_the_end(life: Life, allocation_id: str) -> None:
     life.restart()
     process.kill()
     process.wait()
-    eventually(lambda: life.is_released(allocation_id))
+    wait_until(lambda: life.is_released(allocation_id))
     assert life.world.leftovers() == []
 
 
@@ -693,14 +692,14 @@ def test_what_ended_meanwhile_is_released_at_the_start(life: Life, allocation_id
     process.kill()
     process.wait()
     life.restart()
-    eventually(lambda: life.is_released(allocation_id))
+    wait_until(lambda: life.is_released(allocation_id))
 
 
 def test_what_is_not_claimed_after_a_restart_is_ended(life: Life, allocation_id: str) -> None:
     life.obtain(allocation_id)
     life.drop()
     life.restart(claim_s=0.01)
-    eventually(lambda: life.is_released(allocation_id))
+    wait_until(lambda: life.is_released(allocation_id))
 
 
 @pytest.mark.clause("CRASH-6")

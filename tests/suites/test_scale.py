@@ -13,12 +13,12 @@ from typing import Final
 
 import pytest
 
-from linux.testing.worlds import LIGHT, LinuxWorld, eventually, real
+from linux.testing.worlds import LIGHT, LinuxWorld, real
 from statemachine.lifecycle import AllocationState
 from statemachine.messages import AllocationEnded, NamespaceRequest, NamespaceResponse
 from tests.support.forging import ALL
 from tests.support.serving import Serving
-from transport.testing.peer import Line, frame_of
+from transport.testing.peer import Line, frame_of, wait_until
 
 pytestmark = pytest.mark.needs_root
 
@@ -103,7 +103,7 @@ def test_a_thousand_allocations_live_idle_and_end(
 
         create_all(line, allocation_id)
         assert states_in(provider) == {AllocationState.HANDED_OFF}
-        eventually(lambda: len(world.leftovers()) == 2 * ALLOCATIONS)
+        wait_until(lambda: len(world.leftovers()) == 2 * ALLOCATIONS)
         held = len(os.listdir("/proc/self/fd")) - descriptors
         assert held <= DESCRIPTORS_PER_ALLOCATION_MAX * ALLOCATIONS + AT_A_TIME
 
@@ -112,5 +112,5 @@ def test_a_thousand_allocations_live_idle_and_end(
         assert wakeups <= IDLE_WAKEUPS_MAX
 
         end_all(line, allocation_id)
-        eventually(lambda: states_in(provider) == set())
+        wait_until(lambda: states_in(provider) == set())
         assert world.leftovers() == []

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import select
 import subprocess
-import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -23,13 +22,12 @@ from linux.forge.spawn import spawn_within
 from linux.namespaces import open_bundle
 from statemachine.messages import NamespaceType
 from transport.descriptors import Descriptor, DescriptorBundle
+from transport.testing.peer import DEADLINE_S, wait_until
 
 PID: Final = NamespaceType.PID
 NET: Final = NamespaceType.NET
 MOUNT: Final = NamespaceType.MOUNT
 ALL: Final = (PID, NET, MOUNT)
-
-DEADLINE_S: Final = 10.0
 
 KERNELS: Final = {"this kernel": Features.probe(), "oldest kernel": OLDEST}
 
@@ -109,13 +107,6 @@ def run_within(bundle: DescriptorBundle, *command: str) -> str:
 
 def own_links() -> dict[str, str]:
     return {name: os.readlink(f"/proc/self/ns/{name}") for name in ("pid", "net", "mnt")}
-
-
-def wait_until(happened: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not happened():
-        assert time.monotonic() < deadline, f"{happened} did not come true"
-        time.sleep(0.002)
 
 
 def process_state(pid: int) -> str:

@@ -7,8 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
@@ -18,23 +17,15 @@ from linux.journal import read_journal
 from linux.namespaces import KernelInspector
 from statemachine import AllocationNotFound, NamespaceRequest, NamespaceType
 from transport.request import Consumer, Handoff
+from transport.testing.peer import DEADLINE_S, wait_until
 
 ROOT: Final = Path(__file__).parents[2]
 COMMAND: Final = (sys.executable, "-m", "linux")
 INSTALLED: Final = str(Path(sys.executable).with_name("nshandoff"))
-DEADLINE_S: Final = 20.0
-POLL_S: Final = 0.01
 
 PID: Final = NamespaceType.PID
 NET: Final = NamespaceType.NET
 MOUNT: Final = NamespaceType.MOUNT
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(POLL_S)
 
 
 def environment(**more: str) -> dict[str, str]:

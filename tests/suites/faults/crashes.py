@@ -19,7 +19,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from linux.testing.worlds import eventually
 from statemachine.errors import NamespaceError
 from statemachine.messages import NamespaceRequest
 from tests.suites.faults.faults import Call, Death, FaultInjector
@@ -28,6 +27,7 @@ from transport import calls
 from transport.endpoint import listen
 from transport.request import AsyncHandoff
 from transport.serve import Provider
+from transport.testing.peer import wait_until
 
 PATIENCE_S: Final = 20.0
 """How long anything may take; it takes milliseconds."""
@@ -331,5 +331,5 @@ def killed(directory: Path, cgroup2: Path, image_root: Path) -> Iterator[Killed]
         program._reap()
         # The forges of the dead notice it in their own time, and are in the anchors' cgroup.
         anchors = stage.world.anchors_cgroup
-        eventually(lambda: not anchors.is_dir() or stage.world._has_no_forge())
+        wait_until(lambda: not anchors.is_dir() or stage.world._has_no_forge())
         stage.close()

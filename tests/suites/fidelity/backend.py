@@ -21,7 +21,6 @@ from linux.testing.worlds import (
     OTHER_IMAGE,
     SCOPE_PREFIX,
     World,
-    eventually,
     real,
     simulated,
 )
@@ -31,6 +30,7 @@ from tests.suites.fidelity.machines import Call
 from tests.suites.fidelity.mounts import make_image
 from transport.contract import Recovery, Sighting
 from transport.descriptors import DescriptorBundle, NamespaceIdentity
+from transport.testing.peer import wait_until
 
 ALLOCATIONS: Final = 2
 """How many allocations there may be at a time."""
@@ -85,7 +85,7 @@ class Program:
         self.clear()
         self._world.now_s += 1000.0
         self._world.backend.tidy()
-        eventually(lambda: self._world.mounted() == [])
+        wait_until(lambda: self._world.mounted() == [])
         self._begin()
 
     def clear(self) -> None:
@@ -251,7 +251,7 @@ class Program:
         self._world.kill_init(life.name)
         life.is_init_alive = False
         if life.identities:
-            eventually(lambda: self.bundle(number) is not True)
+            wait_until(lambda: self.bundle(number) is not True)
         return True
 
     def block_release(self, number: int) -> bool | None:

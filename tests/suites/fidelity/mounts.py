@@ -7,7 +7,6 @@ import errno
 import os
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,8 +23,9 @@ from linux.simulated.mounts import (
     SimulatedTree,
 )
 from linux.testing.worlds import loop_images
-from tests.suites.fidelity.machines import DEADLINE_S, OPEN_TO_READ, SimulatedMachine
+from tests.suites.fidelity.machines import OPEN_TO_READ, SimulatedMachine
 from transport.descriptors import Descriptor, close_all
+from transport.testing.peer import wait_until
 
 IMAGES: Final = ("one.sqfs", "other.sqfs")
 PLACES: Final = ("a", "b")
@@ -139,10 +139,7 @@ class LinuxMounts:
         self._serials.clear()
         self._acquired = 0
         self._make_base()
-        deadline = time.monotonic() + DEADLINE_S
-        while any(map(self.loops, range(len(IMAGES)))):
-            assert time.monotonic() < deadline, "a loop device stays"
-            time.sleep(0.0005)
+        wait_until(lambda: not any(map(self.loops, range(len(IMAGES)))), "the end of all loops")
 
     def close(self) -> None:
         self.reset()
