@@ -306,25 +306,20 @@ class BackendContract:
         world.release(name)
         assert world.leftovers() == []
 
-    def test_what_is_being_released_gives_no_descriptors(self, world: World, name: str) -> None:
+    def test_what_is_being_released_is_not_given_out_and_blocks_no_other(
+        self, world: World, name: str
+    ) -> None:
         world.block_release(name)
         world.backend.release_namespaces(name)
         with pytest.raises(AllocationNotFound):
             world.backend.bundle_of(name)
-        world.unblock_release(name)
-
-    def test_what_is_being_released_cannot_be_created(self, world: World, name: str) -> None:
-        world.block_release(name)
-        world.backend.release_namespaces(name)
         with pytest.raises(CreationFailed, match="alive"):
             create(world, name)
-        world.unblock_release(name)
-
-    def test_what_cannot_end_yet_blocks_no_other(self, world: World, name: str) -> None:
-        world.block_release(name)
-        world.backend.release_namespaces(name)
         create(world, f"{name}-other")
         world.release(f"{name}-other")
+        # To be watched for nothing.
+        world.backend.watch(name)
+        assert world.sightings(name) == []
         world.unblock_release(name)
 
     # --- Observing ------------------------------------------------------------------------------
@@ -400,11 +395,9 @@ class BackendContract:
         world.release(name)
         assert world.leftovers() == []
 
-    def test_a_dead_init_is_seen(self, world: World, name: str) -> None:
-        world.kill_init(name)
-        world.sees(name, Sighting.INIT_DIED)
-
-    def test_the_descriptors_of_a_dead_init_are_refused(self, world: World, name: str) -> None:
+    def test_a_dead_init_is_seen_and_its_descriptors_are_refused(
+        self, world: World, name: str
+    ) -> None:
         world.kill_init(name)
         world.sees(name, Sighting.INIT_DIED)
         with pytest.raises(FdPassing):
@@ -419,33 +412,22 @@ class BackendContract:
         world.sees(name, Sighting.EMPTIED)
         assert not world.backend.is_over(other)
 
-    def test_what_happened_before_the_watch_is_seen(self, world: World, allocation_id: str) -> None:
-        create(world, allocation_id)
-        world.join(allocation_id)
-        world.backend.watch(allocation_id)
-        world.sees(allocation_id, Sighting.POPULATED)
-
-    def test_an_end_before_the_watch_is_seen(self, world: World, allocation_id: str) -> None:
-        create(world, allocation_id)
-        world.pass_through(allocation_id)
-        world.backend.watch(allocation_id)
-        world.sees(allocation_id, Sighting.EMPTIED)
-
-    def test_an_init_that_died_before_the_watch_is_seen(
-        self, world: World, allocation_id: str
+    @pytest.mark.parametrize(
+        ("happens", "sighting"),
+        [
+            ("join", Sighting.POPULATED),
+            ("pass_through", Sighting.EMPTIED),
+            ("kill_init", Sighting.INIT_DIED),
+            ("remove_scope", Sighting.EMPTIED),
+        ],
+    )
+    def test_what_happened_before_the_watch_is_seen(
+        self, world: World, allocation_id: str, happens: str, sighting: Sighting
     ) -> None:
         create(world, allocation_id)
-        world.kill_init(allocation_id)
+        getattr(world, happens)(allocation_id)
         world.backend.watch(allocation_id)
-        world.sees(allocation_id, Sighting.INIT_DIED)
-
-    def test_a_scope_that_was_removed_before_the_watch_is_seen(
-        self, world: World, allocation_id: str
-    ) -> None:
-        create(world, allocation_id)
-        world.remove_scope(allocation_id)
-        world.backend.watch(allocation_id)
-        world.sees(allocation_id, Sighting.EMPTIED)
+        world.sees(allocation_id, sighting)
 
     def test_nothing_is_seen_of_what_is_being_released(self, world: World, name: str) -> None:
         world.join(name)
@@ -461,13 +443,6 @@ class BackendContract:
         assert world.sightings(name) == []
         world.leave(name)
         world.sees(name, Sighting.EMPTIED)
-
-    def test_what_is_being_released_is_watched_for_nothing(self, world: World, name: str) -> None:
-        world.block_release(name)
-        world.backend.release_namespaces(name)
-        world.backend.watch(name)
-        assert world.sightings(name) == []
-        world.unblock_release(name)
 
     def test_what_is_not_there_cannot_be_watched(self, world: World, allocation_id: str) -> None:
         with pytest.raises(AllocationNotFound):
@@ -537,30 +512,22 @@ class BackendContract:
         world.sees(name, Sighting.EMPTIED)
 
     @pytest.mark.clause("CRASH-4")
-    def test_an_init_that_died_meanwhile_leaves_remains(self, world: World, name: str) -> None:
-        world.kill_init(name)
-        world.sees(name, Sighting.INIT_DIED)
-        (adoption,) = world.restart().adoptions
-        assert adoption.state is AllocationState.ENDED
-        world.release(name)
-        assert world.leftovers() == []
-
-    def test_a_scope_that_went_meanwhile_leaves_remains(self, world: World, name: str) -> None:
-        world.remove_scope(name)
-        (adoption,) = world.restart().adoptions
-        assert adoption.state is AllocationState.ENDED
-        world.release(name)
-        assert world.leftovers() == []
-
-    def test_the_others_are_adopted_untouched(self, world: World, name: str) -> None:
+    @pytest.mark.parametrize("loses", ["kill_init", "remove_scope"])
+    def test_what_lost_its_init_or_scope_leaves_remains_and_the_others_are_adopted(
+        self, world: World, name: str, loses: str
+    ) -> None:
         other = f"{name}-other"
         create(world, other)
         before = world.identities(other)
-        world.kill_init(name)
-        world.sees(name, Sighting.INIT_DIED)
+        getattr(world, loses)(name)
+        if loses == "kill_init":
+            world.sees(name, Sighting.INIT_DIED)
         states = {a.request.allocation_id: a.state for a in world.restart().adoptions}
         assert states == {name: AllocationState.ENDED, other: AllocationState.CREATED}
         assert world.identities(other) == before
+        world.release(name)
+        world.release(other)
+        assert world.leftovers() == []
 
     @pytest.mark.clause("CRASH-6")
     def test_what_was_released_is_remembered_in_order(
