@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,11 @@ from linux.cli.serve import JsonLines
 from linux.journal import JOURNAL_NAME
 from statemachine import NamespaceRequest
 from tests.support.programs import (
-    COMMAND,
     MOUNT,
     NET,
     PID,
     Daemon,
     daemon_in,
-    environment,
     identities_of,
     nshandoff,
     running,
@@ -192,9 +191,9 @@ def test_other_users_are_served_if_allowed(image_root: Path, is_allowed: bool) -
 # --- What keeps it from starting ---------------------------------------------------------------
 
 
-def failure(*words: str) -> tuple[str, str]:
+def failure(*words: str, within: Sequence[str | Path] = ()) -> tuple[str, str]:
     """Start one that cannot start; the kind of error and the text it says."""
-    told = nshandoff(*words)
+    told = nshandoff(*words, within=within)
     assert told.returncode == ExitCode.ENVIRONMENT
     last = json.loads(told.stderr.splitlines()[-1])
     assert (last["event"], last["level"]) == ("start_failed", "error")
@@ -239,18 +238,9 @@ def test_damaged_journal_is_left_alone(tmp_path: Path, image_root: Path) -> None
 
 def test_node_without_cgroup2_is_named(tmp_path: Path, image_root: Path, cgroup2: Path) -> None:
     hide = 'umount --lazy "$0" && exec "$@"'
-    words = Daemon(tmp_path, image_root).words
-    told = subprocess.run(
-        ["unshare", "--mount", "sh", "-c", hide, cgroup2, *COMMAND, *words],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert told.returncode == ExitCode.ENVIRONMENT
-    last = json.loads(told.stderr.splitlines()[-1])
-    assert (last["event"], last["error"]) == ("start_failed", "CgroupUnavailable")
-    assert "mount one" in last["message"]
+    within = ("unshare", "--mount", "sh", "-c", hide, cgroup2)
+    error, text = failure(*Daemon(tmp_path, image_root).words, within=within)
+    assert (error, "mount one" in text) == ("CgroupUnavailable", True)
 
 
 def test_directory_that_cannot_be_made_is_named(tmp_path: Path, image_root: Path) -> None:
@@ -263,18 +253,18 @@ def test_directory_that_cannot_be_made_is_named(tmp_path: Path, image_root: Path
 
 
 def test_simulated_node_is_served_too(tmp_path: Path, image_root: Path, allocation_id: str) -> None:
-    daemon = Daemon(tmp_path, image_root, "--backend", "simulated")
-    daemon.start()
     words = ("--id", allocation_id, "--namespaces", "pid,mount", "--uenv", "hello.sqfs")
-    socket_of = ("--socket", daemon.socket, "--backend", "simulated")
-    with running("request", *words, *socket_of, "--json") as program:
+    simulated = ("--backend", "simulated")
+    with (
+        daemon_in(tmp_path, image_root, *simulated) as daemon,
+        running("request", *words, "--socket", daemon.socket, *simulated, "--json") as program,
+    ):
         assert program.stdout is not None
         shown = json.loads(program.stdout.readline())
         assert set(identities_of(shown)) == {"Pid", "Mount"}
         assert shown["is_degraded"] is False
         program.send_signal(signal.SIGTERM)
         assert program.wait() == 0
-    assert daemon.stop() == ExitCode.OK
 
 
 def test_work_that_hangs_does_not_keep_it_from_stopping(daemon: Daemon, allocation_id: str) -> None:

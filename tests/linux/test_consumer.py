@@ -215,10 +215,7 @@ def test_a_consumer_that_sees_less_of_cgroup_v2_is_told(
     inner.mkdir()
     enter = f'echo 0 >"{inner}/cgroup.procs" && exec unshare -Cm sh -c "$0" "$@"'
     words = ("run", "--socket", str(daemon.socket), "--id", allocation_id, "--namespaces", "pid")
-    told = subprocess.run(
-        ["sh", "-c", enter, REMOUNT, str(cgroup2), *COMMAND, *words, "--", "true"],
-        env=environment(), capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    told = nshandoff(*words, "--", "true", within=("sh", "-c", enter, REMOUNT, cgroup2))
     assert told.returncode == ExitCode.RUN_FAILED
     assert "are outside of what" in told.stderr
     assert daemon.alive() == []
@@ -241,10 +238,7 @@ def test_a_pid_namespace_that_cannot_be_entered_is_not_asked_for(
     daemon: Daemon, allocation_id: str, fallback: str
 ) -> None:
     words = ("run", "--socket", str(daemon.socket), "--id", allocation_id, "--fallback", fallback)
-    told = subprocess.run(
-        [*IN_ANOTHER, *COMMAND, *words, "--namespaces", "pid", "--", "echo", "inside"],
-        env=environment(), capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    told = nshandoff(*words, "--namespaces", "pid", "--", "echo", "inside", within=IN_ANOTHER)
     assert "neither this one nor below it" in told.stderr
     expected = (ExitCode.RUN_FAILED, "") if fallback == "never" else (0, "inside\n")
     assert (told.returncode, told.stdout) == expected
@@ -253,10 +247,7 @@ def test_a_pid_namespace_that_cannot_be_entered_is_not_asked_for(
 
 def test_other_namespaces_can_be_entered_from_there(daemon: Daemon, allocation_id: str) -> None:
     words = ("run", "--socket", str(daemon.socket), "--id", allocation_id, "--fallback", "never")
-    told = subprocess.run(
-        [*IN_ANOTHER, *COMMAND, *words, "--namespaces", "net,mount", "--", "echo", "inside"],
-        env=environment(), capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    told = nshandoff(*words, "--namespaces", "net,mount", "--", "echo", "inside", within=IN_ANOTHER)
     assert (told.returncode, told.stdout) == (0, "inside\n"), told.stderr
 
 
@@ -265,10 +256,7 @@ def test_a_provider_that_could_not_return_says_so_at_its_start(
     tmp_path: Path, image_root: Path
 ) -> None:
     words = Daemon(tmp_path, image_root, "--no-scopes").words
-    told = subprocess.run(
-        ["unshare", "-Urm", *COMMAND, *words],
-        env=environment(), capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    told = nshandoff(*words, within=("unshare", "-Urm"))
     assert told.returncode == ExitCode.ENVIRONMENT
     assert "namespace belongs to another one, so it cannot return there" in told.stderr
 

@@ -23,11 +23,11 @@ from linux.cli.signals import _IGNORED, NOTED, STOPPING
 from linux.limits import OOM_SCORE_ADJ_MIN, descriptors_for
 from statemachine.provider import Limits
 from tests.support.programs import (
-    COMMAND,
     MOUNT,
     NET,
     PID,
     Daemon,
+    daemon_in,
     environment,
     nshandoff,
     wait_until,
@@ -168,13 +168,11 @@ def test_more_signals_while_it_stops_change_nothing(
 def test_what_was_blocked_or_ignored_when_it_was_started_is_not(
     tmp_path: Path, image_root: Path, allocation_id: str
 ) -> None:
-    daemon = Daemon(tmp_path, image_root)
-    daemon.prefix = ("env", "--block-signal", "--ignore-signal=TERM,CHLD,HUP")
-    daemon.start()
-    os.kill(daemon.pid, signal.SIGHUP)
-    wait_until(lambda: said(daemon, "signal_ignored"))
-    serve_one(daemon, allocation_id)
-    assert daemon.stop() == ExitCode.OK
+    prefix = ("env", "--block-signal", "--ignore-signal=TERM,CHLD,HUP")
+    with daemon_in(tmp_path, image_root, prefix=prefix) as daemon:
+        os.kill(daemon.pid, signal.SIGHUP)
+        wait_until(lambda: said(daemon, "signal_ignored"))
+        serve_one(daemon, allocation_id)
 
 
 # --- Limits ------------------------------------------------------------------------------------
@@ -205,32 +203,26 @@ def helpers_of(cgroup2: Path) -> list[str]:
 def test_soft_limit_is_raised_for_the_provider_alone(
     tmp_path: Path, image_root: Path, cgroup2: Path, allocation_id: str
 ) -> None:
-    daemon = Daemon(tmp_path, image_root)
-    daemon.prefix = ("prlimit", "--nofile=64:3000")
-    daemon.start()
-    with daemon.obtain(allocation_id, PID) as handoff:
+    with (
+        daemon_in(tmp_path, image_root, prefix=("prlimit", "--nofile=64:3000")) as daemon,
+        daemon.obtain(allocation_id, PID) as handoff,
+    ):
         helpers = helpers_of(cgroup2)
         assert len(helpers) == 2  # the forge and the anchor
         assert {pid: limit_of(pid) for pid in helpers} == dict.fromkeys(helpers, (64, 3000))
         assert limit_of(daemon.pid) == (3000, 3000)
         assert handoff.end()
-    daemon.clear()
-    assert daemon.stop() == ExitCode.OK
 
 
 @pytest.mark.clause("DAEMON-1")
 def test_more_are_served_at_once_than_the_soft_limit_has_descriptors_for(
     tmp_path: Path, image_root: Path, allocation_id: str
 ) -> None:
-    daemon = Daemon(tmp_path, image_root)
-    daemon.prefix = ("prlimit", "--nofile=128:4000")
-    daemon.start()
-    with ExitStack() as stack:
+    prefix = ("prlimit", "--nofile=128:4000")
+    with daemon_in(tmp_path, image_root, prefix=prefix) as daemon, ExitStack() as stack:
         for number in range(40):
             stack.enter_context(daemon.obtain(f"{allocation_id}-{number}"))
         assert len(os.listdir(f"/proc/{daemon.pid}/fd")) > 128
-    daemon.clear()
-    assert daemon.stop() == ExitCode.OK
 
 
 @pytest.mark.clause("DAEMON-2")
@@ -238,14 +230,12 @@ def test_limits_follow_the_descriptors_there_are_and_that_is_said(
     tmp_path: Path, image_root: Path, allocation_id: str
 ) -> None:
     """With these limits as many consumers as are let in are served, and others told the limit."""
-    daemon = Daemon(tmp_path, image_root)
-    daemon.prefix = ("prlimit", "--nofile=64:288")
-    daemon.start()
-    (lowered,) = said(daemon, "limits_lowered")
-    assert (lowered["connections_per_uid"], lowered["allocations_per_uid"]) == (8, 8)
-    assert "288" in lowered["message"]
-    assert "RLIMIT_NOFILE" in lowered["message"]
-    with ExitStack() as stack:
+    prefix = ("prlimit", "--nofile=64:288")
+    with daemon_in(tmp_path, image_root, prefix=prefix) as daemon, ExitStack() as stack:
+        (lowered,) = said(daemon, "limits_lowered")
+        assert (lowered["connections_per_uid"], lowered["allocations_per_uid"]) == (8, 8)
+        assert "288" in lowered["message"]
+        assert "RLIMIT_NOFILE" in lowered["message"]
         for number in range(8):
             stack.enter_context(daemon.obtain(f"{allocation_id}-{number}", PID))
         refused = nshandoff(
@@ -254,17 +244,13 @@ def test_limits_follow_the_descriptors_there_are_and_that_is_said(
         )
     assert "limit reached" in refused.stderr
     assert refused.returncode == ExitCode.NO
-    daemon.clear()
-    assert daemon.stop() == ExitCode.OK
 
 
 def test_enough_descriptors_are_not_worth_a_word(tmp_path: Path, image_root: Path) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    daemon = Daemon(tmp_path, image_root)
-    daemon.start()
-    assert bool(said(daemon, "limits_lowered")) is (hard < descriptors_for(Limits()))
-    assert said(daemon, "starting")[0]["descriptors"] == hard
-    assert daemon.stop() == ExitCode.OK
+    with daemon_in(tmp_path, image_root) as daemon:
+        assert bool(said(daemon, "limits_lowered")) is (hard < descriptors_for(Limits()))
+        assert said(daemon, "starting")[0]["descriptors"] == hard
 
 
 def lowest_oom_score_adj() -> int:
@@ -285,17 +271,9 @@ def lowest_oom_score_adj() -> int:
 @pytest.mark.clause("DAEMON-3")
 def test_anchor_of_self_service_is_protected_and_its_workload_is_not(tmp_path: Path) -> None:
     script = "cat /proc/1/oom_score_adj /proc/self/oom_score_adj"
-    shown = subprocess.run(
-        [
-            *("choom", "--adjust", "500", "--", *COMMAND),
-            *("run", "--socket", tmp_path / "absent", "--namespaces", "pid,mount"),
-            *("--", "sh", "-c", script),
-        ],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        check=True,
-    )
-    assert shown.stdout.split() == [b"%d" % lowest_oom_score_adj(), b"500"]
+    words = ("run", "--socket", tmp_path / "absent", "--namespaces", "pid,mount", "--")
+    shown = nshandoff(*words, "sh", "-c", script, within=("choom", "--adjust", "500", "--"))
+    assert shown.stdout.split() == [str(lowest_oom_score_adj()), "500"]
 
 
 @pytest.mark.clause("DAEMON-3")
@@ -304,22 +282,18 @@ def test_provider_and_anchors_are_protected_from_the_oom_killer_and_workloads_ar
 ) -> None:
     before = oom_score_adj("self")
     protected = lowest_oom_score_adj()
-    daemon = Daemon(tmp_path, image_root)
-    daemon.prefix = ("choom", "--adjust", "500", "--")
-    daemon.start()
-    assert said(daemon, "starting")[0]["oom_score_adj"] == protected
-    with daemon.obtain(allocation_id, PID) as handoff:
-        found = [oom_score_adj(pid) for pid in (daemon.pid, *helpers_of(cgroup2))]
-        assert found == [protected] * 3
-        assert handoff.end()
-    shown = nshandoff(
-        *("run", "--socket", daemon.socket, "--namespaces", "pid", "--"),
-        *("sh", "-c", "cat /proc/self/oom_score_adj; ulimit -Sn; ulimit -Hn"),
-    )
+    with daemon_in(tmp_path, image_root, prefix=("choom", "--adjust", "500", "--")) as daemon:
+        assert said(daemon, "starting")[0]["oom_score_adj"] == protected
+        with daemon.obtain(allocation_id, PID) as handoff:
+            found = [oom_score_adj(pid) for pid in (daemon.pid, *helpers_of(cgroup2))]
+            assert found == [protected] * 3
+            assert handoff.end()
+        shown = nshandoff(
+            *("run", "--socket", daemon.socket, "--namespaces", "pid", "--"),
+            *("sh", "-c", "cat /proc/self/oom_score_adj; ulimit -Sn; ulimit -Hn"),
+        )
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     assert shown.stdout.split() == [str(before), str(soft), str(hard)]
-    daemon.clear()
-    assert daemon.stop() == ExitCode.OK
 
 
 # --- Log and trace -----------------------------------------------------------------------------
@@ -420,14 +394,12 @@ def test_lost_lines_of_the_log_are_counted_in_the_next_one(
 def test_closed_standard_streams_are_no_files_of_ours(
     tmp_path: Path, image_root: Path, allocation_id: str, closed: str
 ) -> None:
-    daemon = Daemon(tmp_path, image_root)
     closing = " ".join(f"{fd}>&-" for fd in closed.split())
-    daemon.prefix = ("sh", "-c", f'exec "$0" "$@" {closing}')
-    daemon.start()
-    serve_one(daemon, allocation_id)
-    for fd in closed.split():
-        assert os.readlink(f"/proc/{daemon.pid}/fd/{fd}") == "/dev/null"
-    assert daemon.stop() == ExitCode.OK
+    prefix = ("sh", "-c", f'exec "$0" "$@" {closing}')
+    with daemon_in(tmp_path, image_root, prefix=prefix) as daemon:
+        serve_one(daemon, allocation_id)
+        for fd in closed.split():
+            assert os.readlink(f"/proc/{daemon.pid}/fd/{fd}") == "/dev/null"
 
 
 @pytest.mark.clause("DAEMON-6")

@@ -12,7 +12,7 @@ import pytest
 
 from linux.cli.exits import ExitCode
 from linux.demo.host import PREFIX
-from tests.support.programs import MOUNT, NET, ROOT, Daemon, environment, wait_until
+from tests.support.programs import MOUNT, NET, ROOT, Daemon, daemon_in, environment, wait_until
 
 pytestmark = pytest.mark.needs_root
 
@@ -99,14 +99,13 @@ def test_mount_point_with_any_name_stops_nothing(
 ) -> None:
     """Users choose the names of what they mount, and so bytes of a table that is read."""
     (tmp_path / os.fsdecode(name)).mkdir()
-    daemon = Daemon(tmp_path, image_root)
     mount = 'mount -t tmpfs tmpfs "$0" && exec "$@"'
-    daemon.prefix = ("unshare", "--mount", "sh", "-c", mount, str(tmp_path / os.fsdecode(name)))
-    daemon.start()
-    with daemon.obtain(allocation_id, NET, MOUNT) as handoff:
+    prefix = ("unshare", "--mount", "sh", "-c", mount, str(tmp_path / os.fsdecode(name)))
+    with (
+        daemon_in(tmp_path, image_root, prefix=prefix) as daemon,
+        daemon.obtain(allocation_id, NET, MOUNT) as handoff,
+    ):
         assert handoff.end()
-    daemon.clear()
-    assert daemon.stop() == ExitCode.OK
 
 
 @pytest.mark.parametrize("how", ["bind mount", "directory"])

@@ -97,9 +97,7 @@ def test_images_on_a_dead_file_server_make_nothing_else_wait(
 def test_a_daemon_with_images_that_hang_stops(
     tmp_path: Path, root: Path, allocation_id: str
 ) -> None:
-    daemon = Daemon(tmp_path, root)
-    daemon.start()
-    try:
+    with daemon_in(tmp_path, root) as daemon:
         with hanging_below(root / "gone"), Line.to(daemon.socket) as line:
             for number in range(HANGING):
                 name = f"{allocation_id}-h{number}"
@@ -112,9 +110,6 @@ def test_a_daemon_with_images_that_hang_stops(
             # It cannot be gone while one of its threads is in the Linux kernel; its socket is.
             assert line.hear_rest() == []
         assert program.wait(20) == 0
-    finally:
-        daemon.clear()
-        daemon.stop()
 
 
 @contextmanager

@@ -22,13 +22,12 @@ from linux.namespaces import KernelInspector
 from statemachine import NamespaceRequest
 from statemachine.errors import NamespaceError
 from tests.support.programs import (
-    COMMAND,
     DEADLINE_S,
     MOUNT,
     NET,
     PID,
     Daemon,
-    environment,
+    nshandoff,
     wait_until,
     warm_daemon_in,
 )
@@ -192,14 +191,7 @@ def test_a_program_that_cannot_start_says_why_in_one_line(
     call, errno = point
     daemon = Daemon(tmp_path, image_root)
     inject = f"inject={call}:error={errno}:when=1+"
-    refused = subprocess.run(
-        [*STRACE, f"trace={call}", "-e", inject, *COMMAND, *daemon.words],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-        check=False,
-    )
+    refused = nshandoff(*daemon.words, within=(*STRACE, f"trace={call}", "-e", inject))
     assert refused.returncode not in (0, -signal.SIGKILL)
     assert refused.returncode in {code.value for code in ExitCode}
     *_, last = refused.stderr.strip().splitlines()

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
@@ -32,11 +32,13 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100", **more}
 
 
-def nshandoff(*words: str | Path, **how: Any) -> subprocess.CompletedProcess[str]:
-    """Run the command to its end."""
+def nshandoff(
+    *words: str | Path, within: Sequence[str | Path] = (), **how: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end; `within`: a program that executes it, with its words."""
     settings: dict[str, Any] = {"stdin": subprocess.DEVNULL, "env": environment(), **how}
     return subprocess.run(
-        [*COMMAND, *map(str, words)],
+        [*within, *COMMAND, *map(str, words)],
         check=False,
         capture_output=True,
         text=True,
@@ -72,19 +74,26 @@ class Daemon:
         directory: Where its socket, state and log are.
         image_root: Where its images are.
         options: More words for its command line.
+        prefix: A program that executes it, with its words: env(1), prlimit(1).
+        stderr: Where it logs to; lent. None for `log`.
     """
 
-    def __init__(self, directory: Path, image_root: Path, *options: str) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        image_root: Path,
+        *options: str,
+        prefix: tuple[str, ...] = (),
+        stderr: int | None = None,
+    ) -> None:
         self.socket = directory / "handoff.sock"
         self.state_dir = directory / "state"
         self.uenv_base = directory / "uenv"
         self.log = directory / "log"
         self.ready = self.state_dir / "ready"
         self.program: subprocess.Popen[bytes] | None = None
-        self.prefix: tuple[str, ...] = ()
-        """A program that executes it, with its words: env(1), prlimit(1)."""
-        self.stderr: int | None = None
-        """Where it logs to; lent. None for `log`."""
+        self.prefix = prefix
+        self.stderr = stderr
         self.places = ("--image-root", str(image_root), "--uenv-base", str(self.uenv_base))
         self.options = options
 
@@ -165,15 +174,15 @@ class Daemon:
 
 
 @contextmanager
-def daemon_in(directory: Path, image_root: Path, *options: str) -> Iterator[Daemon]:
-    """Have a daemon, started; whatever it made and it itself are gone afterwards."""
-    daemon = Daemon(directory, image_root, *options)
+def daemon_in(directory: Path, image_root: Path, *options: str, **how: Any) -> Iterator[Daemon]:
+    """Have a daemon, started; afterwards what it made is gone, and it itself, with exit code 0."""
+    daemon = Daemon(directory, image_root, *options, **how)
     daemon.start()
     try:
         yield daemon
     finally:
         daemon.clear()
-        daemon.stop()
+        assert daemon.stop() == 0
 
 
 @contextmanager
