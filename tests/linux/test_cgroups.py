@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
@@ -377,21 +378,14 @@ def test_a_full_hierarchy_is_reported_by_call_errno_and_path(root: Path) -> None
 
 
 def test_many_makers_of_one_scope_make_one(root: Path) -> None:
-    makers = 8
-    outcomes: list[object] = []
-
-    def make(number: int) -> None:
+    def make(number: int) -> str | None:
         try:
-            outcomes.append(Scope.create(root, "alloc", f"owner-{number}").owner())
-        except ScopeError as error:
-            outcomes.append(error.errno)
+            return Scope.create(root, "alloc", f"owner-{number}").owner()
+        except ScopeError:
+            return None
 
-    threads = [threading.Thread(target=make, args=(number,)) for number in range(makers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    winners = [outcome for outcome in outcomes if isinstance(outcome, str)]
+    with ThreadPoolExecutor(8) as pool:
+        winners = [owner for owner in pool.map(make, range(8)) if owner is not None]
     assert len(winners) == 1
     found = Scope.open(root, "alloc", winners[0])
     assert found is not None

@@ -10,8 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ import pytest
 
 from linux import syscalls
 from linux.anchor import Anchor, find_anchors
-from linux.cgroups import Scope, find_cgroup2, remove_slices
+from linux.cgroups import Scope, find_cgroup2
 from linux.features import Features
 from linux.forge import client as forge_module
 from linux.forge.child import _mounts_below_sys
@@ -46,13 +45,14 @@ from tests.support.forging import (
     pids_with_token,
     plan,
     run_within,
+    scope,
     tmpfs,
     wait_dead,
     wait_until,
 )
 from transport.descriptors import Descriptor, DescriptorBundle
 
-__all__ = ["anchors_cgroup", "features", "forge"]
+__all__ = ["anchors_cgroup", "features", "forge", "scope"]
 
 pytestmark = pytest.mark.needs_root
 
@@ -96,15 +96,6 @@ def run_owner(features: Features, program: str, *wrapper: str) -> list[str]:
         text=True,
     )
     return done.stdout.splitlines()
-
-
-@pytest.fixture
-def scope(cgroup2: Path, allocation_id: str) -> Iterator[Scope]:
-    scope = Scope.create(cgroup2, allocation_id, "the owner")
-    yield scope
-    scope.kill()
-    wait_until(scope.remove)
-    remove_slices(cgroup2)
 
 
 def is_visible(anchor: Anchor) -> bool:
@@ -312,7 +303,6 @@ def test_mounts_come_from_the_node_and_never_go_there(
     """In a mount namespace that shares its mounts, as every node under systemd does."""
     from_inside = tmp_path / "from-inside"
     from_inside.mkdir()
-    errors: list[BaseException] = []
 
     def on_such_a_node() -> None:
         syscalls.unshare(syscalls.CLONE_NEWNS)
@@ -333,17 +323,8 @@ def test_mounts_come_from_the_node_and_never_go_there(
             assert f" {from_inside} " in run_within(bundle, "cat", "/proc/mounts")
             assert f" {from_inside} " not in Path("/proc/thread-self/mounts").read_text()
 
-    def run() -> None:
-        try:
-            on_such_a_node()
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(on_such_a_node).result()
 
 
 # --- when it fails ----------------------------------------------------------------------------
@@ -566,20 +547,17 @@ def test_idle_forge_that_dies_is_replaced_unnoticed(features: Features) -> None:
 
 
 def test_forge_that_dies_before_it_reads_is_replaced_unnoticed(features: Features) -> None:
-    anchors: list[Anchor] = []
-    with Forge.start(cgroup=None, features=features) as forge:
+    with Forge.start(cgroup=None, features=features) as forge, ThreadPoolExecutor(1) as pool:
         first = forge.pid
         assert first
         os.kill(first, signal.SIGSTOP)
-        asking = threading.Thread(target=lambda: anchors.append(forge.make(plan())))
-        asking.start()
+        asking = pool.submit(forge.make, plan())
         assert forge._socket
         # Its queue holds the record now, or soon; in no case will it be read.
         os.kill(first, signal.SIGKILL)
-        asking.join()
+        with asking.result() as anchor:
+            end(anchor)
         assert forge.pid != first
-    with anchors[0] as anchor:
-        end(anchor)
 
 
 def test_forge_that_hangs_is_given_up_and_replaced(
@@ -627,16 +605,8 @@ def test_forge_ends_with_its_context_and_serves_no_request_afterwards(features: 
 
 
 def test_threads_may_ask_at_once(forge: Forge, features: Features) -> None:
-    anchors: list[Anchor] = []
-
-    def ask() -> None:
-        anchors.extend(forge.make(plan((NET, PID))) for _ in range(3))
-
-    threads = [threading.Thread(target=ask) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        anchors = list(pool.map(forge.make, [plan((NET, PID)) for _ in range(12)]))
     assert len({anchor.token for anchor in anchors}) == 12
     for anchor in anchors:
         with anchor, open_bundle(anchor, (NET, PID), features):

@@ -9,7 +9,6 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -33,25 +32,16 @@ from tests.support.forging import (
     forge,
     own_links,
     run_within,
-    wait_until,
+    scope,
 )
 from transport.calls import hook_syscalls
 from transport.descriptors import Descriptor, DescriptorBundle
 
-__all__ = ["features", "forge"]
+__all__ = ["features", "forge", "scope"]
 
 pytestmark = pytest.mark.needs_root
 
 PACKAGES = str(Path(__file__).parents[2])
-
-
-@pytest.fixture
-def scope(cgroup2: Path, allocation_id: str) -> Iterator[Scope]:
-    scope = Scope.create(cgroup2, allocation_id, "the owner")
-    yield scope
-    scope.kill()
-    wait_until(scope.remove)
-    remove_slices(cgroup2)
 
 
 def output(*command: str, **how: object) -> str:

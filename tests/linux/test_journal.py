@@ -9,8 +9,8 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -412,11 +412,8 @@ def test_threads_write_side_by_side(tmp_path: Path) -> None:
                 if number % 2:
                     journal.forget(name)
 
-        workers = [threading.Thread(target=live, args=(worker,)) for worker in range(threads)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(live, range(threads)))
         assert len(journal.remembered()) == threads * (each // 2)
         assert {entry.state for entry in journal.entries()} == {AllocationState.CREATED}
         assert len(journal.entries()) == threads * (each - each // 2)
@@ -456,20 +453,18 @@ def test_readers_see_whole_transactions_while_a_writer_writes(tmp_path: Path) ->
     writes = 300
     with Journal(tmp_path, BOOT) as journal:
         journal.intend(requested("alloc"))
-        done = threading.Event()
 
         def write() -> None:
             for _ in range(writes):
                 journal.forget("alloc")
                 journal.intend(requested("alloc"))
-            done.set()
 
-        writer = threading.Thread(target=write)
-        writer.start()
-        views = [read_journal(tmp_path)]
-        while not done.is_set():
-            views.append(read_journal(tmp_path))
-        writer.join()
+        with ThreadPoolExecutor(1) as pool:
+            writer = pool.submit(write)
+            views = [read_journal(tmp_path)]
+            while not writer.done():
+                views.append(read_journal(tmp_path))
+            writer.result()
     for view in views:
         assert view.boot_id == BOOT
         assert view.entries in ((), (requested("alloc"),))

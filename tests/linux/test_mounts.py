@@ -9,7 +9,9 @@ import random
 import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -129,16 +131,10 @@ def test_the_mount_is_read_only_nosuid_and_nodev(store: ImageStore) -> None:
 
 @pytest.mark.clause("NODE-13")
 def test_many_users_at_once_share_one_loop_device(store: ImageStore, root: Path) -> None:
-    users, found = 16, []
-
-    def acquire(number: int) -> None:
-        found.append(store.acquire("a.sqfs", f"alloc-{number}"))
-
-    threads = [threading.Thread(target=acquire, args=(number,)) for number in range(users)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    users = 16
+    with ThreadPoolExecutor(users) as pool:
+        names = [f"alloc-{number}" for number in range(users)]
+        found = list(pool.map(partial(store.acquire, "a.sqfs"), names))
     try:
         assert len({superblock(mount) for mount in found}) == 1
         assert len(found) == len(users_of(store)) == users
@@ -367,16 +363,14 @@ def test_a_slow_image_delays_no_other(
         return mount(image, device)
 
     monkeypatch.setattr(mounts, "_mount", slow_mount)
-    waiting: list[Descriptor] = []
-    waiter = threading.Thread(target=lambda: waiting.append(store.acquire("slow.sqfs", "patient")))
-    waiter.start()
-    assert is_slow.wait(DEADLINE_S)
-    store.acquire("a.sqfs", "quick").close()
-    store.release("patient")
-    assert store.tidy() is None  # a call is using it, though its user has gone
-    may_go_on.set()
-    waiter.join()
-    waiting.pop().close()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(store.acquire, "slow.sqfs", "patient")
+        assert is_slow.wait(DEADLINE_S)
+        store.acquire("a.sqfs", "quick").close()
+        store.release("patient")
+        assert store.tidy() is None  # a call is using it, though its user has gone
+        may_go_on.set()
+        waiting.result().close()
     assert store.tidy() == HOLD_TIME_S
 
 
@@ -428,13 +422,8 @@ def test_stores_that_race_for_loop_devices_all_get_one(
             clock.now += HOLD_TIME_S
             store.tidy()
 
-    threads = [
-        threading.Thread(target=acquire, args=pair) for pair in zip(stores, names, strict=True)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(acquire, stores, names))
     for store in stores:
         store.close()
     assert wrong == []

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -25,21 +26,14 @@ def is_close_on_exec(descriptor: Descriptor) -> bool:
 
 def within_own_mounts(act: Callable[[], None]) -> None:
     """Run it in a thread with a mount namespace of its own, which ends with the thread."""
-    errors: list[BaseException] = []
 
     def run() -> None:
-        try:
-            syscalls.unshare(syscalls.CLONE_NEWNS)
-            syscalls.mount(None, "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
-            act()
-        except BaseException as error:
-            errors.append(error)
+        syscalls.unshare(syscalls.CLONE_NEWNS)
+        syscalls.mount(None, "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
+        act()
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(run).result()
 
 
 def tmpfs() -> Descriptor:
@@ -116,26 +110,19 @@ def test_errno_is_the_failing_threads_own() -> None:
                 syscalls.openat2(AT_FDCWD, path, os.O_RDONLY)
             found[path].add(caught.value.errno)
 
-    threads = [threading.Thread(target=fail, args=(path,)) for path in wanted]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        list(pool.map(fail, wanted))
     assert found == {path: {number} for path, number in wanted.items()}
 
 
 def test_call_that_waits_lets_other_threads_run(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    opened: list[Descriptor] = []
-    reader = threading.Thread(
-        target=lambda: opened.append(syscalls.openat2(AT_FDCWD, fifo, os.O_RDONLY))
-    )
-    reader.start()
-    # Were the interpreter's lock held in the call, no thread would come here to open the other end.
-    with syscalls.openat2(AT_FDCWD, fifo, os.O_WRONLY):
-        reader.join()
-    opened[0].close()
+    with ThreadPoolExecutor(1) as pool:
+        reader = pool.submit(syscalls.openat2, AT_FDCWD, fifo, os.O_RDONLY)
+        # Were the interpreter's lock held in the call, this thread would not come to the other end.
+        with syscalls.openat2(AT_FDCWD, fifo, os.O_WRONLY):
+            reader.result().close()
 
 
 @pytest.mark.clause("NODE-11")
@@ -255,19 +242,12 @@ def test_pidfd_is_the_process_and_a_signal_reaches_it() -> None:
 
 @pytest.mark.needs_root
 def test_mount_namespace_is_entered_only_with_a_root_of_ones_own() -> None:
-    refused: list[str] = []
-
     def enter() -> None:
         with syscalls.openat2(AT_FDCWD, "/proc/self/ns/mnt", os.O_RDONLY) as own:
-            try:
+            with pytest.raises(SyscallError, match=r"^setns\(2\): EINVAL \(Invalid argument\)$"):
                 syscalls.setns(own, syscalls.CLONE_NEWNS)
-            except SyscallError as error:
-                refused.append(str(error))
             syscalls.unshare(syscalls.CLONE_FS)
             syscalls.setns(own, syscalls.CLONE_NEWNS)
-            refused.append("entered")
 
-    thread = threading.Thread(target=enter)
-    thread.start()
-    thread.join()
-    assert refused == ["setns(2): EINVAL (Invalid argument)", "entered"]
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(enter).result()

@@ -15,6 +15,7 @@ import pytest
 
 from linux import cgroups, syscalls
 from linux.anchor import Anchor
+from linux.cgroups import Scope
 from linux.features import OLDEST, Features
 from linux.forge.client import Forge
 from linux.forge.plan import AnchorPlan
@@ -49,6 +50,15 @@ def forge(features: Features) -> Iterator[Forge]:
 def anchors_cgroup(cgroup2: Path, allocation_id: str) -> Iterator[Path]:
     yield cgroups.anchor_cgroup(cgroup2, allocation_id)
     wait_until(lambda: cgroups.remove_anchor_cgroup(cgroup2, allocation_id))
+    cgroups.remove_slices(cgroup2)
+
+
+@pytest.fixture
+def scope(cgroup2: Path, allocation_id: str) -> Iterator[Scope]:
+    scope = Scope.create(cgroup2, allocation_id, "the owner")
+    yield scope
+    scope.kill()
+    wait_until(scope.remove)
     cgroups.remove_slices(cgroup2)
 
 

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -331,21 +332,16 @@ def accepts_the_end(accepted: Accepted) -> bool:
 
 def start_at_once(path: Path, count: int) -> list[Listener | SocketUnavailable]:
     barrier = threading.Barrier(count)
-    outcomes: list[Listener | SocketUnavailable] = []
 
-    def start() -> None:
+    def start(_: int) -> Listener | SocketUnavailable:
         barrier.wait()
         try:
-            outcomes.append(listen(path))
+            return listen(path)
         except SocketUnavailable as error:
-            outcomes.append(error)
+            return error
 
-    threads = [threading.Thread(target=start) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return outcomes
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(start, range(count)))
 
 
 def test_a_broken_listener_is_told(listener: Listener) -> None:
