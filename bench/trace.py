@@ -1,4 +1,4 @@
-"""How fast is `nshandoff trace check`? `python bench/trace.py`, as anybody.
+"""How fast is `nshandoff trace check`? `python bench/trace.py`, as any user.
 
 Writes traces of whole lives (six events each, many consumers), of two lengths, and checks each. A
 ratio of the two rates near 1 means that time grows with the length alone. How much of it the kernel

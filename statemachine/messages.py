@@ -111,7 +111,7 @@ Message: TypeAlias = NamespaceRequest | NamespaceResponse | AllocationEnded | Na
 
 def objection(request: NamespaceRequest) -> str | None:
     """
-    Say why a request cannot be granted by anybody, or None if it can be tried.
+    Say why a request cannot be granted by any provider, or None if it can be tried.
 
     Returns:
         A reason that names the field and the rule, ready for `CreationFailed`.

@@ -2,7 +2,7 @@
 
 `compile_table` checks that rows make a sound table and puts each into a machine of `transitions`,
 as a transition that carries the row's effects. `Table.fire` triggers that machine for a model, and
-translates its refusal. `Table.machine` makes a stock machine of the same rows, for anybody's model.
+translates its refusal. `Table.machine` makes a stock machine of the same rows, for any model.
 
 A model is not registered with the table's machine: an object with a `state` is enough, nothing is
 added to it and no reference to it is kept, so that an allocation costs its own few words and is

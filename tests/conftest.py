@@ -250,7 +250,7 @@ _numbers = itertools.count(1)
 
 @pytest.fixture
 def allocation_id() -> str:
-    """A valid id nobody else on this machine uses; append to it where one test needs several."""
+    """A valid id that no other run on this machine uses; append to it for several."""
     return f"{SCOPE_PREFIX}{next(_numbers)}"
 
 

@@ -1,4 +1,4 @@
-"""What is installed is what the tree holds, and nobody else's `statemachine` is in its place."""
+"""What is installed is what the tree holds, and no other `statemachine` is in its place."""
 
 from __future__ import annotations
 

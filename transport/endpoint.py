@@ -38,8 +38,8 @@ BACKLOG_CONNECTIONS: Final = 512
 """
 How many connections may wait to be accepted before `connect` says EAGAIN.
 
-As many as may come in one burst. Accepting is in the order of connecting, whoever it is, so more
-would let a flood of connections make others wait for longer.
+As many as may come in one burst. Accepting is in the order of connecting, so more would
+let a flood of connections make others wait for longer.
 """
 
 SO_PEERPIDFD: Final = 77

@@ -2,8 +2,8 @@
 
 What holds the provider's knowledge is made again: the state directory, from what the open journal
 still has, and the anchors' cgroup. A socket file that is gone is not: consumers find nothing at the
-path and serve themselves, and whoever removed it may have put another provider there. Then this one
-stops; everything that is alive stays alive for the next one, which the service manager starts.
+path and serve themselves, and another provider may have been put there. Then this one stops;
+everything that is alive stays alive for the next one, which the service manager starts.
 """
 
 from __future__ import annotations

@@ -290,7 +290,7 @@ class SimulatedNode:
             self._slice.remove(allocation_id)
 
     def has_scope(self, allocation_id: str) -> bool:
-        """Say whether the cgroup is there, whoever made it."""
+        """Say whether the cgroup is there, made by a consumer or by the provider."""
         with self.lock:
             return allocation_id in self._slice.children
 

@@ -273,7 +273,7 @@ class Dealings(RuleBasedStateMachine):
 
     @precondition(lambda self: self.is_to(do.Connect))
     @rule()
-    def the_call_reaches_nobody(self) -> None:
+    def the_call_reaches_no_provider(self) -> None:
         self.exchange.slow.popleft()
         self.counterpart.fail_to_connect(self.exchange)
 

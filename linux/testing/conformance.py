@@ -297,7 +297,7 @@ REFUSED: Final[tuple[bytes, ...]] = (
 
 
 @cases("WIRE-9/1", *REFUSED)
-def test_a_body_that_is_no_message_is_refused_and_nobody_else_notices(
+def test_a_body_that_is_no_message_is_refused_and_no_other_peer_notices(
     wire: Wire, what: bytes
 ) -> None:
     wire.check_frame_rejected(encode_frame(what))
@@ -631,7 +631,7 @@ def test_an_end_is_confirmed(wire: Wire) -> None:
 
 
 @case("PEER-3/1")
-def test_anybody_may_end_and_the_end_of_what_has_ended_is_confirmed_again(wire: Wire) -> None:
+def test_any_peer_may_end_and_the_end_of_what_has_ended_is_confirmed_again(wire: Wire) -> None:
     request = wire.request(*LIGHT)
     wire.ask(request)
     other = wire.call()
@@ -677,7 +677,7 @@ def test_a_refused_request_leaves_nothing_to_end(wire: Wire) -> None:
 
 
 @case("END-12/1")
-def test_everybody_who_holds_it_hears_of_the_end_once(wire: Wire) -> None:
+def test_every_peer_that_holds_it_hears_of_the_end_once(wire: Wire) -> None:
     request = wire.request(*LIGHT)
     holders = [wire.call() for _ in range(4)]
     for line in holders:
@@ -758,7 +758,7 @@ def test_an_end_touches_no_other_allocation(wire: Wire) -> None:
 
 
 @case("END-12/2")
-def test_who_has_gone_is_missed_by_nobody(wire: Wire) -> None:
+def test_who_has_gone_is_missed_by_no_other_peer(wire: Wire) -> None:
     request = wire.request(*LIGHT)
     gone, stays = wire.call(), wire.call()
     wire.ask(request, gone)
@@ -772,7 +772,7 @@ def test_who_has_gone_is_missed_by_nobody(wire: Wire) -> None:
 
 
 @case("PEER-10/1")
-def test_a_peer_that_is_done_speaking_costs_nobody_anything(wire: Wire) -> None:
+def test_a_peer_that_is_done_speaking_costs_no_other_anything(wire: Wire) -> None:
     wire.watch()
     line, request = wire.call(), wire.request(*LIGHT)
     line.say(request)
@@ -784,7 +784,7 @@ def test_a_peer_that_is_done_speaking_costs_nobody_anything(wire: Wire) -> None:
 
 
 @case("PEER-8/2")
-def test_a_peer_that_is_done_listening_costs_nobody_anything(wire: Wire) -> None:
+def test_a_peer_that_is_done_listening_costs_no_other_anything(wire: Wire) -> None:
     wire.watch()
     line, request = wire.call(), wire.request(*LIGHT)
     line.sock.shutdown(socket.SHUT_RD)

@@ -1,4 +1,4 @@
-"""Bugs that somebody could have written, each with the layer of the suite that has to see it.
+"""Bugs that a programmer could have written, each with the layer of the suite that has to see it.
 
 A canary is a change of a few words in a source file. It is what a careful programmer might do who
 has not thought of one thing: what upstream really did, what the documentation of a call does not
@@ -45,7 +45,7 @@ class Canary:
     """A bug, and who sees it."""
 
     name: str
-    """What is wrong, as somebody would say who has met it."""
+    """What is wrong, as a user would say who has met it."""
     origin: str
     """Where it was met, or what makes it likely."""
     layer: Layer
@@ -202,7 +202,7 @@ CANARIES: Final = (
         also=STATEFUL,
     ),
     _bug(
-        "whoever asked for the end hears of it twice",
+        "a consumer that asked for the end hears of it twice",
         "the push and the answer are the same message",
         _explorer("one"),
         _ALLOCATIONS,
@@ -210,7 +210,7 @@ CANARIES: Final = (
         "        if number in allocation.holders and not",
     ),
     _bug(
-        "the end is pushed to nobody but those who asked for it",
+        "the end is pushed only to those that asked for it",
         "the push is the easiest message to forget",
         _explorer("a pair"),
         _ALLOCATIONS,
@@ -277,7 +277,7 @@ CANARIES: Final = (
     ),
     _bug(
         "an end during the creation leaves its asker without an answer",
-        "nobody waits for what has ended",
+        "what has ended is not waited for",
         _explorer("one"),
         _LIFECYCLE,
         "(stop(Timer.RELEASE), do.TellEnd, do.FailAskers, do.Forget),",
@@ -301,7 +301,7 @@ CANARIES: Final = (
     ),
     _bug(
         "what is released is handed over when its turn comes",
-        "announcing the end before refusing whoever asked; found by a life that mutants are put to",
+        "announcing the end before refusing the askers; found by a life that mutants are put to",
         _in(
             "provider",
             "statemachine/test_provider.py",
@@ -313,7 +313,7 @@ CANARIES: Final = (
     ),
     # --- Claims, adoption, limits --------------------------------------------------------------
     _bug(
-        "the claim timer runs on when somebody asks again",
+        "the claim timer runs on when a consumer asks again",
         "the row that starts a timer and the row that stops it are far apart",
         _explorer("a crash and another wish"),
         _LIFECYCLE,
@@ -321,8 +321,8 @@ CANARIES: Final = (
         "then=(do.AddAsker, do.GrantAskers),",
     ),
     _bug(
-        "nobody looks whether somebody is left to claim it when a connection is lost",
-        "an allocation is not a connection; but somebody has to be there",
+        "it is not looked whether a consumer is left to claim it when a connection is lost",
+        "an allocation is not a connection; but one has to be there",
         _explorer("a death"),
         _SERVICE,
         "            allocation.asked.discard(number)\n"
@@ -339,7 +339,7 @@ CANARIES: Final = (
     ),
     _bug(
         "what is found half made after a crash is left there",
-        "nobody asks for it",
+        "no consumer asks for it",
         _explorer("a crash"),
         _LIFECYCLE,
         "Row(on.RemainsFound, _UNKNOWN, _ENDED, _RELEASE),",
@@ -417,7 +417,7 @@ CANARIES: Final = (
         "Row(on.CreationRefused, _ASKING, _SERVING_SELF, (*_HANG_UP, *_SELF)),",
     ),
     _bug(
-        "whoever could not tell of the end does not try again",
+        "a consumer that could not tell of the end does not try again",
         "the call was refused, and that is that",
         _explorer("a crash"),
         _LIFECYCLE,
@@ -556,7 +556,7 @@ CANARIES: Final = (
         "if False:",
     ),
     _bug(
-        "nobody looks whether descriptors were cut off",
+        "it is not looked whether descriptors were cut off",
         "recvmsg says so in a flag, and in no error",
         _channel(
             "test_a_receiver_without_descriptors_left_rejects_and_keeps_none",
@@ -584,7 +584,7 @@ CANARIES: Final = (
     ),
     _bug(
         "descriptors that no message announces stay open",
-        "nobody asked for them, so nobody has them",
+        "they were not asked for, so they are not there",
         _channel("test_a_wrong_number_of_descriptors_is_rejected"),
         _CHANNEL,
         "if len(descriptors) != len(types):",
@@ -599,7 +599,7 @@ CANARIES: Final = (
         "list(descriptor for arrival in dropped for descriptor in",
     ),
     _bug(
-        "closing a descriptor twice closes somebody else's",
+        "closing a descriptor twice closes that of another owner",
         "numbers are given out again at once",
         _descriptors(),
         _DESCRIPTORS,
@@ -665,7 +665,7 @@ CANARIES: Final = (
     ),
     _bug(
         "what an earlier provider has ended is not remembered",
-        "nobody is there to ask for it",
+        "no consumer is there to ask for it",
         _driver("test_what_an_earlier_provider_ended_is_confirmed_again"),
         _SERVE,
         "        self._kernel.remember(recovery.remembered)\n",
@@ -683,7 +683,7 @@ CANARIES: Final = (
     ),
     # --- This node -----------------------------------------------------------------------------
     _bug(
-        "a cgroup that nobody has used yet is over",
+        "a cgroup that was not used yet is over",
         "populated 0 is what it begins with",
         _linux("TestBackend::test_an_unused_scope_is_not_over[linux]"),
         "linux/cgroups.py",
@@ -753,7 +753,7 @@ CANARIES: Final = (
     ),
     _bug(
         "a flipped bit in the journal goes unnoticed",
-        "SQLite checks its pages' structure, and nobody the values",
+        "SQLite checks its pages' structure, and not the values",
         _journal("test_a_value_that_was_damaged_is_not_believed"),
         "linux/journal.py",
         "        if checksum != _checksum(*row[:-1]):\n",

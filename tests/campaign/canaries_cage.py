@@ -1,7 +1,7 @@
 """A house of its own for one change of the source, and a process that lives in it.
 
 The house is a folder with everything that the repository has, by link, except for the package that
-is changed, which is a copy. Whoever runs in it finds it in front of everything else, and so do the
+is changed, which is a copy. What runs in it finds it in front of everything else, and so do the
 programs that it starts. The process is forked from this one, which is warm: what is not ours is
 imported already, and what is ours is imported anew.
 """

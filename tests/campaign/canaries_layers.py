@@ -63,7 +63,7 @@ def model(table: str, names: str) -> Layer:
 
 
 def stateful(seed: int) -> Layer:
-    """Let Hypothesis do to two kernels and a link whatever anybody may do."""
+    """Let Hypothesis do to two kernels and a link whatever peers and the node may do."""
     import hypothesis
     from hypothesis.stateful import run_state_machine_as_test
 

@@ -1,4 +1,4 @@
-"""Tables in which one thing is different, and whoever notices.
+"""Tables in which one thing is different, and what notices.
 
 A mutant of a table is one edit of one cell: a row less, a row that leads elsewhere, a row where
 there is none, an effect less, more, twice, or in another place. All of them are made, so that what
@@ -209,7 +209,7 @@ def _relive(moment: Moment, events: Sequence[Event], *, settles: bool = False) -
 
 
 def _completions() -> Iterator[Event]:
-    """Whatever a backend can still report, so that whoever waits gets an answer."""
+    """Whatever a backend can still report, so that each that waits gets an answer."""
     requests = [request for of_one in REQUESTS.values() for request in of_one]
     yield from (on.NamespacesCreated(r.allocation_id, response_to(r)) for r in requests)
     for name in REQUESTS:
@@ -534,7 +534,7 @@ def _is_told_already(mutant: Mutant) -> bool:
 
 ARGUMENTS: Final = (
     Argument(
-        "nobody can bring the event about in this state: the kernel itself names it, by the state",
+        "the event cannot be brought about in this state: the kernel itself names it, by the state",
         lambda m: m.edit == "add a row" and _is_named_by_the_kernel(m),
     ),
     Argument(

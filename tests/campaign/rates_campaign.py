@@ -2,7 +2,7 @@
 
 Whole lives of allocations, six events each, as `bench/trace.py` tells them. What counts is the
 processor's time, and of three runs the fastest, so that a neighbour on the same machine is held
-against nobody.
+against no other.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whoever seeds a bug here is found out, by the layer that is there for it."""
+"""A bug that is seeded here is found, by the layer that is there for it."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_what_does_not_come_to_an_end_is_ended_and_has_found_something() -> None
     assert verdict.finding == "no end within 0.5 s"
 
 
-def test_whoever_dies_has_found_something() -> None:
+def test_what_dies_has_found_something() -> None:
     verdict = run_changed({"specs/model.py": "import os\nos._exit(3)\n"}, "specs.model:nothing")
     assert verdict.finding == "its process died"
 

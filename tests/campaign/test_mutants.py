@@ -1,4 +1,4 @@
-"""No row of any table can be changed in any way without somebody noticing."""
+"""No row of any table can be changed in any way unnoticed."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def test_nothing_is_fetched(page: str) -> None:
     assert all(url.startswith("#") for url in re.findall(r"url\(([^)]*)\)", page))
 
 
-def test_whoever_does_not_see_is_told(page: str) -> None:
+def test_a_reader_who_does_not_see_is_told(page: str) -> None:
     reader = Balanced()
     reader.feed(page)
     pictures = [a for tag, a in reader.tags if tag == "svg" and a.get("aria-hidden") != "true"]

@@ -88,7 +88,7 @@ def run(seed):
     return Outcome()
 '''
 
-UNLISTED: Final = '"""Not even this."""\nimport a_module_that_nobody_has\n'
+UNLISTED: Final = '"""Not even this."""\nimport a_module_that_is_not_there\n'
 
 
 class Tree:
@@ -247,7 +247,7 @@ def test_a_task_that_fails_is_a_finding_and_not_the_end(tree: Tree) -> None:
         ("dies", "SIGKILL", "this is the log of what dies"),
         ("hangs", "not done after 1 s", "KeyboardInterrupt"),
         ("lies", "no outcome", "this is the log of what lies"),
-        ("tasks", "a_module_that_nobody_has", "verify_task unlisted"),
+        ("tasks", "a_module_that_is_not_there", "verify_task unlisted"),
     ]:
         (discovery,) = found[name]
         assert discovery["title"].startswith(f"{name}: ")

@@ -111,7 +111,7 @@ SPACES: Final[dict[str, Space]] = {
         400,
         1,
     ),
-    "nobody can": Space(
+    "neither can": Space(
         Bounds(
             faults=2,
             spoils=(MISMATCHED,),

@@ -163,7 +163,7 @@ def test_without_losses_first_an_end_misses_what_waits_on_a_lost_connection() ->
 
     A consumer's request waits for a release on a connection that is lost; the consumer serves
     itself, calls again and says its end, which is read before the loss is. The end is confirmed,
-    and the waiting request begins a new life for nobody. Hence the rule that losses come first,
+    and the waiting request begins a new life for none. Hence the rule that losses come first,
     which drivers keep, and with which no promise is broken here: "two consumers, one connection
     lost" is this space. Without the rule this is a shortest script.
     """
@@ -246,7 +246,7 @@ class ChangesOnError(ConsumerKernel):
 
 
 class TellsAStranger(ProviderKernel):
-    """Tells of the end whoever is connected last, too."""
+    """Tells of the end the one that connected last, too."""
 
     def receive(self, event: Event) -> tuple[Effect, ...]:
         effects = super().receive(event)
@@ -320,7 +320,7 @@ MUTANTS: Final[dict[str, tuple[Bounds, dict[str, Any], str, int]]] = {
         "neither delivered nor discarded",
         9,
     ),
-    "nobody calls again": (
+    "no consumer calls again": (
         replace(ONE, crashes=1),
         edited(NOTICE, on.ProviderUnreachable, without=do.start(Timer.REDIAL)),
         "in debt|consumer is ending",
@@ -379,7 +379,7 @@ def test_a_counterexample_is_a_test_that_fails() -> None:
         told["test_counterexample"]()
 
 
-def test_a_counterexample_calls_everybody_by_one_name() -> None:
+def test_a_counterexample_calls_each_by_one_name() -> None:
     """The search numbers connections anew and changes names; who reads a script must not see it."""
     with pytest.raises(Broken) as caught:
         Explorer(SMALL, provider=TellsAStranger).explore()

@@ -218,7 +218,7 @@ def test_a_copy_beside_a_running_provider_is_said(
     assert daemon.states() == {allocation_id: "handed_off"}
 
 
-def test_a_scope_of_nobody_is_said(allocation_id: str, cgroup2: Path, new_dir: Path) -> None:
+def test_a_scope_without_an_owner_is_said(allocation_id: str, cgroup2: Path, new_dir: Path) -> None:
     scope = Scope.create(cgroup2, allocation_id, "a token that no process has")
     try:
         code, found, done = examined(new_dir, "--repair")

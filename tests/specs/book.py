@@ -1,4 +1,4 @@
-"""Runs every block of a chapter (with `sybil`); a kind of block that nobody can run is an error.
+"""Runs every block of a chapter (with `sybil`); a kind of block that cannot be run is an error.
 
 `python`   runs; what follows `>>>` must print what stands below. Names carry over in a chapter.
            One that begins with `# name.py` is that file, for the shell of the chapter.
@@ -6,7 +6,7 @@
 `console`  lines after `$` (and `>`) are typed into one shell per chapter, in a folder of its own;
            what stands below them must come out. `…` is anything, alone on a line any lines.
 `mermaid`  is drawn from the code, so it must stand in a generated part (`specs/_build/refresh.py`).
-`text`     is a form or a picture to look at; nobody runs it, so it must say nothing else.
+`text`     is a form or a picture to look at; it is not run, so it must say nothing else.
 """
 
 from __future__ import annotations
@@ -75,10 +75,10 @@ def run(chapter: Path, programs: Path | None = None) -> int:
 
 
 def objections(chapter: Path) -> list[str]:
-    """Find the blocks that nobody runs or draws."""
+    """Find the blocks that are neither run nor drawn."""
     text = chapter.read_text(encoding="utf-8")
     foreign = [kind for kind in _FENCE.findall(text) if kind not in KINDS]
-    found = [f"nobody can run a block of {kind!r}" for kind in foreign]
+    found = [f"a block of {kind!r} cannot be run" for kind in foreign]
     by_hand = _FENCE.findall(_PART.sub("", text)).count("mermaid")
     return found + ["a diagram that is not drawn from the code"] * by_hand
 

@@ -69,9 +69,9 @@ class Scenario:
 
     @property
     def players(self) -> tuple[str, ...]:
-        """Who plays it; whoever does not is left out for a reason that stands behind."""
+        """Who plays it; who does not is left out for a reason that stands behind."""
         found = _PLAYED_BY.search(self.text)
-        assert found is not None, "nobody is said to play it"
+        assert found is not None, "it is not said who plays it"
         players = tuple(re.split(r",? and |, ", found[1].replace("the ", "")))
         assert set(players) <= set(PLAYERS), players
         assert set(players) == set(PLAYERS) or found[2], "no reason why one does not play it"
@@ -248,7 +248,7 @@ class Call:
         if not self.consumer.is_looking_away:
             exchange.read()
         if exchange.is_done:
-            # A mount namespace lives as long as somebody has a descriptor of it, and what is
+            # A mount namespace lives as long as there is a descriptor of it, and what is
             # mounted in it as well.
             exchange.close()
 
@@ -311,7 +311,7 @@ class Player:
                 act(self, **found.groupdict())
                 break
         else:
-            raise ValueError(f"nobody knows how to play {told!r}")
+            raise ValueError(f"there is no way to play {told!r}")
         deadline = time.monotonic() + self.patience_s
         lines = self._settle()
         while lines != expected and not self.stage.is_sudden and time.monotonic() < deadline:
@@ -362,7 +362,7 @@ class Player:
             if text:
                 yield text
         for item in (item for account in accounts for item in account):
-            yield f"{item.text or item.needs}, though nobody has said what comes before it"
+            yield f"{item.text or item.needs}, though what comes before it was not said"
 
     def _moves(self) -> Iterator[str]:
         for name, path in sorted(self._provider.moves.items()):

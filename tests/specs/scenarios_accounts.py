@@ -27,7 +27,7 @@ class Item(NamedTuple):
     text: str | Callable[[], str]
     """Empty if it is not told."""
     needs: Hashable = None
-    """What somebody else must have said before."""
+    """What another party must have said before."""
     says: Hashable = None
 
 

@@ -138,7 +138,7 @@ class OnKernels(_Callers):
         if self._is_there:
             put_through(exchange, self._adapter._connect())
         else:
-            exchange.not_connected(SocketUnavailable("nobody is there"))
+            exchange.not_connected(SocketUnavailable("no provider is there"))
 
     def enter(self, name: str, call: Call) -> None:
         is_inside = NamespaceType.PID in call.exchange.kernel.request.namespaces

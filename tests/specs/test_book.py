@@ -26,7 +26,7 @@ def test_every_block_of_a_chapter_runs(chapter: Path, census: Census) -> None:
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=NAMES)
-def test_there_is_no_block_that_nobody_runs(chapter: Path) -> None:
+def test_there_is_no_block_that_is_not_run(chapter: Path) -> None:
     assert book.objections(chapter) == []
 
 
@@ -83,9 +83,9 @@ def test_a_shell_that_ends_or_hangs_is_an_error(
         book.run(chapter_of(tmp_path, "console", "$ sleep 1000\n"))
 
 
-def test_blocks_that_nobody_runs_are_named(tmp_path: Path) -> None:
+def test_blocks_that_are_not_run_are_named(tmp_path: Path) -> None:
     assert book.objections(chapter_of(tmp_path, "rust", "fn main() {}\n")) == [
-        "nobody can run a block of 'rust'"
+        "a block of 'rust' cannot be run"
     ]
     drawn = book.objections(chapter_of(tmp_path, "mermaid", "stateDiagram\n"))
     assert drawn == ["a diagram that is not drawn from the code"]

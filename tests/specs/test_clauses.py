@@ -104,7 +104,7 @@ def test_an_id_that_is_not_its_own_is_refused(tree: Path, second: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        # Where nobody is obliged, or it is not said who.
+        # Where no role is obliged, or it is not said who.
         "Nothing MUST be killed in a cgroup whose owner is not proved.",
         "No peer MUST make another one wait.",
         "Nobody MUST be told twice.",

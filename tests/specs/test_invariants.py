@@ -88,7 +88,7 @@ PROPERTIES: Final[Mapping[str, tuple[str, ...]]] = {
     "S19 before it is ready, messages wait": (
         "test_provider::test_before_it_is_ready_messages_wait_in_order",
         "test_provider::test_no_more_wait_than_the_limit_allows",
-        "test_provider::test_whoever_waited_too_long_is_told_that_it_is_unavailable",
+        "test_provider::test_who_waited_too_long_is_told_that_it_is_unavailable",
     ),
     "S20 self-service for a reason, once and loudly": (
         "self_service_is_loud_and_for_a_reason",
@@ -144,7 +144,7 @@ PROPERTIES: Final[Mapping[str, tuple[str, ...]]] = {
     "L06 after a crash, everything is served again or released": (
         "test_explore::test_basic_every_world_keeps_every_promise",
     ),
-    "L07 no circle in which somebody waits for ever": (
+    "L07 no circle in which each waits for ever": (
         "test_explore::test_basic_every_world_keeps_every_promise",
     ),
     "L08 who waits for the provider to be ready is served": (

@@ -171,10 +171,10 @@ def test_other_namespaces_are_not_taken_for_the_same(monkeypatch: pytest.MonkeyP
     assert "+second               holds job-1: Net Mount, set 2" in found
 
 
-def test_what_nobody_can_play_is_an_error() -> None:
-    with pytest.raises(ValueError, match="nobody knows how to play 'the moon rises'"):
+def test_what_cannot_be_played_is_an_error() -> None:
+    with pytest.raises(ValueError, match="there is no way to play 'the moon rises'"):
         scenarios.play(story("> the moon rises"), OnKernels())
-    with pytest.raises(AssertionError, match="nobody is said to play it"):
+    with pytest.raises(AssertionError, match="it is not said who plays it"):
         _ = Scenario("# T\n").players
     with pytest.raises(AssertionError, match="no reason"):
         _ = Scenario("Played by the kernels.\n").players

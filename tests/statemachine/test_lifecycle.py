@@ -250,7 +250,7 @@ def test_self_service_is_never_silent() -> None:
         assert row.effects.count(do.ServeSelf) == row.effects.count(do.ReportFallback), row
 
 
-def test_whoever_turns_away_from_a_provider_that_may_have_made_a_set_owes_it_an_end() -> None:
+def test_who_turns_away_from_a_provider_that_may_have_made_a_set_owes_it_an_end() -> None:
     for row in rows_out_of(CONSUMER, ConsumerState.ASKING):
         knows = row.event in (
             on.ResponseReceived,
@@ -309,7 +309,7 @@ def test_a_timer_runs_only_where_its_expiry_is_a_row(
 
 @pytest.mark.parametrize(
     ("table", "timer", "expiry", "states"),
-    # Whoever waits for the next try is left by nothing but that try's expiry and its outcome.
+    # A state that waits for the next try is left by nothing but that try's expiry and its outcome.
     [timed for timed in TIMED if timed[1] not in (Timer.RETRY, Timer.REDIAL)],
     ids=lambda x: str(x)[:20],
 )

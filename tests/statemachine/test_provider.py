@@ -55,7 +55,7 @@ ENDINGS: Final = [
     pytest.param(on.ScopeEmptied("a"), id="its cgroup empties"),
     pytest.param(on.EndReceived(9, "a"), id="a consumer says so"),
     pytest.param(on.InitDied("a"), id="its init dies"),
-    pytest.param(on.ClaimExpired("a"), id="nobody claims it"),
+    pytest.param(on.ClaimExpired("a"), id="no consumer claims it"),
     pytest.param(on.ReleaseRequested("a"), id="an operator says so"),
 ]
 
@@ -634,7 +634,7 @@ def test_no_more_wait_than_the_limit_allows() -> None:
 
 
 @pytest.mark.clause("LIFE-14")
-def test_whoever_waited_too_long_is_told_that_it_is_unavailable() -> None:
+def test_who_waited_too_long_is_told_that_it_is_unavailable() -> None:
     script = Script(is_ready=False)
     script.open(1, 2)
     script.ask(1, A)
@@ -664,7 +664,7 @@ def test_a_name_that_is_remembered_may_be_found_in_use_again(event: Event) -> No
     assert "a" in script.kernel.states
 
 
-def test_a_restart_adopts_for_nobody_and_counts_for_no_limit() -> None:
+def test_a_restart_adopts_for_no_user_and_counts_for_no_limit() -> None:
     script = Script(Limits(allocations_per_uid=1), is_ready=False)
     script.feed(on.CreatedAdopted("a", A, answer_to(A)))
     script.feed(on.ProviderReady())
@@ -704,7 +704,7 @@ def test_a_connection_too_many_is_refused_by_the_name_of_the_limit() -> None:
     effects = script.feed(on.ConnectionOpened(2, 0))
     assert isinstance(refused(effects, "connections of one user, at most 2"), CreationFailed)
     assert effects[-1] == do.CloseConnection(2)
-    # Somebody else's limit is somebody else's.
+    # Another user has another limit.
     script.open(3, uid=1)
     script.lose(2)
     script.lose(1)
@@ -826,7 +826,7 @@ IMPOSSIBLE: Final[list[Event]] = [
     on.CreatedAdopted("a", A, answer_to(A)),
     on.HandedOffAdopted("a", A, answer_to(A)),
     on.RemainsFound("a", A),
-    # Named by the kernel; nobody else may.
+    # Named by the kernel alone.
     on.Unclaimed(),
     on.RequestRepeated(),
     on.RequestConflicting(),

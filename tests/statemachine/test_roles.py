@@ -43,7 +43,7 @@ def test_a_role_has_the_methods_of_the_seed_and_no_other(role: type, methods: se
     assert {name for name, _ in functions if not name.startswith("_")} == methods
 
 
-def test_whoever_has_the_methods_plays_the_role() -> None:
+def test_what_has_the_methods_plays_the_role() -> None:
     class Both:
         def create_namespaces(self, request: NamespaceRequest) -> NamespaceResponse:
             return NamespaceResponse(request.allocation_id, request.namespaces)

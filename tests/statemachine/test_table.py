@@ -31,7 +31,7 @@ class Elsewhere(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Pressed(PeerEvent):
-    """Somebody outside did it."""
+    """The other side did it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Broken(LocalEvent):
 
 @dataclass(frozen=True, slots=True)
 class Orphan(Event):
-    """Nobody did it."""
+    """Neither side did it."""
 
 
 @dataclass(slots=True, weakref_slot=True)

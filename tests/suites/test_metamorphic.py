@@ -102,7 +102,7 @@ def recordings() -> list[Recording]:
 
 
 def start_of(recording: Recording) -> int | None:
-    """Where the kernel is ready; None where somebody was waiting for that."""
+    """Where the kernel is ready; None where a message was waiting for that."""
     for index, (event, _) in enumerate(recording.turns):
         if isinstance(event, on.ProviderReady):
             return index
@@ -213,7 +213,7 @@ def test_lives_that_share_nothing_do_not_notice_each_other(
 
 @given(anything_recorded, st.floats(0, 1))
 def test_a_request_said_twice_is_said_once(recording: Recording, where: float) -> None:
-    """M4: whoever asks again is answered again, and nothing else has happened."""
+    """M4: who asks again is answered again, and nothing else has happened."""
     turns = round(where * len(recording.turns))
     kernel = recording.kernel(turns)
     if kernel.service is not ServiceState.READY:

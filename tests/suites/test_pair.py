@@ -60,7 +60,7 @@ _pick: Final = st.integers(min_value=0, max_value=63)
 
 
 class Pair(RuleBasedStateMachine):
-    """What anybody may do at any time; the world says what there is to do."""
+    """What each party may do at any time; the world says what there is to do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class Pair(RuleBasedStateMachine):
         check_at_rest(self.setting, self.world.ground, self.world.clients)
 
     def clear(self) -> None:
-        """Let everybody go and everything be claimed by nobody; afterwards nothing is left."""
+        """Let every consumer go and nothing be claimed; afterwards nothing is left."""
         while moves := self.moves("die", "empty"):
             self.make(moves[0])
         self.settle()
@@ -198,7 +198,7 @@ BROKEN: Final[list[tuple[str, list[str]]]] = [
         ),
     ),
     (
-        "somebody else's id",
+        "the id of another",
         always.answers_come_in_order(
             [("read", OVER), ("sent", AllocationNotFound("b"))], is_closed=False
         ),

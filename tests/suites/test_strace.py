@@ -160,7 +160,7 @@ def survive(daemon: Daemon, name: str, point: Point) -> str:
         assert outcome in ("ended", "CreationFailed", "FdPassing", "SocketUnavailable"), outcome
         assert daemon.program is not None
         assert daemon.program.poll() is None, daemon.log.read_text()[-2000:]
-        # What was given up may be alive still: nobody has said its end.
+        # What was given up may be alive still: its end was not said.
         with suppress(NamespaceError):
             daemon.consumer().end(name, DEADLINE_S)
         assert life(daemon, f"{name}-next") == "ended"

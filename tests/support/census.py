@@ -146,7 +146,7 @@ class Session:
         return account
 
     def _processes(self) -> Iterator[tuple[str, str]]:
-        """All that carry our mark, and the dead children nobody has waited for."""
+        """All that carry our mark, and the dead children that were not waited for."""
         own = str(os.getpid())
         present = {name for name in os.listdir("/proc") if name.isdigit()}
         # Whose a process is, is settled at its birth, so one look at a stranger is enough.
@@ -260,7 +260,7 @@ def _kill(pid: int, started: str) -> str:
 
 def remove_scopes_of(pid: int) -> list[str]:
     """
-    Remove the scopes that bear the name of a session which is over; for whoever started it.
+    Remove the scopes that bear the name of a session which is over; for the one that started it.
 
     Returns:
         Those that are still there.

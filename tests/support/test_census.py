@@ -54,7 +54,7 @@ def test_a_thread_is_named(census: Census) -> None:
     assert [line.partition(": ")[2] for line in account] == ["forgotten"]
 
 
-def test_a_child_nobody_waited_for_is_reaped(census: Census) -> None:
+def test_a_child_that_was_not_waited_for_is_reaped(census: Census) -> None:
     child = subprocess.Popen([SLEEP, "0"])
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     account = session.clean(session.left_since(census, ("processes",), patience_s=0))
@@ -105,7 +105,7 @@ def test_a_tests_own_root_of_slices_is_removed_with_all_below(
 
 
 @pytest.mark.needs_root
-def test_a_scope_that_may_be_somebody_elses_is_reported_and_left(
+def test_a_scope_that_may_be_of_another_run_is_reported_and_left(
     census: Census, cgroup2: Path, allocation_id: str
 ) -> None:
     scope = cgroup2 / "workload.slice" / f"job-of-{allocation_id.replace('nsh-', '')}.scope"

@@ -1,6 +1,6 @@
 """Round robin in two levels: users take turns, and of each user its connections.
 
-What waits is bounded by whoever puts it in. Nothing here knows what an item is.
+What waits is bounded by the caller that puts it in. Nothing here knows what an item is.
 """
 
 from __future__ import annotations

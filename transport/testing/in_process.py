@@ -225,7 +225,7 @@ class Inside:
             pass
 
     def stop(self) -> None:
-        """Die: nothing is said to anybody, and nothing is undone."""
+        """Die: nothing is said to any consumer, and nothing is undone."""
         for end in self._pipes.values():
             end.close()
 

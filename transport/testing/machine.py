@@ -221,7 +221,7 @@ class Adapter:
         raise NotImplementedError
 
     def pass_through(self, name: str) -> None:
-        """Let a process enter the cgroup and exit before anybody looks."""
+        """Let a process enter the cgroup and exit before it is looked for."""
         raise NotImplementedError
 
     def freeze(self, name: str, *, is_frozen: bool) -> None:
@@ -343,7 +343,7 @@ class Life:
     number: int
     request: NamespaceRequest
     identities: tuple[NamespaceIdentity, ...] | None = None
-    """None as long as it was not handed over to anybody."""
+    """None as long as it was not handed over."""
     processes: int = 0
     was_used: bool = False
     holders: list[Held] = field(default_factory=list)
@@ -356,7 +356,7 @@ class Life:
 
     @property
     def is_claimed(self) -> bool:
-        """Whether anybody is there for it, or has been in it."""
+        """Whether a consumer is there for it, or has been in it."""
         return bool(self.was_used or self.holders or self.askers)
 
 
@@ -400,7 +400,7 @@ class Talker:
 
 class Handoffs(RuleBasedStateMachine):
     """
-    What anybody may do with a provider, and what must be true meanwhile.
+    What peers and the node may do with a provider, and what must be true meanwhile.
 
     Subclass it with `open_adapter` and a `prefix`. Of the allocations whose ids begin with the
     prefix none may be alive when it starts; when it is torn down, none is.
@@ -432,7 +432,7 @@ class Handoffs(RuleBasedStateMachine):
     # Consumers.
 
     @rule(pick=_pick)
-    def somebody_asks(self, pick: int) -> None:
+    def some_consumer_asks(self, pick: int) -> None:
         request = self.requests[pick % len(self.requests)]
         life = self.lives.get(request.allocation_id)
         if life is not None and life.request != request:
@@ -496,28 +496,28 @@ class Handoffs(RuleBasedStateMachine):
 
     @precondition(lambda self: self.lives)
     @rule(pick=_pick)
-    def somebody_else_ends_it(self, pick: int) -> None:
+    def some_consumer_ends_it(self, pick: int) -> None:
         life = self.one(pick)
         self.consumer.end(life.name, WAIT_S)
         self.has_ended(life)
 
     @precondition(lambda self: self.over)
     @rule(pick=_pick)
-    def somebody_ends_what_is_over(self, pick: int) -> None:
+    def some_consumer_ends_what_is_over(self, pick: int) -> None:
         names = sorted(self.over)
         self.consumer.end(names[pick % len(names)], WAIT_S)
 
     @rule()
-    def somebody_ends_what_never_was(self) -> None:
+    def some_consumer_ends_what_never_was(self) -> None:
         with pytest.raises(AllocationNotFound):
             self.consumer.end(self.never.allocation_id, WAIT_S)
 
     @rule(name=st.sampled_from(["", "..", "a/b", "cgroup.procs", "x" * 129]))
-    def somebody_asks_nonsense(self, name: str) -> None:
+    def some_consumer_asks_nonsense(self, name: str) -> None:
         self.is_refused(NamespaceRequest(name, (PID,)))
 
     @rule()
-    def somebody_asks_for_an_image_that_is_not_there(self) -> None:
+    def some_consumer_asks_for_an_image_that_is_not_there(self) -> None:
         self.is_refused(NamespaceRequest(f"{self.prefix}-d", (MOUNT,), "no/such.sqfs"))
 
     # Bare lines.
@@ -685,13 +685,13 @@ class Handoffs(RuleBasedStateMachine):
 
     @precondition(lambda self: self.can(Ability.TIME) and self.lives)
     @rule(pick=_pick)
-    def nobody_claims_it_in_time(self, pick: int) -> None:
+    def no_consumer_claims_it_in_time(self, pick: int) -> None:
         life = self.one(pick)
         self.is_noticed()
         runs, name = self.adapter.is_running, life.name
         wait_until(
             lambda: runs(Timer.CLAIM, name) is not life.is_claimed,
-            f"{name}: the claim timer runs if and only if there is nobody",
+            f"{name}: the claim timer runs if and only if it is not claimed",
         )
         if not life.is_claimed:
             self.adapter.expire(Timer.CLAIM, name)
@@ -812,14 +812,14 @@ class Handoffs(RuleBasedStateMachine):
     @precondition(lambda self: self.can(Ability.RESTART))
     @rule()
     def the_provider_starts_anew(self) -> None:
-        self.nobody_serves()
+        self.the_provider_stops()
         self.adapter.start()
 
     @precondition(lambda self: self.can(Ability.RESTART) and self.lives)
     @rule(pick=_pick, what=st.sampled_from(["init", "process leaves", "process passes"]))
-    def something_happens_while_nobody_serves(self, pick: int, what: str) -> None:
+    def something_happens_while_no_provider_serves(self, pick: int, what: str) -> None:
         life = self.one(pick)
-        self.nobody_serves()
+        self.the_provider_stops()
         if what == "init" and self.can(Ability.INITS):
             self.adapter.kill_init(life.name)
         elif not self.can(Ability.PROCESSES):
@@ -840,7 +840,7 @@ class Handoffs(RuleBasedStateMachine):
     def it_is_asked_and_ended_before_the_provider_is_ready(self, pick: int, what: str) -> None:
         life = self.one(pick)
         ended = AllocationEnded(life.name)
-        self.nobody_serves()
+        self.the_provider_stops()
         with ExitStack() as calls:
             with self.held(Work.RECOVER):
                 self.adapter.start()
@@ -862,7 +862,7 @@ class Handoffs(RuleBasedStateMachine):
             talker.hears(ended)
             self.has_ended(life)
 
-    def nobody_serves(self) -> None:
+    def the_provider_stops(self) -> None:
         """Stop the provider: what was handed over still is; only new messages are refused."""
         self.adapter.stop()
         for life in self.lives.values():
@@ -1040,7 +1040,7 @@ class _Ending:
         return disturb[how]()
 
     def is_over(self) -> None:
-        """Let everybody hear what they wait for."""
+        """Let each hear what it waits for."""
         if not self._is_announced:
             for talker in self._enders:
                 talker.hears(self.ended)

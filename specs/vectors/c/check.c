@@ -259,7 +259,7 @@ static long line_of(const char *effect)
     return connection ? strtol(connection + strlen("\"connection\":"), NULL, 10) : 0;
 }
 
-/* The same effects, and in the same order on each connection, but for what nobody asked for. */
+/* The same effects, and in the same order on each connection, but for what was not asked for. */
 static bool effects_match(const struct effects *ours, const struct json *theirs)
 {
     bool is_used[EFFECTS_MAX] = {false};

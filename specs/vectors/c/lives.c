@@ -362,7 +362,7 @@ static void turn_away(struct provider *it)
             decide(&it->questions[i], refusal(it->questions[i].connection, "SocketUnavailable"));
 }
 
-/* It has ended for everybody: released, or not released in time. */
+/* It has ended for all: released, or not released in time. */
 static void announce(struct provider *it, const char *name, const bool holders[PEERS_MAX])
 {
     bool is_answered[PEERS_MAX] = {false};
@@ -530,7 +530,7 @@ static bool is_granted(const struct json *request)
 
 static void read_end(struct provider *it, struct question *q)
 {
-    /* An end takes back the requests that its sender sent before it, and nobody has looked at. */
+    /* An end takes back the requests that its sender sent before it, and that were not looked at yet. */
     for (struct question *earlier = it->questions; earlier < q; earlier++)
         if (earlier->kind == FOR_NAMESPACES && earlier->fate == UNREAD &&
             earlier->connection == q->connection && !strcmp(earlier->name, q->name))

@@ -9,7 +9,7 @@ enum { EFFECTS_MAX = 64 };
 /* Effects as the vectors write them: one line of JSON each. */
 struct effects {
     const char *lines[EFFECTS_MAX];
-    bool is_push[EFFECTS_MAX]; /* an end that nobody asked for: it may stand between any answers */
+    bool is_push[EFFECTS_MAX]; /* an end that was not asked for: it may stand between any answers */
     int count;
 };
 
@@ -33,7 +33,7 @@ enum stage { UNKNOWN, REQUESTED, CREATED, HANDED_OFF, ENDED, RELEASED };
 struct allocation {
     const char *name, *request, *response; /* the latter two as JSON */
     enum stage stage;
-    long long uid; /* whose limits it counts for; -1: nobody's */
+    long long uid; /* whose limits it counts for; -1: no user's */
     bool askers[PEERS_MAX], holders[PEERS_MAX];
     bool is_used, is_stuck, is_announced;
 };

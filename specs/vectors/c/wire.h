@@ -46,7 +46,7 @@ const char *message_read(struct span body, struct message *message);
 /* Writes a whole frame, which must have room for the longest; returns its size. */
 size_t frame_write(const struct message *message, uint8_t *frame);
 
-/* Says why nobody can grant a request, or NULL. */
+/* Says why no provider can grant a request, or NULL. */
 const char *objection(const struct message *request);
 const char *objection_to_id_size(struct span id);
 

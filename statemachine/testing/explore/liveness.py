@@ -69,7 +69,9 @@ def check_at_rest(setting: Setting, ground: Ground, clients: Iterable[Client]) -
             raise Finding("at rest, the kernel and the node disagree on what is alive")
         is_claimed = any(link.handed for link in ground.links) or node.scope or node.timers
         if is_alive and not is_claimed:
-            raise Finding("at rest, an allocation is alive that nobody holds and nothing will end")
+            raise Finding(
+                "at rest, an allocation is alive that is not held and that nothing will end"
+            )
     for client in clients:
         _check_client_at_rest(setting, client)
 

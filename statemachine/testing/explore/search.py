@@ -295,7 +295,7 @@ class Search:
         return ground._replace(provider=provider, links=links, nodes=nodes)
 
     def _numbers_to_change(self, ground: Ground) -> tuple[int, ...]:
-        """List the connections that anybody knows, in their order; none if it is 1, 2, 3, …."""
+        """List the connections that either side knows, in their order; none if it is 1, 2, 3, …."""
         known = ()
         if ground.provider:
             known = self.setting.kernels.provider_views[ground.provider].numbers

@@ -117,7 +117,7 @@ def kernels(allocation_id: str) -> type[Handoffs]:
     return machine(allocation_id, lambda: adapter_of("kernels", None))
 
 
-def test_a_descriptor_that_nobody_owns_is_found(
+def test_a_descriptor_without_an_owner_is_found(
     kernels: type[Handoffs], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("transport.testing.peer.DEADLINE_S", 0.05)
@@ -209,13 +209,13 @@ def test_what_a_campaign_finds_comes_as_a_test_that_does_it_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     error = AssertionError("a promise")
-    steps = ["state = Machine()", "state.somebody_asks(pick=3)", "state.teardown()"]
+    steps = ["state = Machine()", "state.some_consumer_asks(pick=3)", "state.teardown()"]
     error.add_note("\n".join(["Failing test case:", *steps]))
     (found,) = stateful_campaign.discoveries(error, "kernels", "handoffs", "again")
     assert found.title == "AssertionError: a promise"
     namespace: dict[str, Any] = {}
     exec(found.script, namespace)
     asked: list[int] = []
-    monkeypatch.setattr(Handoffs, "somebody_asks", lambda self, pick: asked.append(pick))
+    monkeypatch.setattr(Handoffs, "some_consumer_asks", lambda self, pick: asked.append(pick))
     namespace["test_a_promise_that_is_not_kept"]()
     assert asked == [3]

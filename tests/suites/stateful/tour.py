@@ -24,17 +24,17 @@ A: Final = 0
 OTHER_A: Final = 1
 C: Final = 3
 
-_ASKED: Final = _step("somebody_asks", pick=C)
+_ASKED: Final = _step("some_consumer_asks", pick=C)
 _GONE: Final = _step("a_consumer_goes", pick=0)
-_ENDED: Final = _step("somebody_else_ends_it", pick=0)
-_OVERDUE: Final = _step("nobody_claims_it_in_time", pick=0)
+_ENDED: Final = _step("some_consumer_ends_it", pick=0)
+_OVERDUE: Final = _step("no_consumer_claims_it_in_time", pick=0)
 _RELEASED: Final = _step("an_operator_releases_it", pick=0)
 _RESTARTED: Final = _step("the_provider_starts_anew")
 _USED: Final = (_step("a_process_joins", pick=0), _step("a_process_leaves", pick=0))
 
 
 def _made(pick: int = C) -> Step:
-    """It is made, and whoever asked has gone."""
+    """It is made, and its asker has gone."""
     return _created(pick=pick, goes=True)
 
 
@@ -56,8 +56,8 @@ def _ends(how: str, *meanwhile: str) -> Step:
 
 PROVIDER_TOUR: Final = (
     # Unknown.
-    _step("somebody_ends_what_never_was"),
-    _step("somebody_asks_for_an_image_that_is_not_there"),
+    _step("some_consumer_ends_what_never_was"),
+    _step("some_consumer_asks_for_an_image_that_is_not_there"),
     # Requested.
     _created(others=("same", "other"), fate="ended"),
     _created(is_made=True, fate="ended"),
@@ -73,13 +73,13 @@ PROVIDER_TOUR: Final = (
     *(_made(), _ENDED),
     *(_made(), _step("an_init_dies", pick=0)),
     *(_made(), *_USED),
-    *(_made(A), _step("somebody_asks", pick=OTHER_A)),
+    *(_made(A), _step("some_consumer_asks", pick=OTHER_A)),
     # Handed off.
-    _step("somebody_asks", pick=A),
-    _step("somebody_asks", pick=OTHER_A),
+    _step("some_consumer_asks", pick=A),
+    _step("some_consumer_asks", pick=OTHER_A),
     _step("there_are_no_descriptors", pick=0),
     _RESTARTED,
-    _step("somebody_asks", pick=A),
+    _step("some_consumer_asks", pick=A),
     _GONE,
     _OVERDUE,
     *(_ASKED, _RELEASED),
@@ -95,9 +95,9 @@ PROVIDER_TOUR: Final = (
     _ASKED,
     _step("it_is_asked_and_ended_before_the_provider_is_ready", pick=0, what="no descriptors"),
     _ASKED,
-    _step("something_happens_while_nobody_serves", pick=0, what="init"),
+    _step("something_happens_while_no_provider_serves", pick=0, what="init"),
     # Released.
-    _step("somebody_ends_what_is_over", pick=0),
+    _step("some_consumer_ends_what_is_over", pick=0),
 )
 """Every row of the provider's table, for an adapter that has every ability."""
 
@@ -105,7 +105,7 @@ _ASK: Final = _step("the_caller_asks")
 _DONE: Final = _step("the_caller_is_done")
 _GO: Final = _step("the_caller_goes")
 _THROUGH: Final = _step("the_call_gets_through")
-_NOBODY: Final = _step("the_call_reaches_nobody")
+_UNREACHED: Final = _step("the_call_reaches_no_provider")
 _LOST: Final = _step("the_provider_hangs_up")
 _WAITED: Final = _step("it_has_waited_long_enough", pick=0)
 _AGAIN: Final = (_WAITED, _THROUGH)
@@ -139,7 +139,7 @@ def _late(*steps: Step) -> tuple[Step, ...]:
 CONSUMER_TOUR: Final = (
     # Idle, connecting, asking.
     *(_ASK, _DONE, _GO),
-    *(_ASK, _NOBODY, _GO),
+    *(_ASK, _UNREACHED, _GO),
     *(*_ASKING, _DONE, _GO),
     *(*_ASKING, *_said("creation failed"), _GO),
     *(*_ASKING, *_said("not found"), _GO),
@@ -155,7 +155,7 @@ CONSUMER_TOUR: Final = (
     *(*_ASKING, *_said("response", "garbage"), _GO),
     *(*_ASKING, *_said("response"), _DONE, *_said("ended"), _GO),
     # Ending, and the notice.
-    *(_step("the_caller_ends_what_it_does_not_hold"), _NOBODY, *_AGAIN, *_LATE),
+    *(_step("the_caller_ends_what_it_does_not_hold"), _UNREACHED, *_AGAIN, *_LATE),
     *(*_said("unavailable"), *_AGAIN, *_said("passing failed"), *_AGAIN, *_said("garbage")),
     *(*_AGAIN, _LOST, *_AGAIN, _WAITED, *_AGAIN, *_said("not found"), _GO),
     # What comes after the consumer has turned away.
