@@ -384,7 +384,7 @@ def told_lives() -> Iterator[tuple[str, Limits, tuple[str, ...], Life]]:
             on.EndReceived(1, "a"),
             on.EndReceived(1, "a"),
         ),
-        "everybody-who-holds-it-is-told": (
+        "all-that-hold-it-are-told": (
             on.ConnectionOpened(2, 0),
             on.ConnectionOpened(3, 0),
             *alive(1, a),
