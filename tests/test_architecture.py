@@ -209,11 +209,20 @@ def nothing_is_put_off(module: Module) -> Iterator[tuple[int, str]]:
             yield line, text.strip()
 
 
-def modules(*folders: str) -> list[Module]:
+@rule
+def who_acts_is_named(module: Module) -> Iterator[tuple[int, str]]:
+    """A peer, a consumer, a user: each has a name, but for the user `nobody`."""
+    unnamed = r"(?i:whoe?ver|(some|any|every)bod[y])|(?<![\"`s])(?<!as_)[Nn]obody(?! MUST)"
+    for line, text in enumerate(module.text.splitlines(), 1):
+        if re.search(unnamed, text):
+            yield line, text.strip()
+
+
+def modules(*folders: str, suffix: str = "py") -> list[Module]:
     return [
         Module(str(path.relative_to(ROOT)), path.read_text(encoding="utf-8"))
         for folder in folders
-        for path in sorted((ROOT / folder).rglob("*.py"))
+        for path in sorted((ROOT / folder).rglob(f"*.{suffix}"))
     ]
 
 
@@ -226,8 +235,13 @@ def test_basic_the_packages_keep_the_rule(name: str) -> None:
     assert violations(RULES[name], modules(*PACKAGES)) == []
 
 
-def test_nothing_is_put_off_in_tests_and_specs_either() -> None:
-    assert violations(nothing_is_put_off, modules("tests", "specs", "bench")) == []
+@pytest.mark.parametrize("check", [nothing_is_put_off, who_acts_is_named])
+def test_the_rules_of_words_are_kept_in_tests_and_specs_too(check: Rule) -> None:
+    texts = [Module(path.name, path.read_text(encoding="utf-8")) for path in ROOT.glob("*.md")]
+    for suffix in ("py", "md", "[ch]"):
+        texts += modules("tests", "specs", "bench", suffix=suffix)
+    assert len(texts) > 150
+    assert violations(check, texts) == []
 
 
 VIOLATIONS: Final = [
@@ -273,6 +287,8 @@ VIOLATIONS: Final = [
     (deciding_modules_are_pure, "transport/framing.py", "print('here')"),
     (functions_can_be_taken_in_at_once, "linux/a.py", "def f():\n" + "    pass\n" * 60),
     (nothing_is_put_off, "linux/a.py", "x = 1  # TO" + "DO: later"),
+    (who_acts_is_named, "linux/a.py", "# Some" + "body else's."),
+    (who_acts_is_named, "linux/a.py", "# Then no" + "body waits."),
 ]
 
 
