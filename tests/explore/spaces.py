@@ -13,7 +13,7 @@ come first is not needed, and not assumed (`has_losses_first`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from statemachine.messages import NamespaceRequest, NamespaceType
 from statemachine.provider import Limits
@@ -28,6 +28,11 @@ B: Final = NamespaceRequest("b", (NET, PID))
 LIES: Final = (CUT, MISMATCHED, NOT_FOUND, FAILED_TO_PASS)
 TALK: Final = ("call", "ask", "tell of end")
 """What a stranger can do that any peer may do."""
+
+
+def strangers(count: int, *acts: str, **bounds: Any) -> Bounds:
+    """Bounds without consumers, in which so many strangers do this, and what any peer may do."""
+    return Bounds(consumers=0, strangers=count, without=only(*TALK, *acts), **bounds)
 
 
 @dataclass(frozen=True)
@@ -49,14 +54,7 @@ SPACES: Final[dict[str, Space]] = {
     ),
     "a fault of any kind": Space(Bounds(faults=1, spoils=LIES), 88_000, 7),
     "two strangers, two allocations, two connections, crashes": Space(
-        Bounds(
-            consumers=0,
-            strangers=2,
-            requests=(A, B),
-            in_flight=1,
-            crashes=None,
-            without=only(*TALK, "hang up", "crash"),
-        ),
+        strangers(2, "hang up", "crash", requests=(A, B), in_flight=1, crashes=None),
         75_000,
         20,
     ),
@@ -67,7 +65,7 @@ SPACES: Final[dict[str, Space]] = {
         Bounds(consumers=0, strangers=1, in_flight=1, crashes=None, faults=1), 10_000, 3
     ),
     "two strangers who babble, and crashes": Space(
-        Bounds(consumers=0, strangers=2, crashes=None, without=only(*TALK, "babble", "crash")),
+        strangers(2, "babble", "crash", crashes=None),
         4_000,
         2,
     ),
@@ -121,9 +119,8 @@ SPACES: Final[dict[str, Space]] = {
         1,
     ),
     "two strangers at the provider's limits": Space(
-        Bounds(
-            consumers=0,
-            strangers=2,
+        strangers(
+            2,
             requests=(A, B),
             limits=Limits(
                 waiting=1,
@@ -132,45 +129,29 @@ SPACES: Final[dict[str, Space]] = {
                 allocations_per_uid=1,
                 remembered=1,
             ),
-            without=only(*TALK),
         ),
         23_000,
         5,
     ),
     "a stranger who does not wait for answers, and a crash": Space(
-        Bounds(
-            consumers=0,
-            strangers=1,
-            requests=(A, B),
-            in_flight=2,
-            crashes=1,
-            faults=1,
-            without=only(*TALK, "crash", "fail"),
-        ),
+        strangers(1, "crash", "fail", requests=(A, B), in_flight=2, crashes=1, faults=1),
         4_000,
         2,
     ),
     "a stranger who does not wait for answers, any number of crashes": Space(
-        Bounds(
-            consumers=0,
-            strangers=1,
-            requests=(A, B),
-            in_flight=2,
-            crashes=None,
-            without=only(*TALK, "crash"),
-        ),
+        strangers(1, "crash", requests=(A, B), in_flight=2, crashes=None),
         3_000,
         1,
     ),
     "a stranger who floods, among few": Space(
-        Bounds(
-            consumers=0,
-            strangers=2,
+        strangers(
+            2,
+            "babble",
+            "crash",
             requests=(A, A_BAD),
             in_flight=3,
             limits=Limits(open_per_connection=1, connections_per_uid=1, remembered=1),
             crashes=1,
-            without=only(*TALK, "babble", "crash"),
         ),
         140,
         1,
