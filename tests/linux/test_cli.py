@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -28,18 +27,14 @@ from tests.support.programs import (
     nshandoff,
     running,
     wait_until,
-    warm_daemon_in,
+    warm_daemon,
 )
 from transport import endpoint, serve
 
+__all__ = ["warm_daemon"]
+
 VERBS = ("serve", "run", "exec", "request", "end", "list", "doctor", "trace", "verify")
 ABSENT = ("--socket", "/nowhere/handoff.sock")
-
-
-@pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory, image_root: Path) -> Iterator[Daemon]:
-    with warm_daemon_in(tmp_path_factory.mktemp("daemon"), image_root) as daemon:
-        yield daemon
 
 
 def test_basic_help_names_the_verbs_and_the_exit_codes() -> None:

@@ -11,7 +11,6 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -35,22 +34,17 @@ from tests.support.programs import (
     nshandoff,
     running,
     wait_until,
-    warm_daemon_in,
+    warm_daemon,
 )
 from transport import endpoint
 from transport.channel import Delivery, Received
 from transport.descriptors import Descriptor
 
+__all__ = ["warm_daemon"]
+
 pytestmark = pytest.mark.needs_root
 
 ALL = ("--namespaces", "pid,net,mount")
-
-
-@pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory, image_root: Path) -> Iterator[Daemon]:
-    directory = tmp_path_factory.mktemp("daemon")
-    with warm_daemon_in(directory, image_root, "--release-deadline", "0.3") as daemon:
-        yield daemon
 
 
 @pytest.fixture

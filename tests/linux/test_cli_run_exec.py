@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,8 +20,10 @@ from tests.support.programs import (
     ROOT,
     Daemon,
     environment,
-    warm_daemon_in,
+    warm_daemon,
 )
+
+__all__ = ["warm_daemon"]
 
 pytestmark = pytest.mark.needs_root
 
@@ -31,13 +32,6 @@ SUBSETS: Final = [
 ]
 WORDS: Final = ("a b", "", "\udcff\n\x01\x7f", "".join(map(chr, range(1, 128))), "--", "-x", "*")
 TABLE: Final = re.compile(r"^\| [^|]+ \| [^|]+ \| `(\w+)` \|$", re.MULTILINE)
-
-
-@pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory, image_root: Path) -> Iterator[Daemon]:
-    directory = tmp_path_factory.mktemp("daemon")
-    with warm_daemon_in(directory, image_root, "--release-deadline", "0.3") as daemon:
-        yield daemon
 
 
 def probed(directory: Path, *launcher: str) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,20 +24,15 @@ from tests.support.programs import (
     nshandoff,
     running,
     wait_until,
-    warm_daemon_in,
+    warm_daemon,
 )
+
+__all__ = ["warm_daemon"]
 
 pytestmark = pytest.mark.needs_root
 
 READY = ("sh", "-c", "echo ready; read line; exit 3")
 LEFT = ("sh", "-c", "setsid sleep 1000 >/dev/null 2>&1 & echo ready; exec sleep 1000")
-
-
-@pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory, image_root: Path) -> Iterator[Daemon]:
-    directory = tmp_path_factory.mktemp("daemon")
-    with warm_daemon_in(directory, image_root, "--release-deadline", "0.3") as daemon:
-        yield daemon
 
 
 def run_words(daemon: Daemon, name: str, namespaces: str = "pid,net,mount") -> tuple[str, ...]:

@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
+import pytest
+
 from linux.features import Features
 from linux.journal import read_journal
 from linux.namespaces import KernelInspector
@@ -191,6 +193,14 @@ def warm_daemon_in(directory: Path, image_root: Path, *options: str) -> Iterator
     with daemon_in(directory, image_root, *options) as daemon:
         with daemon.obtain(f"nsh-test-{os.getpid()}-warm") as handoff:
             assert handoff.end(DEADLINE_S)
+        yield daemon
+
+
+@pytest.fixture(name="daemon", scope="module")
+def warm_daemon(tmp_path_factory: pytest.TempPathFactory, image_root: Path) -> Iterator[Daemon]:
+    """For a module that imports it; what takes long to be released is said soon."""
+    directory = tmp_path_factory.mktemp("daemon")
+    with warm_daemon_in(directory, image_root, "--release-deadline", "0.3") as daemon:
         yield daemon
 
 
