@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import array
 import fcntl
-import itertools
 import socket
 import subprocess
 import sys
@@ -348,19 +347,3 @@ def test_an_answer_in_the_compact_form_is_an_answer(rig: Rig) -> None:
     rig.lie(lambda line: line.say(len(body).to_bytes(4, "big") + body, rig.fds))
     with rig.obtain() as handoff:
         assert not handoff.is_degraded
-
-
-def test_every_way_to_cut_an_answer_in_two_is_an_answer(rig: Rig) -> None:
-    cuts = itertools.count(1)
-
-    def cut(line: Line) -> None:
-        line.hear()
-        at = next(cuts)
-        line.say(rig.frame[:at], rig.fds)
-        line.say(rig.frame[at:])
-
-    count = len(rig.frame) - 1
-    with Liar(rig.path, *[cut] * count):
-        for _ in range(count):
-            with rig.obtain() as handoff:
-                assert not handoff.is_degraded

@@ -186,12 +186,6 @@ def test_the_mount_path_is_the_providers(rig: Rig) -> None:
         assert handoff.response.uenv_mount_path == "/run/pact/uenv/hello"
 
 
-def test_the_same_request_again_gets_the_same_namespaces(rig: Rig) -> None:
-    rig.provide()
-    with rig.obtain() as first, rig.obtain() as second:
-        assert first.identities == second.identities
-
-
 def test_detached_descriptors_survive_the_handoff(rig: Rig) -> None:
     rig.provide()
     with rig.obtain() as handoff:
@@ -596,13 +590,6 @@ def test_what_the_provider_refuses_is_reported(rig: Rig, error: NamespaceError) 
     assert raised.value == error
     assert not audited
     assert rig.own.is_clean
-
-
-def test_a_real_providers_refusal_is_reported(rig: Rig) -> None:
-    rig.provide()
-    request = NamespaceRequest(rig.wanted.allocation_id, (MOUNT,), "missing.sqfs")
-    with pytest.raises(CreationFailed, match=r"ENOENT: missing\.sqfs"):
-        rig.consumer(service=rig.service).obtain(request)
 
 
 @pytest.mark.parametrize(
