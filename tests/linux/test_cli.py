@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -22,9 +21,9 @@ from tests.support.programs import (
     MOUNT,
     PID,
     Daemon,
-    environment,
     identities_of,
     nshandoff,
+    run_program,
     running,
     wait_until,
     warm_daemon,
@@ -59,14 +58,7 @@ def test_help_loads_none_of_the_packages_it_helps_with() -> None:
         "import sys; from linux.cli.command import build_parser; build_parser().format_help();"
         "print(*sys.modules)"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", program],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    loaded = set(run.stdout.split())
+    loaded = set(run_program(sys.executable, "-c", program).stdout.split())
     assert loaded.isdisjoint({"statemachine", "transport", "asyncio", "socket", "subprocess"})
     assert {name for name in loaded if name.startswith("linux.")} == {
         "linux.cli",

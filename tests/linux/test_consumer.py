@@ -22,6 +22,7 @@ from tests.support.programs import (
     daemon_in,
     environment,
     nshandoff,
+    run_program,
     wait_until,
 )
 from transport.descriptors import Descriptor
@@ -274,8 +275,5 @@ def test_a_provider_in_a_user_namespace_with_all_of_its_own_serves(
         {inside} --fallback never --namespaces pid,net,mount -- echo inside
         kill $provider; wait $provider
     """
-    told = subprocess.run(
-        ["unshare", "-Urmnpf", "--mount-proc", "sh", "-c", script],
-        env=environment(), capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    told = run_program("unshare", "-Urmnpf", "--mount-proc", "sh", "-c", script)
     assert told.stdout == "inside\n", told.stderr + daemon.log.read_text()

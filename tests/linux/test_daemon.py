@@ -28,8 +28,8 @@ from tests.support.programs import (
     PID,
     Daemon,
     daemon_in,
-    environment,
     nshandoff,
+    run_program,
     wait_until,
 )
 from tests.support.scarcity import fill_disk, fill_pipe
@@ -141,10 +141,7 @@ try:
 except Stopped as stopped:
     print(stopped.number)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment(), stdout=subprocess.PIPE, check=True
-    )
-    assert done.stdout.split() == [b"undone", b"15"]
+    assert run_program(sys.executable, "-c", program).stdout.split() == ["undone", "15"]
 
 
 @pytest.mark.clause("DAEMON-4")
@@ -260,12 +257,7 @@ def lowest_oom_score_adj() -> int:
         "echo $value >/proc/$$/oom_score_adj && break; done 2>/dev/null; "
         "cat /proc/$$/oom_score_adj"
     )
-    found = subprocess.run(
-        ["choom", "--adjust", "500", "--", "bash", "-c", program],
-        stdout=subprocess.PIPE,
-        check=True,
-    )
-    return int(found.stdout)
+    return int(run_program("choom", "--adjust", "500", "--", "bash", "-c", program).stdout)
 
 
 @pytest.mark.clause("DAEMON-3")

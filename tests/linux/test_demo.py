@@ -20,6 +20,7 @@ import pytest
 from linux.demo import command as demo
 from linux.demo.host import PREFIX
 from linux.demo.report import COLUMNS_MAX, Interrupted, Report
+from tests.support.programs import environment, nshandoff
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 PACKAGES: Final = ("statemachine", "transport", "linux")
@@ -63,15 +64,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def run_demo(
     *arguments: str, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "linux", "demo", *arguments],
-        cwd=ROOT,
-        env={**os.environ, **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=RUN_TIMEOUT_S,
-        check=False,
-    )
+    return nshandoff("demo", *arguments, env=environment(**(env or {})), timeout=RUN_TIMEOUT_S)
 
 
 def names_in(shown: dict[str, Any]) -> set[str]:

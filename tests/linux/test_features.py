@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from linux.features import OLDEST, Features
+from tests.support.programs import run_program
 
 PACKAGES = str(Path(__file__).parents[2])
 
@@ -53,13 +53,8 @@ def test_probe_is_the_same_each_time() -> None:
 def test_probe_without_capabilities_finds_less_and_raises_nothing() -> None:
     assert shutil.which("setpriv"), "setpriv is missing (Debian package util-linux)"
     program = "from linux.features import Features; print(Features.probe())"
-    found = subprocess.run(
-        ["setpriv", "--bounding-set=-all", sys.executable, "-P", "-c", program],
-        env={**os.environ, "PYTHONPATH": PACKAGES},
-        stdout=subprocess.PIPE,
-        check=True,
-        text=True,
-    ).stdout
+    words = ("setpriv", "--bounding-set=-all", sys.executable, "-P", "-c", program)
+    found = run_program(*words).stdout
     assert "detached_clone=False" in found
     assert "proc_by_pidns=False" in found
     assert f"pidfs_inodes={Features.probe().pidfs_inodes}" in found

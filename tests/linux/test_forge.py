@@ -8,7 +8,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -50,6 +49,7 @@ from tests.support.forging import (
     wait_dead,
     wait_until,
 )
+from tests.support.programs import run_program
 from transport.descriptors import Descriptor, DescriptorBundle
 
 __all__ = ["anchors_cgroup", "features", "forge", "scope"]
@@ -88,13 +88,8 @@ with Forge.start(
 def run_owner(features: Features, program: str, *wrapper: str) -> list[str]:
     """Run a program that has a forge, under a command that takes something away from it."""
     kernel = "newest" if features == Features.probe() else "oldest"
-    done = subprocess.run(
-        [*wrapper, sys.executable, "-P", "-c", UNDER_PROGRAM, kernel, program],
-        env={**os.environ, "PYTHONPATH": PACKAGES},
-        stdout=subprocess.PIPE,
-        check=True,
-        text=True,
-    )
+    done = run_program(*wrapper, sys.executable, "-P", "-c", UNDER_PROGRAM, kernel, program)
+    assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
 
@@ -464,13 +459,7 @@ except ForgeError as error:
 @pytest.mark.clause("NODE-21")
 def test_forge_that_could_not_return_says_so_before_it_leaves() -> None:
     """Root of a user namespace alone may leave the node's namespaces, but not enter them again."""
-    done = subprocess.run(
-        ["unshare", "-Ur", sys.executable, "-P", "-c", STARTED_IN_VAIN],
-        env={**os.environ, "PYTHONPATH": PACKAGES},
-        capture_output=True,
-        check=True,
-        text=True,
-    )
+    done = run_program("unshare", "-Ur", sys.executable, "-P", "-c", STARTED_IN_VAIN)
     refusal = "start the forge: setns(2): EPERM (Operation not permitted): /proc/self/ns/pid"
     assert done.stdout.startswith(f"{refusal}; this process is in a user namespace and its Pid ")
 

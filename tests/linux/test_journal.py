@@ -35,6 +35,7 @@ from linux.journal import (
 from statemachine.lifecycle import AllocationState
 from statemachine.messages import NamespaceRequest, NamespaceType
 from statemachine.provider import REMEMBERED_MAX
+from tests.support.programs import run_program
 
 BOOT: Final = "7b5e1b2e-0000-4000-8000-000000000001"
 OTHER_BOOT: Final = "7b5e1b2e-0000-4000-8000-000000000002"
@@ -355,10 +356,7 @@ def read_changes(state_dir: Path) -> int:
         "import sys; from pathlib import Path; from linux.journal import read_journal;"
         "print(read_journal(Path(sys.argv[1])).changes)"
     )
-    told = subprocess.run(
-        [sys.executable, "-c", script, state_dir], capture_output=True, text=True, check=True
-    )
-    return int(told.stdout)
+    return int(run_program(sys.executable, "-c", script, state_dir).stdout)
 
 
 def test_a_copy_is_known_as_one_and_keeps_its_instance(tmp_path: Path) -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import resource
-import subprocess
 import sys
 
 import pytest
 
 from linux.limits import DESCRIPTORS_RESERVED, descriptors_for, fit_to_descriptors
 from statemachine.provider import Limits
-from tests.support.programs import environment
+from tests.support.programs import run_program
 
 LIMITS = Limits(frozenset({0, 1}), connections_per_uid=100, allocations_per_uid=300)
 NEEDED = DESCRIPTORS_RESERVED + 2 * (2 * 100 + 2 * 300)
@@ -56,11 +54,5 @@ print(json.dumps(said))
 @pytest.mark.clause("DAEMON-1")
 @pytest.mark.parametrize("soft", [100, 200])
 def test_soft_limit_is_raised_and_a_child_has_the_one_before(soft: int) -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        env=environment(),
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, 200)),
-        stdout=subprocess.PIPE,
-        check=True,
-    )
+    run = run_program("prlimit", f"--nofile={soft}:200", sys.executable, "-c", PROGRAM)
     assert json.loads(run.stdout) == [200, [200, 200], [soft, 200]]

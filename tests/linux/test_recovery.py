@@ -69,6 +69,7 @@ from statemachine.errors import CreationFailed
 from statemachine.lifecycle import AllocationState
 from statemachine.messages import NamespaceRequest
 from tests.support.forging import process_state
+from tests.support.programs import run_program
 from transport.calls import hook_syscalls
 from transport.contract import Adoption
 from transport.testing.peer import wait_until
@@ -699,11 +700,8 @@ for case in find_cases(view.entries, view.instance, root, Features.probe()):
 
 
 def seen_from_another_pid_namespace(state_dir: Path, *root: Path) -> list[str]:
-    words = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", LOOK]
-    told = subprocess.run(
-        [*words, state_dir, *root], capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    return sorted(told.stdout.splitlines())
+    words = ("unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", LOOK)
+    return sorted(run_program(*words, state_dir, *root).stdout.splitlines())
 
 
 @pytest.mark.needs_root

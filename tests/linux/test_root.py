@@ -12,7 +12,15 @@ import pytest
 
 from linux.cli.exits import ExitCode
 from linux.demo.host import PREFIX
-from tests.support.programs import MOUNT, NET, ROOT, Daemon, daemon_in, environment, wait_until
+from tests.support.programs import (
+    MOUNT,
+    NET,
+    Daemon,
+    daemon_in,
+    environment,
+    run_program,
+    wait_until,
+)
 
 pytestmark = pytest.mark.needs_root
 
@@ -47,15 +55,8 @@ def within(
     how: str, where: Path, program: str, propagation: str = "private"
 ) -> subprocess.CompletedProcess[str]:
     script, _ = WITHIN[how]
-    command = [sys.executable, "-c", program]
-    return subprocess.run(
-        ["unshare", "--mount", "--propagation", propagation, "sh", "-c", script, "sh", *command],
-        env=environment(D=str(where)),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    words = ("unshare", "--mount", "--propagation", propagation, "sh", "-c", script, "sh")
+    return run_program(*words, *(sys.executable, "-c", program), env=environment(D=str(where)))
 
 
 @pytest.mark.clause("DAEMON-10")
@@ -122,15 +123,7 @@ def test_demo_in_a_chroot_says_so_and_leaves_nothing(tmp_path: Path, how: str) -
 
 
 def test_demo_without_proc_says_so(tmp_path: Path) -> None:
-    shown = subprocess.run(
-        [
-            *("unshare", "--mount", "sh", "-c", 'umount --lazy /proc && exec "$@"', "sh"),
-            *(sys.executable, "-c", DEMO),
-        ],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    within = ("unshare", "--mount", "sh", "-c", 'umount --lazy /proc && exec "$@"', "sh")
+    shown = run_program(*within, sys.executable, "-c", DEMO)
     assert shown.returncode == 3
     assert "there is no /proc here: mount -t proc proc /proc" in shown.stderr

@@ -16,7 +16,7 @@ import pytest
 from linux import syscalls
 from linux.shortage import WORDS, fault_of, words_for
 from linux.syscalls import SyscallError, calling
-from tests.support.programs import environment
+from tests.support.programs import run_program
 from tests.support.scarcity import descriptors_left
 
 ROWS: Final = [
@@ -108,13 +108,8 @@ try:
 except SyscallError as error:
     print(error)
 """
-    run = subprocess.run(
-        ["prlimit", "--nproc=0", "setpriv", "--reuid=59999", sys.executable, "-c", program],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        check=True,
-        text=True,
-    )
+    poor = ("prlimit", "--nproc=0", "setpriv", "--reuid=59999")
+    run = run_program(*poor, sys.executable, "-c", program)
     assert "posix_spawn(3): EAGAIN" in run.stdout
     assert "no process left: raise RLIMIT_NPROC" in run.stdout
 

@@ -16,7 +16,7 @@ from linux.testing import conformance as suite
 from specs._build import clauses
 from statemachine.errors import CreationFailed
 from statemachine.messages import AllocationEnded
-from tests.support.programs import DEADLINE_S, ROOT, environment
+from tests.support.programs import ROOT, run_program
 from transport.testing.peer import Liar, Line
 
 PAGE = ROOT / "specs" / "11-certifying.md"
@@ -26,15 +26,7 @@ def tried(socket: Path, cases: str) -> subprocess.CompletedProcess[str]:
     """Try a simulated provider, as its makers would."""
     words = ["--pyargs", "linux.testing.conformance", f"--provider-socket={socket}", "-k", cases]
     options = ["--provider-backend=simulated", "-p", "no:cacheprovider", "-q"]
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", *words, *options],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=DEADLINE_S,
-    )
+    return run_program(sys.executable, "-m", "pytest", *words, *options, cwd=ROOT)
 
 
 def has_nothing_to_give(line: Line) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import array
 import fcntl
 import socket
-import subprocess
 import sys
 import termios
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from statemachine.messages import (
     NamespaceRequest,
 )
 from tests.support.consumers import FORMS, Form
+from tests.support.programs import run_program
 from transport.descriptors import DescriptorBundle
 from transport.request import Patience
 from transport.testing.lies import ALL, LIES, NET, Lie, Stage, after_a_request, telling
@@ -154,10 +154,8 @@ assert os.listdir("/proc/self/fd") == before
 """
     rig.lie(lambda line: line.say(rig.honest, rig.fds))
     # One number is for the connection.
-    command = [sys.executable, "-c", script, str(rig.path), rig.request.allocation_id]
-    result = subprocess.run(
-        [*command, str(descriptors)], cwd=ROOT, capture_output=True, text=True, timeout=30
-    )
+    words = (sys.executable, "-c", script, rig.path, rig.request.allocation_id, str(descriptors))
+    result = run_program(*words)
     assert "cut off: the receiver has no descriptor left" in result.stdout, result.stderr
     assert result.returncode == 0, result.stderr
 

@@ -25,6 +25,9 @@ ROOT: Final = Path(__file__).parents[2]
 COMMAND: Final = (sys.executable, "-m", "linux")
 INSTALLED: Final = str(Path(sys.executable).with_name("nshandoff"))
 
+RUN_DEADLINE_S: Final = 60.0
+"""How long a program may run that is to end by itself."""
+
 PID: Final = NamespaceType.PID
 NET: Final = NamespaceType.NET
 MOUNT: Final = NamespaceType.MOUNT
@@ -34,19 +37,24 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100", **more}
 
 
+def run_program(*words: str | Path, **how: Any) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end; it finds these packages, and what it says is text."""
+    settings: dict[str, Any] = {
+        "stdin": subprocess.DEVNULL,
+        "env": environment(),
+        "timeout": RUN_DEADLINE_S,
+        **how,
+    }
+    return subprocess.run(
+        list(map(str, words)), check=False, capture_output=True, text=True, **settings
+    )
+
+
 def nshandoff(
     *words: str | Path, within: Sequence[str | Path] = (), **how: Any
 ) -> subprocess.CompletedProcess[str]:
     """Run the command to its end; `within`: a program that executes it, with its words."""
-    settings: dict[str, Any] = {"stdin": subprocess.DEVNULL, "env": environment(), **how}
-    return subprocess.run(
-        [*within, *COMMAND, *map(str, words)],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-        **settings,
-    )
+    return run_program(*within, *COMMAND, *words, **how)
 
 
 @contextmanager

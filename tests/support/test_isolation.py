@@ -23,6 +23,7 @@ from tests.support.programs import (
     Daemon,
     daemon_in,
     environment,
+    run_program,
     wait_until,
 )
 from transport.request import Handoff
@@ -139,13 +140,8 @@ def test_a_mount_made_outside_is_not_taken_for_a_leak_and_can_be_unmounted(tmp_p
     folders = [tmp_path / name for name in ("theirs", "ours")]
     for folder in folders:
         folder.mkdir()
-    run = subprocess.run(
-        ["unshare", "-m", "--propagation=shared", sys.executable, "-c", WITH_MOUNTS, *folders],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    words = ("unshare", "-m", "--propagation=shared", sys.executable, "-c", WITH_MOUNTS)
+    run = run_program(*words, *folders)
     assert run.stdout.splitlines() == ["True {}", "True", "False"], run.stderr
 
 
@@ -171,13 +167,8 @@ def test_where_the_kernel_refuses_a_session_runs_all_the_same_and_says_so(
     (tmp_path / "test_one.py").write_text("def test(): pass")
     options = ["-p", "tests.conftest", "-p", "no:cacheprovider", "-c", os.devnull]
     where = ["--rootdir", tmp_path, "--basetemp", tmp_path / "tmp", tmp_path]
-    run = subprocess.run(
-        ["setpriv", "--bounding-set=-sys_admin", sys.executable, "-m", "pytest", *options, *where],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    words = ("setpriv", "--bounding-set=-sys_admin", sys.executable, "-m", "pytest")
+    run = run_program(*words, *options, *where)
     assert "not isolated, so others may disturb: [Errno 1] unshare" in run.stdout
     assert run.returncode == 0
     assert not list(cgroup2.glob(f"{isolation.PREFIX}*"))

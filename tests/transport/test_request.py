@@ -11,7 +11,6 @@ import logging
 import os
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -41,6 +40,7 @@ from statemachine.messages import (
 )
 from statemachine.provider import Limits
 from tests.support.consumers import FORMS, Form, Stopwatch
+from tests.support.programs import run_program
 from tests.support.serving import Serving
 from transport.contract import Step
 from transport.descriptors import Descriptor, DescriptorBundle
@@ -261,8 +261,7 @@ def test_what_they_are_is_shown(rig: Rig) -> None:
     "program", ["from transport.request import Consumer", "from linux import Consumer; Consumer()"]
 )
 def test_a_consumer_that_blocks_does_not_import_asyncio(program: str) -> None:
-    command = [sys.executable, "-c", f"import sys; {program}; print(*sys.modules)"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    run = run_program(sys.executable, "-c", f"import sys; {program}; print(*sys.modules)")
     loaded = set(run.stdout.split())
     assert "transport.request.blocking" in loaded
     assert loaded.isdisjoint({"asyncio", "transport.serve", "linux.backend", "subprocess"})
@@ -487,14 +486,7 @@ except SocketUnavailable as error:
         with listen(Path(directory) / "s"):
             if os.geteuid() != 0:  # the user stays the same
                 Path(directory, "s").chmod(0)
-            result = subprocess.run(
-                [sys.executable, "-c", script, f"{directory}/s"],
-                cwd=ROOT,
-                capture_output=True,
-                text=True,
-                check=True,
-                timeout=30,
-            )
+            result = run_program(sys.executable, "-c", script, f"{directory}/s")
     assert "Permission denied" in result.stdout, result.stderr
 
 
