@@ -180,24 +180,25 @@ def test_who_does_not_read_is_not_read_and_dropped_in_time(rig: Rig) -> None:
     assert is_open(polite)
 
 
-def fill(line: Line, serving: Serving, name: str, count: int, gate: Any) -> None:
-    """Have a peer ask many times for one allocation, and read none of the answers."""
-    line.say(frame_of(wanted(name)) * count)
-    serving.wait_for(on.RequestReceived, count)
-    gate.let_go()
-    serving.wait_for(on.ResponseSent, count)
-
-
 UNREAD: Final = 400
 """More answers than fit into a socket."""
 
 
+def serve_unread(rig: Rig, backend: Any = SimulatedBackend) -> tuple[Serving, Line]:
+    """Have a peer that has asked many times for one allocation, and read none of the answers."""
+    gate = rig.gate("a")
+    serving = rig.serve(backend, limits=limits_for_us(open_per_connection=2 * UNREAD))
+    line = rig.connect()
+    line.say(frame_of(wanted("a")) * UNREAD)
+    serving.wait_for(on.RequestReceived, UNREAD)
+    gate.let_go()
+    serving.wait_for(on.ResponseSent, UNREAD)
+    return serving, line
+
+
 @pytest.mark.clause("PEER-14")
 def test_descriptors_are_opened_when_there_is_room_to_send_them(rig: Rig) -> None:
-    gate = rig.gate("a")
-    serving = rig.serve(limits=limits_for_us(open_per_connection=2 * UNREAD))
-    line = rig.connect()
-    fill(line, serving, "a", UNREAD, gate)
+    serving, line = serve_unread(rig)
     with serving.provider._backend.bundle_of("a") as bundle:
         # The node's own, and the one just opened; what is in the socket is in no process.
         assert copies_of(bundle.filenos()) == 2
@@ -209,10 +210,7 @@ def test_descriptors_are_opened_when_there_is_room_to_send_them(rig: Rig) -> Non
 @pytest.mark.clause("PEER-14", "END-12")
 @pytest.mark.parametrize("is_made_anew", [False, True])
 def test_what_ends_while_it_waits_for_room_is_not_handed_over(rig: Rig, is_made_anew: bool) -> None:
-    gate = rig.gate("a")
-    serving = rig.serve(limits=limits_for_us(open_per_connection=2 * UNREAD))
-    line, other = rig.connect(), rig.connect()
-    fill(line, serving, "a", UNREAD, gate)
+    (_, line), other = serve_unread(rig), rig.connect()
     assert other.ask(ended("a")) == ended("a")
     if is_made_anew:
         assert other.ask(wanted("a")) == handed("a")
@@ -238,10 +236,7 @@ def test_a_bundle_that_is_not_what_was_made_is_not_sent_when_there_is_room_eithe
             with bundle:
                 return DescriptorBundle((NET,), [bundle[MOUNT].duplicate()])
 
-    gate = rig.gate("a")
-    serving = rig.serve(Mixed, limits=limits_for_us(open_per_connection=2 * UNREAD))
-    line = rig.connect()
-    fill(line, serving, "a", UNREAD, gate)
+    serving, line = serve_unread(rig, Mixed)
     serving.provider._backend.is_mixed = True
     *_, last = [line.hear() for _ in range(UNREAD)]
     assert isinstance(last, FdPassing)
@@ -338,10 +333,7 @@ def test_connections_that_were_lost_while_they_waited_keep_the_order(rig: Rig) -
 
 @pytest.mark.clause("PEER-8", "PEER-10")
 def test_who_has_left_and_reads_nothing_makes_no_later_connection_wait(rig: Rig) -> None:
-    gate = rig.gate("a")
-    serving = rig.serve(limits=limits_for_us(open_per_connection=2 * UNREAD))
-    line = rig.connect()
-    fill(line, serving, "a", UNREAD, gate)
+    _, line = serve_unread(rig)
     line.sock.shutdown(socket.SHUT_WR)
     assert is_open(rig.connect())
 
