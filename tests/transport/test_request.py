@@ -32,6 +32,7 @@ from statemachine.errors import (
     NamespaceError,
     SocketUnavailable,
 )
+from statemachine.lifecycle import AllocationState
 from statemachine.messages import (
     AllocationEnded,
     NamespaceRequest,
@@ -1026,6 +1027,14 @@ def test_who_joins_an_allocation_and_gives_up_does_not_end_it(rig: Rig) -> None:
     with pytest.raises(SocketUnavailable, match="no whole answer"):
         rig.obtain(patience=HASTY, joins=True)
     assert liar.told(0) == [rig.wanted]
+
+
+def test_a_consumer_that_joins_an_allocation_can_end_it(rig: Rig) -> None:
+    provider = rig.provide()
+    with rig.obtain() as first, rig.obtain(joins=True) as joined:
+        assert joined.end(5.0)
+        assert first.wait_ended(5.0)
+    assert provider.state_of(rig.wanted.allocation_id) is AllocationState.RELEASED
 
 
 # --- Many at once ------------------------------------------------------------------------------

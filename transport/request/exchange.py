@@ -242,6 +242,8 @@ class Exchange:
     def want_end(self) -> None:
         """Ask for the end of what the caller has; nothing happens if there is nothing to end."""
         if self.kernel.state in _ENDABLE:
+            # A caller that says so ends also what it has joined; after self-service, only its own.
+            self.tells_end |= self.kernel.state is ConsumerState.HELD
             self.feed(on.EndWanted())
 
     def withdraw(self) -> None:
