@@ -215,6 +215,9 @@ async def _run(
         _log_event("ready", allocations=len(provider.kernel.states))
 
     def stop(number: int) -> None:
+        if watching is not None:
+            # From here on the socket is gone because this provider removes it.
+            watching.cancel()
         _log_event("stopping", signal=_name_of(number))
         readiness.withdraw()
         readiness.notify("STOPPING=1")
@@ -224,9 +227,9 @@ async def _run(
         text = "there is nothing to read again" if number == signal.SIGHUP else ""
         _log.warning(text, extra=_as("signal_ignored", signal=_name_of(number)))
 
-    signals.watch(stop, note)
     loop = asyncio.get_running_loop()
     watching = None if place is None else loop.create_task(place.run(provider.stop))
+    signals.watch(stop, note)
     await provider.run(announce, on_recovered=None if trace is None else trace.recovered)
     if watching is not None and not watching.done():
         watching.cancel()
@@ -236,7 +239,7 @@ async def _run(
         _log.warning("backend work hangs and is left to the kernel", extra=_as("stopped"))
         logging.shutdown()
         os._exit(ExitCode.OK)
-    if watching is not None and watching.done():
+    if watching is not None and watching.done() and not watching.cancelled():
         watching.result()  # PlaceLost
 
 

@@ -21,7 +21,9 @@ import pytest
 from linux.cli.exits import ExitCode
 from linux.cli.signals import _IGNORED, NOTED, STOPPING
 from linux.limits import OOM_SCORE_ADJ_MIN, descriptors_for
+from statemachine import NamespaceRequest
 from statemachine.provider import Limits
+from tests.support import programs
 from tests.support.programs import (
     MOUNT,
     NET,
@@ -34,6 +36,7 @@ from tests.support.programs import (
 )
 from tests.support.scarcity import fill_disk, fill_pipe
 from transport.descriptors import Descriptor
+from transport.testing.peer import Line
 
 pytestmark = pytest.mark.needs_root
 
@@ -111,6 +114,33 @@ def test_signal_stops_it_while_it_starts(
     assert [line["event"] for line in daemon.events()][-2:] == ["stopping", "stopped"]
     assert not daemon.ready.exists()
     assert not daemon.socket.exists()
+
+
+WATCHFUL: Final = """
+import sys
+from linux.cli import command, place
+place.PERIOD_S = 0.001
+sys.exit(command.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.clause("DAEMON-4")
+def test_stop_with_work_under_way_is_no_loss_of_the_socket(
+    tmp_path: Path, image_root: Path, allocation_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(programs, "COMMAND", (sys.executable, "-c", WATCHFUL))
+    daemon = Daemon(tmp_path, image_root)
+    daemon.start()
+    try:
+        with Line.to(daemon.socket) as line:
+            for number in range(20):
+                line.say(NamespaceRequest(f"{allocation_id}-{number}", (PID, NET)))
+            wait_until(lambda: daemon.states())
+            assert daemon.stop() == ExitCode.OK
+        assert said(daemon, "place_lost") == []
+    finally:
+        daemon.clear()
+        daemon.stop()
 
 
 @pytest.mark.clause("DAEMON-4")
