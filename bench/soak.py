@@ -40,6 +40,7 @@ from bench.fairness import FLOODS, OTHER, STRANGER, start
 from bench.ledger import Entry, Ledger, process_figures
 from bench.lives import CLAIM_S, Crew, RealPlace, SimulatedPlace
 from linux.features import Features
+from linux.simulated import SimulatedCrash
 from linux.testing.worlds import IMAGE, OTHER_IMAGE
 from statemachine import (
     AllocationNotFound,
@@ -166,7 +167,7 @@ def simulated(seconds: float, seed: int, wrap: Callable[[Backend], Any] = Reins)
         for number in range(4):
             with suppress(AllocationNotFound):
                 place.consumer().end(f"hostile-{number}", ANSWER_TIMEOUT_S)
-    except (AssertionError, FdPassing, SocketUnavailable) as error:
+    except (AssertionError, FdPassing, SocketUnavailable, SimulatedCrash) as error:
         ledger.breaks(f"unanswered: {error!r}")
     ledger.close()
     left = {*place.node.allocations, *place.node.journal}
@@ -174,8 +175,6 @@ def simulated(seconds: float, seed: int, wrap: Callable[[Backend], Any] = Reins)
         ledger.breaks(f"left on the node: {sorted(left)}")
     done["crashes of the provider"] = place.crashes
     place.stop()
-    if place.node.identities and not left:
-        ledger.breaks(f"left on the node: {place.node.identities}")
     place.node.close()
     if (after := process_figures("self")["descriptors"]) > before and not ledger.broken:
         ledger.breaks(f"descriptors: {before:.0f} before, {after:.0f} after")

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, BinaryIO, Final
 
 import pytest
 
 from bench import lives
 from bench.ledger import Ledger, Series
-from bench.soak import simulated
-from statemachine import CreationFailed, NamespaceRequest
+from bench.soak import Soak, simulated
+from statemachine import CreationFailed, FdPassing, NamespaceRequest, NamespaceResponse
 from tests.support.programs import ROOT, environment
 from transport.contract import Backend
 from transport.descriptors import DescriptorBundle
@@ -23,6 +26,7 @@ from transport.testing.gated_backend import Reins
 
 SOAK: Final = "import sys; from bench.soak import main; sys.exit(main(sys.argv[1:]))"
 SHORT_S: Final = 2.0
+HASTY_S: Final = 0.2
 TIMEOUT_S: Final = 110.0
 
 
@@ -120,18 +124,68 @@ class Blind(Reins):
         return []
 
 
+class Slow(Reins):
+    """Takes longer than a consumer waits."""
+
+    def create_namespaces(self, request: NamespaceRequest) -> NamespaceResponse:
+        if is_chosen(request.allocation_id):
+            time.sleep(2 * HASTY_S)
+        return super().create_namespaces(request)
+
+
+class Scarce(Reins):
+    """Has no descriptors for some, ever."""
+
+    def bundle_of(self, allocation_id: str) -> DescriptorBundle:
+        if is_chosen(allocation_id):
+            raise FdPassing("no descriptor is left")
+        return super().bundle_of(allocation_id)
+
+
+class Leaking(Reins):
+    """Opens a descriptor too many with every response."""
+
+    def bundle_of(self, allocation_id: str) -> DescriptorBundle:
+        LEAKED.append(open(os.devnull, "rb"))  # noqa: SIM115  that is the leak
+        return super().bundle_of(allocation_id)
+
+
+LEAKED: Final[list[BinaryIO]] = []
+
+
 # What a broken provider loses is not closed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     ("fault", "found"),
-    [(Swapping, "wrong namespace"), (Keeping, "left on the node"), (Blind, "does not end")],
+    [
+        (Swapping, "wrong namespace"),
+        (Keeping, "left on the node"),
+        (Blind, "does not end"),
+        (Slow, "unanswered for longer"),
+        (Scarce, "unanswered: FdPassing"),
+        (Leaking, "descriptors: "),
+    ],
 )
 def test_a_fault_of_the_provider_is_found(
     fault: type[Reins], found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lives, "ANSWER_TIMEOUT_S", 0.2)
-    broken = simulated(SHORT_S, 7, fault)["broken"]
+    monkeypatch.setattr(lives, "ANSWER_TIMEOUT_S", HASTY_S)
+    try:
+        broken = simulated(SHORT_S, 7, fault)["broken"]
+    finally:
+        while LEAKED:
+            LEAKED.pop().close()
     assert any(found in what for what in broken), broken
+
+
+@pytest.mark.parametrize("line", [b'{"level": "error", "event": "failed"}', b"Traceback"])
+def test_what_the_provider_complains_of_is_found(tmp_path: Path, line: bytes) -> None:
+    soak = Soak(tmp_path, tmp_path, 7)
+    soak._hear_log(b'{"level": "info", "event": "ready"}')
+    soak._hear_log(b'{"level": "warning", "event": "limits_lowered"}')
+    assert soak.ledger.broken == []
+    soak._hear_log(line)
+    assert len(soak.ledger.broken) == 1
 
 
 Story = list[tuple[Any, ...]]
