@@ -71,6 +71,8 @@ CONSUMER_LIVES_S: Final = 4.0
 PROVIDER_LIVES_S: Final = 3.0
 FLOOD_S: Final = (0.3, 1.5)
 FINISH_S: Final = 120.0
+LEFT_S: Final = 10.0
+"""What is there for longer, after the end, is left."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -206,7 +208,7 @@ def in_isolation(seconds: float, seed: int) -> dict[str, Any]:
     isolated = isolation.enter(session.cgroup2)
     try:
         with tempfile.TemporaryDirectory(prefix="nshandoff-soak-") as folder:
-            session.directories, session.patience_s = (f"{folder}/",), ANSWER_TIMEOUT_S
+            session.directories, session.patience_s = (f"{folder}/",), LEFT_S
             Path(folder).chmod(0o755)
             before = session.census()
             outcome = Soak(Path(folder), session.cgroup2, seed).run(seconds)
