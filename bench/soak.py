@@ -89,6 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
         "replay": f"python bench/soak.py --minutes {options.minutes} "
         f"--simulated {options.simulated} --seed {seed}"
     }
+    print(report["replay"], file=sys.stderr)  # also if it comes to no report
     if options.simulated < 1:
         report["real"] = in_isolation(seconds * (1 - options.simulated), seed)
     if options.simulated > 0:
@@ -252,9 +253,19 @@ class Soak:
     def run(self, seconds: float) -> dict[str, Any]:
         started = time.monotonic()
         make_images(self._folder)
+        try:
+            self._lead(seconds)
+        except Exception as error:
+            # What was counted until then is told all the same.
+            self.ledger.breaks(f"the soak could not go on: {error!r}")
+        self.ledger.close()
+        outcome = self.ledger.outcome(time.monotonic() - started, self._rng)
+        return {**outcome, "done": dict(self.done), "warnings": dict(self._warnings)}
+
+    def _lead(self, seconds: float) -> None:
         with ExitStack() as stack:
-            stack.callback(self._kill_all)
             self._reports, self._log = (stack.enter_context(Pipes()) for _ in range(2))
+            stack.callback(self._kill_all)
             self._daemon.stderr = self._log.write_end
             self._daemon.begin()
             self._await(self._is_ready, "the provider is ready")
@@ -262,21 +273,18 @@ class Soak:
                 self._start_member()
             steady = {
                 self._kill_member: CONSUMER_LIVES_S,
+                self._turn_hostile: FLOOD_S[0],
                 self._sample: SAMPLE_S,
-                self._turn_hostile: 0.5,
             }
             self._go_on(seconds * STEADY_SHARE, steady, is_measured=True)
             crashes = {
                 self._kill_member: CONSUMER_LIVES_S,
-                self._turn_hostile: 0.5,
+                self._turn_hostile: FLOOD_S[0],
                 self._kill_provider: PROVIDER_LIVES_S,
             }
             self._kill_provider()
             self._go_on(seconds * (1 - STEADY_SHARE), crashes)
             self._finish()
-        self.ledger.close()
-        outcome = self.ledger.outcome(time.monotonic() - started, self._rng)
-        return {**outcome, "done": dict(self.done), "warnings": dict(self._warnings)}
 
     def _go_on(
         self, seconds: float, works: dict[Callable[[], float], float], is_measured: bool = False
@@ -327,6 +335,9 @@ class Soak:
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
         if self._daemon.program is not None:
+            # Its log is not read any more.
+            if self._daemon.program.poll() is None:
+                self._daemon.stop(signal.SIGKILL)
             self._daemon.stderr = None
             self._daemon.clear()
             self._daemon.stop()

@@ -85,6 +85,28 @@ def test_a_process_that_is_left_is_found() -> None:
     assert "BROKEN: left: process" in ran.stdout
 
 
+DYING: Final = f"""
+import sys
+from tests.support import programs
+begin = programs.Daemon.begin
+def begin_once(self, **more):
+    programs.Daemon.begin = begin
+    self.options = (*self.options, "--no-such-option")
+    begin(self, **more)
+    self.options = self.options[:-1]
+programs.Daemon.begin = begin_once
+{SOAK}
+"""
+
+
+@pytest.mark.needs_root
+def test_a_provider_that_is_gone_is_said_with_what_was_counted() -> None:
+    ran = soak("--minutes", "0.05", "--simulated", "0", program=DYING)
+    assert ran.returncode == 1, ran.stdout + ran.stderr
+    assert "BROKEN: the soak could not go on: AssertionError" in ran.stdout
+    assert "--seed 7" in ran.stderr
+
+
 class Swapping(Reins):
     """Hands over the namespaces of another allocation to the second request."""
 
