@@ -3,6 +3,7 @@
     conformance    the cases over the wire, for pytest; `plugin` has their options, `wire` speaks
     contract       the contract of a backend, as a suite to subclass
     worlds         a machine with a backend on it: this one, or a simulated one
+    hostile        bodies, ids and image paths that must be refused
     adversary      what a provider can do to a consumer's kernel, in any order
 
 Chapter 11 shows their use.

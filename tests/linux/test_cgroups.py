@@ -34,6 +34,7 @@ from linux.cgroups import (
     remove_slices,
 )
 from linux.syscalls import pidfd_open
+from linux.testing.hostile import IDS
 from tests.support.forging import process_state
 from transport.descriptors import Descriptor
 from transport.testing.peer import DEADLINE_S, wait_until
@@ -151,13 +152,8 @@ def test_a_node_without_cgroup2_is_told_what_to_do(text: str) -> None:
 
 # --- making --------------------------------------------------------------------------------------
 
-HOSTILE: Final = [
-    "", ".", "..", "a/b", "../../etc", "/etc", "a\0b", "a\nb", "\x1b[2J", "cgroup.procs",
-    "cgroup.", "\udc80", "x" * 129, "ü" * 65,
-]  # fmt: skip
 
-
-@pytest.mark.parametrize("name", HOSTILE, ids=ascii)
+@pytest.mark.parametrize("name", [*IDS.values(), "\udc80"], ids=[*IDS, "no Unicode"])
 def test_a_hostile_id_makes_nothing(root: Path, name: str) -> None:
     before = sorted(path.name for path in root.iterdir())
     attempts: list[Callable[[], object]] = [

@@ -21,6 +21,7 @@ from linux import mounts
 from linux.features import OLDEST, Features
 from linux.mounts import ImageError, ImageStore, resolve_image
 from linux.syscalls import Ioctl, ioctl
+from linux.testing.hostile import IMAGES, BadImage, spoil
 from transport.descriptors import Descriptor
 from transport.testing.peer import DEADLINE_S, wait_until
 
@@ -255,58 +256,12 @@ def test_closing_drops_everything_and_leaves_users_their_mounts(
 # --- what is no image ----------------------------------------------------------------------------
 
 
-def spoil(root: Path) -> None:
-    whole = (root / "a.sqfs").read_bytes()
-    (root / "directory.sqfs").mkdir()
-    (root / "random.sqfs").write_bytes(bytes(range(256)) * 64)
-    (root / "empty.sqfs").write_bytes(b"")
-    (root / "truncated.sqfs").write_bytes(whole[: len(whole) // 2])
-    (root / "short.sqfs").write_bytes(whole[:50])
-    (root / "dangling.sqfs").symlink_to("nowhere.sqfs")
-    (root / "loop.sqfs").symlink_to("loop.sqfs")
-    (root / "out.sqfs").symlink_to("../outside.sqfs")
-    (root / "away.sqfs").symlink_to(root.parent / "outside.sqfs")
-    (root / "folder").symlink_to("..")
-    (root / "magic").symlink_to("/proc/self/root")
-    (root / "inside-but-absolute.sqfs").symlink_to(root / "a.sqfs")
-    (root.parent / "outside.sqfs").write_bytes(whole)
-    os.mkfifo(root / "fifo.sqfs")
-    os.mknod(root / "device.sqfs", 0o600 | 0o020000, os.makedev(1, 5))
-
-
-BAD: Final = [
-    ("missing.sqfs", "ENOENT", "no such image below the image root"),
-    ("dangling.sqfs", "ENOENT", "no such image"),
-    ("", "ENOENT", "no such image"),
-    ("a.sqfs/b", "ENOTDIR", "is no directory"),
-    ("directory.sqfs", "EINVAL", "it is no regular file"),
-    (".", "EINVAL", "it is no regular file"),
-    ("fifo.sqfs", "EINVAL", "it is no regular file"),
-    ("device.sqfs", "EINVAL", "it is no regular file"),
-    ("random.sqfs", "EINVAL", "Can't find a SQUASHFS superblock"),
-    ("empty.sqfs", "EIO", ""),
-    ("truncated.sqfs", "EINVAL", ""),
-    ("short.sqfs", "", ""),
-    ("out.sqfs", "EXDEV", "it leads out of the image root"),
-    ("away.sqfs", "EXDEV", "it leads out"),
-    ("inside-but-absolute.sqfs", "EXDEV", "it leads out"),
-    ("folder/outside.sqfs", "EXDEV", "it leads out"),
-    ("../outside.sqfs", "EXDEV", "it leads out"),
-    ("../uenv/a.sqfs", "EXDEV", "it leads out"),
-    ("/etc/passwd", "EXDEV", "it leads out"),
-    ("magic/etc/passwd", "EXDEV", "it leads out"),
-    ("loop.sqfs", "ELOOP", "too many symbolic links"),
-    ("nul\0.sqfs", "EINVAL", ""),
-    ("\udcff\ud800.sqfs", "EINVAL", ""),
-    ("x" * 300, "ENAMETOOLONG", ""),
-]
-
-
 @pytest.mark.clause("NODE-15", "ERR-2")
-@pytest.mark.parametrize(("image", "name", "advice"), BAD, ids=[ascii(bad[0])[:30] for bad in BAD])
+@pytest.mark.parametrize("bad", IMAGES.values(), ids=IMAGES)
 def test_what_is_no_image_is_refused_with_its_reason(
-    store: ImageStore, root: Path, image: str, name: str, advice: str
+    store: ImageStore, root: Path, bad: BadImage
 ) -> None:
+    image, name, advice = bad
     spoil(root)
     with pytest.raises(ImageError) as refusal:
         store.acquire(image, "alloc")
