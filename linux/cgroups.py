@@ -86,6 +86,9 @@ Permissions of a scope that was made here. The sticky bit says that it was: mkdi
 the directory, so that even after a crash no such scope is taken for one that a consumer made.
 """
 
+ANCHORS_MODE: Final = 0o700
+"""Permissions of the anchors' cgroup: who can open it can lock it, and so keep a provider away."""
+
 MAKE_ATTEMPTS_MAX: Final = 100
 """How often a directory is made again when it, or its parent, is removed meanwhile."""
 
@@ -750,10 +753,10 @@ def anchor_cgroup(root: Path, instance: str) -> Path:
     Raises:
         ScopeError: it is not there and could not be made.
     """
-    # Keeps NODE-3.
+    # Keeps NODE-3, PEER-18.
     _expect_name(instance)
     path = anchor_path(root, instance)
-    _make_in_slice(path, root)
+    _make_in_slice(path, root, mode=ANCHORS_MODE)
     return path
 
 

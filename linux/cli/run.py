@@ -210,12 +210,14 @@ def _is_alive(socket: str, name: str) -> bool:
 @contextmanager
 def _claimed(scope: Path | None) -> Iterator[bool]:
     """Say whether this is the first of several `run` that made one allocation at the same time."""
+    # Keeps PEER-18.
     with ExitStack() as stack:
         is_first = True
         try:
             if scope is not None:
-                directory = stack.enter_context(Descriptor(os.open(scope, os.O_RDONLY)))
-                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Of all that is in a scope, only this cannot be opened by other users.
+                kill = stack.enter_context(Descriptor(os.open(scope / "cgroup.kill", os.O_WRONLY)))
+                fcntl.flock(kill, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except FileNotFoundError:
             pass  # it has ended
         except BlockingIOError:

@@ -166,6 +166,7 @@ def test_run_does_not_end_what_another_program_requested(
 
 
 def test_of_several_at_the_same_time_one_has_made_it(tmp_path: Path) -> None:
+    (tmp_path / "cgroup.kill").touch()
     with _claimed(tmp_path) as first, _claimed(tmp_path) as second:
         assert (first, second) == (True, False)
     with _claimed(tmp_path) as third, _claimed(tmp_path / "absent") as fourth:
