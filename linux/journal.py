@@ -45,6 +45,9 @@ JOURNAL_NAME: Final = "journal.sqlite3"
 LOCK_NAME: Final = "lock"
 """The file that a provider keeps locked while it runs; it contains the provider's pid."""
 
+FILE_MODE: Final = 0o600
+"""Permissions of the files, whatever those of the state directory."""
+
 SCHEMA_VERSION: Final = 2
 """`PRAGMA user_version` of the files this module writes, and the only one it reads."""
 
@@ -525,7 +528,7 @@ def lock_directory(state_dir: Path) -> Descriptor:
     path = state_dir / LOCK_NAME
     try:
         syscall(state_dir.mkdir, mode=0o700, parents=True, exist_ok=True)
-        lock = Descriptor(syscall(os.open, path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        lock = Descriptor(syscall(os.open, path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE))
     except OSError as error:
         raise JournalUnavailable(path, error.strerror or str(error)) from error
     try:
@@ -557,6 +560,7 @@ def _holder_of(lock: Descriptor) -> int | None:
 
 def _open_for_writing(path: Path) -> sqlite3.Connection:
     _expect_header(path)
+    _make_private(path)
     with _typed_errors(path):
         # check_same_thread is off because our own lock admits one thread at a time, any of them.
         database = syscall(sqlite3.connect, path, check_same_thread=False, isolation_level=None)
@@ -566,6 +570,21 @@ def _open_for_writing(path: Path) -> sqlite3.Connection:
             database.close()
             raise
         return database
+
+
+def _make_private(path: Path) -> None:
+    """Make the file, unless it is there, for its owner alone."""
+    # SQLite gives its other files the permissions of this one. A lock that another user takes on
+    # any of them, for which reading is enough, would keep it from being written.
+    # Keeps PEER-18.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        # Not opened if it is there: to close it again would give up locks of this process.
+        with suppress(FileExistsError):
+            Descriptor(syscall(os.open, path, flags, FILE_MODE)).close()
+        syscall(path.chmod, FILE_MODE)
+    except OSError as error:
+        raise JournalUnavailable(path, error.strerror or str(error)) from error
 
 
 def _prepare(database: sqlite3.Connection, path: Path) -> None:

@@ -99,6 +99,12 @@ ATTEMPTS: Final[Mapping[str, Attempt]] = {
         "EACCES",
     ),
     "open the journal": Attempt("open(here['journal'], 'r+b')", "EACCES", CAN, "EACCES"),
+    "keep the journal from being written, by a lock": Attempt(
+        "file = os.open(here['journal'] + '-shm', os.O_RDONLY); fcntl.lockf(file, 5, 1, 120)",
+        "EACCES",
+        CAN,
+        "EACCES",
+    ),
     "lock the state directory": Attempt("lock(here['lock'])", "EACCES", "EAGAIN", "EACCES"),
     "lock the anchors' cgroup": Attempt("lock(here['anchors'])", "EACCES", "EAGAIN", "EACCES"),
     "send the provider a signal": Attempt(
@@ -313,6 +319,8 @@ def node(cgroup2: Path) -> Iterator[Node]:
         directory.chmod(0o755)
         images.mkdir()
         daemon = Daemon(directory, images)
+        # As systemd makes one (StateDirectory=), so that the files have to defend themselves.
+        daemon.state_dir.mkdir(mode=0o755)
         image = make_tempting_image(images / "tempting.sqfs")
         daemon.start()
         try:
