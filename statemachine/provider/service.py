@@ -23,7 +23,7 @@ _STOPPING: Final = "the provider is shutting down"
 
 def objection_to_peer(state: State, uid: int) -> NamespaceError | None:
     """Say why a user may not connect, or None if it may."""
-    # Keeps PEER-2, ERR-3.
+    # Keeps PEER-2, PEER-19, ERR-3.
     if uid not in state.limits.allowed_uids:
         return SocketUnavailable(f"user {uid} may not use this provider")
     most = state.limits.connections_per_uid

@@ -8,6 +8,7 @@ allocation is alive, and the node's mounts are what they were.
 
 from __future__ import annotations
 
+import ast
 import itertools
 import json
 import os
@@ -33,10 +34,12 @@ from linux.testing.worlds import SCOPE_PREFIX
 from statemachine.messages import NamespaceType
 from tests.support.forging import process_state
 from tests.support.programs import (
+    COMMAND,
     DEADLINE_S,
     MOUNT,
     NET,
     PID,
+    ROOT,
     Daemon,
     nshandoff,
     wait_until,
@@ -348,6 +351,21 @@ def test_what_is_tried_comes_to_what_the_chapter_says(node: Node, name: str, who
     assert node.standing() == before
 
 
+# --- What is right -------------------------------------------------------------------------------
+
+
+@pytest.mark.clause("PEER-19")
+def test_a_launcher_in_an_allocation_may_have_another_one(node: Node, allocation_id: str) -> None:
+    places = ("--socket", str(node.daemon.socket), "--id", allocation_id, "--fallback", "never")
+    words = ("run", "--namespaces", "net,mount", *places, "--", "echo", "nested")
+    with node.obtain(*BESIDE) as handoff:
+        command = ("env", f"PYTHONPATH={ROOT}", *COMMAND, *words)
+        with node.start(handoff, *command, stdout=subprocess.PIPE) as launcher:
+            said, _ = launcher.communicate(timeout=DEADLINE_S)
+        assert handoff.end(DEADLINE_S)
+    assert (launcher.returncode, said) == (0, b"nested\n")
+
+
 # --- What a workload leaves behind ---------------------------------------------------------------
 
 LEAVES: Final = """
@@ -469,3 +487,32 @@ def test_a_user_can_pretend_to_be_an_anchor_that_was_lost(node: Node) -> None:
             wait_until(lambda: token in find_tokens({token}))
         finally:
             pretender.kill()
+
+
+# --- The chapter ---------------------------------------------------------------------------------
+
+CHAPTER: Final = ROOT / "specs" / "18-threats.md"
+
+
+def rows_of(heading: str) -> list[list[str]]:
+    """The cells of the first table below a heading, without its head."""
+    below = CHAPTER.read_text(encoding="utf-8").partition(f"## {heading}\n")[2]
+    _, _, *rows = below[below.index("\n|") : below.index("|\n\n")].strip().splitlines()
+    return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
+
+
+def test_the_chapter_has_every_attempt_and_what_came_of_it() -> None:
+    tried = [[name, each.user, each.root, each.stranger] for name, each in ATTEMPTS.items()]
+    assert rows_of("What was tried") == tried
+
+
+def test_every_test_that_the_chapter_names_is_there() -> None:
+    named = set(re.findall(r"`(test_\w+)`", CHAPTER.read_text(encoding="utf-8")))
+    there = {
+        node.name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert len(named) > 10
+    assert named - there == set()
