@@ -89,6 +89,8 @@ _backend = partial(_in, "backend", "linux/test_backend.py", is_linux=True)
 _namespaces = partial(_in, "namespaces", "linux/test_namespaces.py", is_linux=True)
 _mounts = partial(_in, "mounts", "linux/test_mounts.py", is_linux=True)
 _forge = partial(_in, "forge", "linux/test_forge.py", is_linux=True)
+_threats = partial(_in, "threats", "suites/test_threats.py", is_linux=True)
+_hostile = partial(_in, "hostile peers", "suites/test_hostile.py", is_linux=True)
 _linux = partial(_in, "contract, Linux", "linux/test_backend_contract.py", is_linux=True)
 
 _sinks = partial(_in, "sinks", "linux/test_sinks.py")
@@ -774,6 +776,56 @@ CANARIES: Final = (
         "linux/instance.py",
         "            if not _is_locked_now(directory, path, fcntl.LOCK_EX):\n",
         "            if not _is_locked_now(directory, path, fcntl.LOCK_UN):\n",
+    ),
+    _bug(
+        "any user can keep the journal from being written",
+        "the directory is private, or so one thinks; systemd makes it for all to enter",
+        _threats(
+            "test_what_is_tried_comes_to_what_the_chapter_says"
+            "[keep the journal from being written, by a lock-stranger]"
+        ),
+        "linux/journal.py",
+        "FILE_MODE: Final = 0o600\n",
+        "FILE_MODE: Final = 0o644\n",
+    ),
+    _bug(
+        "any user can keep a provider from starting",
+        "to lock a directory it is enough to be able to read it",
+        _threats(
+            "test_what_is_tried_comes_to_what_the_chapter_says[lock the anchors' cgroup-stranger]"
+        ),
+        "linux/cgroups.py",
+        "ANCHORS_MODE: Final = 0o700\n",
+        "ANCHORS_MODE: Final = 0o755\n",
+    ),
+    _bug(
+        "any user can have run take itself for the second",
+        "to lock a directory it is enough to be able to read it",
+        _threats(
+            "test_a_user_who_locks_all_that_can_be_opened_of_a_scope_does_not_mislead_run",
+        ),
+        "linux/cli/run.py",
+        'os.open(scope / "cgroup.kill", os.O_WRONLY)',
+        "os.open(scope, os.O_RDONLY)",
+    ),
+    _bug(
+        "an image that is exchanged for a link leads out of the root",
+        "its path was looked at before the link was there",
+        _hostile("test_an_image_that_changes_all_the_time_never_leads_out"),
+        "linux/mounts.py",
+        "    resolve = RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS\n",
+        "    resolve = RESOLVE_NO_MAGICLINKS\n",
+    ),
+    _bug(
+        "frames that are never whole are kept, however many",
+        "each has a limit of its own",
+        _hostile(
+            "test_under_a_flood_others_are_served_memory_is_bounded_and_it_stops"
+            "[frames that are never whole]"
+        ),
+        "transport/serve/peers.py",
+        "        return self._others.unread.change(self.uid, change)\n",
+        "        return self._others.unread.change(self.uid, change) or True\n",
     ),
 )
 
