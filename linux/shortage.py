@@ -1,4 +1,4 @@
-"""Say what is short, and whose, when a system call fails for want of something.
+"""Say what is short, and whose, when a system call fails for want of something, or of a right.
 
 An errno alone does not tell: ENOSPC is a full disk where a file is written, a limit of namespaces
 from unshare(2), and a limit of watches from epoll_ctl(2). EMFILE concerns one process, or one user
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from errno import EAGAIN, EDQUOT, EFBIG, EMFILE, ENFILE, ENOMEM, ENOSPC, EROFS
+from errno import EAGAIN, EDQUOT, EFBIG, EMFILE, ENFILE, ENODEV, ENOMEM, ENOSPC, EPERM, EROFS
 from pathlib import Path
 from typing import Final
 
@@ -39,7 +39,17 @@ _MEMORY_OR_INIT: Final = (
 )
 _CGROUPS: Final = "no cgroup left: raise cgroup.max.descendants and cgroup.max.depth above it"
 
+_RIGHTS: Final = (
+    "the process that called has no right to: it needs {}, and no seccomp filter that forbids the "
+    "call; in a container that is a privileged one"
+)
+
+_PROC: Final = "a part of /proc is missing: mount -t proc proc /proc, without subset=pid"
+
 WORDS: Final = (
+    (EPERM, r"unshare|fsopen", _RIGHTS.format("CAP_SYS_ADMIN")),
+    (EPERM, r"setns", _RIGHTS.format("CAP_SYS_ADMIN and CAP_SYS_CHROOT")),
+    (EPERM, "ioctl(2) SIOCSIFFLAGS", _RIGHTS.format("CAP_NET_ADMIN")),
     (EMFILE, r"mount|fsconfig", _DEVICES),
     (EMFILE, r"inotify_init1", _INOTIFY),
     (EMFILE, r".*", _DESCRIPTORS),
@@ -64,10 +74,11 @@ WORDS: Final = (
         r"write|pwrite",
         "the process that called may write no longer file: raise RLIMIT_FSIZE",
     ),
+    (ENODEV, r"fsopen", "the Linux kernel has no such file system: load its module (modprobe)"),
     (EROFS, r".*", "the file system is mounted read-only: remount it, or choose another place"),
 )
-"""The errno, which calls (a pattern for the name without its section), and what to say. The first
-row that fits counts."""
+"""The errno, which calls (a pattern for the name without its section, or one call with all that
+follows it), and what to say. The first row that fits counts."""
 
 
 def words_for(call: str, number: int) -> str:
@@ -75,16 +86,16 @@ def words_for(call: str, number: int) -> str:
     Say what is short, whose it is, and what to raise.
 
     Args:
-        call: As its man page is called, `unshare(2)`; what follows the section is ignored.
+        call: As its man page is called, `unshare(2)`; of ioctl(2), with the request.
         number: The errno.
 
     Returns:
-        Words for an operator; empty if the failure is no shortage.
+        Words for an operator; empty if the failure is no shortage, of rights neither.
     """
     # Keeps DAEMON-8.
     name = call.partition("(")[0]
     for errno, calls, words in WORDS:
-        if errno == number and re.fullmatch(calls, name):
+        if errno == number and (re.fullmatch(calls, name) or calls == call):
             return words
     return ""
 
@@ -102,6 +113,8 @@ def fault_of(path: Path) -> str:
     place = path
     while not syscall(place.exists) and place != place.parent:
         place = place.parent
+    if place != path and path.is_relative_to("/proc"):
+        return _PROC
     if place != path and not syscall(place.is_dir):
         return f"{place} is no directory: choose another place"
     try:
@@ -110,6 +123,8 @@ def fault_of(path: Path) -> str:
         return ""
     if status.f_flag & os.ST_RDONLY:
         return words_for("open(2)", EROFS)
-    if not status.f_bavail or (status.f_files and not status.f_favail):
+    # That of /proc has no size.
+    is_full = status.f_blocks and not status.f_bavail
+    if is_full or (status.f_files and not status.f_favail):
         return words_for("open(2)", ENOSPC)
     return ""

@@ -44,6 +44,10 @@ ROWS: Final = [
     ("write(2)", errno.EDQUOT, "quota"),
     ("write(2)", errno.EFBIG, "RLIMIT_FSIZE"),
     ("mkdir(2)", errno.EROFS, "mounted read-only"),
+    ("fsopen(2)", errno.ENODEV, "load its module"),
+    ("unshare(2)", errno.EPERM, "CAP_SYS_ADMIN"),
+    ("setns(2)", errno.EPERM, "CAP_SYS_CHROOT"),
+    ("ioctl(2) SIOCSIFFLAGS", errno.EPERM, "CAP_NET_ADMIN"),
 ]
 
 
