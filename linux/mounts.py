@@ -96,6 +96,12 @@ _ADVICE: Final = {
 }
 
 
+_NO_LOOP: Final = (
+    "a loop device is missing: modprobe loop, and give a container /dev/loop-control and the "
+    "/dev/loop* of the node"
+)
+
+
 class ImageError(SyscallError):
     """An image cannot be used. Nothing that the failing operation made is left."""
 
@@ -175,6 +181,15 @@ def resolve_image(root: Path, image: str) -> Descriptor:
         number = error.errno or errno.EIO
         advice = _ADVICE.get(number, "")
         raise ImageError(_RESOLVE, error.call, number, subject, advice) from error
+
+
+def why_no_image() -> str | None:
+    """Say why no image at all can be mounted here; None if nothing is in the way."""
+    try:
+        with _open_loop(_LOOP_CONTROL), fsopen(IMAGE_FSTYPE):
+            return None
+    except SyscallError as error:
+        return str(error)
 
 
 class ImageStore:
@@ -423,7 +438,7 @@ def _mount(image: str, device: str) -> Descriptor:
 def _configure_loop(file: Descriptor, image: str) -> tuple[str, Descriptor]:
     """Put a file on a free loop device, which is freed when it is closed everywhere."""
     config = _loop_config(file, image)
-    with _open(_LOOP_CONTROL) as control:
+    with _open_loop(_LOOP_CONTROL) as control:
         for _ in range(LOOP_ATTEMPTS_MAX - 1):
             try:
                 return _try_configure(control, config)
@@ -436,7 +451,7 @@ def _configure_loop(file: Descriptor, image: str) -> tuple[str, Descriptor]:
 
 def _try_configure(control: Descriptor, config: bytes) -> tuple[str, Descriptor]:
     device = f"/dev/loop{ioctl(control, Ioctl.LOOP_CTL_GET_FREE)}"
-    loop = _open(device)
+    loop = _open_loop(device)
     try:
         ioctl(loop, Ioctl.LOOP_CONFIGURE, bytearray(config))
     except BaseException:
@@ -515,6 +530,15 @@ def _read_status(loop: Descriptor) -> tuple[Any, ...]:
 def _open(path: str, flags: int = 0) -> Descriptor:
     with calling("open(2)", path):
         return Descriptor(syscall(os.open, path, os.O_RDONLY | os.O_CLOEXEC | flags))
+
+
+def _open_loop(path: str) -> Descriptor:
+    try:
+        return _open(path)
+    except SyscallError as error:
+        if error.errno not in (errno.ENOENT, errno.EACCES, errno.EPERM):
+            raise
+        raise SyscallError(error.call, error.errno, path, _NO_LOOP) from error
 
 
 def _status_of(file: Descriptor) -> os.stat_result:

@@ -52,6 +52,7 @@ from ..limits import (
     protect_from_oom_killer,
     raise_descriptor_limit,
 )
+from ..mounts import why_no_image
 from ..root import CHROOT, PRIVATE, has_propagation, is_chroot
 from ..scope_file import write_scope_file
 from ..self_service import make_directory
@@ -263,6 +264,8 @@ def _backend(options: argparse.Namespace, stack: ExitStack) -> Backend:
         simulated = SimulatedBackend(node, hold_time_s=options.hold_time, clock=time.monotonic)
         return stack.enter_context(closing(simulated))
     _warn_of_root()
+    if image_root.is_dir() and (fault := why_no_image()) is not None:
+        _log.warning("no image can be mounted: %s", fault, extra=_as("images_unavailable"))
     _make_directory(uenv_base)
     cgroup2 = None if options.no_scopes else find_cgroup2()
     place = ScopePlace(options.scope_parent, options.scope_name)
