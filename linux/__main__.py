@@ -14,7 +14,10 @@ def start() -> int:
         try:
             launch.isolate(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # noqa: PTH100, PTH120
         except OSError as error:
-            print(f"nshandoff: no Python without the caller's settings: {error}", file=sys.stderr)
+            text = f"no Python without the caller's settings: {error}"
+            if not os.path.exists("/proc/self"):  # noqa: PTH110
+                text = "there is no /proc here: mount -t proc proc /proc"
+            print(f"nshandoff: {text}", file=sys.stderr)
             return 125 if sys.argv[1:2] in (["run"], ["exec"]) else 3
     launch.take_over()
     from .cli.command import main
