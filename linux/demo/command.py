@@ -135,7 +135,10 @@ def perform(report: Report, *, is_simulated: bool, why: str | None = None) -> No
         before = Census.take(Traces(folder))
         _introduce(report)
         clock = time.monotonic
-        host = simulated_host(folder, why) if is_simulated else real_host(folder, clock)
+        try:
+            host = simulated_host(folder, why) if is_simulated else real_host(folder, clock)
+        except OSError as error:
+            raise CannotShow(str(error)) from error
         cleanup.callback(host.close)
         scenario = Scenario(host, report, clock)
         cleanup.callback(scenario.close)
