@@ -23,7 +23,7 @@ from .host import IMAGE, IMAGE_TEXT, Host
 from .processes import DemoAllocation, DemoError
 from .report import Report
 
-LOOKS_MAX: Final = 300
+LOOKS_MAX: Final = 6000
 """How often to look whether the Linux kernel has freed what it frees in the background."""
 
 PAUSE_MS: Final = 5

@@ -40,13 +40,13 @@ from ..syscalls import SyscallError
 from . import inside
 from .host import CannotShow, Host, environment_for_us
 
-READY_TIMEOUT_S: Final = 15.0
+READY_TIMEOUT_S: Final = 60.0
 """How long a provider may take to start."""
 
-STOP_TIMEOUT_S: Final = 15.0
+STOP_TIMEOUT_S: Final = 60.0
 """How long it may take to stop; then it is killed."""
 
-ANSWER_TIMEOUT_S: Final = 10.0
+ANSWER_TIMEOUT_S: Final = 60.0
 """How long a process inside may take to answer a question, or to exit."""
 
 PIPE_BYTES_MAX: Final = 65536

@@ -27,10 +27,10 @@ from .host import IMAGE, Host
 from .processes import DemoAllocation, DemoError, ProviderProcess, ProviderThread, RunningProvider
 from .report import Report
 
-ANSWER_TIMEOUT_S: Final = 5.0
+ANSWER_TIMEOUT_S: Final = 60.0
 """How long the provider may take to answer, or to bring an allocation into a state."""
 
-CLEANUP_TIMEOUT_S: Final = 3.0
+CLEANUP_TIMEOUT_S: Final = 30.0
 """How long it may take to confirm an end during the clean-up."""
 
 STATES: Final = [state.value for state in AllocationState if state is not AllocationState.UNKNOWN]

@@ -24,7 +24,7 @@ from tests.support.programs import environment, nshandoff
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 PACKAGES: Final = ("statemachine", "transport", "linux")
-RUN_TIMEOUT_S: Final = 60
+RUN_TIMEOUT_S: Final = 110
 NOBODY: Final = 65534
 LIFE: Final = ["requested", "created", "handed_off", "ended", "released"]
 

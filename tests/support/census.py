@@ -38,7 +38,7 @@ from typing import Final
 from linux.testing.worlds import SCOPE_PREFIX
 from tests.support.isolation import find_cgroup2
 
-SETTLE_S: Final = 3.0
+SETTLE_S: Final = 30.0
 """How long the kernel may take over what it frees asynchronously: namespaces, loop devices."""
 POLL_S: Final = 0.005
 

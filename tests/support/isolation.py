@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Final
 
 PREFIX: Final = "nsh-session-"
-EMPTIES_S: Final = 3.0
+EMPTIES_S: Final = 30.0
 """How long the processes of a killed cgroup may take to die."""
 
 CLONE_NEWNS: Final = 0x00020000

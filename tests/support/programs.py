@@ -25,8 +25,6 @@ ROOT: Final = Path(__file__).parents[2]
 COMMAND: Final = (sys.executable, "-m", "linux")
 INSTALLED: Final = str(Path(sys.executable).with_name("nshandoff"))
 
-RUN_DEADLINE_S: Final = 60.0
-"""How long a program may run that is to end by itself."""
 
 PID: Final = NamespaceType.PID
 NET: Final = NamespaceType.NET
@@ -42,7 +40,7 @@ def run_program(*words: str | Path, **how: Any) -> subprocess.CompletedProcess[s
     settings: dict[str, Any] = {
         "stdin": subprocess.DEVNULL,
         "env": environment(),
-        "timeout": RUN_DEADLINE_S,
+        "timeout": DEADLINE_S,
         **how,
     }
     return subprocess.run(

@@ -19,9 +19,6 @@ import os
 import shutil
 from typing import Any, Final, NamedTuple
 
-DEADLINE_S: Final = 10.0
-"""How long to wait for what must come true, before a test is given up."""
-
 PATIENCE_S: Final = 0.3
 """How long Linux may take with what it does in a moment; a wake-up of a cgroup takes 20 ms."""
 

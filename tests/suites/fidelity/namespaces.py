@@ -29,13 +29,13 @@ from linux.simulated.namespaces import (
 from linux.syscalls import Ioctl, SyscallError
 from statemachine.messages import NamespaceType
 from tests.suites.fidelity.machines import (
-    DEADLINE_S,
     OPEN_TO_READ,
     PATIENCE_S,
     SLEEP,
     SimulatedMachine,
 )
 from transport.descriptors import Descriptor, close_all
+from transport.testing.peer import DEADLINE_S
 
 Kind: TypeAlias = NamespaceType | None
 

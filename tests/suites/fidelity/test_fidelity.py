@@ -26,12 +26,13 @@ from linux.simulated.namespaces import SimulatedNamespaces
 from statemachine.messages import NamespaceType
 from tests.suites.fidelity.cgroups import Cgroups, SimulatedCgroups, linux_cgroups
 from tests.suites.fidelity.differential import NOTICES_S
-from tests.suites.fidelity.machines import DEADLINE_S, PATIENCE_S, SLEEP
+from tests.suites.fidelity.machines import PATIENCE_S, SLEEP
 from tests.suites.fidelity.mounts import Mounts, SimulatedMounts, linux_mounts
 from tests.suites.fidelity.namespaces import Namespaces, SimulatedWorker, linux_worker
 from tests.suites.fidelity.socket_model import SimulatedFile, SimulatedTable
 from tests.suites.fidelity.sockets import FILES, SimulatedSockets, Sockets, linux_sockets
 from transport.channel import SENDMSG_DESCRIPTORS_MAX
+from transport.testing.peer import DEADLINE_S
 
 pytestmark = pytest.mark.needs_root
 
