@@ -46,8 +46,11 @@ from .plan import (
     shortfalls_in,
 )
 
+START_TIMEOUT_S: Final = 60.0
+"""How long the forge may take to start: a Python that starts, perhaps on a slow or busy machine."""
+
 FORGE_TIMEOUT_S: Final = 10.0
-"""How long the forge may take to start, to make an anchor, or to end. It needs a millisecond."""
+"""How long the forge may take to make an anchor, or to end. It needs a millisecond."""
 
 STDERR_BYTES_MAX: Final = 4096
 """How much of the standard error of a forge that died is read; the last line says why."""
@@ -191,6 +194,8 @@ class Forge:
             self._launch()
             answer = self._ask(encode_settings(self._settings()), None)
             decode_answer(answer.data)
+            assert self._socket is not None
+            self._socket.settimeout(FORGE_TIMEOUT_S)
         except OSError as error:
             cause = SyscallError.of("execve(2)", error, self._read_stderr() or sys.executable)
             self._end(patiently=False)
@@ -203,7 +208,7 @@ class Forge:
         with calling("socketpair(2)"):
             ours, theirs = syscall(socket.socketpair, socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket = ours
-        ours.settimeout(FORGE_TIMEOUT_S)
+        ours.settimeout(START_TIMEOUT_S)
         with theirs:
             with calling("memfd_create(2)"):
                 self._stderr = Descriptor(syscall(os.memfd_create, "forge", os.MFD_CLOEXEC))
