@@ -70,6 +70,9 @@ HOLD_TIME_S: Final = 60.0
 SELF_SERVICE_SLICE: Final = "self-service.slice"
 """Holds the scope of a consumer's own allocation where the provider's has taken the name."""
 
+FOREVER: Final = (errno.EPERM, errno.ENOSYS)
+"""What a call fails with that this process may not use, and never will: no right comes back."""
+
 DYING_PATIENCE_MS: Final = 5
 """How long the first try to end an init waits for its end."""
 
@@ -274,10 +277,16 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
         Start the process that makes anchors now, so that no request waits for it, or fails by it.
 
         Raises:
-            ForgeError: it cannot be started.
+            ForgeError: it cannot be started, or it may not make namespaces, and never will.
         """
-        # Keeps PEER-17.
+        # Keeps PEER-17, NODE-24.
         self._forge.ensure_started()
+        try:
+            self._forge.try_out()
+        except ForgeError as error:
+            # Of a shortage, which may pass, a request is told; what is alive is watched meanwhile.
+            if error.cause.errno in FOREVER:
+                raise
 
     # --- The steps of a creation ---------------------------------------------------------------
 

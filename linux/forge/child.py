@@ -18,7 +18,7 @@ import signal
 import socket
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -92,7 +92,10 @@ UMASK: Final = 0o022
 """So that every user can enter the directories of mount points, whatever the owner's umask."""
 
 UNDO_LAST: Final = b"undo"
-"""The one request that is no plan: kill the last anchor, its descriptor did not arrive."""
+"""A request that is no plan: kill the last anchor, its descriptor did not arrive."""
+
+TRY_OUT: Final = b"try"
+"""A request that is no plan: make namespaces of every type and leave them, without an anchor."""
 
 
 class Work:
@@ -339,12 +342,17 @@ class SetupOp(NamedTuple):
     """Does it; raises `SyscallError`."""
 
 
-SETUP: Final = (
+PREPARATION: Final = (
     SetupOp("create the namespaces", lambda work: bool(work.plan.kinds), _unshare),
     SetupOp("separate the mounts", lambda work: work.has(NamespaceType.MOUNT), _separate_mounts),
     SetupOp("bring up lo", lambda work: work.has(NamespaceType.NET), _bring_up_lo),
     SetupOp("mount /sys", lambda work: work.has(*_SYS_KINDS), _mount_sys),
     SetupOp("mount the image", lambda work: work.plan.mount_path is not None, _mount_image),
+)
+"""What is done for one anchor before it starts: nothing of it is left after a return."""
+
+SETUP: Final = (
+    *PREPARATION,
     SetupOp("start the anchor", lambda work: True, _start_anchor),
     SetupOp("mount /proc", lambda work: work.has(*_PROC_KINDS), _mount_proc),
 )
@@ -415,6 +423,8 @@ class ForgeProgram:
                     return
                 if record == UNDO_LAST:
                     self._undo_last()
+                elif record == TRY_OUT:
+                    self._try_out()
                 else:
                     self._answer(decode_plan(record), descriptors[0] if descriptors else None)
 
@@ -435,9 +445,7 @@ class ForgeProgram:
         try:
             self._last = self._make(work)
         except ForgeError as error:
-            send_once(self._owner, encode_failure(error.step, error.cause))
-            if error.step == RETURN:
-                raise SystemExit(1) from error
+            self._report(error)
             return
         try:
             answer = encode_success(self._last.pid, work.shortfalls)
@@ -449,19 +457,36 @@ class ForgeProgram:
 
     def _make(self, work: Work) -> Anchor:
         try:
-            try:
-                for operation in SETUP:
-                    if operation.applies(work):
-                        _perform(operation.name, operation.act, work)
-            finally:
-                if work.is_away:
-                    _perform(RETURN, self._return, work)
+            self._perform_all(SETUP, work)
             if self._settings.tied:
                 self._tie(work)
         except BaseException:
             work.abandon()
             raise
         return work.started
+
+    def _perform_all(self, operations: Sequence[SetupOp], work: Work) -> None:
+        try:
+            for operation in operations:
+                if operation.applies(work):
+                    _perform(operation.name, operation.act, work)
+        finally:
+            if work.is_away:
+                _perform(RETURN, self._return, work)
+
+    def _try_out(self) -> None:
+        plan = AnchorPlan("none", tuple(NamespaceType))
+        try:
+            self._perform_all(PREPARATION, Work(plan, None, self._settings))
+        except ForgeError as error:
+            self._report(error)
+        else:
+            send_once(self._owner, encode_success(0))
+
+    def _report(self, error: ForgeError) -> None:
+        send_once(self._owner, encode_failure(error.step, error.cause))
+        if error.step == RETURN:
+            raise SystemExit(1) from error
 
     def _return(self, work: Work) -> None:
         for kind in work.plan.kinds:

@@ -33,7 +33,7 @@ from ..anchor import ANCHOR_COMMAND, ANCHOR_VARIABLE, Anchor, token_of
 from ..features import Features
 from ..limits import restore_descriptor_limit
 from ..syscalls import SyscallError, calling
-from .child import UNDO_LAST
+from .child import TRY_OUT, UNDO_LAST
 from .plan import (
     RECORD_BYTES_MAX,
     RETURN,
@@ -165,6 +165,18 @@ class Forge:
                 self._ensure_started()
                 return self._exchange(plan, record, image)
 
+    def try_out(self) -> None:
+        """
+        Find out whether namespaces of every type can be made here, and returned from.
+
+        Raises:
+            ForgeError: they cannot, with the call that failed; nothing is left.
+            ValueError: the forge is closed.
+        """
+        with self._guard:
+            self._ensure_started()
+            self._pid_in(self._ask_for("", TRY_OUT, None))
+
     def close(self) -> None:
         """
         End the forge; a tied one ends its anchors and their scopes first. Idempotent.
@@ -237,17 +249,12 @@ class Forge:
         )
 
     def _exchange(self, plan: AnchorPlan, record: bytes, image: Descriptor | None) -> Anchor:
-        answer = self._ask_for(plan, record, image)
-        try:
-            pid = decode_answer(answer.data)
-        except ForgeError as error:
-            if error.step == RETURN:
-                self._end(patiently=True)
-            raise
+        answer = self._ask_for(plan.token, record, image)
+        pid = self._pid_in(answer)
         if not answer.descriptors:
             # The pidfd was sent and withheld: no descriptor was left for it here, or a security
             # module denies it. The forge still has it.
-            with self._ending_if_unanswered(plan):
+            with self._ending_if_unanswered(plan.token):
                 self._ask(UNDO_LAST, None)
             number = answer.denied[0] if answer.denied else errno.EMFILE
             raise ForgeError("receive the anchor", SyscallError("recvmsg(2)", number))
@@ -257,18 +264,26 @@ class Forge:
             self._said.add(shortfall)
         return Anchor(pid, answer.descriptors[0], plan.token)
 
-    def _ask_for(self, plan: AnchorPlan, record: bytes, image: Descriptor | None) -> Reception:
+    def _pid_in(self, answer: Reception) -> int:
+        try:
+            return decode_answer(answer.data)
+        except ForgeError as error:
+            if error.step == RETURN:
+                self._end(patiently=True)
+            raise
+
+    def _ask_for(self, token: str, record: bytes, image: Descriptor | None) -> Reception:
         """Ask for an anchor; ask a second forge if the first one is dead, or dies of it."""
-        with self._ending_if_unanswered(plan):
+        with self._ending_if_unanswered(token):
             with suppress(ConnectionError):
                 return self._ask(record, image)
             self._end(patiently=False)
-            self._kill_unreported(plan.token)
+            self._kill_unreported(token)
             self._start()
             return self._ask(record, image)
 
     @contextmanager
-    def _ending_if_unanswered(self, plan: AnchorPlan) -> Iterator[None]:
+    def _ending_if_unanswered(self, token: str) -> Iterator[None]:
         """If the body fails, end the forge, and the anchor that it may have started."""
         try:
             yield
@@ -276,7 +291,7 @@ class Forge:
             # Also if only this side was interrupted: the answer would be taken for the next one's.
             stderr = self._read_stderr()
             self._end(patiently=False)
-            self._kill_unreported(plan.token)
+            self._kill_unreported(token)
             if isinstance(error, OSError):
                 cause = SyscallError.of("recvmsg(2)", error, stderr or "the forge")
                 raise ForgeError("ask the forge", cause) from error

@@ -131,6 +131,9 @@ class Daemon:
                 env=environment(**more),
             )
 
+    def is_running(self) -> bool:
+        return self.program is not None and self.program.poll() is None
+
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Send it a signal and wait for its end."""
         program, self.program = self.program, None
@@ -166,7 +169,7 @@ class Daemon:
 
     def clear(self) -> None:
         """End whatever is alive, with a program to do it."""
-        if self.program is None or self.program.poll() is not None:
+        if not self.is_running():
             self.start()
         for name in self.alive():
             with suppress(AllocationNotFound):
