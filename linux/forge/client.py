@@ -64,6 +64,9 @@ UNREPORTED_SEARCHES_MAX: Final = 5
 UNREPORTED_PAUSE_MS: Final = 2
 """Pause between two searches: an exec that has begun is done by then."""
 
+_NO_TOKEN: Final = "\0"
+"""No anchor has it: an environment cannot contain it."""
+
 _log: Final = logging.getLogger(__name__)
 
 _PACKAGES: Final = str(Path(__file__).resolve().parents[2])
@@ -175,7 +178,7 @@ class Forge:
         """
         with self._guard:
             self._ensure_started()
-            self._pid_in(self._ask_for("", TRY_OUT, None))
+            self._pid_in(self._ask_for(_NO_TOKEN, TRY_OUT, None))
 
     def close(self) -> None:
         """
