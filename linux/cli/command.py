@@ -61,6 +61,9 @@ DEFAULT_SPANS_S: Final = {
 }
 DEFAULT_MODE: Final = 0o600
 
+ID_MAX: Final = 2**32 - 2
+"""Largest number of a user or group; the one above it means none (chown(2))."""
+
 _ABOUT: Final = "Hand namespaces from an HPC node's provider to its consumers."
 _EPILOG: Final = "exit codes:" + (__doc__ or "").partition("EXIT CODES")[2].rstrip()
 
@@ -216,7 +219,7 @@ def _add_serve(verbs: Any) -> None:
         "--allow-uid",
         metavar="UID",
         action="append",
-        type=_number,
+        type=_user,
         default=[],
         help="serve this user as well; repeatable (the provider's own always is)",
     )
@@ -241,7 +244,7 @@ def _add_serve(verbs: Any) -> None:
     about = f"what an allocation's cgroup is called, with {{id}} in it (default {name})"
     serve.add_argument("--scope-name", metavar="PATTERN", default=name, help=about)
     about = "append every event and what was decided to this file, for `trace`"
-    serve.add_argument("--trace", metavar="FILE", help=about)
+    serve.add_argument("--trace", metavar="FILE", type=_path, help=about)
     _add_backend(serve)
 
 
@@ -341,10 +344,10 @@ def _add_trace(verbs: Any) -> None:
         "cannot have happened, and what could have."
     )
     check = whats.add_parser("check", help="check that it can have happened", description=about)
-    check.add_argument("file", metavar="FILE", help="the trace")
+    check.add_argument("file", metavar="FILE", type=_path, help="the trace")
     about = "Print the trace as a Mermaid sequence diagram."
     show = whats.add_parser("show", help="a sequence diagram", description=about)
-    show.add_argument("file", metavar="FILE", help="the trace")
+    show.add_argument("file", metavar="FILE", type=_path, help="the trace")
     about = "only what concerns this allocation"
     show.add_argument("--allocation", metavar="ID", help=about)
 
@@ -374,25 +377,27 @@ def _add_verify(verbs: Any) -> None:
 
 
 def _add_socket(parser: argparse.ArgumentParser) -> None:
-    path = DEFAULT_PATHS["socket"]
-    parser.add_argument(
-        "--socket", metavar="PATH", default=path, help=f"the provider's socket (default {path})"
-    )
+    _add_path(parser, "socket", "PATH", "the provider's socket")
 
 
 def _add_state_dir(parser: argparse.ArgumentParser) -> None:
-    path = DEFAULT_PATHS["state_dir"]
-    about = f"where the provider keeps its journal (default {path})"
-    parser.add_argument("--state-dir", metavar="DIR", default=path, help=about)
+    _add_path(parser, "state_dir", "DIR", "where the provider keeps its journal")
 
 
 def _add_places(parser: argparse.ArgumentParser) -> None:
-    root, base = DEFAULT_PATHS["image_root"], DEFAULT_PATHS["uenv_base"]
+    _add_path(parser, "image_root", "DIR", "where images are")
+    _add_path(parser, "uenv_base", "DIR", "where they appear inside an allocation")
+
+
+def _add_path(parser: argparse.ArgumentParser, name: str, what: str, about: str) -> None:
+    path = DEFAULT_PATHS[name]
     parser.add_argument(
-        "--image-root", metavar="DIR", default=root, help=f"where images are (default {root})"
+        f"--{name.replace('_', '-')}",
+        metavar=what,
+        type=_path,
+        default=path,
+        help=f"{about} (default {path})",
     )
-    about = f"where they appear inside an allocation (default {base})"
-    parser.add_argument("--uenv-base", metavar="DIR", default=base, help=about)
 
 
 def _add_wishes(parser: argparse.ArgumentParser) -> None:
@@ -473,14 +478,21 @@ def _seconds(text: str) -> float:
 _seconds.__name__ = "number of seconds"  # argparse uses the name in its errors
 
 
-def _number(text: str) -> int:
+def _path(text: str) -> str:
+    # Of a variable that is not set. It would mean the current directory.
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return text
+
+
+def _user(text: str) -> int:
     number = int(text)
-    if number < 0:
+    if not 0 <= number <= ID_MAX:
         raise ValueError
     return number
 
 
-_number.__name__ = "user id"
+_user.__name__ = "user id"
 
 
 def _mode(text: str) -> int:
@@ -494,7 +506,7 @@ _mode.__name__ = "octal mode"
 
 
 def _group(text: str) -> int:
-    if text.isdecimal():
+    if text.isdecimal() and int(text) <= ID_MAX:
         return int(text)
     import grp
 

@@ -120,7 +120,10 @@ def test_defaults_are_those_of_the_modules_they_are_for() -> None:
         (["serve", "--hold-time", "-1"], "seconds"),
         (["serve", "--hold-time", "nan"], "seconds"),
         (["serve", "--allow-uid", "root"], "user id"),
+        (["serve", "--allow-uid", "4294967295"], "user id"),
         (["serve", "--group", "no such group"], "no group"),
+        (["serve", "--group", "4294967295"], "no group"),
+        (["serve", "--group", "9" * 20], "no group"),
         (["list", "surplus"], "surplus"),
     ],
 )
@@ -137,6 +140,27 @@ def test_what_makes_no_sense_is_refused_before_anything_is_done(
     assert re.match(rf"{verb}( check| show)?: ", result.err.splitlines()[-1])
     assert "handoff socket" not in result.err
     assert result.out == ""
+
+
+def test_an_empty_path_is_refused_wherever_one_can_be_given(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    verbs = cli.build_parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
+    places = [
+        (verb, option)
+        for verb, parser in verbs.items()  # type: ignore[union-attr]
+        for action in parser._actions
+        for option in action.option_strings
+        if action.metavar in ("PATH", "DIR", "FILE") and verb != "verify"
+    ]
+    assert {verb for verb, _ in places} >= {"serve", "run", "exec", "request", "end", "list"}
+    for verb, option in places:
+        code = code_of([verb, option, ""])
+        assert code == (ExitCode.RUN_FAILED if verb in ("run", "exec") else ExitCode.USAGE)
+        assert f"argument {option}: the path is empty" in capsys.readouterr().err
+    for what in ("check", "show"):
+        assert code_of(["trace", what, ""]) == ExitCode.USAGE
+        assert "the path is empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
