@@ -38,7 +38,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Final
 
-from .exits import PROGRAM, SIGNAL_BASE, ExitCode, Failure, Interrupted, print_error
+from .exits import PROGRAM, SIGNAL_BASE, ExitCode, Failure, Interrupted, flush, print_error
 from .parser import Parser
 
 DISTRIBUTION: Final = "namespace-handoff"
@@ -77,12 +77,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code; the table is in this module's docstring.
-
-    Raises:
-        SystemExit: help was requested (0), or the command line makes no sense (2, and 125 for
-            `run` and `exec`), which has been printed.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    fault = ""
+    try:
+        code = _perform(list(sys.argv[1:] if arguments is None else arguments))
+    except SystemExit as stop:  # help, or a command line that makes no sense
+        code = int(stop.code or 0)
+    except OSError as error:
+        code, fault = ExitCode.ENVIRONMENT, f"{type(error).__name__}: {error}"
+    if unwritten := flush(sys.stdout):
+        code, fault = code or ExitCode.ENVIRONMENT, f"standard output: {unwritten}"
+    if fault:
+        print_error(fault)
+    flush(sys.stderr)
+    return code
+
+
+def _perform(words: list[str]) -> int:
     options = None if words[:1] == ["demo"] else _parse(words)
     try:
         return _demo(words[1:]) if options is None else int(_VERBS[options.verb](options))

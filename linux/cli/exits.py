@@ -6,9 +6,11 @@ code. Imports next to nothing, so that `--help` stays quick.
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import suppress
 from enum import IntEnum
-from typing import Final
+from typing import Final, TextIO
 
 PROGRAM: Final = "nshandoff"
 """The command's name, the prefix of everything that it prints on standard error."""
@@ -67,5 +69,28 @@ class Interrupted(BaseException):
 
 
 def print_error(text: str) -> None:
-    """Print a line on standard error; standard output is for results."""
-    print(f"{PROGRAM}: {text}", file=sys.stderr, flush=True)
+    """Print a line on standard error, if it can be written; standard output is for results."""
+    with suppress(OSError):
+        print(f"{PROGRAM}: {text}", file=sys.stderr, flush=True)
+    flush(sys.stderr)
+
+
+def flush(stream: TextIO) -> str:
+    """
+    Write what waits for a standard stream; if that fails, nothing more is written to it.
+
+    Otherwise Python would try again when it exits, and exit with a code of its own.
+
+    Returns:
+        Why it cannot be written; empty if it can.
+    """
+    try:
+        stream.flush()
+    except OSError as error:
+        from transport.descriptors import Descriptor
+
+        Descriptor(stream.fileno()).close()
+        os.open(os.devnull, os.O_WRONLY)  # gets the number that has become free
+        stream.flush()
+        return error.strerror or str(error)
+    return ""

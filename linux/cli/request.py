@@ -53,11 +53,13 @@ def request(options: argparse.Namespace) -> ExitCode:
         consumer = consumer_of(options, inspector_of(options, features), own)
         handoff = stack.enter_context(obtain(consumer, wanted, own, taken))
         show = _show_json if options.json else _show
-        show(describe(handoff))
-        with suppress(Interrupted), interruptible(taken):
-            while not handoff.wait_ended(LOOK_S):
-                pass
-        _let_go(handoff, ends=options.end)
+        try:
+            show(describe(handoff))
+            with suppress(Interrupted), interruptible(taken):
+                while not handoff.wait_ended(LOOK_S):
+                    pass
+        finally:  # also where it cannot be shown
+            _let_go(handoff, ends=options.end)
     return ExitCode.OK
 
 

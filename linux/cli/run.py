@@ -50,7 +50,7 @@ from .consumer import (
     request_of,
     signals_taken,
 )
-from .exits import SIGNAL_BASE, ExitCode, Failure, Interrupted, print_error
+from .exits import SIGNAL_BASE, ExitCode, Failure, Interrupted, flush, print_error
 
 ALL_SIGNALS: Final = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
 """What is passed on to the command: all that can be."""
@@ -435,7 +435,7 @@ def _stop_too(child: RunningCommand, cause: signal.Signals) -> None:
 
 def _die_of(number: int) -> int:
     """End by a signal, so that who waits for this process sees what became of the command."""
-    sys.stderr.flush()
+    flush(sys.stderr)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if number not in (signal.SIGKILL, signal.SIGSTOP):
         signal.signal(number, signal.SIG_DFL)

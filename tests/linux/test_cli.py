@@ -18,6 +18,7 @@ from linux.cli import command as cli
 from linux.cli.exits import ExitCode
 from statemachine.messages import HANDOFF_SOCKET_PATH
 from tests.support.programs import (
+    DEADLINE_S,
     MOUNT,
     PID,
     Daemon,
@@ -47,9 +48,7 @@ def test_basic_help_names_the_verbs_and_the_exit_codes() -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        cli.main([verb, "--help"])
-    assert stop.value.code == 0
+    assert cli.main([verb, "--help"]) == 0
     assert f"usage: nshandoff {verb}" in capsys.readouterr().out
 
 
@@ -132,7 +131,7 @@ def test_what_makes_no_sense_is_refused_before_anything_is_done(
 ) -> None:
     if words and words[0] in ("request", "end"):
         words = [*words, *ABSENT]
-    assert code_of(words) == ExitCode.USAGE
+    assert cli.main(words) == ExitCode.USAGE
     result = capsys.readouterr()
     assert says in result.err
     verb = f"nshandoff {words[0]}" if words and words[0] in VERBS else "nshandoff"
@@ -155,11 +154,11 @@ def test_an_empty_path_is_refused_wherever_one_can_be_given(
     ]
     assert {verb for verb, _ in places} >= {"serve", "run", "exec", "request", "end", "list"}
     for verb, option in places:
-        code = code_of([verb, option, ""])
+        code = cli.main([verb, option, ""])
         assert code == (ExitCode.RUN_FAILED if verb in ("run", "exec") else ExitCode.USAGE)
         assert f"argument {option}: the path is empty" in capsys.readouterr().err
     for what in ("check", "show"):
-        assert code_of(["trace", what, ""]) == ExitCode.USAGE
+        assert cli.main(["trace", what, ""]) == ExitCode.USAGE
         assert "the path is empty" in capsys.readouterr().err
 
 
@@ -179,22 +178,15 @@ def test_an_empty_path_is_refused_wherever_one_can_be_given(
 def test_run_keeps_even_usage_apart_from_what_a_command_exits_with(
     words: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert code_of(["run", *words]) == ExitCode.RUN_FAILED
+    assert cli.main(["run", *words]) == ExitCode.RUN_FAILED
     said = capsys.readouterr().err
     assert said.startswith("usage: nshandoff run ")
     assert says in said
 
 
 def test_wrong_usage_of_the_demo_is_told_like_any_other(capsys: pytest.CaptureFixture[str]) -> None:
-    assert code_of(["demo", "--jsn"]) == ExitCode.USAGE
+    assert cli.main(["demo", "--jsn"]) == ExitCode.USAGE
     assert capsys.readouterr().err.endswith("there is no option --jsn; did you mean --json?\n")
-
-
-def code_of(words: list[str]) -> int:
-    try:
-        return cli.main(words)
-    except SystemExit as stop:
-        return int(stop.code or 0)
 
 
 @pytest.mark.parametrize(
@@ -338,3 +330,50 @@ def test_interrupted_request_is_over_at_once(tmp_path: Path, allocation_id: str)
             assert program.wait() == 130
         assert connections[-1] is not None
         connections[-1].close()
+
+
+# --- Standard streams --------------------------------------------------------------------------
+
+
+@needs_root
+@pytest.mark.parametrize(
+    "words", ["list", "list --json", "doctor", "request --end", "--help", "list -h"]
+)
+def test_output_that_cannot_be_written_is_no_success_and_no_traceback(
+    daemon: Daemon, allocation_id: str, words: str
+) -> None:
+    """And an allocation that was to be ended has ended."""
+    asked = ("--id", allocation_id, "--namespaces", "net", "--socket", daemon.socket)
+    state = ("--state-dir", daemon.state_dir) if words in ("list", "list --json", "doctor") else ()
+    more = asked if words.startswith("request") else state
+    with (
+        Path("/dev/full").open("w") as full,
+        running(*words.split(), *more, stdout=full) as program,
+    ):
+        _, errors = program.communicate(timeout=DEADLINE_S)
+    assert program.returncode == ExitCode.ENVIRONMENT
+    assert errors.endswith("nshandoff: standard output: No space left on device\n")
+    assert "Traceback" not in errors
+    assert "Exception ignored" not in errors
+    assert allocation_id not in daemon.alive()
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (("run", "--namespaces", "net", "--", "sh", "-c", "exit 7"), 7),
+        (("run", "--namespaces", "net", "--", "no-such-command"), ExitCode.NOT_FOUND),
+        (("end", "unknown"), ExitCode.UNAVAILABLE),
+    ],
+)
+def test_errors_that_cannot_be_written_change_no_exit_code(
+    tmp_path: Path, words: tuple[str, ...], code: int
+) -> None:
+    """What is run warns that there is no provider."""
+    verb, *rest = words
+    with (
+        Path("/dev/full").open("w") as full,
+        running(verb, "--socket", tmp_path / "absent", *rest, stderr=full) as program,
+    ):
+        assert program.wait(DEADLINE_S) == code
