@@ -393,6 +393,20 @@ def test_half_a_line_anywhere_else_is_refused(at: int) -> None:
     assert refusal.value.line == range(1, len(lines) + 1)[at]
 
 
+@pytest.mark.parametrize(
+    "foreign", [b"\x7fELF\0\0\1", b"words", b"SQLite format 3\0\n\0", b"[1]\n"]
+)
+@pytest.mark.parametrize("verb", ["check", "show"])
+def test_what_is_no_trace_is_not_taken_for_half_a_line_of_one(
+    tmp_path: Path, foreign: bytes, verb: str
+) -> None:
+    path = tmp_path / "trace"
+    path.write_bytes(foreign)
+    assert cli.main(["trace", verb, str(path)]) == ExitCode.NO
+    path.write_bytes(b"".join(written(*LIFE)) + foreign)
+    assert cli.main(["trace", verb, str(path)]) == ExitCode.NO
+
+
 def test_file_that_is_full_leaves_a_gap_and_no_exception(caplog: pytest.LogCaptureFixture) -> None:
     with TraceFile("/dev/full", Limits()) as file:
         file(on.ProviderReady(), ())

@@ -74,6 +74,9 @@ Entry: TypeAlias = Start | Recovery | Turn
 """What a line says."""
 
 
+_BEGINNING: Final = b'{"schema":'
+
+
 # --- Lines -------------------------------------------------------------------------------------
 
 
@@ -115,6 +118,8 @@ def read_lines(lines: Iterable[bytes]) -> Iterator[tuple[int, int, Entry]]:
         try:
             plain = _parsed(number, text)
         except TraceError as error:
+            if not _BEGINNING.startswith(text.rstrip(b"\n")[: len(_BEGINNING)]):
+                raise  # of no line of a trace the half
             half = half or error
             continue
         sequence, entry = _entry_of(number, plain)
