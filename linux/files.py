@@ -1,14 +1,36 @@
-"""Replace a file in one step: a reader finds the old content or the new one, never half of it."""
+"""Replace a file in one step, and read one: never half of it, and never waiting for a pipe."""
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
+from typing import Final
 
 from transport.calls import syscall
+from transport.descriptors import Descriptor
 
 from .syscalls import calling
+
+READ_BYTES_MAX: Final = 65536
+"""What is longer is none of the files that are read here."""
+
+
+def read_file(path: Path) -> str:
+    """
+    Read a small file; a pipe, a device or a directory in its place is refused, not waited for.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+        ValueError: it is no text.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+    with Descriptor(syscall(os.open, path, flags)) as file:
+        if not stat.S_ISREG(syscall(os.fstat, file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        return syscall(os.read, file.fileno(), READ_BYTES_MAX).decode()
 
 
 def replace_file(path: Path, text: str, mode: int | None = None) -> os.stat_result:

@@ -24,6 +24,7 @@ import fcntl
 import json
 import os
 import sqlite3
+import stat
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -498,6 +499,8 @@ def _fingerprint(path: Path) -> tuple[int, ...] | None:
         return None
     except OSError as error:
         raise JournalUnavailable(path, error.strerror or str(error)) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise JournalUnavailable(path, "it is no regular file")
     return status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino
 
 
@@ -505,7 +508,7 @@ def is_held(state_dir: Path) -> bool:
     """Say whether a running provider holds a state directory."""
     path = state_dir / LOCK_NAME
     try:
-        with Descriptor(syscall(os.open, path, os.O_RDONLY | os.O_CLOEXEC)) as lock:
+        with Descriptor(syscall(os.open, path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)) as lock:
             syscall(fcntl.flock, lock.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 from transport.calls import syscall
 
 from .cgroups import ScopePlace
-from .files import replace_file
+from .files import read_file, replace_file
 from .syscalls import calling
 
 SUFFIX: Final = ".scopes"
@@ -88,7 +88,7 @@ def read_scope_file(address: Path) -> ScopesSaid | None:
     path = Path(f"{address}{SUFFIX}")
     text = None
     with calling("read(2)", path, errno.ENOENT):
-        text = syscall(path.read_text, encoding="utf-8")
+        text = read_file(path)
     if text is None:
         return None
     try:

@@ -25,6 +25,7 @@ from transport.descriptors import NamespaceIdentity
 from .anchor import Anchor, AnchorIdentity, adopt, boot_id
 from .cgroups import Scope
 from .features import Features
+from .files import read_file
 from .journal import LOCK_NAME, Entry, read_journal
 from .mounts import image_on, loop_devices
 from .namespaces import KernelInspector, open_namespace
@@ -171,7 +172,7 @@ def zombies_below(init: int) -> str:
 def _see_provider(state_dir: Path) -> ProviderSeen | None:
     """Read the readiness file; it counts only if its author has the directory's lock file open."""
     try:
-        plain = json.loads(syscall((state_dir / READY_NAME).read_text, encoding="utf-8"))
+        plain = json.loads(read_file(state_dir / READY_NAME))
         provider = ProviderSeen(int(plain["pid"]), str(plain["socket"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from statemachine.lifecycle import AllocationState
+from transport.calls import syscall
 
-from ..doctor import examine
+from ..doctor import examine, expect_directory
 from ..features import Features
-from ..journal import JournalError
+from ..journal import JOURNAL_NAME, LOCK_NAME, JournalError, JournalUnavailable
 from ..survey import AllocationSeen, NodeSeen, survey_node
 from ..syscalls import SyscallError
 from .exits import ExitCode, Failure
@@ -29,13 +30,14 @@ def list_allocations(options: argparse.Namespace) -> ExitCode:
     Print the allocations of a state directory.
 
     Raises:
-        Failure: ENVIRONMENT, there is no such directory, or journal or Linux kernel cannot be read.
+        Failure: ENVIRONMENT, it is no state directory, or journal or Linux kernel cannot be read.
     """
     # End quietly if the reader closes the pipe, as `head` does.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     state_dir = Path(options.state_dir)
     try:
         features = Features.probe()
+        _expect_state(state_dir)
         found = examine(state_dir, features, is_whole_node=False)
         attention = [it for it in found if it.needs_attention]
         node = survey_node(state_dir, features)
@@ -49,6 +51,13 @@ def list_allocations(options: argparse.Namespace) -> ExitCode:
             print("\nneeds attention, as `nshandoff doctor` explains:")
             print("\n".join(f"{it.verdict.value:8}{it.what}: {it.why}" for it in attention))
     return ExitCode.OK
+
+
+def _expect_state(state_dir: Path) -> None:
+    """Refuse a directory that no provider has ever used: it is mistyped."""
+    expect_directory(state_dir)
+    if not any(syscall((state_dir / name).exists) for name in (LOCK_NAME, JOURNAL_NAME)):
+        raise JournalUnavailable(state_dir, "it is no provider's state directory")
 
 
 def as_json(node: NodeSeen, state_dir: Path) -> dict[str, Any]:

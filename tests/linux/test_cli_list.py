@@ -136,12 +136,27 @@ def test_it_says_why_what_is_draining_is_still_there(daemon: Daemon, allocation_
     assert listed(daemon.state_dir)["remembered"] == [allocation_id]
 
 
-def test_nothing_is_made_where_there_is_nothing(tmp_path: Path) -> None:
-    shown = listed(tmp_path)
-    assert (shown["allocations"], shown["provider"], shown["remembered"]) == ([], None, [])
-    assert shown["attention"] == []
-    assert "no allocations" in table(tmp_path)
+def test_directory_of_no_provider_is_refused_and_stays_as_it_is(tmp_path: Path) -> None:
+    result = nshandoff("list", "--state-dir", tmp_path)
+    assert (result.returncode, result.stdout) == (ExitCode.ENVIRONMENT, "")
+    assert f"{tmp_path}: it is no provider's state directory" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", [JOURNAL_NAME, "lock", "ready"])
+@pytest.mark.parametrize("verb", ["list", "doctor"])
+def test_pipe_in_the_place_of_a_file_is_not_waited_for(
+    tmp_path: Path, verb: str, name: str
+) -> None:
+    Journal(tmp_path, "another boot").close()
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    result = nshandoff(verb, "--state-dir", tmp_path)
+    if name == JOURNAL_NAME:
+        assert result.returncode == ExitCode.ENVIRONMENT
+        assert f"{tmp_path / name}: it is no regular file" in result.stderr
+    else:
+        assert result.returncode in (ExitCode.OK, ExitCode.NO)
 
 
 def test_what_was_before_the_boot_is_shown_as_gone(tmp_path: Path, allocation_id: str) -> None:
