@@ -10,12 +10,15 @@ unset LD_AUDIT LD_BIND_NOT LD_BIND_NOW LD_DEBUG LD_DEBUG_OUTPUT LD_DYNAMIC_WEAK 
     MALLOC_TRIM_THRESHOLD_
 PATH=/usr/bin:/bin
 
+verb=${1-}
+# Where something fails, sh itself exits with a code of its own.
+trap 'case $verb in run | exec) exit 125 ;; *) exit 3 ;; esac' EXIT
+
 fail() {
     echo "nshandoff: $1" >&2
-    case $verb in run | exec) exit 125 ;; *) exit 3 ;; esac
+    exit
 }
 
-verb=${1-}
 here=$0
 [ ! -h "$here" ] || here=$(readlink -f -- "$0")
 case $here in */*) here=${here%/*} ;; *) here=. ;; esac
@@ -40,6 +43,4 @@ for part in $parts; do
 done
 unset "NSHANDOFF_ENVIRONMENT_$((number + 1))"
 
-# Where exec fails, sh exits with a code of its own.
-trap 'case $verb in run | exec) exit 125 ;; *) exit 3 ;; esac' EXIT
 exec "$python" -I -X utf8 -m linux "$@"

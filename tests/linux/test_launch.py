@@ -105,6 +105,17 @@ def test_an_environment_that_cannot_be_handed_on_is_no_exit_code_of_a_command() 
     assert run((INSTALLED,), "list", env=environment(**large)).returncode == ExitCode.ENVIRONMENT
 
 
+@pytest.mark.needs_root
+@pytest.mark.parametrize("sh", ["dash", "bash"])
+def test_shell_that_cannot_fork_is_no_exit_code_of_a_command(sh: str) -> None:
+    """The next child of a process whose PID namespace has lost its init cannot be made."""
+    lost = ("unshare", "--pid", "sh", "-c", '/bin/true; exec "$@"', "sh")
+    words = (sh, "-p", INSTALLED, "run", "--namespaces", "", "--", "true")
+    result = run((*lost, *words), env=environment())
+    assert result.returncode == ExitCode.RUN_FAILED, result.stderr
+    assert "fork" in result.stderr
+
+
 def test_script_without_its_interpreter_says_so(tmp_path: Path) -> None:
     script = tmp_path / "nshandoff"
     script.write_bytes(Path(INSTALLED).read_bytes())
