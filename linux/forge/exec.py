@@ -155,9 +155,8 @@ def main() -> None:
         if scope >= 0:
             phase, path = "scope", b"cgroup.procs"
             enter_scope(scope)
-        phase, path = "directory", directory
+        phase, path = "identity" if identity else "directory", directory
         if not enter_directory(directory, identity):
-            phase = "identity"
             raise OSError(errno.ESTALE, "")
         phase, path = "prepare", b""
         set_signals([*map(int, ignored)], [*map(int, blocked)], [*map(int, pending)])

@@ -79,9 +79,12 @@ class OtherDirectory(SyscallError):
     """The working directory's path leads to another directory inside the allocation, or nowhere."""
 
     def __str__(self) -> str:
+        if self.path is None:
+            return "the working directory has been removed; start in one that is there"
         return (
-            f"the working directory is another one inside the allocation: {self.path or '.'}; its "
-            "mount namespace has the provider's view of the node's files; start in one of both"
+            f"the working directory is {'absent' if self.errno == errno.ENOENT else 'another one'} "
+            f"inside the allocation: {self.path}; its mount namespace has the provider's view of "
+            "the node's files; start in one of both"
         )
 
 

@@ -235,6 +235,21 @@ def test_directory_of_another_mount_namespace_is_refused(
         assert run.communicate() == ("own\n", "")
 
 
+@pytest.mark.clause("RUN-3")
+def test_directory_that_is_absent_inside_is_not_blamed_on_the_command(
+    words: tuple[str, ...], tmp_path: Path
+) -> None:
+    private = 'mount -t tmpfs none . && mkdir "$PWD/new" && cd "$PWD/new" && exec "$@"'
+    with running(
+        *(*words, "--namespaces", "mount", "--", "true"),
+        command=("unshare", "--mount", "sh", "-c", private, "sh", *COMMAND),
+        cwd=tmp_path,
+    ) as run:
+        out, errors = run.communicate()
+    assert (run.returncode, out) == (ExitCode.RUN_FAILED, "")
+    assert f"the working directory is absent inside the allocation: {tmp_path}/new" in errors
+
+
 def test_silence_of_the_helper_is_no_exit_code_of_a_command(
     words: tuple[str, ...],
     tmp_path: Path,
