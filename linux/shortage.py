@@ -34,6 +34,10 @@ _PROCESSES: Final = (
     "no process left: raise RLIMIT_NPROC of the user, pids.max of the cgroup, or kernel.pid_max "
     "and kernel.threads-max of the node"
 )
+_THREADS: Final = (
+    "no thread left, or no memory for its stack: raise RLIMIT_NPROC, RLIMIT_DATA and RLIMIT_AS of "
+    "the user, pids.max of the cgroup, or kernel.threads-max of the node"
+)
 _MEMORY_OR_INIT: Final = (
     "no memory left in the node or the memory cgroup, or the init of the PID namespace has ended"
 )
@@ -55,6 +59,7 @@ WORDS: Final = (
     (EMFILE, r".*", _DESCRIPTORS),
     (ENFILE, r".*", "the node has no descriptor left: raise fs.file-max"),
     (EAGAIN, r"v?fork|clone3?|posix_spawn|execve", _PROCESSES),
+    (EAGAIN, r"pthread_create", _THREADS),
     (EAGAIN, r"mkdir", _CGROUPS),
     (ENOMEM, r"v?fork|clone3?|posix_spawn|execve", _MEMORY_OR_INIT),
     (

@@ -89,7 +89,7 @@ class Sink:
         try:
             self._thread.start()
         except RuntimeError as error:  # all that Python says of it
-            raise SyscallError("clone(2)", errno.EAGAIN) from error
+            raise SyscallError("pthread_create(3)", errno.EAGAIN) from error
 
     def write(self, line: bytes) -> None:
         """Have a line written, its end included; never raises, and waits `wait_s` at most."""

@@ -43,7 +43,7 @@ def call_in_thread(function: Callable[[], T]) -> T:
     try:
         _thread.start_new_thread(run, ())
     except RuntimeError as error:  # all that Python says of it
-        raise SyscallError("clone(2)", errno.EAGAIN) from error
+        raise SyscallError("pthread_create(3)", errno.EAGAIN) from error
     try:
         ended.acquire()
     except BaseException:

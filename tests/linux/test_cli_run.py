@@ -250,6 +250,15 @@ def test_directory_that_is_absent_inside_is_not_blamed_on_the_command(
     assert f"the working directory is absent inside the allocation: {tmp_path}/new" in errors
 
 
+@pytest.mark.clause("DAEMON-8")
+def test_memory_that_suffices_for_no_thread_is_named(words: tuple[str, ...]) -> None:
+    limited = {"command": ("prlimit", "--data=268435456", "--stack=1073741824", *COMMAND)}
+    with running(*words, "--namespaces", "net", "--", "true", **limited) as run:
+        errors = run.communicate()[1]
+    assert run.returncode == ExitCode.RUN_FAILED
+    assert "no memory for its stack: raise RLIMIT_NPROC, RLIMIT_DATA" in errors
+
+
 def test_silence_of_the_helper_is_no_exit_code_of_a_command(
     words: tuple[str, ...],
     tmp_path: Path,

@@ -30,6 +30,7 @@ ROWS: Final = [
     ("posix_spawn(3)", errno.EAGAIN, "pids.max"),
     ("fork(2)", errno.EAGAIN, "kernel.threads-max"),
     ("execve(2)", errno.EAGAIN, "RLIMIT_NPROC"),
+    ("pthread_create(3)", errno.EAGAIN, "RLIMIT_DATA"),
     ("mkdir(2)", errno.EAGAIN, "cgroup.max.descendants"),
     ("fork(2)", errno.ENOMEM, "or the init of the PID namespace has ended"),
     ("fsopen(2)", errno.ENOMEM, "no memory left"),
@@ -98,6 +99,10 @@ def test_full_and_read_only_file_systems_are_named(small_disk: Path) -> None:
     with pytest.raises(SyscallError, match="mounted read-only"), calling("mkdir(2)"):
         (small_disk / "directory").mkdir()
     assert fault_of(file) == words_for("open(2)", errno.EROFS)
+
+
+def test_file_system_that_has_no_blocks_at_all_is_not_full() -> None:
+    assert fault_of(Path("/proc/absent")) == ""
 
 
 @pytest.mark.needs_root

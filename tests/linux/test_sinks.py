@@ -216,7 +216,7 @@ def test_without_its_thread_there_is_no_sink_and_a_provider_says_so(
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    with pytest.raises(SyscallError, match=r"clone\(2\)"):
+    with pytest.raises(SyscallError, match=r"pthread_create\(3\)"):
         Sink(pipe[1])
     assert cli.main(["serve", "--socket", str(tmp_path / "socket")]) == ExitCode.ENVIRONMENT
-    assert "no process left" in capfd.readouterr().err
+    assert "no thread left" in capfd.readouterr().err

@@ -47,5 +47,5 @@ def test_where_no_thread_can_be_started_that_is_said(monkeypatch: pytest.MonkeyP
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr("_thread.start_new_thread", refuse)
-    with pytest.raises(SyscallError, match=r"clone\(2\)"):
+    with pytest.raises(SyscallError, match=r"pthread_create\(3\)"):
         call_in_thread(threading.get_ident)
