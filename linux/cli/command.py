@@ -59,6 +59,7 @@ DEFAULT_SPANS_S: Final = {
     "release_deadline": 2.0,
     "empty_grace": 0.0,
 }
+DEFAULT_COUNTS: Final = {"allocations": 4096, "connections": 4096}
 DEFAULT_MODE: Final = 0o600
 
 ID_MAX: Final = 2**32 - 2
@@ -234,6 +235,14 @@ def _add_serve(verbs: Any) -> None:
         default=[],
         help="serve this user as well; repeatable (the provider's own always is)",
     )
+    for what, count in DEFAULT_COUNTS.items():
+        serve.add_argument(
+            f"--max-{what}",
+            metavar="N",
+            type=_count,
+            default=count,
+            help=f"most {what} of one user (default {count})",
+        )
     serve.add_argument(
         "--mode",
         metavar="OCTAL",
@@ -504,6 +513,16 @@ def _user(text: str) -> int:
 
 
 _user.__name__ = "user id"
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+_count.__name__ = "number"
 
 
 def _mode(text: str) -> int:

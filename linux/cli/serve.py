@@ -171,7 +171,12 @@ def _serve(options: argparse.Namespace, signals: Signals, stack: ExitStack) -> N
 
 
 def _limits(options: argparse.Namespace, descriptors: int) -> Limits:
-    wanted = Limits(allowed_uids=frozenset({os.geteuid(), *options.allow_uid}))
+    # Keeps PEER-4.
+    wanted = Limits(
+        allowed_uids=frozenset({os.geteuid(), *options.allow_uid}),
+        allocations_per_uid=options.max_allocations,
+        connections_per_uid=options.max_connections,
+    )
     limits = fit_to_descriptors(wanted, descriptors)
     if limits != wanted:
         _log.warning(

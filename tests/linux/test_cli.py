@@ -17,6 +17,7 @@ from linux.cgroups import DEFAULT_PLACE, ScopePlace
 from linux.cli import command as cli
 from linux.cli.exits import ExitCode
 from statemachine.messages import HANDOFF_SOCKET_PATH
+from statemachine.provider import Limits
 from tests.support.programs import (
     DEADLINE_S,
     MOUNT,
@@ -85,6 +86,11 @@ def test_defaults_are_those_of_the_modules_they_are_for() -> None:
         "release_deadline": spans.release_s,
         "empty_grace": spans.empty_grace_s,
     } == cli.DEFAULT_SPANS_S
+    limits = Limits()
+    assert {
+        "allocations": limits.allocations_per_uid,
+        "connections": limits.connections_per_uid,
+    } == cli.DEFAULT_COUNTS
     assert cli.DEFAULT_MODE == endpoint.SOCKET_MODE
     assert ScopePlace(*cli.DEFAULT_SCOPE) == DEFAULT_PLACE
 
@@ -120,6 +126,8 @@ def test_defaults_are_those_of_the_modules_they_are_for() -> None:
         (["serve", "--hold-time", "nan"], "seconds"),
         (["serve", "--allow-uid", "root"], "user id"),
         (["serve", "--allow-uid", "4294967295"], "user id"),
+        (["serve", "--max-allocations", "0"], "number"),
+        (["serve", "--max-connections", "many"], "number"),
         (["serve", "--group", "no such group"], "no group"),
         (["serve", "--group", "4294967295"], "no group"),
         (["serve", "--group", "9" * 20], "no group"),

@@ -19,7 +19,7 @@ import pytest
 from linux.cli.exits import ExitCode
 from linux.cli.serve import JsonLines
 from linux.journal import JOURNAL_NAME
-from statemachine import NamespaceRequest
+from statemachine import CreationFailed, NamespaceRequest
 from tests.support.programs import (
     MOUNT,
     NET,
@@ -139,6 +139,19 @@ def test_unclaimed_allocation_ends(tmp_path: Path, image_root: Path, allocation_
             pass
         wait_until(lambda: not daemon.alive())
         assert "claim_expired" in {line["event"] for line in daemon.events(allocation_id)}
+
+
+@pytest.mark.clause("PEER-4")
+def test_limits_are_as_asked(tmp_path: Path, image_root: Path, allocation_id: str) -> None:
+    limits = ("--max-allocations", "1", "--max-connections", "2")
+    with daemon_in(tmp_path, image_root, *limits) as daemon, daemon.obtain(allocation_id, PID):
+        with pytest.raises(CreationFailed, match="live allocations of one user, at most 1"):
+            daemon.obtain(f"{allocation_id}-2", PID)
+        with (
+            daemon.obtain(allocation_id, PID),
+            pytest.raises(CreationFailed, match="connections of one user, at most 2"),
+        ):
+            daemon.obtain(allocation_id, PID)
 
 
 def test_permissions_are_as_asked(tmp_path: Path, image_root: Path) -> None:
