@@ -32,7 +32,7 @@ class Consumer(request.Consumer):
             ...
 
     Args:
-        path: the provider's socket.
+        path: the provider's socket; None: the node has no provider, and none is asked.
         inspector: says what a descriptor really is; None asks the Linux kernel.
         service: makes namespaces when the provider cannot be reached. None never does; by default
             they are made here, and end when the consumer is closed, or when neither it nor a
@@ -43,7 +43,7 @@ class Consumer(request.Consumer):
 
     def __init__(
         self,
-        path: str | os.PathLike[str] = HANDOFF_SOCKET_PATH,
+        path: str | os.PathLike[str] | None = HANDOFF_SOCKET_PATH,
         inspector: Inspector | None = None,
         *,
         service: SelfService | EllipsisType | None = ...,

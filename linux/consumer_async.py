@@ -27,7 +27,7 @@ class AsyncConsumer(asynchronous.AsyncConsumer):
 
     def __init__(
         self,
-        path: str | os.PathLike[str] = HANDOFF_SOCKET_PATH,
+        path: str | os.PathLike[str] | None = HANDOFF_SOCKET_PATH,
         inspector: Inspector | None = None,
         *,
         service: SelfService | EllipsisType | None = ...,

@@ -432,9 +432,10 @@ def _add_wishes(parser: argparse.ArgumentParser) -> None:
     _add_socket(parser)
     parser.add_argument(
         "--fallback",
-        choices=["unavailable", "never"],
+        choices=["unavailable", "always", "never"],
         default="unavailable",
-        help="when to make the namespaces here: if no provider is reached (default), or never",
+        help="when to make the namespaces here: if no provider is reached (default); always, on a "
+        "node without one, and none is asked; or never",
     )
 
 

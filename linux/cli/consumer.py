@@ -97,7 +97,9 @@ def consumer_of(
 ) -> Consumer:
     """Make the consumer for the options; its warnings go to standard error."""
     logging.basicConfig(format=f"{PROGRAM}: %(levelname)s: %(message)s")
-    return Consumer(options.socket, inspector, service=service, joins=joins)
+    is_alone = getattr(options, "fallback", None) == "always"
+    path = None if is_alone else options.socket
+    return Consumer(path, inspector, service=service, joins=joins)
 
 
 def inspector_of(options: argparse.Namespace, features: Features) -> Inspector:

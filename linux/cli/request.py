@@ -129,7 +129,7 @@ def _let_go(handoff: Handoff, *, ends: bool) -> None:
     elif ends:
         is_confirmed = handoff.end(END_TIMEOUT_S)
         print_error(f"{name} has ended" if is_confirmed else f"the end of {name} was not confirmed")
-    elif handoff.is_degraded:
+    elif handoff.is_own:
         print_error(f"{name} was made by self-service and ends now")
     else:
         print_error(f"{name} stays alive")

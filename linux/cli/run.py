@@ -136,7 +136,8 @@ def _run(options: argparse.Namespace) -> int:
     features = Features.probe()
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     with _all_signals_taken() as taken, ExitStack() as stack:
-        was_alive = _is_alive(options.socket, wanted.allocation_id)
+        is_alone = options.fallback == "always"
+        was_alive = not is_alone and _is_alive(options.socket, wanted.allocation_id)
         own = None
         if options.fallback != "never":
             own = stack.enter_context(closing(own_namespaces(options, features)))
@@ -147,7 +148,7 @@ def _run(options: argparse.Namespace) -> int:
         try:
             scope = _scope_of(handoff, own, options.socket)
             # Keeps RUN-6.
-            is_own = handoff.is_degraded or (not was_alive and stack.enter_context(_claimed(scope)))
+            is_own = handoff.is_own or (not was_alive and stack.enter_context(_claimed(scope)))
         except BaseException:
             if not was_alive:
                 _end(handoff, features, None)
@@ -156,7 +157,7 @@ def _run(options: argparse.Namespace) -> int:
             # Untied after the end: before, an empty scope would end the allocation a second time.
             ties = stack.enter_context(ExitStack())
             stack.callback(_end, handoff, features, scope)
-            if options.tie and scope is not None and not handoff.is_degraded:
+            if options.tie and scope is not None and not handoff.is_own:
                 ties.enter_context(scope_tied(scope))
         return _execute(options.command, handoff, scope, blocked, taken)
 
@@ -260,7 +261,7 @@ def _obtain(
 
 def _scope_of(handoff: Handoff, own: OwnNamespaces | None, socket: str) -> Path | None:
     name = handoff.request.allocation_id
-    if handoff.is_degraded:
+    if handoff.is_own:
         assert own is not None
         return own.scope_of(name)
     scope = _find_scope(socket, name)
@@ -448,7 +449,7 @@ def _end(handoff: Handoff, features: Features, scope: Path | None) -> None:
     """End the allocation, and print a line if that takes longer."""
     name = handoff.request.allocation_id
     is_confirmed = handoff.end(END_TIMEOUT_S)
-    if handoff.is_degraded:
+    if handoff.is_own:
         return  # the consumer warns of what it cannot release
     if not is_confirmed:
         print_error(f"{name}: the provider did not confirm the end within {END_TIMEOUT_S:g} s")

@@ -425,6 +425,16 @@ def test_without_a_provider_it_serves_itself_and_says_so_loudly(
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.clause("SELF-14")
+def test_on_a_node_without_a_provider_none_is_asked_and_nothing_is_said(
+    daemon: Daemon, words: tuple[str, ...], allocation_id: str
+) -> None:
+    where = ("--fallback", "always", "--id", allocation_id)
+    result = nshandoff(*words, *where, *ALL, "--", "sh", "-c", "echo $$; exit 5")
+    assert (result.returncode, result.stdout, result.stderr) == (5, "2\n", "")
+    assert daemon.events(allocation_id) == []
+
+
 @pytest.mark.clause("SELF-6")
 def test_refused_fallback_is_a_failure_of_its_own(tmp_path: Path) -> None:
     socket = ("--socket", tmp_path / "absent.sock", "--fallback", "never")

@@ -430,6 +430,22 @@ def test_without_a_provider_the_consumer_serves_itself_loudly_and_in_time(
     assert reason in warning.getMessage()
 
 
+@pytest.mark.clause("SELF-14")
+def test_a_consumer_without_a_path_asks_no_provider_and_complains_of_none(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig.path, audited = None, []  # type: ignore[assignment]
+    monkeypatch.setattr(exchange, "begin_connect", None)  # a call would raise
+    with rig.obtain(service=rig.service, audit=audited.append) as handoff:
+        assert (handoff.is_own, handoff.is_degraded, handoff.fallback) == (True, False, None)
+        assert handoff.response == rig.answer
+        handoff.end()
+    assert (audited, caplog.records) == ([], [])
+    assert not rig.service.why_alive(rig.wanted.allocation_id)
+    with pytest.raises(SocketUnavailable, match="no provider"):
+        rig.obtain()
+
+
 @pytest.mark.clause("SELF-6")
 @pytest.mark.needs_root
 @unreachable

@@ -78,7 +78,7 @@ class AsyncConsumer(BaseConsumer[AsyncHandoff]):
     `linux.AsyncConsumer` is this with the node's own inspector and self-service as defaults.
 
     Args:
-        path: the provider's socket.
+        path: the provider's socket; None: the node has no provider, and none is asked.
         inspector: says what a descriptor really is.
         service: makes namespaces when the provider cannot be reached; None never does. It is
             called in a thread.

@@ -106,7 +106,7 @@ class Consumer(BaseConsumer[Handoff]):
     `linux.Consumer` is this with the node's own inspector and self-service as defaults.
 
     Args:
-        path: the provider's socket.
+        path: the provider's socket; None: the node has no provider, and none is asked.
         inspector: says what a descriptor really is.
         service: makes namespaces when the provider cannot be reached; None never does.
         patience: how long to wait.

@@ -78,6 +78,7 @@ _NOT_ABOVE: Final = (
     " namespaces cannot be entered; run this where the provider runs, or without a PID namespace"
 )
 
+_STANDALONE: Final = "the node is said to have no provider"
 _FULL: Final = "the provider takes no connection: its backlog is full"
 
 _log: Final = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ class Exchange:
         service: makes namespaces when the provider cannot be reached; None never does.
         patience: how long the timers run.
         audit: told of the turn to self-service.
-        path: the provider's socket.
+        path: the provider's socket; None: the node has no provider, and none is asked.
         clock: monotonic seconds, for the timers.
     """
 
@@ -131,7 +132,7 @@ class Exchange:
         service: SelfService | None,
         patience: Patience,
         audit: Audit | None,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.kernel = kernel
@@ -314,6 +315,10 @@ class Exchange:
 
     def try_to_connect(self, deadline: float) -> bool:
         """Connect, without waiting; False: there is no room yet, and it is worth another try."""
+        # Keeps SELF-14.
+        if self.path is None:
+            self.not_connected(SocketUnavailable(_STANDALONE))
+            return True
         try:
             sock = begin_connect(self.path)
         except SocketUnavailable as error:
@@ -455,8 +460,10 @@ class Exchange:
             self._arrived.close()
 
     def _report_fallback(self, effect: do.ReportFallback) -> None:
-        # Keeps SELF-4.
+        # Keeps SELF-4, SELF-14.
         self.fallback = effect.error
+        if self.path is None:
+            return
         _log.warning(
             "%s: %s: %s; %s",
             AUDIT_EVENT,
@@ -545,14 +552,19 @@ class BaseHandoff:
         return self._exchange.identities
 
     @property
-    def is_degraded(self) -> bool:
+    def is_own(self) -> bool:
         """Whether self-service made them."""
         return self._exchange.fallback is not None
 
     @property
+    def is_degraded(self) -> bool:
+        """Whether self-service made them because the provider's could not be had."""
+        return self.fallback is not None
+
+    @property
     def fallback(self) -> NamespaceError | None:
-        """Why the provider's namespaces could not be had; None if they were."""
-        return self._exchange.fallback
+        """Why the provider's namespaces could not be had; None if they were, or none was asked."""
+        return None if self._exchange.path is None else self._exchange.fallback
 
     @property
     def is_ended(self) -> bool:
@@ -565,7 +577,7 @@ class BaseHandoff:
         return self._exchange.owes_end
 
     def __repr__(self) -> str:
-        maker = "self-service" if self.is_degraded else "the provider"
+        maker = "self-service" if self.is_own else "the provider"
         state = self._exchange.kernel.state.value
         name = self.request.allocation_id
         return f"<{type(self).__name__} {name!r} by {maker}, {state}: {self.bundle!r}>"
@@ -579,7 +591,7 @@ class BaseConsumer(Generic[H]):
     What `Consumer` and `AsyncConsumer` have in common: how the provider is reached.
 
     Args:
-        path: the provider's socket.
+        path: the provider's socket; None: the node has no provider, and none is asked.
         inspector: says what a descriptor really is.
         service: makes namespaces when the provider cannot be reached; None never does.
         patience: how long to wait.
@@ -589,7 +601,7 @@ class BaseConsumer(Generic[H]):
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | None,
         inspector: Inspector,
         *,
         service: SelfService | None = None,
@@ -616,7 +628,8 @@ class BaseConsumer(Generic[H]):
 
     def __repr__(self) -> str:
         fallback = "without self-service" if self._service is None else "with self-service"
-        return f"<{type(self).__name__} of {os.fspath(self._path)}, {fallback}>"
+        place = "no provider" if self._path is None else os.fspath(self._path)
+        return f"<{type(self).__name__} of {place}, {fallback}>"
 
     @property
     def _clock(self) -> Callable[[], float]:
