@@ -73,6 +73,9 @@ def oracle(directory: Path) -> dict[str, Any]:
     assert found["environment"].encode("latin-1") == b"\0".join([*exec_stage.ENVIRONMENT, b""])
     assert found["timers"][0] == [True, 7.0]
     assert int(found["pending"][1], 16) != 0
+    assert found["users"]["NoNewPrivs"] == "1"
+    assert found["priority"][-1] == "best-effort: prio 6\n"
+    assert found["attributes"][2:] == ["00040000\n", "12345\n", "0"]
     return found
 
 

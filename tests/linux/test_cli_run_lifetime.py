@@ -173,6 +173,23 @@ def test_of_several_at_the_same_time_one_has_made_it(tmp_path: Path) -> None:
         assert (third, fourth) == (True, True)
 
 
+# --- The provider is killed ----------------------------------------------------------------------
+
+
+@pytest.mark.clause("CRASH-13", "RUN-4")
+def test_a_provider_that_starts_again_under_a_job_changes_no_word_of_it(
+    tmp_path: Path, image_root: Path, allocation_id: str
+) -> None:
+    with daemon_in(tmp_path, image_root) as daemon:
+        with running(*run_words(daemon, allocation_id), "--", *READY) as program:
+            wait_ready(program)
+            daemon.stop(signal.SIGKILL)
+            daemon.start()
+            assert program.communicate("\n", DEADLINE_S) == ("", "")
+        assert program.returncode == 3
+        assert daemon.alive() == []
+
+
 # --- run is killed ------------------------------------------------------------------------------
 
 

@@ -19,7 +19,9 @@ import pytest
 from linux.cli.exits import ExitCode
 from linux.cli.serve import JsonLines
 from linux.journal import JOURNAL_NAME
+from linux.mounts import loop_devices
 from statemachine import CreationFailed, NamespaceRequest
+from tests.conftest import MakeImage
 from tests.support.programs import (
     MOUNT,
     NET,
@@ -33,6 +35,7 @@ from tests.support.programs import (
 )
 from transport.codec import decode_message, encode_message
 from transport.framing import FrameReader, encode_frame
+from transport.testing.peer import DEADLINE_S
 
 pytestmark = pytest.mark.needs_root
 
@@ -139,6 +142,28 @@ def test_unclaimed_allocation_ends(tmp_path: Path, image_root: Path, allocation_
             pass
         wait_until(lambda: not daemon.alive())
         assert "claim_expired" in {line["event"] for line in daemon.events(allocation_id)}
+
+
+@pytest.mark.clause("NODE-14")
+def test_a_restart_drops_the_images_that_are_held_and_none_that_is_in_use(
+    tmp_path: Path, make_image: MakeImage, allocation_id: str
+) -> None:
+    images = [make_image(tmp_path / "images" / f"{name}.sqfs", {name: name}) for name in "ab"]
+
+    def held() -> set[str]:
+        return {file for _, file in loop_devices()} & set(map(str, images))
+
+    with (
+        daemon_in(tmp_path, tmp_path / "images", "--hold-time", "1000") as daemon,
+        daemon.obtain(allocation_id, MOUNT, image="b.sqfs"),
+    ):
+        with daemon.obtain(f"{allocation_id}-2", MOUNT, image="a.sqfs") as handoff:
+            assert handoff.end(DEADLINE_S)
+        assert held() == set(map(str, images))
+        daemon.stop()
+        daemon.start()
+        wait_until(lambda: held() == {str(images[1])})
+    wait_until(lambda: not held())
 
 
 @pytest.mark.clause("PEER-4")

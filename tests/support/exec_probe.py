@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import stat
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,12 +53,19 @@ def main() -> None:
         "users": {name: value for name, value in status.items() if name[:3] in USERS},
         "group": fields[2:4],
         "terminal": fields[4:6],
-        "priority": [fields[15:17], fields[38:40], sorted(os.sched_getaffinity(0))],
-        "attributes": [raw(name) for name in ("oom_score_adj", "coredump_filter", "personality")],
+        "priority": [fields[15:17], fields[38:40], sorted(os.sched_getaffinity(0)), io_priority()],
+        "attributes": [*map(raw, ATTRIBUTES), status.get("THP_enabled")],
     }
     with os.fdopen(int(sys.argv[1]), "w") as file:
         json.dump(everything, file)
 
+
+def io_priority() -> str:
+    return subprocess.run(["/usr/bin/ionice"], capture_output=True, text=True, check=True).stdout
+
+
+ATTRIBUTES = ("oom_score_adj", "coredump_filter", "personality", "timerslack_ns")
+"""Files of a process that an exec keeps."""
 
 USERS = ("Uid", "Gid", "Gro", "Cap", "NoN", "Sec")
 """How names in /proc/PID/status begin that are about users, groups and capabilities."""

@@ -6,8 +6,10 @@ that an exec keeps is set to something that is not the default, so that it would
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import platform
 import resource
 import signal
 import sys
@@ -36,6 +38,22 @@ ENVIRONMENT = (
 )
 
 
+IO_PRIORITY_SET = {"x86_64": 251, "aarch64": 30}
+PR_SET_TIMERSLACK, PR_SET_NO_NEW_PRIVS, PR_SET_THP_DISABLE = 29, 38, 41
+ADDR_NO_RANDOMIZE = 0x0040000
+
+
+def set_by_call() -> None:
+    """What only system calls can set that Python does not have."""
+    libc = ctypes.CDLL(None)
+    libc.prctl(PR_SET_TIMERSLACK, 12_345, 0, 0, 0)
+    libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    libc.prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
+    libc.personality(ADDR_NO_RANDOMIZE)
+    if number := IO_PRIORITY_SET.get(platform.machine()):
+        libc.syscall(number, 1, 0, 2 << 13 | 6)
+
+
 def main() -> None:
     spec = json.loads(sys.argv[1])
     os.dup2(os.open(spec["result"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), RESULT_FD)
@@ -55,6 +73,7 @@ def main() -> None:
     for name, value in (("oom_score_adj", "123"), ("coredump_filter", "0x1"), ("comm", "stage")):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(value)
+    set_by_call()
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, BLOCKED)
