@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import posixpath
 import sys
 from collections.abc import Sequence
 from typing import Any, Final
@@ -414,7 +415,7 @@ def _add_path(parser: argparse.ArgumentParser, name: str, what: str, about: str)
     parser.add_argument(
         f"--{name.replace('_', '-')}",
         metavar=what,
-        type=_path,
+        type=_place_inside if name == "uenv_base" else _path,
         default=path,
         help=f"{about} (default {path})",
     )
@@ -503,6 +504,13 @@ def _path(text: str) -> str:
     # Of a variable that is not set. It would mean the current directory.
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
+    return text
+
+
+def _place_inside(text: str) -> str:
+    # It is told to consumers, and what is there is covered inside.
+    if not _path(text).startswith("/") or text == "/" or posixpath.normpath(text) != text:
+        raise argparse.ArgumentTypeError(f"not an absolute and plain path below /: {text!r}")
     return text
 
 

@@ -20,6 +20,7 @@ import os
 import re
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
@@ -292,14 +293,18 @@ def _warn_of_root() -> None:
 
 
 def _refuse_foreign(state_dir: Path) -> None:
-    """Raise an error if the state directory is another user's, who could exchange the journal."""
+    """Raise an error if another user could exchange the journal in the state directory."""
     # Keeps DAEMON-9.
     try:
-        owner = syscall(os.stat, state_dir).st_uid
+        status = syscall(os.stat, state_dir)
     except OSError:
         return  # it is absent, or the journal finds out
-    if owner != os.geteuid():
-        advice = f"it belongs to user {owner}; choose another, or change its owner"
+    advice = ""
+    if status.st_uid != os.geteuid():
+        advice = f"it belongs to user {status.st_uid}; choose another, or change its owner"
+    elif stat.S_ISDIR(status.st_mode) and status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        advice = "other users may write to it; choose another, or chmod go-w"
+    if advice:
         raise SyscallError("stat(2)", errno.EPERM, state_dir, advice)
 
 

@@ -131,6 +131,9 @@ def test_defaults_are_those_of_the_modules_they_are_for() -> None:
         (["serve", "--group", "no such group"], "no group"),
         (["serve", "--group", "4294967295"], "no group"),
         (["serve", "--group", "9" * 20], "no group"),
+        (["serve", "--uenv-base", "relative"], "absolute"),
+        (["serve", "--uenv-base", "/"], "below /"),
+        (["serve", "--uenv-base", "/run/../x"], "plain"),
         (["list", "surplus"], "surplus"),
     ],
 )

@@ -125,6 +125,12 @@ def state_is_of_another_user(place: Place) -> Path:
     return place.daemon.state_dir
 
 
+def state_is_writable_by_all(place: Place) -> Path:
+    place.state_on_disk().mkdir()
+    place.daemon.state_dir.chmod(0o1777)
+    return place.daemon.state_dir
+
+
 def socket_on_full_disk(place: Place) -> Path:
     place.socket_on_disk().parent.mkdir()
     place.fill()
@@ -180,6 +186,7 @@ START: Final = [
     (state_is_a_file, "is no directory: choose another place"),
     (above_state_is_a_file, "is no directory: choose another place"),
     (state_is_of_another_user, "belongs to user 65534; choose another"),
+    (state_is_writable_by_all, "other users may write to it; choose another"),
     (socket_on_full_disk, "no space or no inode left"),
     (socket_on_read_only_disk, "mounted read-only"),
     (socket_is_a_file, "is not a socket"),
