@@ -218,7 +218,7 @@ def _add_serve(verbs: Any) -> None:
         "Be this node's provider, in the foreground: JSON lines on standard error, the file "
         "STATE_DIR/ready and READY=1 to $NOTIFY_SOCKET when requests are served. SIGTERM and "
         "SIGINT stop it, no other signal does; allocations stay alive for the next one to adopt. "
-        "Lines of the log and the trace that cannot be written are lost and counted."
+        "Lines of the log, the trace and the audit that cannot be written are lost and counted."
     )
     serve = verbs.add_parser("serve", help="be this node's provider", description=about)
     _add_socket(serve)
@@ -266,6 +266,8 @@ def _add_serve(verbs: Any) -> None:
     serve.add_argument("--scope-name", metavar="PATTERN", default=name, help=about)
     about = "append every event and what was decided to this file, for `trace`"
     serve.add_argument("--trace", metavar="FILE", type=_path, help=about)
+    about = "append audit events to this file, in the form of upstream's hpc-audit"
+    serve.add_argument("--audit", metavar="FILE", type=_path, help=about)
     _add_backend(serve)
 
 

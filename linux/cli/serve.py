@@ -62,6 +62,7 @@ from ..simulated import SimulatedBackend, SimulatedNode
 from ..sinks import Sink
 from ..survey import READY_NAME
 from ..syscalls import SyscallError, calling
+from .audit import AuditFile
 from .exits import ExitCode, Failure
 from .place import PlaceLost, PlaceWatch
 from .signals import Signals, Stopped
@@ -154,7 +155,12 @@ def _serve(options: argparse.Namespace, signals: Signals, stack: ExitStack) -> N
         settings = backend.settings
         stack.callback(write_scope_file(path, settings.cgroup2, settings.place).remove)
     events = EventLog()
+    observers: list[Observer] = [events]
+    if options.audit:
+        observers.insert(0, stack.enter_context(AuditFile(options.audit)))
     trace = stack.enter_context(TraceFile(options.trace, limits)) if options.trace else None
+    if trace is not None:
+        observers.insert(0, trace)
     provider = Provider(
         listener,
         backend,
@@ -164,7 +170,7 @@ def _serve(options: argparse.Namespace, signals: Signals, stack: ExitStack) -> N
             release_s=options.release_deadline,
             empty_grace_s=options.empty_grace,
         ),
-        observer=events if trace is None else _both(trace, events),
+        observer=_all(observers),
     )
     events.kernel = provider.kernel
     stack.callback(readiness.withdraw)
@@ -202,10 +208,10 @@ def _explained(error: Exception, options: argparse.Namespace) -> str:
     return f"{error}; {fault}" if fault and fault not in str(error) else str(error)
 
 
-def _both(first: Observer, second: Observer) -> Observer:
+def _all(observers: list[Observer]) -> Observer:
     def observe(event: ProviderInput, effects: tuple[Effect, ...]) -> None:
-        first(event, effects)
-        second(event, effects)
+        for one in observers:
+            one(event, effects)
 
     return observe
 

@@ -364,6 +364,7 @@ SLOW_OR_FULL: Final = (
     *[("log", file) for file in (full_pipe, stopped_terminal, full_disk, full_device, closed_pipe)],
     # As a trace a pipe is opened for reading as well, so it is never closed.
     *[("trace", file) for file in (full_pipe, stopped_terminal, full_disk, full_device)],
+    *[("audit", file) for file in (full_pipe, full_disk)],
 )
 
 
@@ -379,7 +380,7 @@ def test_log_and_trace_that_cannot_be_written_stop_nothing(
 ) -> None:
     with sink(small_disk) as file:
         where = f"/proc/{os.getpid()}/fd/{file}"
-        options = () if what == "log" else ("--trace", where)
+        options = () if what == "log" else (f"--{what}", where)
         daemon = Daemon(tmp_path, image_root, *options)
         daemon.stderr = file if what == "log" else None
         daemon.start()
@@ -387,6 +388,8 @@ def test_log_and_trace_that_cannot_be_written_stop_nothing(
         stop_in_time(daemon)
         if what == "trace":
             assert said(daemon, "trace_lines_lost")[-1]["count"] > 5
+        if (what, sink) == ("audit", full_disk):
+            assert said(daemon, "audit_lines_lost") != []
 
 
 @pytest.mark.clause("DAEMON-6")
