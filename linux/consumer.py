@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 from pathlib import Path
 from types import EllipsisType
+from typing import Final
 
+from statemachine.errors import SocketUnavailable
 from statemachine.messages import HANDOFF_SOCKET_PATH
 from transport import request
+from transport.calls import syscall
 from transport.contract import SelfService
 from transport.descriptors import Inspector
+from transport.endpoint import begin_connect
 from transport.request import Audit, Patience
 
 from .cgroups import DEFAULT_PLACE, Scope, ScopeError, find_cgroup, find_cgroup2
@@ -22,6 +27,15 @@ from .features import Features
 from .namespaces import KernelInspector
 from .scope_file import read_scope_file
 from .self_service import OwnNamespaces
+
+READY_SOCKET_PATH: Final = "/run/pact/ready.sock"
+"""Where a provider at the default place tells when it serves requests."""
+
+READY_TIMEOUT_S: Final = 30.0
+"""How long to wait for that."""
+
+READY_PAUSE_S: Final = 0.1
+"""How long to wait before another look for the socket."""
 
 
 class Consumer(request.Consumer):
@@ -89,6 +103,36 @@ def find_scope(socket: str | os.PathLike[str], allocation_id: str) -> Path | Non
         advice = f"the provider at {socket} should have made it, and it has no owner"
         raise ScopeError("getxattr(2)", errno.ENODATA, path, advice)
     return path
+
+
+def wait_ready(
+    path: str | os.PathLike[str] = READY_SOCKET_PATH, timeout_s: float = READY_TIMEOUT_S
+) -> None:
+    """
+    Wait until a provider serves requests; a request would wait as well, but not for its start.
+
+    Args:
+        path: The socket that tells, `serve --ready-socket`.
+        timeout_s: How long, for the socket and then for the word.
+
+    Raises:
+        SocketUnavailable: none does in time.
+    """
+    reason = SocketUnavailable(f"{path}: the provider is not ready within {timeout_s:g} s")
+    for _ in range(max(1, round(timeout_s / READY_PAUSE_S))):
+        try:
+            with begin_connect(path) as sock:
+                sock.settimeout(timeout_s)
+                if syscall(sock.recv, 1):
+                    return
+        except SocketUnavailable as error:
+            reason = error
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            raise reason from error
+        select.poll().poll(READY_PAUSE_S * 1000)
+    raise reason
 
 
 def node_defaults(

@@ -264,6 +264,10 @@ def _add_serve(verbs: Any) -> None:
     serve.add_argument("--scope-parent", metavar="CGROUP", default=parent, help=about)
     about = f"what an allocation's cgroup is called, with {{id}} in it (default {name})"
     serve.add_argument("--scope-name", metavar="PATTERN", default=name, help=about)
+    about = "exists while requests are served (default: `ready` beside the socket)"
+    serve.add_argument("--ready-file", metavar="FILE", type=_path, help=about)
+    about = "tells who connects when requests are served (default: `ready.sock` beside the socket)"
+    serve.add_argument("--ready-socket", metavar="PATH", type=_path, help=about)
     about = "append every event and what was decided to this file, for `trace`"
     serve.add_argument("--trace", metavar="FILE", type=_path, help=about)
     about = "append audit events to this file, in the form of upstream's hpc-audit"

@@ -65,6 +65,7 @@ from ..syscalls import SyscallError, calling
 from .audit import AuditFile
 from .exits import ExitCode, Failure
 from .place import PlaceLost, PlaceWatch
+from .ready_socket import READY_SOCKET_NAME, ReadySocket
 from .signals import Signals, Stopped
 from .trace import TraceFile
 
@@ -148,10 +149,13 @@ def _serve(options: argparse.Namespace, signals: Signals, stack: ExitStack) -> N
     readiness.withdraw()  # that of a provider that was killed
     listener = listen(path, mode=options.mode, gid=options.group)
     stack.callback(listener.close)
+    # Only now: while another provider listens there, they are that one's.
+    readiness.show_at(Path(options.ready_file or path.with_name(READY_NAME)))
+    ready_path = Path(options.ready_socket or path.with_name(READY_SOCKET_NAME))
+    ready_socket = ReadySocket(ready_path, options.mode, options.group, readiness.content)
     place = None
     if isinstance(backend, LinuxBackend):
         place = PlaceWatch(backend, path, readiness.announce)
-        # Only now: while another provider listens there, it is that one's file.
         settings = backend.settings
         stack.callback(write_scope_file(path, settings.cgroup2, settings.place).remove)
     events = EventLog()
@@ -174,7 +178,7 @@ def _serve(options: argparse.Namespace, signals: Signals, stack: ExitStack) -> N
     )
     events.kernel = provider.kernel
     stack.callback(readiness.withdraw)
-    asyncio.run(_run(provider, readiness, signals, trace, place))
+    asyncio.run(_run(provider, readiness, ready_socket, signals, trace, place))
 
 
 def _limits(options: argparse.Namespace, descriptors: int) -> Limits:
@@ -219,12 +223,14 @@ def _all(observers: list[Observer]) -> Observer:
 async def _run(
     provider: Provider,
     readiness: Readiness,
+    ready_socket: ReadySocket,
     signals: Signals,
     trace: TraceFile | None,
     place: PlaceWatch | None,
 ) -> None:
     def announce() -> None:
         readiness.announce()
+        ready_socket.announce()
         _log_event("ready", allocations=len(provider.kernel.states))
 
     def stop(number: int) -> None:
@@ -233,6 +239,7 @@ async def _run(
             watching.cancel()
         _log_event("stopping", signal=_name_of(number))
         readiness.withdraw()
+        ready_socket.close()
         readiness.notify("STOPPING=1")
         provider.stop()
 
@@ -243,7 +250,12 @@ async def _run(
     loop = asyncio.get_running_loop()
     watching = None if place is None else loop.create_task(place.run(provider.stop))
     signals.watch(stop, note)
-    await provider.run(announce, on_recovered=None if trace is None else trace.recovered)
+    with _logging_failure("ready_socket_failed"):
+        await ready_socket.open()
+    try:
+        await provider.run(announce, on_recovered=None if trace is None else trace.recovered)
+    finally:
+        ready_socket.close()
     if watching is not None and not watching.done():
         watching.cancel()
     if provider.has_hung:
@@ -324,7 +336,7 @@ def _make_directory(path: Path) -> None:
 
 class Readiness:
     """
-    Shows whether requests are served: by a file, and to systemd if that started this process.
+    Shows whether requests are served: by files, and to systemd if that started this process.
 
     Args:
         file: Exists while requests are served, and after a crash.
@@ -335,22 +347,30 @@ class Readiness:
     """
 
     def __init__(self, file: Path, path: Path) -> None:
-        self._file: Final = file
-        self._content: Final = json.dumps({"pid": os.getpid(), "socket": str(path.absolute())})
+        self._files: Final = [file]
+        plain = json.dumps({"pid": os.getpid(), "socket": str(path.absolute())})
+        self.content: Final = f"{plain}\n"
         # Taken out of the environment of child processes.
         self._address: Final = os.environ.pop(NOTIFY_VARIABLE, "")
 
+    def show_at(self, file: Path) -> None:
+        """Have one more file, which is removed if it is there."""
+        self._files.append(file)
+        self.withdraw()
+
     def announce(self) -> None:
-        """Make the file, and notify systemd; a failure is only logged."""
-        # Keeps DAEMON-5.
-        with _logging_failure("ready_file_failed"):
-            replace_file(self._file, f"{self._content}\n")
+        """Make the files, and notify systemd; a failure is only logged."""
+        # Keeps DAEMON-5, DAEMON-12.
+        for file in self._files:
+            with _logging_failure("ready_file_failed"):
+                replace_file(file, self.content)
         self.notify("READY=1")
 
     def withdraw(self) -> None:
-        """Remove the file, if it is there; a failure is only logged."""
-        with _logging_failure("ready_file_failed"), calling("unlink(2)", self._file):
-            syscall(self._file.unlink, missing_ok=True)
+        """Remove the files that are there; a failure is only logged."""
+        for file in self._files:
+            with _logging_failure("ready_file_failed"), calling("unlink(2)", file):
+                syscall(file.unlink, missing_ok=True)
 
     def notify(self, state: str) -> None:
         """Notify systemd, if it started this process; a failure is only logged."""

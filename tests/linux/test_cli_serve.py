@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -17,10 +18,12 @@ from pathlib import Path
 import pytest
 
 from linux.cli.exits import ExitCode
+from linux.cli.ready_socket import READY_WAITING_MAX, ReadySocket
 from linux.cli.serve import JsonLines
+from linux.consumer import wait_ready
 from linux.journal import JOURNAL_NAME
 from linux.mounts import loop_devices
-from statemachine import CreationFailed, NamespaceRequest
+from statemachine import CreationFailed, NamespaceRequest, SocketUnavailable
 from tests.conftest import MakeImage
 from tests.support.programs import (
     MOUNT,
@@ -61,6 +64,50 @@ def test_basic_it_says_when_it_is_ready_and_stops_clean(
     events = [line["event"] for line in daemon.events()]
     assert (events[0], events[-1]) == ("starting", "stopped")
     assert {"ready", "stopping"} < set(events)
+
+
+@pytest.mark.clause("DAEMON-12")
+def test_readiness_is_shown_beside_the_socket_or_where_it_is_wanted(
+    tmp_path: Path, image_root: Path
+) -> None:
+    file, told = tmp_path / "elsewhere", tmp_path / "told.sock"
+    daemon = Daemon(tmp_path, image_root)
+    for options in ((), ("--ready-file", str(file), "--ready-socket", str(told))):
+        daemon.options = options
+        places = (file, told) if options else (tmp_path / "ready", tmp_path / "ready.sock")
+        daemon.begin()
+        wait_ready(places[1], DEADLINE_S)
+        assert json.loads(places[0].read_text()) == json.loads(daemon.ready.read_text())
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(places[1]))
+            with sock.makefile() as line:
+                assert line.read() == places[0].read_text()
+        assert stat.S_IMODE(places[1].stat().st_mode) == 0o600
+        assert daemon.stop(signal.SIGKILL if options == () else signal.SIGTERM) in (0, -9)
+    assert not any(place.exists() for place in (file, told))
+    with pytest.raises(SocketUnavailable, match="does not exist"):
+        wait_ready(told, 0.1)
+
+
+@pytest.mark.clause("DAEMON-12")
+def test_who_asks_before_it_is_ready_is_told_when_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "ready.sock"
+
+    async def play() -> list[bytes]:
+        ready = ReadySocket(path, 0o600, None, "word\n")
+        await ready.open()
+        peers = [await asyncio.open_unix_connection(path) for _ in range(READY_WAITING_MAX + 1)]
+        assert await peers[-1][0].read() == b""  # one too many
+        assert not any(reader.at_eof() for reader, _ in peers[:-1])
+        ready.announce()
+        words = [await reader.read() for reader, _ in peers[:-1]]
+        for _, writer in peers:
+            writer.close()
+        ready.close()
+        return words
+
+    assert asyncio.run(play()) == [b"word\n"] * READY_WAITING_MAX
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("is_abstract", [False, True], ids=["path", "abstract"])
