@@ -2,7 +2,8 @@
 
 A PID namespace lives as long as its first process. So every allocation has an *anchor*: a small
 process that does nothing, outlives the provider, and is killed to end the allocation. All the
-allocation's namespaces can be opened from it, so the provider holds one pidfd per allocation.
+allocation's namespaces can be opened from it, so the provider holds one pidfd per allocation. The
+anchor of a consumer that serves itself waits for the end of a pipe instead, which that one holds.
 
 The anchor executes `sleep infinity`, with SIGCHLD ignored. That survives the exec and makes the
 Linux kernel reap the orphans which a PID namespace's init inherits.
@@ -38,6 +39,9 @@ from .syscalls import SyscallError, calling
 
 ANCHOR_COMMAND: Final = ("sleep", "infinity")
 """What an anchor executes; the first word is looked up in PATH."""
+
+TIED_COMMAND: Final = ("cat",)
+"""What an anchor executes that ends with its owner: it reads a pipe which that one holds open."""
 
 ANCHOR_VARIABLE: Final = "NSHANDOFF_ANCHOR"
 """The one variable in an anchor's environment; its value is the token."""

@@ -21,6 +21,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final, Literal, TypeAlias
@@ -39,6 +40,7 @@ from .cgroups import (
     ScopeError,
     ScopePlace,
     ScopeWatch,
+    described_scopes,
     remove_anchor_cgroup,
     remove_cgroup,
     remove_slices,
@@ -46,7 +48,13 @@ from .cgroups import (
 from .features import Features
 from .forge.client import Forge
 from .forge.plan import AnchorPlan, ForgeError
-from .instance import Instance, InstanceBusy
+from .instance import (
+    Instance,
+    InstanceBusy,
+    hold_scope,
+    new_own_token,
+    release_ownerless,
+)
 from .journal import Entry, Journal, JournalError, JournalUnavailable
 from .mounts import ImageError, ImageStore
 from .namespaces import expect_own_namespaces, open_bundle
@@ -130,6 +138,8 @@ class _Allocation(StepwiseAllocation):
     anchor: Anchor | None = None
     events: Descriptor | None = None
     """`cgroup.events`, while the allocation is watched."""
+    hold: Descriptor | None = None
+    """In self-service the lock of the scope, which shows that this process lives."""
     tries: int = 0
     """How often the init has been killed."""
 
@@ -291,7 +301,9 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
     # --- The steps of a creation ---------------------------------------------------------------
 
     def _new(self, request: NamespaceRequest) -> _Allocation:
-        return _Allocation(request)
+        if self._has_journal:
+            return _Allocation(request)
+        return _Allocation(request, token=new_own_token())
 
     def _perform(self, step: Step, allocation: _Allocation) -> str | None:
         return _WORK[step](self, allocation)
@@ -315,16 +327,19 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
         if self._instance is not None:
             description = describe(self._instance.name, allocation.request)
         try:
-            allocation.scope = Scope.create(
-                root, allocation.name, allocation.token, description, place
-            )
+            allocation.scope = _create_scope(root, allocation, description, place)
         except ScopeError as error:
             if error.errno != errno.EEXIST or self._has_journal:
                 raise
             # The provider's own set for this allocation is there, or about to be. The consumer does
             # not wait for its end, and what the consumer starts must not be killed with it.
-            own = _make_own_slice(root)
-            allocation.scope = Scope.create(own, allocation.name, allocation.token, place=place)
+            allocation.scope = _create_scope(_make_own_slice(root), allocation, None, place)
+        if not self._has_journal:
+            try:
+                allocation.hold = hold_scope(allocation.scope.path, allocation.token)
+            except ScopeError:
+                allocation.scope.remove()
+                raise
 
     def _mount_image(self, allocation: _Allocation) -> None:
         image = allocation.request.uenv_image
@@ -402,11 +417,12 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
 
     def _remove_scope(self, allocation: _Allocation) -> str | None:
         scope = allocation.scope
-        if scope is None or scope.is_gone():
-            return None
-        scope.kill()
-        if not scope.remove():
-            return f"processes in {scope.path}: {states_of(scope.processes())}"
+        if scope is not None and not scope.is_gone():
+            scope.kill()
+            if not scope.remove():
+                return f"processes in {scope.path}: {states_of(scope.processes())}"
+        if allocation.hold is not None:
+            allocation.hold.close()
         return None
 
     def _forget(self, allocation: _Allocation) -> None:
@@ -523,7 +539,8 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
             stack.callback(self._watch.close)
             with self._guard:
                 for allocation in self._allocations.values():
-                    for descriptor in (allocation.image, allocation.events, allocation.anchor):
+                    held = (allocation.image, allocation.events, allocation.hold, allocation.anchor)
+                    for descriptor in held:
                         if descriptor is not None:
                             stack.callback(descriptor.close)
                 self._allocations.clear()
@@ -547,6 +564,8 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
             for adoption in map(self._settle, cases)
             if adoption is not None
         }
+        if self._settings.cgroup2 is not None:
+            _sweep_ownerless(self._settings.cgroup2)
         order = [entry.allocation_id for entry in self._journal.entries()]
         return Recovery(
             tuple(found[name] for name in order if name in found), self._journal.remembered()
@@ -780,6 +799,32 @@ def _report(case: Case, what: str, why: str | None = None) -> None:
 def _warn(event: str, text: str, **fields: object) -> None:
     known = {name: value for name, value in fields.items() if value is not None}
     _log.warning("%s", text, extra={"event": event, "fields": known})
+
+
+def _create_scope(
+    root: Path, allocation: _Allocation, description: str | None, place: ScopePlace
+) -> Scope:
+    """Create an allocation's scope, if need be in place of one whose consumer is dead."""
+    create = partial(Scope.create, root, allocation.name, allocation.token, description, place)
+    try:
+        return create()
+    except ScopeError as error:
+        path = place.path_of(root, allocation.name)
+        if error.errno != errno.EEXIST or not release_ownerless(path):
+            raise
+        return create()
+
+
+def _sweep_ownerless(root: Path) -> None:
+    """Release what is left of self-service whose consumers are dead."""
+    for above in (root, root / SELF_SERVICE_SLICE):
+        for path, owner, _ in described_scopes(above):
+            try:
+                if release_ownerless(path):
+                    _warn("released_ownerless", f"{path}: its consumer was dead", owner=owner)
+            except ScopeError as error:
+                _log.warning("%s", error)  # it is tried again when its name is wanted
+    _remove_own_slice(root, DEFAULT_PLACE)
 
 
 def _make_own_slice(root: Path) -> Path:

@@ -107,6 +107,12 @@ LEAVING_ATTEMPTS_MAX: Final = 250
 LEAVING_PAUSE_MS: Final = 2
 """Pause between two attempts, and between two looks at a CPU time that may still be counted."""
 
+END_ATTEMPTS_MAX: Final = 100
+"""How often to try to remove a scope in which everything was killed."""
+
+END_PAUSE_MS: Final = 20
+"""Pause between two attempts."""
+
 EVENTS_BYTES_MAX: Final = 4096
 """More than `cgroup.events` ever contains; one read re-arms its poll."""
 
@@ -538,6 +544,21 @@ class Scope:
             for pid in pidfds.keys() & set(self._processes_in(directory)):
                 with _calling("pidfd_send_signal(2)", self.path, errno.ESRCH):
                     pidfd_send_signal(pidfds[pid], signal.SIGKILL)
+
+
+def end_scope(scope: Scope) -> bool:
+    """
+    Kill what is in a scope and remove it, in a bounded time; False if it is not empty by then.
+
+    Raises:
+        ScopeError: as `Scope.kill` and `Scope.remove`.
+    """
+    for _ in range(END_ATTEMPTS_MAX):
+        scope.kill()
+        if scope.remove():
+            return True
+        select.poll().poll(END_PAUSE_MS)
+    return False
 
 
 class DescribedScope(NamedTuple):

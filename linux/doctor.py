@@ -11,12 +11,10 @@ would hold, so it can never be in the way of one.
 
 from __future__ import annotations
 
-import select
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from transport.calls import syscall
 
@@ -28,6 +26,7 @@ from .cgroups import (
     DescribedScope,
     ScopePlace,
     described_scopes,
+    end_scope,
     find_cgroup2,
     instances,
     remove_anchor_cgroup,
@@ -35,12 +34,15 @@ from .cgroups import (
 )
 from .features import Features
 from .instance import (
+    OWN_TOKEN_PREFIX,
     Instance,
     InstanceBusy,
     instance_of,
     is_locked,
+    is_own_scope_held,
     noted_changes,
     provider_of,
+    release_ownerless,
     scope_parents_of,
 )
 from .journal import (
@@ -57,12 +59,6 @@ from .journal import (
     set_aside,
 )
 from .recovery import Action, Case, Verdict, find_cases, read_description
-
-REPAIR_ATTEMPTS_MAX: Final = 100
-"""How often a repair tries to remove what it has killed."""
-
-REPAIR_PAUSE_MS: Final = 20
-"""Pause between two attempts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +159,10 @@ def repair(findings: Iterable[Finding], state_dir: Path, features: Features) -> 
                     done.append(_release(case))
                 case.close()
             remove_anchor_cgroup(root, name)
+    ownerless = {it.token for it in wanted if it.token and it.instance is None}
+    for scope in _loose_scopes(described_scopes(root, parents), root):
+        if scope.owner in ownerless and release_ownerless(scope.path):
+            done.append(f"released {_name_of(scope)}")
     for parent in sorted(parents):
         remove_slices(root, ScopePlace(parent))
     return done
@@ -266,9 +266,17 @@ def _examine_others(root: Path, own: str, features: Features) -> Iterator[Findin
         else:
             for case in _cases((), name, root, features):
                 yield _finding(case, name, is_running=False, lost=state_dir)
-    loose = [scope for scope in scopes if described[scope] is None]
-    loose += described_scopes(root / SELF_SERVICE_SLICE)
-    yield from _examine_loose(loose)
+    yield from _examine_loose(_loose_scopes(scopes, root))
+
+
+def _loose_scopes(scopes: list[DescribedScope], root: Path) -> list[DescribedScope]:
+    """List the scopes that no provider has made; given are those where providers' scopes are."""
+    loose = [scope for scope in scopes if read_description(scope.description) is None]
+    return loose + described_scopes(root / SELF_SERVICE_SLICE)
+
+
+def _name_of(scope: DescribedScope) -> str:
+    return f"scope of {scope.path.name.removesuffix('.scope')}"
 
 
 def _scope_parents(root: Path) -> frozenset[str]:
@@ -282,9 +290,12 @@ def _examine_loose(loose: list[DescribedScope]) -> Iterator[Finding]:
     """Look at scopes that no provider has made, most of them consumers' that serve themselves."""
     found = find_tokens({scope.owner for scope in loose if scope.owner is not None})
     for scope in loose:
-        what = f"scope of {scope.path.name.removesuffix('.scope')}"
-        pid = found.get(scope.owner or "")
-        if pid is not None:
+        what, owner = _name_of(scope), scope.owner or ""
+        pid = found.get(owner)
+        if owner.startswith(OWN_TOKEN_PREFIX) and not is_own_scope_held(scope.path):
+            why, advice = "the consumer that made it for itself is dead", "--repair releases it"
+            yield Finding(what, Verdict.DEAD, why, advice, token=owner, is_repairable=True)
+        elif pid is not None:
             yield Finding(what, Verdict.ALIVE, f"process {pid} is its init; no provider's")
         else:
             why = "no provider has made it, and no process has its token"
@@ -352,11 +363,6 @@ def _release(case: Case) -> str:
     what = f"allocation {case.name or case.token}"
     if case.anchor is not None:
         case.anchor.kill()
-    for _ in range(REPAIR_ATTEMPTS_MAX):
-        if case.scope is None:
-            return f"released {what}"
-        case.scope.kill()
-        if case.scope.remove():
-            return f"released {what}"
-        select.poll().poll(REPAIR_PAUSE_MS)
+    if case.scope is None or end_scope(case.scope):
+        return f"released {what}"
     return f"killed {what}; its processes are not gone yet"

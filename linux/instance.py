@@ -1,4 +1,4 @@
-"""Lock a provider instance on the node: one running provider for one set of anchors.
+"""Lock a provider's anchors, and a consumer's own scope, on the node: who holds them is alive.
 
 A provider's state directory can be copied, moved, or deleted under it and made anew. What cannot is
 the cgroup of its anchors. So that cgroup is what a running provider locks: `Instance.lock`. The
@@ -6,6 +6,9 @@ lock ends with its process, however that ends, and who has no lock touches nothi
 
 The cgroup also carries, as extended attributes, what is to be known if the files are lost: which
 provider locked it last, where scopes can be, and how many changes its journal had seen.
+
+A consumer that serves itself has no journal and no anchors' cgroup. It locks its scope instead, by
+`hold_scope`. If such a scope is not locked, its consumer is dead: `release_ownerless` removes it.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ import fcntl
 import hashlib
 import json
 import os
-from contextlib import suppress
+import select
+import uuid
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final, Self
@@ -24,11 +29,15 @@ from transport.calls import syscall
 from transport.descriptors import Descriptor
 
 from .cgroups import (
+    LEAVING_ATTEMPTS_MAX,
+    LEAVING_PAUSE_MS,
     WORKLOAD_SLICE,
+    Scope,
     ScopeError,
     ScopePlace,
     anchor_cgroup,
     anchor_path,
+    end_scope,
     read_attribute,
 )
 
@@ -37,6 +46,9 @@ PROVIDER_ATTRIBUTE: Final = "user.nshandoff.provider"
 
 CHANGES_ATTRIBUTE: Final = "user.nshandoff.changes"
 """Extended attribute of the anchors' cgroup: how many changes the journal had seen."""
+
+OWN_TOKEN_PREFIX: Final = "self-"
+"""Begins the token of a consumer that serves itself, so that its scope says what it is."""
 
 LOCK_ATTEMPTS_MAX: Final = 16
 """How often the cgroup is locked again when it is removed meanwhile."""
@@ -237,6 +249,79 @@ def scope_parents_of(root: Path, instance: str) -> frozenset[str]:
     """Say in which cgroups scopes of an instance can be: where it noted, and by default."""
     note = provider_of(root, instance)
     return frozenset({WORKLOAD_SLICE, *(() if note is None else note.scope_parents)})
+
+
+# --- Scopes of self-service --------------------------------------------------------------------
+
+
+def new_own_token() -> str:
+    """Make the token of one incarnation of an allocation that a consumer makes itself."""
+    return f"{OWN_TOKEN_PREFIX}{uuid.uuid4().hex}"
+
+
+def hold_scope(path: Path, token: str) -> Descriptor:
+    """
+    Lock a scope that was just made, until the descriptor is closed here and in every fork.
+
+    Args:
+        path: The scope.
+        token: Its owner, from `new_own_token`.
+
+    Raises:
+        ScopeError: it is gone: before it was locked, another program took it for ownerless.
+    """
+    # Keeps SELF-14.
+    with ExitStack() as undo:
+        try:
+            directory = undo.enter_context(_opened(path))
+        except FileNotFoundError as error:
+            raise ScopeError.of("open(2)", error, path) from error
+        for _ in range(LEAVING_ATTEMPTS_MAX):
+            if _is_locked_now(directory, path, fcntl.LOCK_SH):
+                break
+            select.poll().poll(LEAVING_PAUSE_MS)  # another program looks at it, or removes it
+        else:
+            raise ScopeError("flock(2)", errno.EAGAIN, path, "another program keeps it locked")
+        # Only now: what is locked is not removed any more.
+        if Scope(path, token).is_gone():
+            raise ScopeError("flock(2)", errno.ENOENT, path, "another program removed it")
+        undo.pop_all()
+        return directory
+
+
+def is_own_scope_held(path: Path) -> bool:
+    """Say whether the consumer that made a scope of self-service lives; takes no lock for long."""
+    try:
+        with _opened(path) as directory:
+            return not _is_locked_now(directory, path, fcntl.LOCK_EX)
+    except FileNotFoundError:
+        return False
+
+
+def release_ownerless(path: Path) -> bool:
+    """
+    Kill what is in a scope of self-service, and remove it, if its consumer is proved dead.
+
+    A scope that was made here and has no owner is removed if it is empty. A maker that is only
+    about to become its owner makes it again.
+
+    Returns:
+        True if it is gone; False if it has an owner, or is not empty yet.
+
+    Raises:
+        ScopeError: it cannot be locked, killed or removed.
+    """
+    # Keeps SELF-15.
+    owner = Scope(path, "").owner()
+    if owner is None:
+        return Scope(path, new_own_token()).remove() and not syscall(path.exists)
+    if not owner.startswith(OWN_TOKEN_PREFIX):
+        return False
+    try:
+        with _opened(path) as directory:
+            return _is_locked_now(directory, path, fcntl.LOCK_EX) and end_scope(Scope(path, owner))
+    except FileNotFoundError:
+        return True
 
 
 def _lock(root: Path, name: str) -> Descriptor:

@@ -6,7 +6,8 @@ what it has started, and answers with the operation and the call, errno and path
 
 The forge ignores the signals that end a service or come from a terminal, and runs as long as the
 other end of its socketpair is open. Its anchors outlive it, unless it is *tied*: then it ends them,
-and their scopes, before it exits.
+and their scopes, before it exits, and they end by themselves if it is killed with its owner: their
+standard input is its own, a pipe that only the owner can write to.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from transport.channel import receive_once, send_once
 from transport.descriptors import Descriptor
 
 from .. import syscalls
-from ..anchor import ANCHOR_COMMAND, ANCHOR_VARIABLE, Anchor
+from ..anchor import ANCHOR_COMMAND, ANCHOR_VARIABLE, TIED_COMMAND, Anchor
 from ..cgroups import Scope, remove_slice
 from ..features import Features
 from ..limits import protect_from_oom_killer
@@ -241,14 +242,17 @@ def _start_anchor(work: Work) -> None:
     # posix_spawn reports the errno of a failed exec. The child was the init of its PID namespace,
     # which is dead then; the next anchor begins with a new unshare.
     # Keeps NODE-7.
-    program = work.settings.program
+    program, is_tied = work.settings.program, work.settings.tied
+    # `cat` does not start without a standard output. Nothing is ever written there.
+    tied = [(os.POSIX_SPAWN_DUP2, 0, fd) for fd in (1, 2)]
+    untied = [(os.POSIX_SPAWN_CLOSE, fd) for fd in (0, 1, 2)]
     with calling("posix_spawn(3)", program):
         pid = syscall(
             os.posix_spawn,
             program,
-            ANCHOR_COMMAND,
+            TIED_COMMAND if is_tied else ANCHOR_COMMAND,
             {ANCHOR_VARIABLE: work.plan.token},
-            file_actions=[(os.POSIX_SPAWN_CLOSE, fd) for fd in (0, 1, 2)],
+            file_actions=tied if is_tied else untied,
             setsid=True,
             setsigmask=(),
             setsigdef=_IGNORED_BY_PYTHON,

@@ -29,7 +29,7 @@ from transport.channel import Reception, receive_once, send_once
 from transport.descriptors import Descriptor
 
 from .. import syscalls
-from ..anchor import ANCHOR_COMMAND, ANCHOR_VARIABLE, Anchor, token_of
+from ..anchor import ANCHOR_COMMAND, ANCHOR_VARIABLE, TIED_COMMAND, Anchor, token_of
 from ..features import Features
 from ..limits import restore_descriptor_limit
 from ..syscalls import SyscallError, calling
@@ -84,13 +84,13 @@ class Forge:
             them whatever happens to their owner; None for the owner's own. It must exist before the
             forge starts.
         tied: Whether the anchors, and their scopes, end when the owner closes this or dies. For
-            self-service, where no provider ends them. (A forge that is killed ends nothing.)
-            Otherwise they outlive the owner.
+            self-service, where no provider ends them. If the forge is killed as well, nothing
+            removes the scopes, but the anchors still end. Otherwise they outlive the owner.
         features: What the forge may use.
         command: Starts a program that is a forge.
     """
 
-    # Keeps CRASH-1, SELF-12.
+    # Keeps CRASH-1, SELF-12, SELF-14.
 
     def __init__(
         self,
@@ -107,6 +107,8 @@ class Forge:
         self._guard: Final = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
+        self._tie: tuple[Descriptor, Descriptor] | None = None
+        """A pipe whose end tied anchors wait for; only the owner and its forks can write to it."""
         self._stderr: Descriptor | None = None
         self._closed = False
         self._said: Final[set[str]] = set()
@@ -189,6 +191,8 @@ class Forge:
         with self._guard:
             self._closed = True
             self._end(patiently=True)
+            for end in self._tie or ():
+                end.close()
 
     def __enter__(self) -> Forge:
         return self
@@ -225,6 +229,10 @@ class Forge:
         self._socket = ours
         ours.settimeout(START_TIMEOUT_S)
         with theirs:
+            if self._tied and self._tie is None:
+                with calling("pipe(2)"):
+                    reading, writing = map(Descriptor, syscall(os.pipe))
+                self._tie = reading, writing
             with calling("memfd_create(2)"):
                 self._stderr = Descriptor(syscall(os.memfd_create, "forge", os.MFD_CLOEXEC))
             # In a session of its own, so that Ctrl-C at the owner's terminal does not reach it; and
@@ -232,7 +240,7 @@ class Forge:
             self._child = syscall(
                 subprocess.Popen,
                 [*self._command, str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.DEVNULL if self._tie is None else self._tie[0].fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=self._stderr.fileno(),
                 cwd="/",
@@ -246,7 +254,7 @@ class Forge:
     def _settings(self) -> ForgeSettings:
         return ForgeSettings(
             features=self._features,
-            program=_find_program(),
+            program=_find_program(TIED_COMMAND if self._tied else ANCHOR_COMMAND),
             cgroup=None if self._cgroup is None else str(self._cgroup),
             tied=self._tied,
         )
@@ -363,12 +371,12 @@ class Forge:
             select.poll().poll(UNREPORTED_PAUSE_MS)
 
 
-def _find_program() -> str:
-    program = shutil.which(ANCHOR_COMMAND[0])
+def _find_program(command: Sequence[str]) -> str:
+    program = shutil.which(command[0])
     if program is None:
         raise ForgeError(
             "find the anchor's program in PATH",
-            SyscallError("execve(2)", errno.ENOENT, ANCHOR_COMMAND[0]),
+            SyscallError("execve(2)", errno.ENOENT, command[0]),
         )
     return str(Path(program).resolve())
 

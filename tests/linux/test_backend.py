@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from linux.backend import SELF_SERVICE_SLICE, LinuxBackend, NodeSettings
-from linux.cgroups import WORKLOAD_SLICE, Scope, ScopeError, remove_slices
+from linux.cgroups import (
+    OWNER_ATTRIBUTE,
+    WORKLOAD_SLICE,
+    Scope,
+    ScopeError,
+    remove_cgroup,
+    remove_slices,
+)
+from linux.doctor import examine, repair
 from linux.features import OLDEST, Features
 from linux.forge.client import Forge
 from linux.forge.plan import AnchorPlan
-from linux.instance import instance_of
+from linux.instance import instance_of, new_own_token, release_ownerless
 from linux.journal import read_journal
+from linux.recovery import Verdict
 from linux.survey import PROCESSES_SHOWN_MAX, states_of
 from linux.testing.worlds import LIGHT, LinuxWorld, loop_images, real
 from statemachine.errors import CreationFailed, FdPassing
@@ -26,6 +38,7 @@ from statemachine.lifecycle import AllocationState
 from statemachine.messages import NamespaceRequest
 from tests.support.forging import new_token, pids_with_token
 from tests.support.scarcity import descriptors_left
+from transport.calls import hook_syscalls
 from transport.contract import Sighting
 from transport.testing.peer import wait_until
 
@@ -414,6 +427,186 @@ sys.stdin.read()
     wait_until(lambda: not scope.exists())
     wait_until(lambda: not any(image.is_relative_to(image_root) for image in loop_images()))
     remove_slices(cgroup2)
+
+
+MAKE_AND_WAIT = """
+request = NamespaceRequest({name!r}, (NamespaceType.PID, NamespaceType.MOUNT), {image!r})
+backend.create_namespaces(request)
+print(backend._forge.pid, backend._find(request.allocation_id).token, flush=True)
+{more}
+sys.stdin.read()
+"""
+
+
+@dataclass
+class Served:
+    """A consumer that serves itself, and a process that is in its scope and in no namespace."""
+
+    program: subprocess.Popen[str]
+    forge: int
+    token: str
+    job: subprocess.Popen[bytes]
+    own_cgroup: Path
+
+    @property
+    def anchors(self) -> list[int]:
+        return pids_with_token(self.token)
+
+    def is_whole(self) -> bool:
+        return self.job.poll() is None and len(self.anchors) == 1
+
+
+@contextmanager
+def self_served(
+    tmp_path: Path, image_root: Path, cgroup2: Path, name: str, more: str = ""
+) -> Iterator[Served]:
+    """Have a consumer at work in a cgroup of its own, as the step of a scheduler."""
+    own_cgroup = cgroup2 / f"{name}-step"
+    own_cgroup.mkdir()
+    enter = f"Path({str(own_cgroup / 'cgroup.procs')!r}).write_text('0')\n"
+    program = enter + MAKE_AND_WAIT.format(name=name, image=IMAGE, more=more)
+    with ExitStack() as stack:
+        stack.callback(eventually, lambda: remove_cgroup(own_cgroup))
+        child = stack.enter_context(
+            running(program, tmp_path, image_root, cgroup2, kernel="this kernel")
+        )
+        assert child.stdout is not None
+        forge, token = child.stdout.readline().split()
+        job = stack.enter_context(subprocess.Popen(["sleep", "infinity"]))
+        stack.callback(job.kill)
+        (cgroup2 / WORKLOAD_SLICE / f"{name}.scope" / "cgroup.procs").write_text(str(job.pid))
+        eventually(lambda: len(pids_with_token(token)) == 1)
+        yield Served(child, int(forge), token, job, own_cgroup)
+
+
+def kill_consumer_first(served: Served) -> None:
+    os.kill(served.forge, signal.SIGSTOP)  # so that it does nothing in between
+    served.program.kill()
+    os.kill(served.forge, signal.SIGKILL)
+
+
+def kill_forge_first(served: Served) -> None:
+    os.kill(served.forge, signal.SIGKILL)
+    served.program.kill()
+
+
+def kill_its_cgroup(served: Served) -> None:
+    (served.own_cgroup / "cgroup.kill").write_text("1")
+
+
+def a_consumer_asks_for_it(tmp_path: Path, cgroup2: Path, image_root: Path, name: str) -> None:
+    with self_service(tmp_path, cgroup2, image_root) as backend:
+        backend.create_namespaces(request_for(name))
+        assert backend.scope_of(name) == cgroup2 / WORKLOAD_SLICE / f"{name}.scope"
+
+
+def a_provider_is_asked_for_it(tmp_path: Path, cgroup2: Path, image_root: Path, name: str) -> None:
+    with real(tmp_path / "provider", cgroup2, image_root) as world:
+        Scope.create(cgroup2, name, new_own_token())  # left by one that died after its start
+        create(world, name)
+        world.release(name)
+
+
+def a_provider_starts(tmp_path: Path, cgroup2: Path, image_root: Path, name: str) -> None:
+    with real(tmp_path / "provider", cgroup2, image_root) as world:
+        assert not world.has_scope(name)
+
+
+def an_operator_repairs(tmp_path: Path, cgroup2: Path, image_root: Path, name: str) -> None:
+    features = Features.probe()
+    (finding,) = (it for it in examine(tmp_path, features) if it.what == f"scope of {name}")
+    assert (finding.verdict, finding.is_repairable) == (Verdict.DEAD, True)
+    assert repair([finding], tmp_path, features) == [f"released scope of {name}"]
+
+
+@pytest.mark.clause("SELF-14", "SELF-15")
+@pytest.mark.parametrize(
+    "settle",
+    [a_consumer_asks_for_it, a_provider_is_asked_for_it, a_provider_starts, an_operator_repairs],
+)
+@pytest.mark.parametrize("kill", [kill_consumer_first, kill_forge_first, kill_its_cgroup])
+def test_what_a_consumer_has_made_ends_though_its_forge_is_killed_with_it(
+    tmp_path: Path,
+    cgroup2: Path,
+    image_root: Path,
+    allocation_id: str,
+    kill: Callable[[Served], None],
+    settle: Callable[[Path, Path, Path, str], None],
+) -> None:
+    with self_served(tmp_path, image_root, cgroup2, allocation_id) as served:
+        kill(served)
+        # By itself: the namespaces, and with them the image.
+        eventually(lambda: served.anchors == [])
+        eventually(lambda: not any(image.is_relative_to(image_root) for image in loop_images()))
+        assert served.job.poll() is None
+        settle(tmp_path, cgroup2, image_root, allocation_id)
+        assert served.job.wait(10) == -signal.SIGKILL
+    assert not (cgroup2 / WORKLOAD_SLICE / f"{allocation_id}.scope").exists()
+    remove_slices(cgroup2)
+
+
+@pytest.mark.clause("SELF-15")
+@pytest.mark.parametrize("more", ["", "if os.fork(): os._exit(0)"], ids=["alive", "a fork alive"])
+def test_what_a_consumer_that_lives_has_made_is_touched_by_none(
+    tmp_path: Path, cgroup2: Path, image_root: Path, allocation_id: str, more: str
+) -> None:
+    features = Features.probe()
+    with self_served(tmp_path, image_root, cgroup2, allocation_id, more) as served:
+        with real(tmp_path / "provider", cgroup2, image_root) as world:
+            reason = refusal_of(world.program_now, request_for(allocation_id))
+            assert f"it belongs to owner {served.token}" in reason
+        found = {it.what: it for it in examine(tmp_path, features)}
+        assert found[f"scope of {allocation_id}"].verdict is Verdict.ALIVE
+        assert repair(found.values(), tmp_path, features) == []
+        assert served.is_whole()
+        assert served.program.stdin is not None
+        served.program.stdin.close()  # its end, in good order
+        assert served.job.wait(10) == -signal.SIGKILL
+    eventually(lambda: not (cgroup2 / WORKLOAD_SLICE / f"{allocation_id}.scope").exists())
+
+
+@pytest.mark.clause("SELF-15")
+def test_a_scope_without_an_owner_is_removed_only_if_it_was_made_here_and_is_empty(
+    tmp_path: Path, cgroup2: Path, image_root: Path, allocation_id: str
+) -> None:
+    made, busy, anothers = (
+        cgroup2 / WORKLOAD_SLICE / f"{allocation_id}-{word}.scope"
+        for word in ("made", "busy", "anothers")
+    )
+    with real(tmp_path, cgroup2, image_root) as world:
+        for path in (made, busy, anothers):
+            Scope.create(cgroup2, path.name.removesuffix(".scope"), "owner")
+            os.removexattr(path, OWNER_ATTRIBUTE)
+        anothers.chmod(0o755)
+        world.adopt_process("busy", busy)
+        world.restart()
+        assert [path.exists() for path in (made, busy, anothers)] == [False, True, True]
+        world.leave("busy")
+        world.restart()
+        assert [path.exists() for path in (made, busy, anothers)] == [False, False, True]
+        anothers.rmdir()
+
+
+@pytest.mark.clause("SELF-14")
+def test_a_scope_that_was_swept_before_it_was_locked_is_not_served_from(
+    tmp_path: Path, cgroup2: Path, image_root: Path, allocation_id: str
+) -> None:
+    scope = cgroup2 / WORKLOAD_SLICE / f"{allocation_id}.scope"
+    with self_service(tmp_path, cgroup2, image_root) as backend:
+
+        def sweep_first(
+            call: Callable[..., Any], words: tuple[Any, ...], more: Mapping[str, Any]
+        ) -> Any:
+            if call is fcntl.flock and words[1] & fcntl.LOCK_SH:
+                with hook_syscalls(lambda call, words, more: call(*words, **more)):
+                    assert release_ownerless(scope)
+            return call(*words, **more)
+
+        with hook_syscalls(sweep_first):
+            reason = refusal_of(backend, request_for(allocation_id))
+        assert "another program removed it" in reason
+        backend.create_namespaces(request_for(allocation_id))
+        assert not release_ownerless(scope)
 
 
 # --- What an operator reads --------------------------------------------------------------------
