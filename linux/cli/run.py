@@ -157,7 +157,7 @@ def _run(options: argparse.Namespace) -> int:
             # Untied after the end: before, an empty scope would end the allocation a second time.
             ties = stack.enter_context(ExitStack())
             stack.callback(_end, handoff, features, scope)
-            if options.tie and scope is not None and not handoff.is_own:
+            if options.tie and scope is not None:
                 ties.enter_context(scope_tied(scope))
         return _execute(options.command, handoff, scope, blocked, taken)
 

@@ -236,3 +236,22 @@ def test_by_self_service_a_killed_run_takes_it_along_in_any_case(
         program.kill()
         program.wait(DEADLINE_S)
     wait_until(lambda: not scope.exists())
+
+
+@pytest.mark.clause("RUN-7", "SELF-15")
+def test_by_self_service_a_run_that_is_killed_with_its_forge_takes_all_along(
+    tmp_path: Path, allocation_id: str, cgroup2: Path
+) -> None:
+    words = ("run", "--socket", tmp_path / "absent", "--id", allocation_id, "--namespaces", "net")
+    scope = Scope(cgroup2 / "workload.slice" / f"{allocation_id}.scope", "")
+    with running(*words, "--", *LEFT) as program:
+        wait_ready(program)
+        children = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
+        (forge,) = (x for x in children if "forge.child" in Path(f"/proc/{x}/cmdline").read_text())
+        assert scope.processes()
+        os.kill(int(forge), signal.SIGKILL)
+        program.kill()
+        program.wait(DEADLINE_S)
+    wait_until(lambda: not scope.processes())
+    assert nshandoff(*words, "--", "true").returncode == 0
+    assert not scope.path.exists()
