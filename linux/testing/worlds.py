@@ -513,8 +513,12 @@ class LinuxWorld(World):
         )
 
     def leftovers(self) -> list[str]:
+        return [*self.anchors(), *self.scopes()]
+
+    def scopes(self) -> list[str]:
+        """The ids of this process' allocations that have a scope."""
         ours = self._cgroup2.glob(f"{WORKLOAD_SLICE}/{SCOPE_PREFIX}*.scope")
-        return [*self.anchors(), *(scope.name for scope in ours)]
+        return sorted(scope.stem for scope in ours)
 
     def anchors(self) -> list[str]:
         """The tokens of all living anchors of this world."""

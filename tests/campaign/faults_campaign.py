@@ -1,8 +1,9 @@
 """The part of a campaign that has system calls fail: all of them, in every way, on both backends.
 
 A task is a life, a backend, a kind of plan and a share of the plans; a share has the same plans
-whenever it is asked for. Single faults, short transfers and deaths are complete at every scale but
-on Linux, where a smaller scale takes evenly spread ones; pairs are drawn, more of them with scale.
+whenever it is asked for. Single faults, kills, short transfers and deaths are complete at every
+scale but on Linux, where a scale below 1 takes some; pairs and random kills are drawn, more of them
+with scale.
 """
 
 from __future__ import annotations
@@ -22,8 +23,16 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests.campaign.outcome import Discovery, Outcome, Task
-from tests.suites.faults.crashes import PHASES, Program, dropped, killed
-from tests.suites.faults.faults import Call, Fault, Plan, errnos_of, faults_of, short_faults_of
+from tests.suites.faults.crashes import CONSUMERS, PHASES, Killed, Program, dropped, killed
+from tests.suites.faults.faults import (
+    Call,
+    Fault,
+    Plan,
+    errnos_of,
+    faults_of,
+    kills_of,
+    short_faults_of,
+)
 from tests.suites.faults.lives import LIVES, Stage, linux_stage, simulated_stage
 from tests.suites.test_strace import POINTS, survive
 from tests.support.census import Session
@@ -39,15 +48,16 @@ SHARE: Final = {"simulated": 2_500, "linux": 250}
 """Most plans of one task."""
 ASKED_AFTERWARDS: Final = 8
 """After how many pairs the provider is asked something else; every life asks it, too."""
-DEATHS_ON_LINUX: Final = 12
-"""At scale 1, for each phase; there are some 60 calls in each."""
+KILLS: Final = 2_000
+"""At scale 1, at random."""
+KILLS_SHARE: Final = 50
 
 
 def tasks(scale: float) -> list[Task]:
     """Everything at the given scale, in tasks of at most some ten seconds."""
     found = [_task("simulated", life, "single", 1.0) for life in LIVES]
     part = min(1.0, scale * SINGLES_ON_LINUX / 4_000)
-    found += [_task("linux", life, "single", part) for life in LIVES]
+    found += [_task("linux", life, kind, part) for kind in ("single", "kills") for life in LIVES]
     found += [_task(backend, life, "short", 1.0) for backend in BACKENDS for life in LIVES]
     pairs = {"simulated": PAIRS["simulated"] * scale, "linux": max(0.0, scale - 1) * 1_000}
     for backend, life in itertools.product(BACKENDS, LIVES):
@@ -61,7 +71,14 @@ def tasks(scale: float) -> list[Task]:
     found += [
         Task(f"faults: deaths while {phase} on {backend}", _of(backend, phase, "deaths", scale))
         for backend in BACKENDS
-        for phase in PHASES
+        for phase in (*PHASES, *(CONSUMERS if backend == "linux" else ()))
+    ]
+    found += [
+        Task(
+            f"faults: kills at random, share {share}",
+            {**_of("linux", "all", "random", 1.0), "count": KILLS_SHARE, "share": share},
+        )
+        for share in range(round(KILLS * scale / KILLS_SHARE))
     ]
     found += [
         Task(f"faults: strace, {sort}", {"kind": "strace", "life": sort, "backend": "daemon"})
@@ -101,6 +118,8 @@ def run(
             outcome = _strace(place, life)
         elif kind == "deaths":
             outcome = _deaths(place, backend, life, part)
+        elif kind == "random":
+            outcome = _kills_at_random(place, f"{seed}-{share}", count)
         else:
             chosen = random.Random(f"{seed} {backend} {life} {kind} {share}")
             outcome = _Sweep(place, backend, life).plans(kind, part, count, chosen)
@@ -235,7 +254,12 @@ class _Sweep:
         )
 
 
-_FIGURES: Final = {"single": "single faults", "pairs": "pairs", "short": "short transfers"}
+_FIGURES: Final = {
+    "single": "single faults",
+    "pairs": "pairs",
+    "short": "short transfers",
+    "kills": "kills of anchors and forges",
+}
 
 
 def _drawn(
@@ -243,8 +267,9 @@ def _drawn(
 ) -> list[Plan]:
     if kind == "short":
         return [(fault,) for call in calls for fault in short_faults_of(call)]
-    faults = [fault for call in calls for fault in faults_of(call)]
-    if kind == "single":
+    faults_in = kills_of if kind == "kills" else faults_of
+    faults = [fault for call in calls for fault in faults_in(call)]
+    if kind in ("single", "kills"):
         some = faults if part >= 1 else chosen.sample(faults, max(1, round(len(faults) * part)))
         return [(fault,) for fault in some]
     faults += [fault for call in calls for fault in short_faults_of(call)]
@@ -253,8 +278,7 @@ def _drawn(
 
 def _deaths(place: _Place, backend: str, phase: str, scale: float) -> Outcome:
     outcome, k, dead = Outcome(), 1, 0
-    is_sample = backend == "linux" and scale < 2
-    step = max(1, round(60 / (DEATHS_ON_LINUX * scale))) if is_sample else 1
+    step = max(1, round(1 / scale)) if backend == "linux" else 1
     while True:
         try:
             with place.program(backend) as program:
@@ -266,12 +290,25 @@ def _deaths(place: _Place, backend: str, phase: str, scale: float) -> Outcome:
             outcome.discoveries.append(
                 Discovery(
                     f"dying at call {k} while {phase} on {backend}: {error}",
-                    f"python -m tests.campaign.faults_campaign {backend} {phase} {k}",
+                    f"python -m tests.campaign.faults_campaign {backend} {phase!r} {k}",
                 )
             )
             dead += 1
             k += step
     outcome.figures["crashes"] = float(dead)
+    return outcome
+
+
+def _kills_at_random(place: _Place, seed: str, count: int) -> Outcome:
+    outcome = Outcome()
+    try:
+        with place.program("linux") as program:
+            assert isinstance(program, Killed)
+            killed = program.run_kills(seed, count)
+        outcome.figures["kills at random"] = float(killed.total())
+    except Exception as error:
+        command = f"python -m tests.campaign.faults_campaign linux {seed} {count}"
+        outcome.discoveries.append(Discovery(f"kills at random: {error}", command))
     return outcome
 
 
@@ -297,7 +334,11 @@ def _replay(backend: str, name: str, said: str) -> None:
         place = _Place(Path(directory))
         if said.isdigit():
             with place.program(backend) as program:
-                print(program.run(name, int(said)))
+                if name in (*PHASES, *CONSUMERS):
+                    print(program.run(name, int(said)))
+                else:
+                    assert isinstance(program, Killed)
+                    print(program.run_kills(name, int(said)))
         else:
             plan = tuple(map(Fault.of_json, json.loads(said)))
             with place.stage(backend) as stage:

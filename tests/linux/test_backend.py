@@ -466,7 +466,7 @@ def self_served(
     enter = f"Path({str(own_cgroup / 'cgroup.procs')!r}).write_text('0')\n"
     program = enter + MAKE_AND_WAIT.format(name=name, image=IMAGE, more=more)
     with ExitStack() as stack:
-        stack.callback(eventually, lambda: remove_cgroup(own_cgroup))
+        stack.callback(wait_until, lambda: remove_cgroup(own_cgroup))
         child = stack.enter_context(
             running(program, tmp_path, image_root, cgroup2, kernel="this kernel")
         )
@@ -475,7 +475,7 @@ def self_served(
         job = stack.enter_context(subprocess.Popen(["sleep", "infinity"]))
         stack.callback(job.kill)
         (cgroup2 / WORKLOAD_SLICE / f"{name}.scope" / "cgroup.procs").write_text(str(job.pid))
-        eventually(lambda: len(pids_with_token(token)) == 1)
+        wait_until(lambda: len(pids_with_token(token)) == 1)
         yield Served(child, int(forge), token, job, own_cgroup)
 
 
@@ -536,8 +536,8 @@ def test_what_a_consumer_has_made_ends_though_its_forge_is_killed_with_it(
     with self_served(tmp_path, image_root, cgroup2, allocation_id) as served:
         kill(served)
         # By itself: the namespaces, and with them the image.
-        eventually(lambda: served.anchors == [])
-        eventually(lambda: not any(image.is_relative_to(image_root) for image in loop_images()))
+        wait_until(lambda: served.anchors == [])
+        wait_until(lambda: not any(image.is_relative_to(image_root) for image in loop_images()))
         assert served.job.poll() is None
         settle(tmp_path, cgroup2, image_root, allocation_id)
         assert served.job.wait(10) == -signal.SIGKILL
@@ -562,7 +562,7 @@ def test_what_a_consumer_that_lives_has_made_is_touched_by_none(
         assert served.program.stdin is not None
         served.program.stdin.close()  # its end, in good order
         assert served.job.wait(10) == -signal.SIGKILL
-    eventually(lambda: not (cgroup2 / WORKLOAD_SLICE / f"{allocation_id}.scope").exists())
+    wait_until(lambda: not (cgroup2 / WORKLOAD_SLICE / f"{allocation_id}.scope").exists())
 
 
 @pytest.mark.clause("SELF-15")

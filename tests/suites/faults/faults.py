@@ -32,6 +32,12 @@ TRUE_AFTERWARDS: Final = {
 }
 """Errors that a call gets only after another process did the same: so it is done first."""
 
+FORGE_KILLED: Final = "killed"
+"""A fault of a call of the forge: it is killed just before."""
+
+ANCHOR_KILLED: Final = "anchor killed"
+"""A fault of any other call: the anchor of the life, if there is one, is killed just before."""
+
 CLOSING: Final = frozenset({"close"})
 """What still happens when a program dies: the kernel closes what it had open."""
 
@@ -58,7 +64,7 @@ class Fault:
 
     call: Call
     kind: str
-    """An errno's name; or `one byte`, `half`, `death`."""
+    """An errno's name; or `one byte`, `half`, `death`, `FORGE_KILLED`, `ANCHOR_KILLED`."""
 
     def __str__(self) -> str:
         return f"{self.call}: {self.kind}"
@@ -184,6 +190,11 @@ def short_faults_of(call: Call) -> list[Fault]:
     return [Fault(call, kind) for kind in SHORT] if is_transfer else []
 
 
+def kills_of(call: Call) -> list[Fault]:
+    """Which process beside its maker can be killed at a call."""
+    return [Fault(call, FORGE_KILLED if call.who == "forge" else ANCHOR_KILLED)]
+
+
 @dataclass
 class FaultInjector:
     """
@@ -203,6 +214,8 @@ class FaultInjector:
     fired: list[Fault] = field(default_factory=list)
     """What of the plan has happened."""
     on_pass: Callable[[Call], None] | None = None
+    killers: Mapping[str, Callable[[], None]] = field(default_factory=dict)
+    """What kills a process, by the kind of fault; the call is made then."""
     dead: set[str] = field(default_factory=set)
     """Programs that make no calls any more."""
     _counts: Counter[tuple[str, str, str]] = field(default_factory=Counter)
@@ -216,6 +229,9 @@ class FaultInjector:
         name = _name_of(function, args)
         call = self.note(self.who or who, where, name)
         kind = self.kind_for(call)
+        if kind in self.killers:
+            self.killers[kind]()
+            kind = None
         if kind is None:
             return function(*args, **kwargs)
         if kind in SHORT:

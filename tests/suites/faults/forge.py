@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from linux.forge import child as forge_child
-from tests.suites.faults.faults import Call, Fault, FaultInjector
+from tests.suites.faults.faults import FORGE_KILLED, Call, Fault, FaultInjector
 from transport.calls import hook_syscalls
 
 
@@ -22,8 +23,9 @@ class ForgeFaultInjector(FaultInjector):
     """One that asks anew what to do whenever the forge may have begun something new."""
 
     def __init__(self, plan: Path, log: Path) -> None:
-        super().__init__(who="forge", on_pass=self._tell)
+        super().__init__(who="forge", on_pass=self._tell, killers={FORGE_KILLED: self._die})
         self._plan_path = plan
+        self._log_path = log
         self._log = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._life: int | None = None
         self._ask()
@@ -40,6 +42,16 @@ class ForgeFaultInjector(FaultInjector):
             self._life = said["life"]
             self.plan = tuple(map(Fault.of_json, said["plan"]))
             self._counts.clear()
+            if any(fault.kind == FORGE_KILLED for fault in self.plan) and self._has_died():
+                self.plan = ()  # it is the forge after that one
+
+    def _has_died(self) -> bool:
+        lines = map(json.loads, self._log_path.read_text().splitlines())
+        return any(life == self._life and said[-1] == FORGE_KILLED for life, said in lines)
+
+    @staticmethod
+    def _die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def _tell(self, call: Call) -> None:
         fault = next((fault for fault in self.plan if fault.call == call), None)

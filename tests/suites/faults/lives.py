@@ -45,7 +45,7 @@ from linux.testing.worlds import (
 from statemachine.errors import NamespaceError
 from statemachine.lifecycle import AllocationState
 from statemachine.messages import AllocationEnded, NamespaceRequest
-from tests.suites.faults.faults import Call, Death, Fault, FaultInjector, Plan
+from tests.suites.faults.faults import ANCHOR_KILLED, Call, Death, Fault, FaultInjector, Plan
 from transport import calls
 from transport.channel import Channel, Delivery
 from transport.contract import SelfService
@@ -63,6 +63,9 @@ LIFE_S: Final = 10_000.0
 
 UNHEARD_S: Final = 100.0
 """After which time it is clear that the end of an allocation will not be heard."""
+
+DYING_MS: Final = 20_000
+"""How long an anchor that was killed may take to die; it takes milliseconds."""
 
 POLL_S: Final = 0.005
 
@@ -159,6 +162,7 @@ class Stage(ABC):
 
     backend_name: str
     kinds = LIGHT
+    neighbour = ""
 
     def __init__(self, directory: Path, world: World, patience_s: float) -> None:
         self.world = world
@@ -249,6 +253,10 @@ class Stage(ABC):
         """Which calls forges made, and what was done to them."""
 
     @abstractmethod
+    def kill_anchors(self) -> None:
+        """Kill the anchors of everything but the neighbour, and wait for their ends."""
+
+    @abstractmethod
     def tidy_own(self) -> None:
         """Drop the images that self-service holds, as the end of its program would."""
 
@@ -289,7 +297,7 @@ class Stage(ABC):
         """
         name = self.new_name()
         self.complaints.clear()
-        injector = self.injector = FaultInjector(plan)
+        injector = self.injector = FaultInjector(plan, killers={ANCHOR_KILLED: self.kill_anchors})
         self.plan_forge(plan)
         spent = self.hurry.passed_s
         self.hurry.turns = 0
@@ -533,6 +541,11 @@ class SimulatedStage(Stage):
     def passed_in_forge(self) -> tuple[list[Call], list[Fault]]:
         return [], []
 
+    def kill_anchors(self) -> None:
+        for node in (self.node, self.own_node):
+            for name in set(node.allocations) - {self.neighbour}:
+                node.kill_init(name)
+
     def tidy_own(self) -> None:
         self._own.tidy()
 
@@ -600,6 +613,15 @@ class LinuxStage(Stage):
     def world_names(self) -> list[str]:
         return list(self.world.backend._allocations)
 
+    def kill_anchors(self) -> None:
+        with self.unseen():
+            for backend in (self.world.program_now, self._own):
+                for name, allocation in list(backend._allocations.items()):
+                    if name != self.neighbour and allocation.anchor is not None:
+                        with suppress(ValueError):  # it is being closed, and was dead before
+                            allocation.anchor.kill()
+                            assert not allocation.anchor.is_alive(DYING_MS)
+
     def tidy_own(self) -> None:
         self._own.tidy()
 
@@ -607,17 +629,23 @@ class LinuxStage(Stage):
         return list(self._own._allocations)
 
     def anchors(self) -> list[int]:
-        mark = os.readlink("/proc/self/ns/uts")
-        found = []
-        for pid in filter(str.isdigit, os.listdir("/proc")):
-            with suppress(OSError):
-                if os.readlink(f"/proc/{pid}/ns/uts") == mark and token_of(int(pid)) is not None:
-                    found.append(int(pid))
-        return found
+        return anchors_alive()
 
     def close(self) -> None:
         self._own.close()
         super().close()
+
+
+def anchors_alive(prefix: str = "") -> list[int]:
+    """Every anchor that this program, or one started by it, has made, by how its token begins."""
+    mark = os.readlink("/proc/self/ns/uts")
+    found = []
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        with suppress(OSError):
+            token = token_of(pid) if os.readlink(f"/proc/{pid}/ns/uts") == mark else None
+            if token is not None and token.startswith(prefix):
+                found.append(pid)
+    return found
 
 
 # --- The lives --------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import pytest
 from linux.cgroups import Scope, ScopeWatch
 from statemachine.errors import NamespaceError, SocketUnavailable
 from statemachine.messages import NamespaceRequest
-from tests.suites.faults.crashes import PHASES, crash_points, dropped, killed
+from tests.suites.faults.crashes import CONSUMERS, PHASES, crash_points, dropped, killed
 from tests.suites.faults.faults import (
     ERRNOS,
     Call,
@@ -32,6 +32,7 @@ from tests.suites.faults.faults import (
     FaultInjector,
     errnos_of,
     faults_of,
+    kills_of,
     short_faults_of,
 )
 from tests.suites.faults.lives import (
@@ -52,8 +53,11 @@ PAIRS_ON_SIMULATED: Final = 150
 """For each life."""
 FAULTS_ON_LINUX: Final = 14
 """For each life."""
-DEATHS_ON_LINUX: Final = 3
+KILLS_ON_LINUX: Final = 2
+"""For each life: of its anchor, and of the forge."""
+DEATHS_ON_LINUX: Final = 5
 """For each phase."""
+KILLS_AT_RANDOM: Final = 8
 
 
 @pytest.fixture
@@ -340,6 +344,52 @@ def test_on_linux_a_provider_can_be_killed_at_any_call(
     with killed(tmp_path, cgroup2, image_root) as program:
         for k in chosen.sample(range(1, 60), DEATHS_ON_LINUX):
             program.run(phase, k)
+
+
+@pytest.mark.clause("CRASH-7", "SELF-12", "SELF-14", "SELF-15")
+@pytest.mark.needs_root
+def test_on_linux_a_consumer_can_be_killed_at_any_call(
+    tmp_path: Path, cgroup2: Path, image_root: Path
+) -> None:
+    chosen = random.Random(SEED)
+    with killed(tmp_path, cgroup2, image_root) as program:
+        for how in CONSUMERS:
+            calls = range(1, 35 if how == "served" else 85)
+            for k in chosen.sample(calls, DEATHS_ON_LINUX):
+                assert program.run(how, k) is not None, (how, k)
+
+
+@pytest.mark.clause("CRASH-2", "CRASH-7")
+@pytest.mark.needs_root
+def test_on_linux_everything_can_be_killed_while_consumers_are_at_work(
+    tmp_path: Path, cgroup2: Path, image_root: Path
+) -> None:
+    with killed(tmp_path, cgroup2, image_root) as program:
+        assert program.run_kills(str(SEED), KILLS_AT_RANDOM).total() >= KILLS_AT_RANDOM
+
+
+@pytest.mark.clause("END-1")
+@pytest.mark.parametrize("name", LIVES)
+def test_an_anchor_can_be_killed_at_every_call(stage: Stage, name: str) -> None:
+    for fault in itertools.chain(*map(kills_of, stage.tell(LIVES[name]).passed)):
+        assert tell(stage, name, fault) == [fault]
+
+
+@pytest.mark.clause("CRASH-7", "END-1")
+@pytest.mark.needs_root
+def test_on_linux_anchor_and_forge_can_be_killed_at_any_call(
+    tmp_path: Path, cgroup2: Path, image_root: Path
+) -> None:
+    chosen = random.Random(SEED)
+    with linux_stage(tmp_path, cgroup2, image_root) as stage:
+        for name, life in LIVES.items():
+            faults = [f for call in stage.tell(life).passed for f in kills_of(call)]
+            for _, alike in itertools.groupby(
+                sorted(faults, key=lambda f: f.kind), lambda f: f.kind
+            ):
+                found = list(alike)
+                for fault in chosen.sample(found, min(KILLS_ON_LINUX, len(found))):
+                    tell(stage, name, fault)
 
 
 # --- That all this can fail ---------------------------------------------------------------------
