@@ -26,7 +26,7 @@ from linux.simulated.namespaces import SimulatedNamespaces
 from statemachine.messages import NamespaceType
 from tests.suites.fidelity.cgroups import Cgroups, SimulatedCgroups, linux_cgroups
 from tests.suites.fidelity.differential import NOTICES_S
-from tests.suites.fidelity.machines import PATIENCE_S, SLEEP
+from tests.suites.fidelity.machines import SLEEP
 from tests.suites.fidelity.mounts import Mounts, SimulatedMounts, linux_mounts
 from tests.suites.fidelity.namespaces import Namespaces, SimulatedWorker, linux_worker
 from tests.suites.fidelity.socket_model import SimulatedFile, SimulatedTable
@@ -91,7 +91,7 @@ def refused(number: int) -> Iterator[None]:
 
 def soon(look: Callable[[], Any], expected: object) -> None:
     """What Linux promises to be so in a moment."""
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + DEADLINE_S
     while (seen := look()) != expected and time.monotonic() < deadline:
         time.sleep(0.001)
     assert seen == expected
