@@ -9,7 +9,7 @@
     scope_file   where a provider's scopes are: the file beside its socket
     mounts       uenv images: squashfs, once per image
     journal      what must be known after the provider's death
-    instance     which provider the living allocations belong to: its lock and its notes
+    instance     who lives: the lock of a provider's anchors, and of a consumer's own scope
     recovery     what a starting provider does with what it finds: journal x kernel -> action
     doctor       the same for an operator, and the release of what is proved dead
     steps        creation and release, step by step, for both backends

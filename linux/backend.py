@@ -86,6 +86,9 @@ DYING_PATIENCE_MS: Final = 5
 
 _log: Final = logging.getLogger(__name__)
 
+LOOKS_MAX: Final = 16
+"""At how many allocations one call of `reconcile` looks: in sum less than a millisecond."""
+
 SURVEY_AFTER_TRIES: Final = 6
 """From which try on a living init is explained by the processes that it may wait for."""
 
@@ -187,6 +190,10 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
         with calling("eventfd(2)"):
             self._nudge: Final = Descriptor(syscall(os.eventfd, 1, os.EFD_CLOEXEC))
         self._again: Final[set[str]] = set()
+        self._missed: Final[dict[str, Sighting]] = {}
+        """What was seen without an event, by allocation."""
+        self._to_look_at: list[str] = []
+        """What of the present round of looks is left."""
         self._has_said_blind = False
         self._on_close: Final = on_close
 
@@ -503,7 +510,40 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
             else:
                 names = self._take_again() if kind == "again" else [name]
                 seen += [o for o in map(self._look_at_scope, names) if o is not None]
+                seen += map(Observation._make, self._missed.items())
+                self._missed.clear()
         return seen
+
+    def reconcile(self) -> None:
+        """
+        Look at some allocations without an event; the next calls look at the others, in turn.
+
+        Events get lost: for want of memory, or of an inotify instance of the user. What is found is
+        reported by `observe`. Quick; to be called now and then, by the thread that observes.
+        """
+        # Keeps CRASH-20.
+        if not self._to_look_at:
+            self._to_look_at = list(self._allocations)
+        for name in self._to_look_at[:LOOKS_MAX]:
+            sighting = self._sighting_of(name)
+            if sighting is not None:
+                self._missed[name] = sighting
+                self._nudge_observer()
+        del self._to_look_at[:LOOKS_MAX]
+
+    def _sighting_of(self, name: str) -> Sighting | None:
+        """Say what nobody may have noticed of an allocation."""
+        allocation = self._allocations.get(name)
+        if allocation is None or not allocation.is_watched or allocation.is_released:
+            return None
+        try:
+            if allocation.anchor is not None and not allocation.anchor.is_alive():
+                return Sighting.INIT_DIED
+            # Not EMPTIED: a grace that runs already goes on.
+            is_gone = allocation.scope is not None and allocation.scope.is_gone()
+            return Sighting.CHANGED if is_gone else None
+        except (SyscallError, ValueError):  # it is being released, or cannot be read: next time
+            return None
 
     def is_over(self, allocation_id: str) -> bool:
         """Read whether the scope was used and is empty."""
@@ -710,6 +750,8 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
         allocation = self._allocations.get(name)
         if allocation is None or allocation.scope is None or allocation.is_released:
             return None
+        if name in self._over:  # what has changed is the mark that says so
+            return None
         try:
             if allocation.scope.is_over():
                 return Observation(name, Sighting.EMPTIED)
@@ -723,6 +765,9 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
     def _call_again(self, name: str) -> None:
         """Have `observe` called at once, to look at a scope that need not report anything."""
         self._again.add(name)
+        self._nudge_observer()
+
+    def _nudge_observer(self) -> None:
         self._watch.remove(_AGAIN)
         self._watch.add(_AGAIN, self._nudge.fileno(), ScopeWatch.DEATH)
 

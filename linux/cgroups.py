@@ -41,6 +41,7 @@ from transport.descriptors import Descriptor
 
 from .mountinfo import MOUNTINFO, mount_lines, parse_mount
 from .syscalls import (
+    IN_ATTRIB,
     IN_DELETE,
     IN_ONLYDIR,
     IN_Q_OVERFLOW,
@@ -660,6 +661,8 @@ class ScopeWatch(Generic[Key]):
         """
         Watch for the removal of a scope; `poll` returns its key once more then.
 
+        Also when its attributes change: it has another owner, perhaps.
+
         To be called before the scope's descriptor is added: if that can be opened, no removal was
         missed.
 
@@ -681,7 +684,8 @@ class ScopeWatch(Generic[Key]):
                     undo.pop_all()
                 self._inotify = inotify
             # Each time, because a slice can be removed and made again; it is the same watch if not.
-            watch = inotify_add_watch(self._inotify, scope.parent, IN_DELETE | IN_ONLYDIR)
+            events = IN_DELETE | IN_ATTRIB | IN_ONLYDIR
+            watch = inotify_add_watch(self._inotify, scope.parent, events)
             self._forget_removal(key)
             self._places[key] = place = (watch, scope.name)
             self._removals[place] = key

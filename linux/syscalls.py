@@ -68,6 +68,8 @@ RESOLVE_NO_MAGICLINKS: Final = 0x02
 RESOLVE_BENEATH: Final = 0x08
 
 # sys/inotify.h: events of a directory.
+IN_ATTRIB: Final = 0x4
+"""Attributes of something in it were changed."""
 IN_DELETE: Final = 0x200
 """Something in it was removed."""
 IN_Q_OVERFLOW: Final = 0x4000

@@ -1,9 +1,12 @@
-"""Notice that what a running provider stands on was taken away: its files, its cgroup, its socket.
+"""Compare what a running provider believes with the node: its files, its cgroups, its allocations.
 
 What holds the provider's knowledge is made again: the state directory, from what the open journal
 still has, and the anchors' cgroup. A socket file that is gone is not: consumers find nothing at the
 path and serve themselves, and another provider may have been put there. Then this one stops;
 everything that is alive stays alive for the next one, which the service manager starts.
+
+It is looked at, once a second, and not waited for by inotify: that watches an inode, and says
+nothing when a directory above it is moved, or when something is mounted over it.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from ..journal import JournalError
 from ..syscalls import SyscallError
 
 PERIOD_S: Final = 1.0
-"""How often it is looked at: six calls of stat(2), lstat(2) and fstat(2)."""
+"""How often it is looked at: six calls of stat(2) and its like, and some for each allocation."""
 
 _log: Final = logging.getLogger(__name__)
 
@@ -36,6 +39,8 @@ class PlaceLost(Exception):
 class PlaceWatch:
     """
     Looks every `PERIOD_S` whether files, cgroup and socket are still this provider's.
+
+    Each time it has the backend look at some allocations as well.
 
     Args:
         backend: Whose state directory and anchors' cgroup are kept.
@@ -80,6 +85,7 @@ class PlaceWatch:
             mended = self._backend.hold_place()
         except (JournalError, InstanceBusy, SyscallError, OSError) as error:
             raise PlaceLost(str(error)) from error
+        self._backend.reconcile()
         for what in mended:
             extra = {"event": "made_again", "fields": {}}
             _log.warning("%s by another program; it was made again", what, extra=extra)

@@ -20,15 +20,17 @@ from typing import Any, Final
 import pytest
 
 from linux.anchor import ANCHOR_VARIABLE, Anchor, boot_id
-from linux.backend import LinuxBackend, NodeSettings
+from linux.backend import LOOKS_MAX, LinuxBackend, NodeSettings
 from linux.cgroups import (
     ALLOCATION_ATTRIBUTE,
+    OWNER_ATTRIBUTE,
     STATE_ATTRIBUTE,
     WORKLOAD_SLICE,
     Scope,
     ScopeError,
     remove_cgroup,
 )
+from linux.cli.place import PlaceWatch
 from linux.features import Features
 from linux.instance import (
     CHANGES_ATTRIBUTE,
@@ -71,7 +73,7 @@ from statemachine.messages import NamespaceRequest
 from tests.support.forging import process_state
 from tests.support.programs import run_program
 from transport.calls import hook_syscalls
-from transport.contract import Adoption
+from transport.contract import Adoption, Sighting
 from transport.testing.peer import wait_until
 
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -682,6 +684,102 @@ def test_what_was_removed_under_a_provider_is_made_again(
         second.state_dir = world.state_dir
         with pytest.raises(JournalBusy):
             second.launch()
+
+
+# --- What no event has said --------------------------------------------------------------------
+
+
+def kill_init(world: LinuxWorld, name: str) -> None:
+    pid = world.init_of(name)
+    world.kill_init(name)
+    eventually(lambda: not is_alive(pid))
+
+
+def remove_scope(world: LinuxWorld, name: str) -> None:
+    world.remove_scope(name)
+
+
+def give_to_another(world: LinuxWorld, name: str) -> None:
+    os.setxattr(world.scope(name), OWNER_ATTRIBUTE, b"another")
+
+
+LOSSES: Final = {
+    kill_init: Sighting.INIT_DIED,
+    remove_scope: Sighting.CHANGED,
+    give_to_another: Sighting.CHANGED,
+}
+
+
+def tidy_lost(world: LinuxWorld, name: str) -> None:
+    world.release(name)
+    if world.has_scope(name):
+        world.remove_scope(name)
+
+
+@pytest.mark.needs_root
+@pytest.mark.clause("CRASH-20", "END-21")
+@pytest.mark.parametrize("lose", LOSSES, ids=lambda lose: lose.__name__)
+def test_what_an_allocation_has_lost_is_seen_without_an_event(
+    tmp_path: Path,
+    cgroup2: Path,
+    image_root: Path,
+    allocation_id: str,
+    lose: Callable[[LinuxWorld, str], None],
+) -> None:
+    with real(tmp_path, cgroup2, image_root) as world:
+        backend = world.program_now
+        names = [f"{allocation_id}-{number}" for number in range(LOOKS_MAX + 2)]
+        for name in names:
+            backend.create_namespaces(NamespaceRequest(name, LIGHT))
+            backend.watch(name)
+        eventually(lambda: not backend.observe())
+        *_, last = names
+        for kind in ("scope", "anchor"):
+            backend._watch.remove((kind, last))  # type: ignore[arg-type]
+        lose(world, last)
+        assert backend.observe() == []
+        place = PlaceWatch(backend, tmp_path / "no socket", lambda: None)
+        place.look()
+        assert backend.observe() == []
+        place.look()  # at the others
+        assert backend.observe() == [(last, LOSSES[lose])]
+        assert backend.is_over(last) is (lose is not kill_init)
+        assert backend.observe() == []
+        for name in names:
+            tidy_lost(world, name)
+
+
+@pytest.mark.needs_root
+@pytest.mark.clause("CRASH-20")
+@pytest.mark.parametrize("lose", LOSSES, ids=lambda lose: lose.__name__)
+def test_what_an_allocation_has_lost_is_reported_by_an_event(
+    tmp_path: Path,
+    cgroup2: Path,
+    image_root: Path,
+    allocation_id: str,
+    lose: Callable[[LinuxWorld, str], None],
+) -> None:
+    with real(tmp_path, cgroup2, image_root) as world:
+        world.backend.create_namespaces(NamespaceRequest(allocation_id, LIGHT))
+        world.backend.watch(allocation_id)
+        eventually(lambda: not world.program_now.observe())  # what it is at first is reported
+        lose(world, allocation_id)
+        is_init = lose is kill_init
+        world.sees(allocation_id, Sighting.INIT_DIED if is_init else Sighting.EMPTIED)
+        tidy_lost(world, allocation_id)
+
+
+@pytest.mark.needs_root
+def test_the_mark_of_an_end_is_no_sighting(
+    tmp_path: Path, cgroup2: Path, image_root: Path, allocation_id: str
+) -> None:
+    with real(tmp_path, cgroup2, image_root) as world:
+        world.backend.create_namespaces(NamespaceRequest(allocation_id, LIGHT))
+        world.backend.watch(allocation_id)
+        eventually(lambda: not world.program_now.observe())
+        world.backend.record_ended(allocation_id)
+        assert world.program_now.observe() == []
+        world.release(allocation_id)
 
 
 # --- From elsewhere ----------------------------------------------------------------------------
