@@ -355,11 +355,11 @@ class Soak:
         return self._daemon._is_ready()
 
     def _listen(self, wait_s: float = 0.02) -> None:
-        """Take the reports and the log that have come, and bury whoever has died."""
+        """Take the reports and the log that have come, and reap the members that have died."""
         select.select([self._reports.read_end, self._log.read_end], [], [], wait_s)
         for line in self._log.lines():
             self._hear_log(line)
-        # Whoever is dead now has said all that it will: it is looked for before.
+        # Before the reports are read: a member that is dead now has made all of its own.
         dead = [member for member in self._crew if os.waitid(os.P_PID, member, _LOOK) is not None]
         for line in self._reports.lines():
             self.ledger.take(*json.loads(line))

@@ -532,7 +532,7 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
         del self._to_look_at[:LOOKS_MAX]
 
     def _sighting_of(self, name: str) -> Sighting | None:
-        """Say what nobody may have noticed of an allocation."""
+        """Say what may have gone unnoticed of an allocation."""
         allocation = self._allocations.get(name)
         if allocation is None or not allocation.is_watched or allocation.is_released:
             return None

@@ -425,7 +425,7 @@ def test_without_a_provider_it_serves_itself_and_says_so_loudly(
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.clause("SELF-14")
+@pytest.mark.clause("SELF-16")
 def test_on_a_node_without_a_provider_none_is_asked_and_nothing_is_said(
     daemon: Daemon, words: tuple[str, ...], allocation_id: str
 ) -> None:

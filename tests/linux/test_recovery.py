@@ -692,7 +692,7 @@ def test_what_was_removed_under_a_provider_is_made_again(
 def kill_init(world: LinuxWorld, name: str) -> None:
     pid = world.init_of(name)
     world.kill_init(name)
-    eventually(lambda: not is_alive(pid))
+    wait_until(lambda: not is_alive(pid))
 
 
 def remove_scope(world: LinuxWorld, name: str) -> None:
@@ -732,7 +732,7 @@ def test_what_an_allocation_has_lost_is_seen_without_an_event(
         for name in names:
             backend.create_namespaces(NamespaceRequest(name, LIGHT))
             backend.watch(name)
-        eventually(lambda: not backend.observe())
+        wait_until(lambda: not backend.observe())
         *_, last = names
         for kind in ("scope", "anchor"):
             backend._watch.remove((kind, last))  # type: ignore[arg-type]
@@ -762,7 +762,7 @@ def test_what_an_allocation_has_lost_is_reported_by_an_event(
     with real(tmp_path, cgroup2, image_root) as world:
         world.backend.create_namespaces(NamespaceRequest(allocation_id, LIGHT))
         world.backend.watch(allocation_id)
-        eventually(lambda: not world.program_now.observe())  # what it is at first is reported
+        wait_until(lambda: not world.program_now.observe())  # what it is at first is reported
         lose(world, allocation_id)
         is_init = lose is kill_init
         world.sees(allocation_id, Sighting.INIT_DIED if is_init else Sighting.EMPTIED)
@@ -776,7 +776,7 @@ def test_the_mark_of_an_end_is_no_sighting(
     with real(tmp_path, cgroup2, image_root) as world:
         world.backend.create_namespaces(NamespaceRequest(allocation_id, LIGHT))
         world.backend.watch(allocation_id)
-        eventually(lambda: not world.program_now.observe())
+        wait_until(lambda: not world.program_now.observe())
         world.backend.record_ended(allocation_id)
         assert world.program_now.observe() == []
         world.release(allocation_id)

@@ -430,7 +430,7 @@ def test_without_a_provider_the_consumer_serves_itself_loudly_and_in_time(
     assert reason in warning.getMessage()
 
 
-@pytest.mark.clause("SELF-14")
+@pytest.mark.clause("SELF-16")
 def test_a_consumer_without_a_path_asks_no_provider_and_complains_of_none(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -315,7 +315,7 @@ class Exchange:
 
     def try_to_connect(self, deadline: float) -> bool:
         """Connect, without waiting; False: there is no room yet, and it is worth another try."""
-        # Keeps SELF-14.
+        # Keeps SELF-16.
         if self.path is None:
             self.not_connected(SocketUnavailable(_STANDALONE))
             return True
@@ -460,7 +460,7 @@ class Exchange:
             self._arrived.close()
 
     def _report_fallback(self, effect: do.ReportFallback) -> None:
-        # Keeps SELF-4, SELF-14.
+        # Keeps SELF-4, SELF-16.
         self.fallback = effect.error
         if self.path is None:
             return
