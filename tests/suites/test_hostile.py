@@ -390,7 +390,7 @@ STRANGERS: Final = {
     "stranger: says to be root": Case([forged_credentials, polite], TURNED_AWAY, OTHER),
     "stranger: descriptors": Case([descriptors(NEVER, 3, _devnull), polite], TURNED_AWAY, OTHER),
     "stranger: hangs up": Case([hangs_up, polite], (), OTHER),
-    "stranger: nobody": Case([NEVER, polite], TURNED_AWAY, 65_534),
+    "stranger: uid 65534": Case([NEVER, polite], TURNED_AWAY, 65_534),
 }
 
 CASES: Final = dict(_cases())
