@@ -278,9 +278,11 @@ class SimulatedPlace:
     def go_on_after(self, error: BaseException) -> None:
         if not self._is_dead:
             raise error
-        self.crashes += 1
-        self.stop()
-        self.start()
+        while self._is_dead:
+            self.crashes += 1
+            self.stop()
+            with suppress(SimulatedCrash):  # so early, that there is another to be started
+                self.start()
 
     def stop(self) -> None:
         self.provider.stop()

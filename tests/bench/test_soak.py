@@ -64,6 +64,15 @@ def test_the_first_line_says_what_was_not_reached() -> None:
     assert "--seed 7" in ran.stdout.splitlines()[-1]
 
 
+def test_a_program_that_dies_while_it_starts_is_started_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(lives, "STEPS_TO_CRASH", 8)
+    report = simulated(SHORT_S, 7)
+    assert report["broken"] == []
+    assert report["done"]["crashes of the provider"] > report["fates"]["message"]
+
+
 # --- Something is broken -----------------------------------------------------------------------
 
 LEAKING: Final = f"""
