@@ -1,10 +1,13 @@
-"""Replace a file in one step, and read one: never half of it, and never waiting for a pipe."""
+"""Replace a file in one step, read one without waiting for a pipe, lock one against others."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import select
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -16,6 +19,12 @@ from .syscalls import calling
 
 READ_BYTES_MAX: Final = 65536
 """What is longer is none of the files that are read here."""
+
+LEFT_ATTEMPTS_MAX: Final = 100
+"""How often to try to lock what a dead process has locked."""
+
+LEFT_PAUSE_MS: Final = 20
+"""Pause between two attempts."""
 
 
 def read_file(path: Path) -> str:
@@ -65,3 +74,31 @@ def replace_file(path: Path, text: str, mode: int | None = None) -> os.stat_resu
             syscall(draft.unlink)
         raise
     return status
+
+
+def try_lock(file: Descriptor, kind: int, holder: Callable[[], int | None]) -> bool:
+    """
+    Lock an open file or directory, flock(2), if no living process has locked it.
+
+    A program that is killed while it starts another one leaves its locks with that one, until it
+    executes something. That is waited for, for a bounded time.
+
+    Args:
+        file: Lent; closing it unlocks.
+        kind: LOCK_SH or LOCK_EX.
+        holder: Says which process locked it, as far as it is known.
+
+    Raises:
+        OSError: it cannot be locked at all.
+    """
+    for _ in range(LEFT_ATTEMPTS_MAX):
+        try:
+            syscall(fcntl.flock, file.fileno(), kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = holder()
+            if pid is None or syscall(Path(f"/proc/{pid}").exists):
+                break
+            select.poll().poll(LEFT_PAUSE_MS)
+        else:
+            return True
+    return False

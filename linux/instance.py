@@ -20,6 +20,7 @@ import json
 import os
 import select
 import uuid
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ from .cgroups import (
     end_scope,
     read_attribute,
 )
+from .files import try_lock
 
 PROVIDER_ATTRIBUTE: Final = "user.nshandoff.provider"
 """Extended attribute of the anchors' cgroup: the provider that locked it last, as JSON."""
@@ -325,6 +327,10 @@ def release_ownerless(path: Path) -> bool:
 
 
 def _lock(root: Path, name: str) -> Descriptor:
+    def holder() -> int | None:
+        note = provider_of(root, name)
+        return None if note is None else note.pid
+
     for _ in range(LOCK_ATTEMPTS_MAX):
         path = anchor_cgroup(root, name)
         try:
@@ -332,7 +338,7 @@ def _lock(root: Path, name: str) -> Descriptor:
         except FileNotFoundError:
             continue  # removed since
         try:
-            if not _is_locked_now(directory, path, fcntl.LOCK_EX):
+            if not _is_locked_now(directory, path, fcntl.LOCK_EX, holder):
                 raise InstanceBusy(path, provider_of(root, name))
             if is_open_as(path, directory):
                 return directory
@@ -352,15 +358,14 @@ def _opened(path: Path) -> Descriptor:
         raise ScopeError.of("open(2)", error, path) from error
 
 
-def _is_locked_now(directory: Descriptor, path: Path, kind: int) -> bool:
+def _is_locked_now(
+    directory: Descriptor, path: Path, kind: int, holder: Callable[[], int | None] = lambda: None
+) -> bool:
     """Lock a directory; False if another process has locked it."""
     try:
-        syscall(fcntl.flock, directory.fileno(), kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        return try_lock(directory, kind, holder)
     except OSError as error:
         raise ScopeError.of("flock(2)", error, path) from error
-    return True
 
 
 def _attribute(path: Path, name: str) -> str | None:

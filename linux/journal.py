@@ -39,6 +39,7 @@ from statemachine.provider import REMEMBERED_MAX
 from transport.calls import syscall
 from transport.descriptors import Descriptor
 
+from .files import try_lock
 from .instance import instance_of, is_open_as
 
 JOURNAL_NAME: Final = "journal.sqlite3"
@@ -544,11 +545,11 @@ def lock_directory(state_dir: Path) -> Descriptor:
 
 def _hold(lock: Descriptor, path: Path) -> None:
     try:
-        syscall(fcntl.flock, lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise JournalBusy(path, _holder_of(lock)) from None
+        is_locked = try_lock(lock, fcntl.LOCK_EX, lambda: _holder_of(lock))
     except OSError as error:
         raise JournalUnavailable(path, error.strerror or str(error)) from error
+    if not is_locked:
+        raise JournalBusy(path, _holder_of(lock))
     # The file is never removed: that would let two providers lock two files of one name. The pid
     # in it is for people, and a full disk has no room for it; only the lock keeps others out.
     with suppress(OSError):

@@ -586,6 +586,46 @@ def test_a_second_provider_has_no_power_over_the_first(
         world.start()
 
 
+KILLED_WHILE_IT_STARTS_ANOTHER: Final = """
+import os, signal, sys, time
+from pathlib import Path
+from linux.instance import Instance
+from linux.journal import Journal
+state_dir, root = map(Path, sys.argv[1:3])
+journal = Journal(state_dir, "boot")
+instance = Instance.lock(root, journal.instance, state_dir)
+reading, writing = os.pipe()
+if os.fork() == 0:
+    os.close(writing)
+    os.read(reading, 1)  # until the other one is dead
+    {"anchors": journal._lock, "journal": instance}[sys.argv[3]].close()
+    print(flush=True)
+    time.sleep(0.5)
+    os._exit(0)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.needs_root
+@pytest.mark.clause("CRASH-10", "CRASH-15")
+@pytest.mark.parametrize("lock", ["journal", "anchors"])
+def test_a_lock_that_a_killed_provider_has_left_to_a_child_is_waited_for(
+    tmp_path: Path, cgroup2: Path, image_root: Path, lock: str
+) -> None:
+    world = LinuxWorld(tmp_path, cgroup2, image_root)
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED_WHILE_IT_STARTS_ANOTHER, world.state_dir, cgroup2, lock],
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+    ) as killed:
+        assert killed.stdout is not None
+        assert killed.stdout.readline() == b"\n"
+        assert killed.wait() == -signal.SIGKILL
+        assert (lock == "anchors") is is_locked(cgroup2, instance_of(world.state_dir))
+        world.start()
+        world.close()
+
+
 @pytest.mark.needs_root
 @pytest.mark.clause("CRASH-15")
 def test_an_instance_is_locked_while_its_provider_runs(cgroup2: Path, tmp_path: Path) -> None:
