@@ -136,7 +136,7 @@ class Crew:
         self._held.append(held)
 
     def _again(self, held: Held) -> None:
-        """Ask for it again; if no connection is left for it, this is the connection from now on."""
+        """Ask for it again; without a connection for it, that is the connection from now on."""
         if held.loose_since is not None and self._place.clock() - held.loose_since > LOOSE_S:
             self._end(held)
             return

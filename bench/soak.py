@@ -222,7 +222,7 @@ def in_isolation(seconds: float, seed: int) -> dict[str, Any]:
 
 class Soak:
     """
-    A provider, its crew, and what befalls them.
+    A provider, its crew, and what happens to them.
 
     Args:
         folder: its own.
@@ -314,7 +314,7 @@ class Soak:
             os.kill(pid, signal.SIGTERM)
         self._await(lambda: not self._crew, "the crew finishes")
         self._await(self._is_ready, "the provider is ready")
-        # What floods have left, which has no connection, and no one to end it.
+        # What floods have left, which has no consumer to end it.
         left = self._daemon.alive()
         self.done["allocations that floods left"] = len(left)
         for name in left:
@@ -355,16 +355,16 @@ class Soak:
         return self._daemon._is_ready()
 
     def _listen(self, wait_s: float = 0.02) -> None:
-        """Take the reports and the log that have come, and reap the members that have died."""
+        """Take the reports and the log that have come, and replace consumers that have died."""
         select.select([self._reports.read_end, self._log.read_end], [], [], wait_s)
         for line in self._log.lines():
             self._hear_log(line)
-        # Before the reports are read: a member that is dead now has made all of its own.
+        # A consumer that is dead now has said all that it will, so it is looked for first.
         dead = [member for member in self._crew if os.waitid(os.P_PID, member, _LOOK) is not None]
         for line in self._reports.lines():
             self.ledger.take(*json.loads(line))
         for pid in dead:
-            self._bury(pid)
+            self._replace(pid)
 
     def _hear_log(self, line: bytes) -> None:
         if b'"level": "info"' in line:
@@ -413,14 +413,14 @@ class Soak:
         self.done["kills of consumers"] += 1
         return self._rng.expovariate(1 / CONSUMER_LIVES_S)
 
-    def _bury(self, pid: int) -> None:
+    def _replace(self, pid: int) -> None:
         """Have another consumer go on with what a dead one had."""
         os.waitpid(pid, 0)
         member = self._crew.pop(pid)
         if not self._is_stopping or self.ledger.has_any(member):
             self._start_member(heir_of=member)
 
-    # What befalls them.
+    # What happens to them.
 
     def _sample(self) -> float:
         for name, value in process_figures(self._daemon.pid).items():
