@@ -2,8 +2,8 @@
 
 A canary is a change of a few words in a source file. It is what a careful programmer might do who
 has not thought of one thing: what upstream really did, what the documentation of a call does not
-say, what a table makes easy to forget. In the working tree nothing is changed: a canary lives in a
-house of its own (`canaries_cage`), where its layer is let loose on it.
+say, what a table makes easy to forget. In the working tree nothing is changed: a layer runs on a
+copy of it that has the bug (`canaries_tree`).
 
 A canary that is not caught is a hole in the suite. One whose words do not fit the source any more
 is an error as well: it protects nothing.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
-from tests.campaign.canaries_cage import Change, Verdict, run_changed
+from tests.campaign.canaries_tree import Change, Verdict, run_changed
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Layer:
     is_linux: bool = False
     """Whether it makes real namespaces, cgroups or mounts."""
 
-    def unleash(self, changes: tuple[Change, ...] = (), seed: int = 0) -> Verdict:
-        """Let it loose on a house where the source reads otherwise."""
+    def run(self, changes: tuple[Change, ...] = (), seed: int = 0) -> Verdict:
+        """Run it on a copy of the tree where the source reads otherwise."""
         changed: dict[str, str] = {}
         for change in changes:
             changed[change.path] = change.applied(changed.get(change.path))

@@ -27,8 +27,8 @@ def run(seed: int, name: str, seeds: int, is_also: bool = False) -> Outcome:
     """Let a canary's layer loose on the source as it is, and then on the canary."""
     canary = BY_NAME[name]
     layer = canary.also if is_also and canary.also is not None else canary.layer
-    clean = layer.unleash(seed=seed)
-    found = [layer.unleash(canary.changes, seed + number) for number in range(seeds)]
+    clean = layer.run(seed=seed)
+    found = [layer.run(canary.changes, seed + number) for number in range(seeds)]
     caught = [verdict for verdict in found if verdict.finding is not None]
     is_killed = clean.finding is None and len(caught) == len(found)
     outcome = Outcome(

@@ -96,7 +96,7 @@ def tests(*selected: str) -> Layer:
 def _run_pytest(arguments: list[str]) -> None:
     first, folder = _FirstFailure(), Path.cwd() / "basetemp"
     options = ["-x", "-q", "-p", "no:randomly", "-p", "no:cacheprovider", f"--basetemp={folder}"]
-    # Hypothesis is imported already, here and in every house; pytest would make a warning of it.
+    # Hypothesis is imported already, here and in every fork; pytest would make a warning of it.
     options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
     status = pytest.main([*options, *arguments], plugins=[first])
     _remove_anchor_cgroups(folder)

@@ -12,8 +12,8 @@ import pytest
 
 from specs import model
 from tests.campaign.canaries import CANARIES, UPSTREAM, Canary, Layer
-from tests.campaign.canaries_cage import ROOT, Change, Misfit, run_changed
 from tests.campaign.canaries_campaign import again
+from tests.campaign.canaries_tree import ROOT, Change, Misfit, run_changed
 
 LAYERS = tuple(dict.fromkeys(canary.layer for canary in CANARIES))
 
@@ -40,14 +40,14 @@ ALL = [
 @pytest.mark.parametrize("layer", LAYERS, ids=name_of)
 def test_a_layer_finds_nothing_where_nothing_is_wrong(layer: Layer) -> None:
     expect_able(layer)
-    verdict = layer.unleash()
+    verdict = layer.run()
     assert verdict.finding is None, verdict.account
 
 
 @pytest.mark.parametrize("canary", ALL)
 def test_a_canary_is_caught(canary: Canary) -> None:
     expect_able(canary.layer)
-    verdict = canary.layer.unleash(canary.changes)
+    verdict = canary.layer.run(canary.changes)
     assert verdict.finding is not None, f"{canary.layer.name} does not see that {canary.name}"
 
 
@@ -93,7 +93,7 @@ def test_what_dies_has_found_something() -> None:
     assert verdict.finding == "its process died"
 
 
-def test_a_change_is_seen_in_the_house_alone() -> None:
+def test_a_change_is_seen_in_its_copy_alone() -> None:
     changed = {"specs/model.py": "def nothing():\n    raise ValueError('here')\n"}
     assert run_changed(changed, "specs.model:nothing").finding == "ValueError: here"
     assert not hasattr(model, "nothing")

@@ -1,9 +1,9 @@
-"""A house of its own for one change of the source, and a process that lives in it.
+"""Run a function of the suite on a changed copy of the source tree, in a process of its own.
 
-The house is a folder with everything that the repository has, by link, except for the package that
-is changed, which is a copy. What runs in it finds it in front of everything else, and so do the
-programs that it starts. The process is forked from this one, which is warm: what is not ours is
-imported already, and what is ours is imported anew.
+The copy is a directory that links to everything in the repository, except for the package that is
+changed, which is copied. What runs there imports from the copy, and so do the programs that it
+starts. The process is forked from this one, to save time: other packages are imported already, and
+ours are imported anew.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ class Change:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of a run in a house."""
+    """What came of a run on a changed tree."""
 
     finding: str | None
     """What was found wrong, in one line; None if nothing was."""
     seconds: float
-    """How long that took, without the way into the house and the preparations."""
+    """How long that took, without the making of the tree and the preparations."""
     account: str = ""
     """All of it, to be read when the finding is a surprise."""
 
@@ -82,17 +82,17 @@ def run_changed(
 
     Args:
         changed: what files of ours read there, by their path from the root.
-        call: `module:function`; imported in the house. It prepares, and returns what is to be
+        call: `module:function`; imported from the copy. It prepares, and returns what is to be
             run. What either raises is the finding.
         arguments: for the function; as JSON can say them.
         deadline_s: after that it is killed, and has been found to hang.
     """
-    with _house(changed) as house, tempfile.TemporaryFile() as said:
+    with _copy(changed) as copy, tempfile.TemporaryFile() as said:
         read_end, write_end = os.pipe()
         pid = os.fork()
         if pid == 0:
             os.close(read_end)
-            _live(house, said.fileno(), write_end, call, arguments)
+            _run(copy, said.fileno(), write_end, call, arguments)
         os.close(write_end)
         try:
             report = _await_report(read_end, deadline_s)
@@ -122,23 +122,23 @@ def _await_report(read_end: int, deadline_s: float) -> bytes | None:
 
 
 @contextmanager
-def _house(changed: dict[str, str]) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="nsh-cage-") as folder:
-        house = Path(folder)
+def _copy(changed: dict[str, str]) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="nsh-tree-") as folder:
+        copy = Path(folder)
         packages = {Path(path).parts[0] for path in changed}
         for entry in ROOT.iterdir():
             if entry.name in packages:
                 # With what is compiled already: it is known by the time and size of its source.
-                shutil.copytree(entry, house / entry.name)
+                shutil.copytree(entry, copy / entry.name)
             elif not entry.name.startswith(".") and entry.name not in _UNSHARED:
-                (house / entry.name).symlink_to(entry)
+                (copy / entry.name).symlink_to(entry)
         for path, source in changed.items():
-            (house / path).write_text(source, encoding="utf-8")
-        yield house
+            (copy / path).write_text(source, encoding="utf-8")
+        yield copy
 
 
-def _live(house: Path, said: int, write_end: int, call: str, arguments: Any) -> NoReturn:
-    """Be the process in the house, to its end; whatever happens, it is not this program's end."""
+def _run(copy: Path, said: int, write_end: int, call: str, arguments: Any) -> NoReturn:
+    """Call the function in this process, a fork, and end it; never returns."""
     status = 1
     try:
         os.setpgid(0, 0)
@@ -146,7 +146,7 @@ def _live(house: Path, said: int, write_end: int, call: str, arguments: Any) -> 
             os.dup2(said, number)
         sys.stdout = sys.__stdout__ = os.fdopen(1, "w", closefd=False)
         sys.stderr = sys.__stderr__ = os.fdopen(2, "w", closefd=False)
-        _move_in(house)
+        _import_from(copy)
         report = _report(call, arguments)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -156,7 +156,7 @@ def _live(house: Path, said: int, write_end: int, call: str, arguments: Any) -> 
         os._exit(status)
 
 
-def _move_in(house: Path) -> None:
+def _import_from(copy: Path) -> None:
     """Forget everything of ours that is imported, and find it here from now on."""
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None) or ""
@@ -167,11 +167,11 @@ def _move_in(house: Path) -> None:
     # What a pytest around us has installed would rewrite the assertions of what is imported here.
     sys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != "AssertionRewritingHook"]
     importlib.invalidate_caches()
-    sys.path[:] = [str(house), *(p for p in sys.path if p != str(ROOT))]
+    sys.path[:] = [str(copy), *(p for p in sys.path if p != str(ROOT))]
     sys.dont_write_bytecode = True
-    os.environ["PYTHONPATH"] = str(house)
+    os.environ["PYTHONPATH"] = str(copy)
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-    os.chdir(house)
+    os.chdir(copy)
 
 
 def _report(call: str, arguments: Any) -> Verdict:
