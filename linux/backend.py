@@ -143,6 +143,8 @@ class _Allocation(StepwiseAllocation):
     """`cgroup.events`, while the allocation is watched."""
     hold: Descriptor | None = None
     """In self-service the lock of the scope, which shows that this process lives."""
+    seen: Sighting | None = None
+    """What was last seen of the scope."""
     tries: int = 0
     """How often the init has been killed."""
 
@@ -750,17 +752,23 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
         allocation = self._allocations.get(name)
         if allocation is None or allocation.scope is None or allocation.is_released:
             return None
-        if name in self._over:  # what has changed is the mark that says so
-            return None
+        before, allocation.seen = (
+            allocation.seen,
+            self._state_of_scope(allocation, allocation.scope),
+        )
+        if name in self._over and allocation.seen is before:
+            return None  # what has changed is the mark of its end
+        return Observation(name, allocation.seen)
+
+    def _state_of_scope(self, allocation: _Allocation, scope: Scope) -> Sighting:
         try:
-            if allocation.scope.is_over():
-                return Observation(name, Sighting.EMPTIED)
+            if scope.is_over():
+                return Sighting.EMPTIED
             self._watch_scope(allocation)
-            is_populated = allocation.scope.is_populated()
+            return Sighting.POPULATED if scope.is_populated() else Sighting.CHANGED
         except SyscallError:
             # It is there and could not be read; no descriptor is left, perhaps.
-            return Observation(name, Sighting.CHANGED)
-        return Observation(name, Sighting.POPULATED if is_populated else Sighting.CHANGED)
+            return Sighting.CHANGED
 
     def _call_again(self, name: str) -> None:
         """Have `observe` called at once, to look at a scope that need not report anything."""
