@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import gc
 import json
 import logging
 import os
@@ -179,6 +180,7 @@ def simulated(seconds: float, seed: int, wrap: Callable[[Backend], Any] = Reins)
     done["crashes of the provider"] = place.crashes
     place.stop()
     place.node.close()
+    gc.collect()  # a program that crashed has its descriptors for as long as its traceback
     if (after := process_figures("self")["descriptors"]) > before and not ledger.broken:
         ledger.breaks(f"descriptors: {before:.0f} before, {after:.0f} after")
     return {**ledger.outcome(time.monotonic() - started, rng), "done": dict(done)}
