@@ -15,6 +15,7 @@ import random
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -81,6 +82,7 @@ class Target:
         self._count = 0
         self.held: Final = daemon.obtain(f"{self.prefix}-held", PID, NET)
         self.is_served()
+        wait_until(lambda: self._resources() == self._resources(pause_s=0.2))
         self.resources = self._resources()
         """Descriptors and threads of the daemon at rest."""
 
@@ -130,7 +132,8 @@ class Target:
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.daemon.pid}/fd"))
 
-    def _resources(self) -> tuple[int, int]:
+    def _resources(self, pause_s: float = 0) -> tuple[int, int]:
+        time.sleep(pause_s)
         return self.descriptors(), len(os.listdir(f"/proc/{self.daemon.pid}/task"))
 
 

@@ -96,6 +96,7 @@ OUTSIDE: Final = {
 """What is not held to it, by how its path begins, and why."""
 
 BESIDE: Final = {
+    ("linux/__main__.py", "os.path.exists"): "before anything is imported; it never raises",
     ("linux/cgroups.py", "os.open"): "called by `open`, which went through `syscall`",
     ("linux/forge/child.py", "socket.socket"): "takes over a descriptor that is there",
 }
