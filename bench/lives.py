@@ -267,6 +267,10 @@ class SimulatedPlace:
             self._is_dead = True
             raise SimulatedCrash
 
+    def crash_no_more(self) -> None:
+        """Have the program live from now on."""
+        self._steps_left = 0
+
     def connect(self) -> Pipe:
         return self.provider.connect()
 

@@ -168,6 +168,7 @@ def simulated(seconds: float, seed: int, wrap: Callable[[Backend], Any] = Reins)
             done["hostile connections"] += 1
         ledger.fraction = None
         crew.finish()
+        place.crash_no_more()
         for number in range(4):
             with suppress(AllocationNotFound):
                 place.consumer().end(f"hostile-{number}", ANSWER_TIMEOUT_S)
