@@ -22,6 +22,8 @@
     shortage     what is short, and whose, when a system call fails for want of something
     sinks        log and trace lines, written without making the provider wait
     root         chroot and mount propagation
+    mountinfo    the table of mounts of this process
+    files        files that are replaced in one step, read without waiting, locked
     threads      a function in a thread of its own, whose namespaces it may change
     launch       the tool without the settings of a job, which keeps them all
     cli          the command `nshandoff`
