@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import _thread
 import signal
 import threading
 import time
-from types import FrameType
+from types import FrameType, SimpleNamespace
 
 import pytest
 
+from linux import threads
 from linux.syscalls import SyscallError
 from linux.threads import call_in_thread
 
@@ -46,6 +48,8 @@ def test_where_no_thread_can_be_started_that_is_said(monkeypatch: pytest.MonkeyP
     def refuse(*_: object) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr("_thread.start_new_thread", refuse)
+    # Only there: what else runs in this process may need a thread meanwhile.
+    mine = SimpleNamespace(allocate_lock=_thread.allocate_lock, start_new_thread=refuse)
+    monkeypatch.setattr(threads, "_thread", mine)
     with pytest.raises(SyscallError, match=r"pthread_create\(3\)"):
         call_in_thread(threading.get_ident)
