@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,12 +11,13 @@ from ..doctor import Finding, examine, repair
 from ..features import Features
 from ..journal import JournalError
 from ..syscalls import SyscallError
-from .exits import ExitCode, Failure
+from .exits import ExitCode, Failure, ended_by_sigpipe
 
 SCHEMA: Final = 1
 """Version of what `--json` prints; keys are added without a new one, never changed."""
 
 
+@ended_by_sigpipe()
 def doctor(options: argparse.Namespace) -> ExitCode:
     """
     Print what was found, after a repair if one was asked for.
@@ -28,7 +28,6 @@ def doctor(options: argparse.Namespace) -> ExitCode:
     Raises:
         Failure: ENVIRONMENT, there is no such state directory, or something cannot be read.
     """
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     state_dir, features = Path(options.state_dir), Features.probe()
     try:
         findings = examine(state_dir, features)

@@ -7,8 +7,10 @@ code. Imports next to nothing, so that `--help` stays quick.
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 from typing import Final, TextIO
 
@@ -66,6 +68,18 @@ class Interrupted(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number: Final = number
+
+
+@contextmanager
+def ended_by_sigpipe() -> Iterator[None]:
+    """Have the program end quietly if the reader of its output closes the pipe, as by head(1)."""
+    before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        yield
+        with suppress(OSError):  # what cannot be written is tried, and said, at the end
+            sys.stdout.flush()
+    finally:
+        signal.signal(signal.SIGPIPE, before)
 
 
 def print_error(text: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +16,7 @@ from ..features import Features
 from ..journal import JOURNAL_NAME, LOCK_NAME, JournalError, JournalUnavailable
 from ..survey import AllocationSeen, NodeSeen, survey_node
 from ..syscalls import SyscallError
-from .exits import ExitCode, Failure
+from .exits import ExitCode, Failure, ended_by_sigpipe
 
 SCHEMA: Final = 1
 """Version of what `--json` prints; keys are added without a new one, never changed."""
@@ -25,6 +24,7 @@ SCHEMA: Final = 1
 COLUMN_GAP: Final = "  "
 
 
+@ended_by_sigpipe()
 def list_allocations(options: argparse.Namespace) -> ExitCode:
     """
     Print the allocations of a state directory.
@@ -32,8 +32,6 @@ def list_allocations(options: argparse.Namespace) -> ExitCode:
     Raises:
         Failure: ENVIRONMENT, it is no state directory, or journal or Linux kernel cannot be read.
     """
-    # End quietly if the reader closes the pipe, as `head` does.
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     state_dir = Path(options.state_dir)
     try:
         features = Features.probe()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +34,7 @@ from transport.trace.records import LINE_BYTES_MAX
 
 from ..sinks import Sink
 from ..syscalls import calling
-from .exits import ExitCode, Failure
+from .exits import ExitCode, Failure, ended_by_sigpipe
 
 _log: Final = logging.getLogger(__name__)
 
@@ -61,6 +60,7 @@ def check(options: argparse.Namespace) -> ExitCode:
     return ExitCode.OK
 
 
+@ended_by_sigpipe()
 def show(options: argparse.Namespace) -> ExitCode:
     """
     Draw a trace, or what of it concerns one allocation, as a Mermaid sequence diagram.
@@ -68,8 +68,6 @@ def show(options: argparse.Namespace) -> ExitCode:
     Raises:
         Failure: ENVIRONMENT, the file cannot be read; NO, it is no trace.
     """
-    # End quietly if the reader closes the pipe, as `head` does.
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     with _lines_of(options.file) as lines:
         entries = (entry for _, _, entry in read_lines(lines))
         try:

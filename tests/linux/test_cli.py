@@ -388,3 +388,12 @@ def test_errors_that_cannot_be_written_change_no_exit_code(
         running(verb, "--socket", tmp_path / "absent", *rest, stderr=full) as program,
     ):
         assert program.wait(DEADLINE_S) == code
+
+
+def test_verbs_whose_output_may_be_cut_leave_signals_as_they_were(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGPIPE)
+    for verb in (("list",), ("doctor",)):
+        cli.main([*verb, "--state-dir", str(tmp_path)])
+        assert signal.getsignal(signal.SIGPIPE) == before
+    cli.main(["trace", "show", str(tmp_path)])
+    assert signal.getsignal(signal.SIGPIPE) == before
