@@ -68,7 +68,7 @@ CAMPAIGN: Final = Path(__file__).parent / "campaign"
 MakeImage = Callable[[Path, Mapping[str, str]], Path]
 
 WORKERS_MAX: Final = 4
-"""How many processes run tests with `-n auto`; never more than there are cores."""
+"""How many processes run tests with `-n auto`; at most one more than cores, as tests also wait."""
 
 session_census: Final = Session()
 _at_start: Final = pytest.StashKey[Census]()
@@ -127,7 +127,7 @@ def is_controller(config: pytest.Config) -> bool:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    return min(WORKERS_MAX, len(os.sched_getaffinity(0)))
+    return min(WORKERS_MAX, len(os.sched_getaffinity(0)) + 1)
 
 
 @pytest.hookimpl(optionalhook=True)
