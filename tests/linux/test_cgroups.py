@@ -73,11 +73,16 @@ def running(directory: Path, *command: str) -> Iterator[subprocess.Popen[bytes]]
     assert process.stdout is not None
     with process, process.stdout:
         try:
-            wait_until(lambda: is_member(process.pid, directory) or process.poll() is not None)
+            wait_until(lambda: is_member(process.pid, directory) or has_exited(process.pid))
             yield process
         finally:
             with suppress(ProcessLookupError):
                 process.kill()
+
+
+def has_exited(pid: int) -> bool:
+    """Whether a child has, without reaping it."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
 
 
 def is_member(pid: int, directory: Path) -> bool:
