@@ -774,8 +774,8 @@ CANARIES: Final = (
         "the lock is a file in the state directory",
         _recovery("test_a_second_provider_has_no_power_over_the_first", is_linux=True),
         "linux/instance.py",
-        "            if not _is_locked_now(directory, path, fcntl.LOCK_EX):\n",
-        "            if not _is_locked_now(directory, path, fcntl.LOCK_UN):\n",
+        "            if not _is_locked_now(directory, path, fcntl.LOCK_EX, holder):\n",
+        "            if not _is_locked_now(directory, path, fcntl.LOCK_UN, holder):\n",
     ),
     _bug(
         "any user can keep the journal from being written",

@@ -76,6 +76,13 @@ def test_there_are_canaries_of_every_kind() -> None:
     assert min(packages[name] for name in ("statemachine", "transport", "linux")) >= 5
 
 
+def test_every_canary_fits_the_source() -> None:
+    for canary in CANARIES:
+        changed: dict[str, str] = {}
+        for change in canary.changes:
+            changed[change.path] = change.applied(changed.get(change.path))
+
+
 @pytest.mark.parametrize("old", ["these words stand nowhere", "import"])
 def test_a_canary_that_does_not_fit_the_source_is_an_error(old: str) -> None:
     with pytest.raises(Misfit, match="times, not once"):
