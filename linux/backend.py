@@ -752,10 +752,8 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
         allocation = self._allocations.get(name)
         if allocation is None or allocation.scope is None or allocation.is_released:
             return None
-        before, allocation.seen = (
-            allocation.seen,
-            self._state_of_scope(allocation, allocation.scope),
-        )
+        before = allocation.seen
+        allocation.seen = self._state_of_scope(allocation, allocation.scope)
         if name in self._over and allocation.seen is before:
             return None  # what has changed is the mark of its end
         return Observation(name, allocation.seen)
