@@ -1,15 +1,62 @@
-"""Call a function in a thread of its own, whose namespaces, root and directory it may change."""
+"""Call a function in a thread: in other namespaces, or so that no signal interrupts it."""
 
 from __future__ import annotations
 
 import _thread
 import errno
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Final, Generic, TypeVar
 
 from .syscalls import SyscallError
 
 T = TypeVar("T")
+
+
+class ThreadCall(Generic[T]):
+    """
+    A call of a function in a thread of its own, which is not waited for when the program ends.
+
+    Args:
+        function: What to call.
+        on_end: Called in that thread when the function has ended; must not raise.
+
+    Raises:
+        SyscallError: EAGAIN, no thread can be started; nothing was called.
+    """
+
+    def __init__(self, function: Callable[[], T], on_end: Callable[[], object]) -> None:
+        self._results: Final[list[T]] = []
+        self._errors: Final[list[BaseException]] = []
+
+        def run() -> None:
+            try:
+                self._results.append(function())
+            except BaseException as error:  # raised by `result`
+                self._errors.append(error)
+            finally:
+                on_end()
+
+        # Not Thread.start(), which can be interrupted before it knows its thread.
+        try:
+            _thread.start_new_thread(run, ())
+        except RuntimeError as error:  # all that Python says of it
+            raise SyscallError("pthread_create(3)", errno.EAGAIN) from error
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the function has returned or raised."""
+        return bool(self._results or self._errors)
+
+    def result(self) -> T:
+        """
+        Return what the function returned; it must have ended.
+
+        Raises:
+            BaseException: what the function raised.
+        """
+        if self._errors:
+            raise self._errors[0]
+        return self._results[0]
 
 
 def call_in_thread(function: Callable[[], T]) -> T:
@@ -26,29 +73,13 @@ def call_in_thread(function: Callable[[], T]) -> T:
         SyscallError: EAGAIN, no thread can be started; the function was not called.
         BaseException: what the function raised.
     """
-    results: list[T] = []
-    errors: list[BaseException] = []
-    # A lock, because Thread.start() and join() can be interrupted before they know their thread.
+    # A lock, because Thread.join() can be interrupted in a way that it does not survive.
     ended = _thread.allocate_lock()
     ended.acquire()
-
-    def run() -> None:
-        try:
-            results.append(function())
-        except BaseException as error:  # raised in the caller's thread
-            errors.append(error)
-        finally:
-            ended.release()
-
-    try:
-        _thread.start_new_thread(run, ())
-    except RuntimeError as error:  # all that Python says of it
-        raise SyscallError("pthread_create(3)", errno.EAGAIN) from error
+    call = ThreadCall(function, ended.release)
     try:
         ended.acquire()
     except BaseException:
         ended.acquire()
         raise
-    if errors:
-        raise errors[0]
-    return results[0]
+    return call.result()

@@ -26,8 +26,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from statemachine import effects as do
 from statemachine import events as on
@@ -110,11 +111,8 @@ def serve(options: argparse.Namespace) -> ExitCode:
 
 def _serve_logged(options: argparse.Namespace) -> ExitCode:
     try:
-        # Within the try: one that was pending stops it while the signals are being set.
         with Signals() as signals, ExitStack() as stack:
             _serve(options, signals, stack)
-    except Stopped as stopped:
-        _log_event("stopping", signal=_name_of(stopped.number))
     except _START_FAULTS as error:
         _log.error(
             "%s", _explained(error, options), extra=_as("start_failed", error=type(error).__name__)
@@ -130,8 +128,30 @@ def _serve_logged(options: argparse.Namespace) -> ExitCode:
     return ExitCode.OK
 
 
+@dataclass(frozen=True, slots=True)
+class _Service:
+    """What is made before requests are served."""
+
+    provider: Provider
+    readiness: Readiness
+    ready_socket: ReadySocket
+    trace: TraceFile | None
+    place: PlaceWatch | None
+
+
 def _serve(options: argparse.Namespace, signals: Signals, stack: ExitStack) -> None:
     """Start the provider and run it; the stack closes what was opened."""
+    try:
+        service = signals.wait_for(lambda: _start(options, stack))
+    except Stopped as stopped:
+        _log_event("stopping", signal=_name_of(stopped.number))
+        if stopped.has_hung:
+            _leave("what it does to start hangs and is left to the kernel")
+        return
+    asyncio.run(_run(service, signals))
+
+
+def _start(options: argparse.Namespace, stack: ExitStack) -> _Service:
     descriptors, oom_score_adj = raise_descriptor_limit(), protect_from_oom_killer()
     _log_event(
         "starting",
@@ -178,7 +198,7 @@ def _serve(options: argparse.Namespace, signals: Signals, stack: ExitStack) -> N
     )
     events.kernel = provider.kernel
     stack.callback(readiness.withdraw)
-    asyncio.run(_run(provider, readiness, ready_socket, signals, trace, place))
+    return _Service(provider, readiness, ready_socket, trace, place)
 
 
 def _limits(options: argparse.Namespace, descriptors: int) -> Limits:
@@ -220,14 +240,10 @@ def _all(observers: list[Observer]) -> Observer:
     return observe
 
 
-async def _run(
-    provider: Provider,
-    readiness: Readiness,
-    ready_socket: ReadySocket,
-    signals: Signals,
-    trace: TraceFile | None,
-    place: PlaceWatch | None,
-) -> None:
+async def _run(service: _Service, signals: Signals) -> None:
+    provider, place, trace = service.provider, service.place, service.trace
+    readiness, ready_socket = service.readiness, service.ready_socket
+
     def announce() -> None:
         readiness.announce()
         ready_socket.announce()
@@ -261,11 +277,16 @@ async def _run(
     if provider.has_hung:
         # The socket is closed, and allocations stay alive. Closing the backend could wait for the
         # work that hangs (an image on a file server that is gone, for example).
-        _log.warning("backend work hangs and is left to the kernel", extra=_as("stopped"))
-        logging.shutdown()
-        os._exit(ExitCode.OK)
+        _leave("backend work hangs and is left to the kernel")
     if watching is not None and watching.done() and not watching.cancelled():
         watching.result()  # PlaceLost
+
+
+def _leave(why: str) -> NoReturn:
+    """End the program at once, whatever its threads do."""
+    _log.warning(why, extra=_as("stopped"))
+    logging.shutdown()
+    os._exit(ExitCode.OK)
 
 
 def _name_of(number: int) -> str:

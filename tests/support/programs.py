@@ -135,11 +135,18 @@ class Daemon:
         return self.program is not None and self.program.poll() is None
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """Send it a signal and wait for its end."""
+        """Send it a signal and wait for its end; what does not end is killed."""
         program, self.program = self.program, None
         assert program is not None
         program.send_signal(number)
-        return program.wait(DEADLINE_S)
+        try:
+            return program.wait(DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            program.kill()
+            program.wait()
+            raise AssertionError(
+                f"signal {number} did not end it:\n{self.log.read_text()}"
+            ) from None
 
     def events(self, allocation_id: str | None = None) -> list[dict[str, Any]]:
         """What it has said so far, of one allocation or of all."""
