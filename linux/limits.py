@@ -10,12 +10,15 @@ from __future__ import annotations
 import resource
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from statemachine.provider import Limits
 from transport.calls import syscall
 
 from .syscalls import calling
+
+if TYPE_CHECKING:
+    # The forge imports this module, and starts in half of the time without the kernel.
+    from statemachine.provider import Limits
 
 DESCRIPTORS_RESERVED: Final = 256
 """Descriptors for everything but connections and allocations: images, the journal, hand-offs."""

@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from statemachine import effects as do
 from statemachine import events as on
@@ -63,12 +63,13 @@ from ..simulated import SimulatedBackend, SimulatedNode
 from ..sinks import Sink
 from ..survey import READY_NAME
 from ..syscalls import SyscallError, calling
-from .audit import AuditFile
 from .exits import ExitCode, Failure
 from .place import PlaceLost, PlaceWatch
 from .ready_socket import READY_SOCKET_NAME, ReadySocket
 from .signals import Signals, Stopped
-from .trace import TraceFile
+
+if TYPE_CHECKING:
+    from .trace import TraceFile
 
 NOTIFY_VARIABLE: Final = "NOTIFY_SOCKET"
 """The environment variable with systemd's socket, sd_notify(3)."""
@@ -180,10 +181,16 @@ def _start(options: argparse.Namespace, stack: ExitStack) -> _Service:
         stack.callback(write_scope_file(path, settings.cgroup2, settings.place).remove)
     events = EventLog()
     observers: list[Observer] = [events]
+    trace = None
+    # Imported here, because what reads and writes all kinds of values takes long to make.
     if options.audit:
+        from .audit import AuditFile
+
         observers.insert(0, stack.enter_context(AuditFile(options.audit)))
-    trace = stack.enter_context(TraceFile(options.trace, limits)) if options.trace else None
-    if trace is not None:
+    if options.trace:
+        from .trace import TraceFile
+
+        trace = stack.enter_context(TraceFile(options.trace, limits))
         observers.insert(0, trace)
     provider = Provider(
         listener,

@@ -19,6 +19,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
+from functools import cache
 from types import ModuleType, NoneType, UnionType
 from typing import Any, Final, TypeAlias, cast, get_args, get_origin, get_type_hints
 
@@ -198,12 +199,13 @@ class _Codec:
     decode: Callable[[Any], Any]
 
 
+@cache
 def _codec_of(annotation: Any) -> _Codec:
-    """Make the codec of an annotation; made once for each, on import."""
+    """Make the codec of an annotation; made once for each."""
     if annotation in (ProviderInput, _FED):
-        return _tagged({kind: _fields_of(kind) for kind in get_args(annotation)})
+        return _tagged({kind: _codec_of(kind) for kind in get_args(annotation)})
     if annotation is Effect:
-        return _tagged({kind: _fields_of(kind) for kind in _leaves(do, Effect)})
+        return _tagged({kind: _codec_of(kind) for kind in _leaves(do, Effect)})
     if get_origin(annotation) is UnionType:
         return _optional(_codec_of(next(x for x in get_args(annotation) if x is not NoneType)))
     if get_origin(annotation) in (tuple, frozenset):
