@@ -36,7 +36,7 @@ import argparse
 import math
 import posixpath
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from .exits import PROGRAM, SIGNAL_BASE, ExitCode, Failure, Interrupted, flush, print_error
@@ -110,8 +110,13 @@ def _perform(words: list[str]) -> int:
         return SIGNAL_BASE + 2
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Make the parser of the whole command line, up to a `--`."""
+def build_parser(verb: str = "") -> argparse.ArgumentParser:
+    """
+    Make the parser of a command line, up to a `--`.
+
+    Args:
+        verb: The one that it begins with; the others are then left out. Empty for all.
+    """
     parser = Parser(
         prog=PROGRAM,
         description=_ABOUT,
@@ -120,16 +125,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    _add_serve(verbs)
-    _add_run(verbs)
-    _add_exec(verbs)
-    _add_request(verbs)
-    _add_end(verbs)
-    _add_list(verbs)
-    _add_doctor(verbs)
-    _add_trace(verbs)
-    _add_verify(verbs)
-    verbs.add_parser("demo", help="two allocations from request to release, checked")
+    for name, add in _PARSERS.items():
+        if verb in (name, "") or verb not in _PARSERS:
+            add(verbs)
     return parser
 
 
@@ -403,6 +401,24 @@ def _add_verify(verbs: Any) -> None:
     verify.add_argument("--fresh", action="store_true", help="forget what was done before")
 
 
+def _add_demo(verbs: Any) -> None:
+    verbs.add_parser("demo", help="two allocations from request to release, checked")
+
+
+_PARSERS: Final[dict[str, Callable[[Any], None]]] = {
+    "serve": _add_serve,
+    "run": _add_run,
+    "exec": _add_exec,
+    "request": _add_request,
+    "end": _add_end,
+    "list": _add_list,
+    "doctor": _add_doctor,
+    "trace": _add_trace,
+    "verify": _add_verify,
+    "demo": _add_demo,
+}
+
+
 def _add_socket(parser: argparse.ArgumentParser) -> None:
     _add_path(parser, "socket", "PATH", "the provider's socket")
 
@@ -487,7 +503,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     """Parse the command line; for `run` and `exec`, what follows the first `--` is not parsed."""
     is_launcher = words[:1] in (["run"], ["exec"])
     cut = words.index("--") if is_launcher and "--" in words else len(words)
-    options = build_parser().parse_args(words[:cut])
+    options = build_parser(*words[:1]).parse_args(words[:cut])
     if is_launcher:
         if options.command and options.command[0].startswith("-"):
             options.parser.error(f"options come first, before {options.command[0]} and --")

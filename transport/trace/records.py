@@ -21,7 +21,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from functools import cache
 from types import ModuleType, NoneType, UnionType
-from typing import Any, Final, TypeAlias, cast, get_args, get_origin, get_type_hints
+from typing import Any, Final, TypeAlias, get_args, get_origin, get_type_hints
 
 from statemachine import effects as do
 from statemachine.effects import Effect
@@ -307,8 +307,7 @@ _TEXT: Final = _exactly(str)
 _LIST: Final = _exactly(list)
 _EVENT: Final = _codec_of(_FED)
 _EFFECT: Final = _codec_of(Effect)
-_ENTRIES: Final[dict[type[Entry], _Codec]] = {
-    kind: _codec_of(kind) for kind in cast("tuple[type[Entry], ...]", get_args(Entry))
-}
+_KINDS: Final[tuple[Any, ...]] = get_args(Entry)
+_ENTRIES: Final[dict[type[Entry], _Codec]] = {kind: _codec_of(kind) for kind in _KINDS}
 _MARKS: Final[dict[type[Entry], str]] = {Start: "start", Recovery: "recovery"}
 """Under which key a line says that it is no turn."""
