@@ -15,8 +15,11 @@ number in which it was first seen.
 
 from __future__ import annotations
 
+import fcntl
 import re
+import termios
 import time
+from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack
@@ -34,6 +37,7 @@ from statemachine.lifecycle import ConsumerState
 from statemachine.messages import NamespaceRequest, NamespaceType
 from tests.specs.scenarios_accounts import Item, ProviderAccount, arrow, column, names_of, words_of
 from tests.specs.scenarios_stages import PATIENCE_S, Sight, Stage
+from transport.channel import Channel
 from transport.request import Fallback
 from transport.request.blocking import perform
 from transport.request.exchange import Exchange
@@ -283,6 +287,13 @@ class Consumer:
         self.player.stage.own_is_gone(self.name)
 
 
+def unread(channel: Channel) -> int:
+    """Count the bytes that a channel has sent and its peer has not read, with their overhead."""
+    count = array("i", [0])
+    fcntl.ioctl(channel.fileno(), termios.TIOCOUTQ, count)
+    return count[0]
+
+
 # --- Playing -----------------------------------------------------------------------------------
 
 
@@ -319,8 +330,16 @@ class Player:
             lines = self._settle()
         if lines != expected:
             self.patience_s = 0.0
+        while not self._is_read() and time.monotonic() < deadline:
+            time.sleep(0.002)
         self._turn_page()
         return lines
+
+    def _is_read(self) -> bool:
+        """Say whether the provider has read all that was said; else the next command overtakes."""
+        calls = (call for each in self.consumers.values() for call in each.calls.values())
+        channels = [call.exchange.channel for call in calls if not self.stage.is_sudden]
+        return not any(unread(each) for each in channels if each is not None and not each.closed)
 
     def afterthoughts(self) -> list[str]:
         """Say what is done though everything that was expected has been done."""
