@@ -147,6 +147,7 @@ def test_the_command_is_where_the_project_says(wheel: Path) -> None:
         assert archive.getinfo(name).external_attr >> 16 & 0o111 == 0o111
 
 
+@pytest.mark.deep("long")
 def test_every_use_of_chapter_11_needs_the_wheel_and_nothing_else(
     wheel: Path, tmp_path: Path
 ) -> None:

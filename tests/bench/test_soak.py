@@ -30,7 +30,7 @@ HASTY_S: Final = 0.2
 TIMEOUT_S: Final = 110.0
 
 
-def soak(*words: str, program: str = SOAK) -> subprocess.CompletedProcess[str]:
+def soak(*words: str, program: str = SOAK, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", program, *words, "--seed", "7"]
     return subprocess.run(
         command,
@@ -39,16 +39,17 @@ def soak(*words: str, program: str = SOAK) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=TIMEOUT_S,
         cwd=ROOT,
-        env=environment(),
+        env=environment(**variables),
     )
 
 
 # --- Nothing is broken -------------------------------------------------------------------------
 
 
+@pytest.mark.deep("long")
 @pytest.mark.needs_root
 def test_basic_a_short_soak_holds() -> None:
-    ran = soak("--minutes", "0.15", "--json")
+    ran = soak("--minutes", "0.1", "--json")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     report = json.loads(ran.stdout)
     assert min(report[part]["hand_overs"] for part in ("real", "simulated")) > 0
@@ -73,6 +74,7 @@ print(json.dumps(simulated({SHORT_S}, 7)))
 """
 
 
+@pytest.mark.deep("long")
 def test_a_program_that_dies_while_it_starts_is_started_again() -> None:
     # In another process: what crashes leaves its descriptors open.
     report = json.loads(soak(program=OFTEN_CRASHING).stdout)
@@ -94,9 +96,11 @@ RealPlace.leave = leave_one_more
 """
 
 
+@pytest.mark.deep("long")
 @pytest.mark.needs_root
 def test_a_process_that_is_left_is_found() -> None:
-    ran = soak("--minutes", "0.05", "--simulated", "0", program=LEAKING)
+    words = ("--minutes", "0.05", "--simulated", "0")
+    ran = soak(*words, program=LEAKING, NSHANDOFF_DEADLINE_S="3")
     assert ran.returncode == 1, ran.stdout + ran.stderr
     assert "BROKEN: left: process" in ran.stdout
 

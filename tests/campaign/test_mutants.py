@@ -22,7 +22,7 @@ EDITS = {
 }
 
 
-PARTS = 8
+PARTS = 24
 """One part of each table's edits is tried in every run of the tests, all of them in a campaign."""
 
 

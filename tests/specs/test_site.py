@@ -76,6 +76,7 @@ def objections(site: Path) -> Iterator[str]:
 # --- The site ----------------------------------------------------------------------------------
 
 
+@pytest.mark.deep("long")
 def test_basic_every_chapter_is_a_page(site: Path) -> None:
     there = [page for page in PAGES if (site / page).with_suffix(".html").is_file()]
 
@@ -83,6 +84,7 @@ def test_basic_every_chapter_is_a_page(site: Path) -> None:
     assert "url=README.html" in (site / "index.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.deep("long")
 def test_every_link_leads_somewhere_and_nothing_is_loaded_from_elsewhere(site: Path) -> None:
     assert list(objections(site)) == []
 
@@ -104,6 +106,7 @@ def test_what_is_wrong_with_a_page_is_named(tmp_path: Path, page: str, says: str
     assert list(objections(tmp_path)) == [f"page.html: {says}"]
 
 
+@pytest.mark.deep("long")
 def test_every_clause_has_an_address_which_its_id_shows(site: Path) -> None:
     for clause in clauses.clauses().values():
         page = (site / clause.chapter.name).with_suffix(".html").read_text(encoding="utf-8")
@@ -111,6 +114,7 @@ def test_every_clause_has_an_address_which_its_id_shows(site: Path) -> None:
         assert f'href="#{clause.id}"' in page
 
 
+@pytest.mark.deep("long")
 def test_the_index_leads_to_the_line_where_a_clause_is_kept(site: Path) -> None:
     index = (site / "15-clauses.html").read_text(encoding="utf-8")
     page, line = re.findall(
@@ -124,6 +128,7 @@ def test_the_index_leads_to_the_line_where_a_clause_is_kept(site: Path) -> None:
     assert "listen" in shown.partition('id="line-')[0]
 
 
+@pytest.mark.deep("long")
 def test_what_only_the_site_has_is_on_it(site: Path) -> None:
     texts = {page: (SPECS / page).read_text(encoding="utf-8") for page in PAGES}
     made = {page: refresh.for_site(text) for page, text in texts.items()}
@@ -137,6 +142,7 @@ def test_what_only_the_site_has_is_on_it(site: Path) -> None:
         assert [one for one in headings if f">{escape(one, quote=False)}<" not in html] == []
 
 
+@pytest.mark.deep("long")
 def test_the_chapters_are_listed_in_reading_order(site: Path) -> None:
     page = (site / "README.html").read_text(encoding="utf-8")
     listed = re.findall(r'toctree-l1[^>]*><a[^>]*href="([^"]*)\.html"', page)
@@ -145,6 +151,7 @@ def test_the_chapters_are_listed_in_reading_order(site: Path) -> None:
     assert listed == [*numbered, "scenarios/README", "vectors/README"]
 
 
+@pytest.mark.deep("long")
 def test_words_and_clauses_can_be_searched_for_without_a_server(site: Path) -> None:
     text = (site / "searchindex.js").read_text(encoding="utf-8")
     index = json.loads(text.removeprefix("Search.setIndex(").removesuffix(")"))
@@ -189,6 +196,7 @@ def test_a_picture_stands_alone_and_says_every_move(table: Table) -> None:
     assert ends == {f"url(#{marker.get('id')})" for marker in picture.iter(f"{svg}marker")}
 
 
+@pytest.mark.deep("long")
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
 def test_a_diagram_is_shown_as_the_picture_of_its_table(site: Path, table: Table) -> None:
     page = (site / "03-lifecycle.html").read_text(encoding="utf-8")

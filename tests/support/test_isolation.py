@@ -103,6 +103,7 @@ def customers_of(daemon: Daemon, images: Path, name: str) -> Iterator[None]:
     assert all(ended)
 
 
+@pytest.mark.deep("long")
 def test_two_sessions_at_once_beside_a_provider_at_work_are_green(
     image_root: Path, cgroup2: Path
 ) -> None:

@@ -1,0 +1,45 @@
+"""The tests that take longer than `make test` may, as a part of a campaign: a task for each file.
+
+They say so by the mark `deep("long")`. They are the same at any scale.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Final
+
+from tests.campaign.outcome import Discovery, Outcome, Task
+
+ROOT: Final = Path(__file__).parents[2]
+MARK: Final = 'pytest.mark.deep("long")'
+
+
+def tasks(scale: float) -> list[Task]:
+    """List the files that have such tests."""
+    paths = sorted((ROOT / "tests").rglob("test_*.py"))
+    found = [path for path in paths if MARK in path.read_text(encoding="utf-8")]
+    return [Task(path.stem, {"file": str(path.relative_to(ROOT))}) for path in found]
+
+
+def run(seed: int, file: str) -> Outcome:
+    """Run those of a file."""
+    seeded = f"--randomly-seed={seed % 2**32}"
+    words = ["pytest", "-q", "-m", "deep", "-p", "no:cacheprovider", seeded, file]
+    begin = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    outcome = Outcome(figures={"files": 1.0}, seconds=time.monotonic() - begin)
+    if done.returncode:
+        outcome.discoveries.append(
+            Discovery(f"{file}: {_closing(done.stdout)}", f"{shlex.join(words)}\n\n{done.stdout}")
+        )
+    return outcome
+
+
+def _closing(output: str) -> str:
+    return (output.strip().splitlines() or ["it printed nothing"])[-1]
