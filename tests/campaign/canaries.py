@@ -536,7 +536,7 @@ CANARIES: Final = (
     _bug(
         "descriptors belong to the frame that their read began in",
         "Linux glues plain bytes in front of the next descriptors",
-        _channel("test_every_cut_into_three_delivers_the_same[plain, then three]"),
+        _channel("test_cuts_into_three_deliver_the_same[plain, then three]"),
         _CHANNEL,
         "if arrival.last_byte < frame.end]",
         "if arrival.first_byte < frame.end]",

@@ -413,8 +413,8 @@ def test_use_that_was_not_watched_is_still_known(scope: Scope, root: Path) -> No
     run_to_end(scope.path)
     found = Scope.open(root, "alloc", OWNER)
     assert found is not None
-    wait_until(found.was_used)
-    wait_until(found.is_over)
+    wait_until(lambda: found.was_used() and not found.is_populated())
+    assert found.is_over()
 
 
 @pytest.mark.clause("END-6")

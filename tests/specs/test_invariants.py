@@ -54,7 +54,7 @@ PROPERTIES: Final[Mapping[str, tuple[str, ...]]] = {
     ),
     "S09 descriptors belong to their frame, however it is cut": (
         "test_channel::test_any_messages_survive_any_cuts",
-        "test_channel::test_every_cut_into_three_delivers_the_same",
+        "test_channel::test_cuts_into_three_deliver_the_same",
         "test_channel::test_a_wrong_number_of_descriptors_is_rejected",
     ),
     "S10 asked again, the same; asked otherwise, refused": (
@@ -109,7 +109,7 @@ PROPERTIES: Final[Mapping[str, tuple[str, ...]]] = {
         "test_mounts::test_magic_links_are_not_followed_even_inside",
     ),
     "S24 a crash refines": (
-        "test_explore::test_the_provider_dies_between_every_two_effects",
+        "test_explore::test_basic_every_world_keeps_every_promise",
         "contract::test_what_a_crash_leaves_is_released_after_it",
         "contract::test_what_is_alive_is_adopted_with_its_namespaces",
         "test_journal::test_whatever_was_written_survives_kill_9",

@@ -49,13 +49,13 @@ from transport.calls import hook_syscalls, syscall
 from transport.testing.peer import Line
 
 SEED: Final = 20261122
-PAIRS_ON_SIMULATED: Final = 150
+PAIRS_ON_SIMULATED: Final = 80
 """For each life."""
-FAULTS_ON_LINUX: Final = 14
+FAULTS_ON_LINUX: Final = 8
 """For each life."""
 KILLS_ON_LINUX: Final = 2
 """For each life: of its anchor, and of the forge."""
-DEATHS_ON_LINUX: Final = 5
+DEATHS_ON_LINUX: Final = 3
 """For each phase."""
 KILLS_AT_RANDOM: Final = 8
 

@@ -33,11 +33,11 @@ from tests.suites.fidelity.differential import (
 pytestmark = pytest.mark.needs_root
 
 PROGRAMS_IN_CI = {
-    "sockets": 5_000,
-    "cgroups": 1_000,
-    "namespaces": 400,
-    "mounts": 250,
-    "backends": 30,
+    "sockets": 2_000,
+    "cgroups": 500,
+    "namespaces": 250,
+    "mounts": 120,
+    "backends": 20,
 }
 
 ANSWERS = {
