@@ -64,6 +64,7 @@ def test_rows_are_edited_completely() -> None:
     assert count(CONSUMER, "drop an effect") == effects
 
 
+@pytest.mark.deep("long")
 def test_a_table_as_it_is_has_no_killer() -> None:
     row = ALLOCATION.rows[0]
     assert killer_of(Mutant("allocation", "none", "as it is", row, row, ALLOCATION.rows)) is None

@@ -270,6 +270,7 @@ def test_a_task_that_fails_is_a_finding_and_not_the_end(tree: Tree) -> None:
     assert "RuntimeError: no luck" in again.stderr
 
 
+@pytest.mark.deep("long")
 def test_tasks_that_must_be_alone_are(tree: Tree) -> None:
     tree.part("alone", ALONE)
     tree.part("count", COUNTING)
@@ -277,6 +278,7 @@ def test_tasks_that_must_be_alone_are(tree: Tree) -> None:
     assert told.returncode == 0, told.stdout
 
 
+@pytest.mark.deep("long")
 def test_what_another_tree_has_shown_is_not_used(tree: Tree) -> None:
     tree.part("count", COUNTING)
     assert tree.verify("--seed", "7").returncode == 0
@@ -309,6 +311,7 @@ def test_only_the_parts_that_are_named_are_run(tree: Tree) -> None:
     assert "'broken', 'count'" in refused.stderr
 
 
+@pytest.mark.deep("long")
 def test_hours_are_filled_with_rounds_of_other_seeds(tree: Tree) -> None:
     tree.part("count", COUNTING)
     told = tree.verify("--hours", "0.001")  # 3.6 s: on a busy machine a round takes more than one
@@ -329,6 +332,7 @@ def test_two_campaigns_do_not_write_to_one_place(tree: Tree) -> None:
     assert program.returncode == 0
 
 
+@pytest.mark.deep("long")
 def test_on_a_terminal_progress_is_one_line_that_is_redrawn(tree: Tree) -> None:
     tree.part("count", COUNTING)
     ours, theirs = pty.openpty()

@@ -219,6 +219,7 @@ def test_limits_are_as_asked(tmp_path: Path, image_root: Path, allocation_id: st
     with daemon_in(tmp_path, image_root, *limits) as daemon, daemon.obtain(allocation_id, PID):
         with pytest.raises(CreationFailed, match="live allocations of one user, at most 1"):
             daemon.obtain(f"{allocation_id}-2", PID)
+        wait_until(lambda: any(line["event"] == "connection_lost" for line in daemon.events()))
         with (
             daemon.obtain(allocation_id, PID),
             pytest.raises(CreationFailed, match="connections of one user, at most 2"),

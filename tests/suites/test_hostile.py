@@ -559,6 +559,9 @@ FLOODS: Final = {
 }
 
 
+SHORT_FLOODS: Final = {"hand-overs that are not taken", "requests that cannot be", "strangers"}
+
+
 def pour(line: Line, data: bytes) -> None:
     """Send as much as the other end, and the Linux kernel, take at once."""
     line.sock.setblocking(False)
@@ -569,7 +572,13 @@ def pour(line: Line, data: bytes) -> None:
 
 
 @pytest.mark.clause("PEER-8", "PEER-9", "CRASH-12")
-@pytest.mark.parametrize("name", FLOODS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in SHORT_FLOODS else pytest.mark.deep("long"))
+        for name in FLOODS
+    ],
+)
 def test_under_a_flood_others_are_served_memory_is_bounded_and_it_stops(
     tmp_path: Path, images: Path, cgroup2: Path, name: str
 ) -> None:

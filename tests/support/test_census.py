@@ -163,7 +163,13 @@ def started_before_the_test(program): pass
 def test(): pass
 """
 
-WORKERS = pytest.mark.parametrize("workers", [0, 1], ids=["in one process", "in a worker"])
+WORKERS = pytest.mark.parametrize(
+    "workers",
+    [
+        pytest.param(1, id="in a worker"),
+        pytest.param(0, id="in one process", marks=pytest.mark.deep("long")),
+    ],
+)
 
 INNER_TESTS = """
 import os, pytest

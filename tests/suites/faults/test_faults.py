@@ -49,13 +49,13 @@ from transport.calls import hook_syscalls, syscall
 from transport.testing.peer import Line
 
 SEED: Final = 20261122
-PAIRS_ON_SIMULATED: Final = 80
+PAIRS_ON_SIMULATED: Final = 50
 """For each life."""
-FAULTS_ON_LINUX: Final = 8
+FAULTS_ON_LINUX: Final = 5
 """For each life."""
 KILLS_ON_LINUX: Final = 2
 """For each life: of its anchor, and of the forge."""
-DEATHS_ON_LINUX: Final = 3
+DEATHS_ON_LINUX: Final = 2
 """For each phase."""
 KILLS_AT_RANDOM: Final = 8
 
@@ -226,6 +226,7 @@ ONCE_BROKEN: Final = (
 )
 
 
+@pytest.mark.deep("long")
 @pytest.mark.needs_root
 def test_what_was_broken_once_is_whole(tmp_path: Path, cgroup2: Path, image_root: Path) -> None:
     with linux_stage(tmp_path, cgroup2, image_root) as stage:
@@ -361,6 +362,7 @@ def test_on_linux_a_consumer_can_be_killed_at_any_call(
                 assert program.run(how, k) is not None, (how, k)
 
 
+@pytest.mark.deep("faults")
 @pytest.mark.clause("CRASH-2", "CRASH-7")
 @pytest.mark.needs_root
 def test_on_linux_everything_can_be_killed_while_consumers_are_at_work(

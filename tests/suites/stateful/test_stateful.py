@@ -32,7 +32,7 @@ from transport.testing.gated_backend import Reins
 from transport.testing.in_process import Pipe
 from transport.testing.machine import STEPS, Handoffs
 
-SHARES: Final = {"model": 1.0, "kernels": 1.0, "simulated": 0.5, "linux": 0.1}
+SHARES: Final = {"model": 0.5, "kernels": 0.5, "simulated": 0.2, "linux": 0.05}
 """How much of the profile's examples each adapter gets: a step costs what it costs there."""
 
 ADAPTERS: Final = [
