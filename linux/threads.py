@@ -19,28 +19,44 @@ class ThreadCall(Generic[T]):
     Args:
         function: What to call.
         on_end: Called in that thread when the function has ended; must not raise.
-
-    Raises:
-        SyscallError: EAGAIN, no thread can be started; nothing was called.
     """
 
     def __init__(self, function: Callable[[], T], on_end: Callable[[], object]) -> None:
+        self._function: Final = function
+        self._on_end: Final = on_end
         self._results: Final[list[T]] = []
         self._errors: Final[list[BaseException]] = []
+        self._is_begun = False
 
-        def run() -> None:
-            try:
-                self._results.append(function())
-            except BaseException as error:  # raised by `result`
-                self._errors.append(error)
-            finally:
-                on_end()
+    def begin(self) -> None:
+        """
+        Start the thread.
 
-        # Not Thread.start(), which can be interrupted before it knows its thread.
+        Raises:
+            SyscallError: EAGAIN, no thread can be started; nothing was called.
+        """
+        # Not Thread.start(), which can be interrupted before it knows its thread. Here an exception
+        # of a signal's handler comes after the call, where Python looks for signals, or before the
+        # assignment.
+        self._is_begun = True
         try:
-            _thread.start_new_thread(run, ())
+            _thread.start_new_thread(self._run, ())
         except RuntimeError as error:  # all that Python says of it
+            self._is_begun = False
             raise SyscallError("pthread_create(3)", errno.EAGAIN) from error
+
+    def _run(self) -> None:
+        try:
+            self._results.append(self._function())
+        except BaseException as error:  # raised by `result`
+            self._errors.append(error)
+        finally:
+            self._on_end()
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether the function was begun and has not ended."""
+        return self._is_begun and not self.has_ended
 
     @property
     def has_ended(self) -> bool:
@@ -78,8 +94,11 @@ def call_in_thread(function: Callable[[], T]) -> T:
     ended.acquire()
     call = ThreadCall(function, ended.release)
     try:
+        call.begin()
         ended.acquire()
     except BaseException:
-        ended.acquire()
+        # It may have come when the lock was acquired already: then there is none to release it.
+        if call.is_under_way:
+            ended.acquire()
         raise
     return call.result()

@@ -112,6 +112,7 @@ class Signals:
         """
         self._raise_if_stopped()
         call = ThreadCall(function, self._wake)
+        call.begin()
         while not (call.has_ended or self._stopping_number):
             self._wait(None)
         deadline_s = time.monotonic() + STOP_TIMEOUT_S

@@ -6,7 +6,9 @@ import _thread
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType, SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -42,6 +44,48 @@ def test_what_interrupts_the_caller_waits_for_the_function() -> None:
         assert done
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+class RaisingLock:
+    """A lock whose second acquisition raises when it has been acquired, as a handler may."""
+
+    def __init__(self) -> None:
+        self._lock = _thread.allocate_lock()
+        self._count = 0
+
+    def acquire(self) -> None:
+        self._lock.acquire()
+        self._count += 1
+        if self._count == 2:
+            raise Interrupted
+
+    def release(self) -> None:
+        self._lock.release()
+
+
+def start_and_raise(function: Callable[[], None], arguments: tuple[()]) -> None:
+    _thread.start_new_thread(function, arguments)
+    raise Interrupted
+
+
+@pytest.mark.parametrize(
+    "replaced",
+    [{"allocate_lock": RaisingLock}, {"start_new_thread": start_and_raise}],
+    ids=["the wait", "the start"],
+)
+def test_what_interrupts_between_two_instructions_waits_for_the_function_and_no_longer(
+    monkeypatch: pytest.MonkeyPatch, replaced: dict[str, Any]
+) -> None:
+    def function() -> None:
+        time.sleep(0.05)
+        done.append(True)
+
+    done: list[bool] = []
+    now = {"allocate_lock": _thread.allocate_lock, "start_new_thread": _thread.start_new_thread}
+    monkeypatch.setattr(threads, "_thread", SimpleNamespace(**{**now, **replaced}))
+    with pytest.raises(Interrupted):
+        call_in_thread(function)
+    assert done
 
 
 def test_where_no_thread_can_be_started_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
