@@ -83,6 +83,8 @@ _left: Final = pytest.StashKey[list[str]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     told = "write down what the kernels do in the scenarios of specs/scenarios/"
     parser.addoption("--rewrite-scenarios", action="store_true", help=told)
+    told = "only what takes long and this part of a campaign does"
+    parser.addoption("--deep", metavar="PART", help=told)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -146,6 +148,16 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     for mark in item.iter_markers("deep"):
         if not (CAMPAIGN / f"{mark.args[0]}_campaign.py").exists():
             raise pytest.UsageError(f"{item.nodeid}: a campaign has no part {mark.args[0]!r}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    part = config.getoption("--deep")
+    if part is None:
+        return
+    marked = [any(part in mark.args for mark in item.iter_markers("deep")) for item in items]
+    chosen = [item for item, is_chosen in zip(items, marked, strict=True) if is_chosen]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -28,7 +28,7 @@ def tasks(scale: float) -> list[Task]:
 def run(seed: int, file: str) -> Outcome:
     """Run those of a file."""
     seeded = f"--randomly-seed={seed % 2**32}"
-    words = ["pytest", "-q", "-m", "deep", "-p", "no:cacheprovider", seeded, file]
+    words = ["pytest", "-q", "--deep", "long", "-p", "no:cacheprovider", seeded, file]
     begin = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, check=False

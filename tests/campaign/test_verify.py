@@ -18,7 +18,7 @@ import pytest
 
 from linux.cli import command as cli
 from linux.cli import verify as cli_verify
-from tests.campaign import verify, verify_record
+from tests.campaign import long_campaign, verify, verify_record
 from tests.campaign.outcome import Outcome, Task
 from tests.campaign.verify_pool import Job
 from tests.campaign.verify_record import Head, Record
@@ -467,3 +467,30 @@ def test_the_rates_are_measured_of_what_they_say() -> None:
         more = 0 if task.name == "rows through transitions" else 2
         assert outcome.figures[task.name] == lives * 6 + more
         assert outcome.figures[f"CPU seconds, {task.name}"] > 0
+
+
+LONG_TESTS: Final = """
+import pytest
+
+def test_quick(): assert False
+
+@pytest.mark.deep("long")
+def test_long(): assert False
+
+@pytest.mark.deep("explore")
+def test_of_another_part(): assert False
+"""
+
+
+def test_a_long_test_that_fails_is_a_finding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hooks = "from tests.conftest import pytest_addoption, pytest_collection_modifyitems\n"
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "conftest.py").write_text(hooks)
+    (tmp_path / "tests" / "test_it.py").write_text(LONG_TESTS)
+    monkeypatch.setattr(long_campaign, "ROOT", tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (task,) = long_campaign.tasks(1.0)
+    (found,) = long_campaign.run(1, **task.arguments).discoveries
+    assert "1 failed, 2 deselected" in found.title
