@@ -7,12 +7,14 @@ code take an hour; what the last run of mutmut said is kept beside this file and
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Final
 
 from statemachine.lifecycle import TABLES
+from statemachine.table import Table
 from tests.campaign import mutants
 from tests.campaign.mutants import Mutant, argument_for, killer_of
 from tests.campaign.outcome import Discovery, Outcome, Task
@@ -20,8 +22,8 @@ from tests.campaign.outcome import Discovery, Outcome, Task
 RECORD: Final = Path(__file__).with_name("mutants_recorded.json")
 """Module -> how many mutants of its code there were, and how many were killed."""
 
-PARTS: Final = 4
-"""Into how many tasks each table is divided."""
+MUTANTS: Final = 1_500
+"""About how many a task has: each task first tries the tables as they are, for ten seconds."""
 
 
 def tasks(scale: float) -> list[Task]:
@@ -29,9 +31,13 @@ def tasks(scale: float) -> list[Task]:
     found = [
         Task(f"{table.name} table, part {part + 1}", {"table": table.name, "part": part})
         for table in TABLES
-        for part in range(PARTS)
+        for part in range(_parts_of(table))
     ]
     return [*found, Task("code, as recorded", {"table": "", "part": 0})]
+
+
+def _parts_of(table: Table) -> int:
+    return math.ceil(sum(1 for _ in mutants.mutants(table)) / MUTANTS)
 
 
 def run(seed: int, table: str, part: int) -> Outcome:
@@ -42,7 +48,7 @@ def run(seed: int, table: str, part: int) -> Outcome:
     original = next(each for each in TABLES if each.name == table)
     outcome = Outcome()
     counts: dict[str, Counter[str]] = {}
-    for mutant in list(mutants.mutants(original))[part::PARTS]:
+    for mutant in list(mutants.mutants(original))[part :: _parts_of(original)]:
         counts.setdefault(mutant.edit, Counter())[_fate(mutant, outcome)] += 1
     for edit, count in sorted(counts.items()):
         outcome.rows.append(_row(f"{table} table, part {part + 1}: {edit}", count))
