@@ -12,14 +12,10 @@ import pytest
 
 from specs import model
 from tests.campaign.canaries import CANARIES, UPSTREAM, Canary, Layer
-from tests.campaign.canaries_campaign import again
+from tests.campaign.canaries_campaign import again, name_of
 from tests.campaign.canaries_tree import ROOT, Change, Misfit, run_changed
 
 LAYERS = tuple(dict.fromkeys(canary.layer for canary in CANARIES))
-
-
-def name_of(layer: Layer) -> str:
-    return f"{layer.name} {' '.join(map(str, layer.arguments))}".strip()
 
 
 def expect_able(layer: Layer) -> None:
