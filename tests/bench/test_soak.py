@@ -25,7 +25,7 @@ from transport.descriptors import DescriptorBundle
 from transport.testing.gated_backend import Reins
 
 SOAK: Final = "import sys; from bench.soak import main; sys.exit(main(sys.argv[1:]))"
-SHORT_S: Final = 2.0
+SHORT_S: Final = 1.0
 HASTY_S: Final = 0.2
 TIMEOUT_S: Final = 110.0
 

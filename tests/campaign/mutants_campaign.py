@@ -68,7 +68,7 @@ def _fate(mutant: Mutant, outcome: Outcome) -> str:
     if argument_for(mutant) is not None:
         return "equivalent"
     title = f"nothing notices that in the {mutant.table} table {mutant.name}"
-    outcome.discoveries.append(Discovery(title, "pytest tests/campaign/test_mutants.py"))
+    outcome.discoveries.append(Discovery(title, "nshandoff verify --part mutants"))
     return "survived"
 
 

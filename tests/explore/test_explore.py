@@ -67,7 +67,15 @@ SITUATIONS: Final = {
 }
 
 
-QUICK: Final = [name for name, space in SPACES.items() if space.seconds < 5]
+COVERED: Final = (
+    "a stranger who does not wait for answers, and a crash",
+    "two consumers who want different things",
+    "two consumers, one connection lost",
+    "two consumers, one fault",
+)
+"""Spaces that have no row and no situation that smaller ones have not."""
+
+QUICK: Final = [name for name, space in SPACES.items() if space.seconds < 5 and name not in COVERED]
 """The spaces that are explored in every run of the tests; they have all rows and situations."""
 
 

@@ -559,7 +559,7 @@ FLOODS: Final = {
 }
 
 
-SHORT_FLOODS: Final = {"hand-overs that are not taken", "requests that cannot be", "strangers"}
+SHORT_FLOODS: Final = {"hand-overs that are not taken", "strangers"}
 
 
 def pour(line: Line, data: bytes) -> None:
