@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import resource
 import secrets
 import shutil
 import signal
@@ -67,6 +68,9 @@ CAMPAIGN: Final = Path(__file__).parent / "campaign"
 
 MakeImage = Callable[[Path, Mapping[str, str]], Path]
 
+DESCRIPTORS: Final = 16_384
+"""How many descriptors a process that runs tests may have open, where that can be had."""
+
 WORKERS_MAX: Final = 4
 """How many processes run tests with `-n auto`; at most one more than cores, as tests also wait."""
 
@@ -91,6 +95,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs_root: makes real namespaces, cgroups or mounts")
     config.addinivalue_line("markers", "deep(part): in `make verify` this part does it")
     config.stash[_notes], config.stash[_left] = [], []
+    # A user has a soft limit of 1,024, which also is how many of theirs can be in sockets.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(DESCRIPTORS, hard)), hard))
     for number in IGNORED_IN_THE_BACKGROUND:
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
