@@ -174,5 +174,6 @@ class Signals:
             syscall(os.read, self._readable.fileno(), 4096)
 
     def _wake(self) -> None:
-        with suppress(BlockingIOError):  # a full pipe wakes as well
+        # A full pipe wakes as well, and if it is closed there is none to be woken.
+        with suppress(BlockingIOError, ValueError):
             syscall(os.write, self._writable.fileno(), b"\0")
