@@ -9,6 +9,7 @@ import socket
 import subprocess
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -122,11 +123,22 @@ def test_bundle_is_opened_whole_or_not_at_all(forge: Forge, features: Features) 
         open_bundle(anchor, (PID, NET, "Mount"), features)  # type: ignore[arg-type]
 
 
+def expect_known(request: Ioctl, name: str, argument: Any) -> None:
+    """Skip the test if the Linux kernel does not know a request, whatever the features say."""
+    with own_namespace(name) as own:
+        try:
+            syscalls.ioctl(own, request, argument)
+        except SyscallError as error:
+            if error.errno != errno.ENOTTY:
+                raise
+            pytest.skip(f"kernel lacks {request.name}")
+
+
 def test_identity_outlives_the_namespace_where_the_kernel_says_so(forge: Forge) -> None:
     """Inodes of namespaces are used again, ids are not."""
     newest = Features.probe()
-    if not newest.namespace_ids:
-        pytest.skip("kernel lacks NS_GET_ID")
+    expect_known(Ioctl.NS_GET_ID, "net", bytearray(8))
+    assert newest.namespace_ids
     inspector = KernelInspector(newest)
     seen = set()
     for _ in range(20):
@@ -136,9 +148,8 @@ def test_identity_outlives_the_namespace_where_the_kernel_says_so(forge: Forge) 
 
 
 def test_mount_namespace_has_an_id_before_the_others_had() -> None:
-    newest = Features.probe()
-    if not newest.mount_namespace_ids:
-        pytest.skip("kernel lacks NS_GET_MNTNS_ID")
+    expect_known(Ioctl.NS_GET_MNTNS_ID, "mnt", bytearray(8))
+    assert Features.probe().mount_namespace_ids
     inspector = KernelInspector(Features(mount_namespace_ids=True))
     own_mount, own_net = inspector.own(MOUNT), inspector.own(NET)
     assert own_mount is not None
@@ -180,13 +191,7 @@ def test_namespace_of_another_type_is_refused(features: Features) -> None:
 
 
 def test_an_init_that_is_not_reaped_is_dead() -> None:
-    with own_namespace("pid") as own:
-        try:
-            syscalls.ioctl(own, Ioctl.NS_GET_PID_FROM_PIDNS, 1)
-        except SyscallError as error:
-            if error.errno != errno.ENOTTY:
-                raise
-            pytest.skip("kernel lacks NS_GET_PID_FROM_PIDNS")
+    expect_known(Ioctl.NS_GET_PID_FROM_PIDNS, "pid", 1)
     can_tell = Features(pidfd_namespaces=True)
     words = ["unshare", "--pid", "--fork", "sh", "-c", "echo; exec sleep infinity"]
     with subprocess.Popen(words, stdout=subprocess.PIPE) as parent, ExitStack() as stack:

@@ -52,10 +52,12 @@ def is_served(daemon: Daemon, name: str, count: int = 5) -> bool:
 def hanging_below(directory: Path) -> Iterator[None]:
     """Mount a file system whose server answers nothing; it fails at once in the end."""
     directory.mkdir()
+    if not Path("/dev/fuse").exists():
+        pytest.skip("/dev/fuse is missing")
     try:
         server = os.open("/dev/fuse", os.O_RDWR)
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
+        if error.errno not in (errno.ENODEV, errno.ENXIO):
             raise
         pytest.skip("kernel lacks FUSE")
     options = f"fd={server},rootmode=40000,user_id=0,group_id=0".encode()
