@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -78,6 +79,8 @@ session_census: Final = Session()
 _at_start: Final = pytest.StashKey[Census]()
 _isolation: Final = pytest.StashKey[isolation.Isolation]()
 _call_failed: Final = pytest.StashKey[bool]()
+_cases: Final = pytest.StashKey[Counter[str]]()
+"""How many cases of each test with the mark `sample` there are."""
 _notes: Final = pytest.StashKey[list[str]]()
 """To be said at the end; a worker of pytest-xdist has its controller say it."""
 _left: Final = pytest.StashKey[list[str]]()
@@ -94,6 +97,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs_root: makes real namespaces, cgroups or mounts")
     config.addinivalue_line("markers", "deep(part): in `make verify` this part does it")
+    config.addinivalue_line("markers", "sample(n): but for one in n of its cases, deep('long')")
     config.stash[_notes], config.stash[_left] = [], []
     # A user has a soft limit of 1,024, which also is how many of theirs can be in sockets.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -152,6 +156,12 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
+    for mark in item.iter_markers("sample"):
+        cases = item.session.stash.setdefault(_cases, Counter())
+        function = item.nodeid.partition("[")[0]
+        if cases[function] % mark.args[0]:
+            item.add_marker(pytest.mark.deep("long"))
+        cases[function] += 1
     for mark in item.iter_markers("deep"):
         if not (CAMPAIGN / f"{mark.args[0]}_campaign.py").exists():
             raise pytest.UsageError(f"{item.nodeid}: a campaign has no part {mark.args[0]!r}")

@@ -1,6 +1,7 @@
 """The tests that take longer than `make test` may, as a part of a campaign: a task for each file.
 
-They say so by the mark `deep("long")`. They are the same at any scale.
+They say so by the mark `deep("long")`, or `sample(n)` if that is so of all but one case in n. They
+are the same at any scale.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from typing import Final
 from tests.campaign.outcome import Discovery, Outcome, Task
 
 ROOT: Final = Path(__file__).parents[2]
-MARK: Final = 'pytest.mark.deep("long")'
+MARKS: Final = ('pytest.mark.deep("long")', "pytest.mark.sample(")
 
 
 def tasks(scale: float) -> list[Task]:
     """List the files that have such tests."""
     paths = sorted((ROOT / "tests").rglob("test_*.py"))
-    found = [path for path in paths if MARK in path.read_text(encoding="utf-8")]
+    texts = {path: path.read_text(encoding="utf-8") for path in paths}
+    found = [path for path, text in texts.items() if any(mark in text for mark in MARKS)]
     return [Task(path.stem, {"file": str(path.relative_to(ROOT))}) for path in found]
 
 

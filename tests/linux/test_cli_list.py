@@ -88,6 +88,7 @@ def test_basic_everything_of_an_allocation_is_shown(
     assert words.split() in [line.split() for line in lines]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_it_works_without_the_provider_and_leaves_no_trace(
     daemon: Daemon, allocation_id: str, number: signal.Signals

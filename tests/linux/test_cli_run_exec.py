@@ -84,6 +84,7 @@ def test_basic_the_table_of_the_book_is_what_is_compared(oracle: dict[str, Any])
     assert sorted(TABLE.findall(chapter)) == sorted(oracle)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.clause("RUN-1")
 @pytest.mark.parametrize("subset", SUBSETS, ids=",".join)
 def test_what_survives_an_exec_survives_run(

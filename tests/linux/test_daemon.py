@@ -394,6 +394,7 @@ SLOW_OR_FULL: Final = (
 )
 
 
+@pytest.mark.sample(3)
 @pytest.mark.clause("DAEMON-6")
 @pytest.mark.parametrize(("what", "sink"), SLOW_OR_FULL)
 def test_log_and_trace_that_cannot_be_written_stop_nothing(

@@ -201,6 +201,7 @@ START: Final = [
 """What keeps a provider from starting, and what it says of it."""
 
 
+@pytest.mark.sample(3)
 @pytest.mark.clause("DAEMON-9")
 @pytest.mark.parametrize(("spoil", "words"), START, ids=name_of)
 def test_basic_what_keeps_it_from_starting_is_named(place: Place, spoil: Spoil, words: str) -> None:

@@ -113,6 +113,7 @@ def test_a_check_that_does_not_hold_is_shown_and_decides_the_exit(
     assert f"2 of {len(AS_ROOT)} checks did not hold." in said
 
 
+@pytest.mark.sample(3)
 @pytest.mark.needs_root
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_a_stop_in_any_chapter_leaves_nothing(cgroup2: Path, chapter: str) -> None:
@@ -123,6 +124,7 @@ def test_a_stop_in_any_chapter_leaves_nothing(cgroup2: Path, chapter: str) -> No
     assert f"\n{chapter}  " in said.getvalue()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.needs_root
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_it_and_leaves_nothing(cgroup2: Path, number: signal.Signals) -> None:

@@ -431,6 +431,7 @@ def moved_away(_: dict[str, bytes]) -> dict[str, bytes]:
     return {}
 
 
+@pytest.mark.sample(3)
 @pytest.mark.needs_root
 @pytest.mark.clause("CRASH-16", "CRASH-18")
 @pytest.mark.parametrize("damage", [cut_to_half, emptied, without_log, without_journal, moved_away])

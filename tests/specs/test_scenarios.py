@@ -87,6 +87,7 @@ def daemon(
     return OnDaemon(tmp_path, cgroup2, image_root, allocation_id)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.needs_root
 @pytest.mark.parametrize("path", those_of(DAEMON), ids=stem)
 def test_the_daemon_does_what_is_written(path: Path, daemon: OnDaemon) -> None:

@@ -399,6 +399,7 @@ STRANGERS: Final = {
 CASES: Final = dict(_cases())
 
 
+@pytest.mark.sample(3)
 @pytest.mark.clause("PEER-8", "WIRE-12", "ERR-1")
 @pytest.mark.parametrize("name", CASES)
 def test_a_hostile_peer_is_answered_and_costs_no_other_anything(target: Target, name: str) -> None:

@@ -100,6 +100,7 @@ def test_a_lie_is_caught_and_the_consumer_serves_itself(
         assert handoff.end()
 
 
+@pytest.mark.sample(3)
 @pytest.mark.clause("FD-10", "SELF-8")
 @lies
 def test_a_lie_is_raised_told_to_the_liar_and_followed_by_the_end(

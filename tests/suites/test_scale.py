@@ -90,6 +90,7 @@ def idle_cost(provider: Serving) -> tuple[float, int]:
     return time.process_time() - before_s, switches_of(thread) - switches
 
 
+@pytest.mark.deep("long")
 def test_a_thousand_allocations_live_idle_and_end(
     tmp_path: Path, cgroup2: Path, image_root: Path, allocation_id: str
 ) -> None:

@@ -171,6 +171,7 @@ def survive(daemon: Daemon, name: str, point: Point) -> str:
     return outcome
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("sort", POINTS)
 def test_basic_a_refusal_has_a_typed_outcome_and_leaves_nothing(
     tmp_path: Path, image_root: Path, allocation_id: str, sort: str
@@ -184,6 +185,7 @@ def test_basic_a_refusal_has_a_typed_outcome_and_leaves_nothing(
                 raise
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("point", STARTING, ids=lambda point: point[0])
 def test_a_program_that_cannot_start_says_why_in_one_line(
     tmp_path: Path, image_root: Path, point: tuple[str, str]

@@ -344,6 +344,7 @@ TRIED: Final = [
 ]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.clause("PEER-18")
 @pytest.mark.parametrize(("name", "who"), TRIED)
 def test_what_is_tried_comes_to_what_the_chapter_says(node: Node, name: str, who: str) -> None:

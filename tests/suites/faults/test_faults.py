@@ -162,6 +162,7 @@ def test_a_life_makes_the_same_calls_whenever_it_is_told(stage: Stage, name: str
     assert stage.tell(LIVES[name]).passed == stage.tell(LIVES[name]).passed != []
 
 
+@pytest.mark.sample(2)
 @pytest.mark.clause("ERR-7")
 @pytest.mark.parametrize("name", LIVES)
 def test_basic_every_call_can_fail_with_every_errno(stage: Stage, name: str) -> None:
@@ -172,6 +173,7 @@ def test_basic_every_call_can_fail_with_every_errno(stage: Stage, name: str) -> 
         assert tell(stage, name, fault) == [fault]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", LIVES)
 def test_every_transfer_can_be_short(stage: Stage, name: str) -> None:
     calls = stage.tell(LIVES[name]).passed
@@ -179,6 +181,7 @@ def test_every_transfer_can_be_short(stage: Stage, name: str) -> None:
         assert tell(stage, name, fault) == [fault]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", LIVES)
 def test_two_calls_can_fail(stage: Stage, name: str) -> None:
     faults = [f for call in stage.tell(LIVES[name]).passed for f in faults_of(call)]
@@ -372,6 +375,7 @@ def test_on_linux_everything_can_be_killed_while_consumers_are_at_work(
         assert program.run_kills(str(SEED), KILLS_AT_RANDOM).total() >= KILLS_AT_RANDOM
 
 
+@pytest.mark.sample(2)
 @pytest.mark.clause("END-1")
 @pytest.mark.parametrize("name", LIVES)
 def test_an_anchor_can_be_killed_at_every_call(stage: Stage, name: str) -> None:
