@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE
 help:
 	@echo 'make demo    two allocations from request to release, on this machine, checked'
 	@echo 'make test    the tests, on up to four cores; as root also what needs real namespaces'
-	@echo 'make verify  what takes longer: a seventh of the verification campaign, with a report'
+	@echo 'make verify  what takes longer: a quarter of the verification campaign, with a report'
 	@echo 'make kernels the demo and some tests on other kernels, in QEMU; as root, takes hours'
 	@echo 'make lint    ruff, ruff format and mypy --strict'
 	@echo 'make site    the book of specs/ as a web site, build/site/index.html'
@@ -27,7 +27,7 @@ test:
 
 verify:
 	@.ci/setup test
-	.venv/bin/nshandoff verify --scale 0.15 $(ARGS)
+	.venv/bin/nshandoff verify --scale 0.25 $(ARGS)
 
 kernels:
 	.ci/kernels $(ARGS)

@@ -762,5 +762,5 @@ def test_every_promise_is_kept_whatever_consumers_do(
         def open_adapter(self) -> Adapter:
             return Adapter(provider.socket, provider.inspector, provider.image)
 
-    examples = pytestconfig.getoption("--provider-examples") or settings().max_examples // 5
+    examples = pytestconfig.getoption("--provider-examples") or settings().max_examples * 2 // 5
     run_state_machine_as_test(OverTheWire, settings=settings(SETTINGS, max_examples=examples))

@@ -25,7 +25,7 @@ from transport.descriptors import DescriptorBundle
 from transport.testing.gated_backend import Reins
 
 SOAK: Final = "import sys; from bench.soak import main; sys.exit(main(sys.argv[1:]))"
-SHORT_S: Final = 1.0
+SHORT_S: Final = 2.0
 HASTY_S: Final = 0.2
 TIMEOUT_S: Final = 110.0
 
@@ -49,7 +49,7 @@ def soak(*words: str, program: str = SOAK, **variables: str) -> subprocess.Compl
 @pytest.mark.deep("long")
 @pytest.mark.needs_root
 def test_basic_a_short_soak_holds() -> None:
-    ran = soak("--minutes", "0.1", "--json")
+    ran = soak("--minutes", "0.15", "--json")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     report = json.loads(ran.stdout)
     assert min(report[part]["hand_overs"] for part in ("real", "simulated")) > 0

@@ -57,7 +57,6 @@ SPACES: Final[dict[str, Space]] = {
         strangers(2, "hang up", "crash", requests=(A, B), in_flight=1, crashes=None),
         75_000,
         20,
-        scale=0.25,
     ),
     "a stranger, every fault, any number of crashes": Space(
         Bounds(consumers=0, strangers=1, in_flight=1, crashes=None, faults=None), 25_000, 7

@@ -49,7 +49,7 @@ WIDE: Final = Bounds(
     without=frozenset({"duplicate"}),
 )
 STEPS: Final = 40
-EXAMPLES_FACTOR: Final = 2
+EXAMPLES_FACTOR: Final = 4
 """A step here costs microseconds: more examples than elsewhere in the same time."""
 
 STEPS_TO_REST_MAX: Final = 300

@@ -14,7 +14,7 @@ import re
 import select
 import signal
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import NamedTuple, TypeGuard
 
@@ -237,6 +237,14 @@ class Plan:
         return next((group for first, group in groups if group and start <= first < end), ())
 
 
+def deliver(plan: Plan, wire: Wire, ways: Iterable[Sequence[int]]) -> None:
+    expected = plan.expected
+    for cuts in ways:
+        for chunk in plan.chunks(cuts):
+            wire.send(*chunk)
+        assert taken(wire.receive()) == expected, cuts
+
+
 each_stream = pytest.mark.parametrize("messages", STREAMS.values(), ids=STREAMS)
 
 
@@ -245,13 +253,16 @@ each_stream = pytest.mark.parametrize("messages", STREAMS.values(), ids=STREAMS)
 def test_cuts_into_three_deliver_the_same(messages: tuple[Message, ...]) -> None:
     """Every pair of cuts of which one is in the length of a frame, or beside it."""
     with Plan(messages) as plan, wire_to() as wire:
-        expected = plan.expected
-        size = len(plan.stream)
         near = [at for start in plan.starts for at in range(max(0, start - 1), start + 6)]
-        for cuts in itertools.product(near, range(size)):
-            for chunk in plan.chunks(cuts):
-                wire.send(*chunk)
-            assert taken(wire.receive()) == expected, cuts
+        deliver(plan, wire, itertools.product(near, range(len(plan.stream))))
+
+
+@pytest.mark.deep("long")
+@each_stream
+def test_every_cut_into_three_delivers_the_same(messages: tuple[Message, ...]) -> None:
+    with Plan(messages) as plan, wire_to() as wire:
+        cuts = itertools.combinations_with_replacement(range(len(plan.stream)), 2)
+        deliver(plan, wire, cuts)
 
 
 @pytest.mark.clause("FD-7")
