@@ -28,7 +28,15 @@ if TYPE_CHECKING:
     from .contract import Adoption, Backend, Observation, Recovery, SelfService, Sighting
     from .descriptors import Descriptor, DescriptorBundle, Inspector, NamespaceIdentity
     from .endpoint import Listener, PeerCredentials, listen
-    from .request import AsyncConsumer, AsyncHandoff, Consumer, Fallback, Handoff, Patience
+    from .request import (
+        AsyncConsumer,
+        AsyncHandoff,
+        Cancelled,
+        Consumer,
+        Fallback,
+        Handoff,
+        Patience,
+    )
     from .serve import Observer, Provider, Spans
 
 __all__ = [
@@ -36,6 +44,7 @@ __all__ = [
     "AsyncConsumer",
     "AsyncHandoff",
     "Backend",
+    "Cancelled",
     "Channel",
     "Consumer",
     "Delivery",
@@ -75,7 +84,7 @@ _HOMES: Final = {
     ".contract": "Adoption Backend Observation Recovery SelfService Sighting",
     ".descriptors": "Descriptor DescriptorBundle Inspector NamespaceIdentity",
     ".endpoint": "Listener PeerCredentials listen",
-    ".request": "AsyncConsumer AsyncHandoff Consumer Fallback Handoff Patience",
+    ".request": "AsyncConsumer AsyncHandoff Cancelled Consumer Fallback Handoff Patience",
     ".serve": "Observer Provider Spans",
 }
 

@@ -50,6 +50,7 @@ from transport.request import (
     AUDIT_EVENT,
     AsyncConsumer,
     AsyncHandoff,
+    Cancelled,
     Consumer,
     Fallback,
     Handoff,
@@ -58,7 +59,7 @@ from transport.request import (
 )
 from transport.request.exchange import BaseConsumer
 from transport.serve import Spans
-from transport.testing.peer import Liar, Line, Script, copies_of, frame_of, wait_until
+from transport.testing.peer import DEADLINE_S, Liar, Line, Script, copies_of, frame_of, wait_until
 
 PID, NET, MOUNT = NamespaceType.PID, NamespaceType.NET, NamespaceType.MOUNT
 ALL: Final = (PID, NET, MOUNT)
@@ -228,7 +229,11 @@ FORM_PAIRS: Final = [
 @pytest.mark.parametrize(("blocking", "awaiting"), FORM_PAIRS, ids=lambda kind: kind.__name__)
 def test_both_forms_have_the_same_verbs(blocking: type, awaiting: type) -> None:
     theirs = {name.replace("__a", "__"): names for name, names in _surface(awaiting).items()}
-    assert _surface(blocking) == theirs
+    # A task can be cancelled as it is.
+    ours = {
+        n: names and [x for x in names if x != "cancel"] for n, names in _surface(blocking).items()
+    }
+    assert ours == theirs
     assert {"end", "close", "__enter__", "__exit__"} <= set(theirs)
     for name, verb in inspect.getmembers(awaiting, inspect.isfunction):
         is_public = not name.startswith("_") or name in ("__aenter__", "__aexit__")
@@ -1034,6 +1039,53 @@ def test_an_interrupted_caller_tells_the_provider(plain: Rig) -> None:
         assert liar.told(0) == [plain.wanted, plain.ended]
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_cancelled_wait_ends_and_leaves_the_allocation(plain: Rig) -> None:
+    plain.provide()
+    with plain.obtain() as handoff, Descriptor(os.eventfd(1)) as cancel:
+        with pytest.raises(Cancelled):
+            handoff.wait_ended(DEADLINE_S, cancel=cancel.fileno())
+        assert not handoff.is_ended
+        assert not handoff.wait_ended(0.0)
+
+
+def test_a_cancelled_request_is_withdrawn(plain: Rig) -> None:
+    with Descriptor(os.eventfd(0)) as cancel:
+
+        def silent(line: Line) -> None:
+            line.hear()
+            os.eventfd_write(cancel.fileno(), 1)
+
+        liar = plain.lie(silent)
+        with pytest.raises(Cancelled):
+            plain.consumer().obtain(plain.wanted, cancel=cancel.fileno())
+        assert liar.told(0) == [plain.wanted, plain.ended]
+
+
+def test_what_is_cancelled_while_the_backlog_is_full_waits_no_longer(plain: Rig) -> None:
+    with Descriptor(os.eventfd(0)) as cancel, _full_backlog(plain.path):
+        later = threading.Timer(0.05, os.eventfd_write, (cancel.fileno(), 1))
+        later.start()
+        with Stopwatch() as watch, pytest.raises(Cancelled):
+            plain.consumer().obtain(plain.wanted, cancel=cancel.fileno())
+        later.join()
+    assert watch.seconds < Patience().answer_s
+
+
+def test_self_service_that_has_begun_is_not_cancelled(plain: Rig) -> None:
+    with Descriptor(os.eventfd(0)) as cancel:
+
+        class Cancelling(SimulatedBackend):
+            def create_namespaces(self, request: NamespaceRequest) -> NamespaceResponse:
+                os.eventfd_write(cancel.fileno(), 1)
+                return super().create_namespaces(request)
+
+        with closing(Cancelling(plain.own)) as service:
+            consumer = plain.consumer(service=service)
+            with consumer.obtain(plain.wanted, cancel=cancel.fileno()) as handoff:
+                assert handoff.is_own
+                assert handoff.end()
 
 
 @pytest.mark.clause("RUN-6")

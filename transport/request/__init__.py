@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from statemachine.exports import on_demand
 
-from .blocking import Consumer, Handoff
+from .blocking import Cancelled, Consumer, Handoff
 from .exchange import AUDIT_EVENT, Audit, Fallback, Patience
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ __all__ = [
     "AsyncConsumer",
     "AsyncHandoff",
     "Audit",
+    "Cancelled",
     "Consumer",
     "Fallback",
     "Handoff",

@@ -8,12 +8,13 @@ announces the end on it.
 from __future__ import annotations
 
 import select
-import time
 from collections.abc import Callable
+from contextlib import closing, suppress
 from typing import Any, Final
 
 from statemachine import effects as do
 from statemachine.effects import Effect
+from statemachine.errors import NamespaceError
 from statemachine.messages import NamespaceRequest, NamespaceResponse
 
 from .exchange import (
@@ -26,6 +27,10 @@ from .exchange import (
 )
 
 
+class Cancelled(Exception):
+    """What a call was given as `cancel` became readable before the call was done."""
+
+
 class Handoff(BaseHandoff):
     """
     Namespaces in hand. Leaving its context closes the descriptors and the connection.
@@ -36,17 +41,21 @@ class Handoff(BaseHandoff):
 
     __slots__ = ()
 
-    def wait_ended(self, timeout_s: float) -> bool:
+    def wait_ended(self, timeout_s: float, *, cancel: int | None = None) -> bool:
         """
         Wait for the allocation to be over.
 
         Args:
             timeout_s: seconds to wait; 0.0 only looks.
+            cancel: a descriptor that stops waiting when it is readable; borrowed, never read.
 
         Returns:
             Whether it is over. A provider that is gone cannot announce anything.
+
+        Raises:
+            Cancelled: `cancel` is readable. Nothing else has changed.
         """
-        return _run(self._exchange, lambda: self._exchange.is_over, timeout_s)
+        return _run(self._exchange, lambda: self._exchange.is_over, timeout_s, cancel)
 
     def end(self, timeout_s: float = ANSWER_TIMEOUT_S) -> bool:
         """
@@ -114,12 +123,20 @@ class Consumer(BaseConsumer[Handoff]):
         joins: what it asks for is there already and others use it: giving up does not end it.
     """
 
-    def obtain(self, request: NamespaceRequest) -> Handoff:
+    def obtain(self, request: NamespaceRequest, *, cancel: int | None = None) -> Handoff:
         """
         Obtain namespaces, from the provider or by self-service.
 
-        When it is interrupted, the provider is told to end what it may have made, once, and
-        nothing is left open here.
+        Cancelled, the provider is told to end what it may have made, once, and nothing is left
+        open here. Self-service that has begun is not cancelled.
+
+        An exception that a signal's handler raises (KeyboardInterrupt) does the same where it
+        comes while the provider is waited for. It may come between any two instructions, and then
+        the provider may not be told: give a `cancel`, a signalfd(2) for example.
+
+        Args:
+            request: what is wanted.
+            cancel: a descriptor that gives up when it is readable; borrowed, never read.
 
         Returns:
             The handoff; the caller owns it and its descriptors. `is_degraded` says whether
@@ -131,16 +148,21 @@ class Consumer(BaseConsumer[Handoff]):
             AllocationNotFound: the provider does not know the allocation.
             SocketUnavailable, FdPassing: the provider could not be had, and there is no
                 self-service.
+            Cancelled: `cancel` is readable.
         """
         # Keeps SELF-3, SELF-6.
         exchange = self._begin(request)
         try:
-            _run(exchange, lambda: exchange.is_settled)
+            _run(exchange, lambda: exchange.is_settled, cancel=cancel)
             if exchange.refusal is not None:
                 raise exchange.refusal
-        except BaseException:
+        except (Cancelled, NamespaceError):
             exchange.withdraw()
             exchange.close()
+            raise
+        except BaseException:
+            with closing(exchange), suppress(Exception):
+                exchange.withdraw_from_any_state()
             raise
         return Handoff(exchange)
 
@@ -192,27 +214,33 @@ class Consumer(BaseConsumer[Handoff]):
         self.close()
 
 
-def _run(exchange: Exchange, is_done: Callable[[], bool], timeout_s: float | None = None) -> bool:
+def _run(
+    exchange: Exchange,
+    is_done: Callable[[], bool],
+    timeout_s: float | None = None,
+    cancel: int | None = None,
+) -> bool:
     """Drive an exchange until it is done, or the time is over; say whether it is done."""
     deadline = None if timeout_s is None else exchange.clock() + timeout_s
     # What has arrived since the last call counts, even if there is no time to wait.
     exchange.read()
     while not is_done():
+        _raise_if_readable(cancel)
         # What the kernel has decided is done, whatever the time.
         if exchange.slow:
-            perform(exchange, exchange.slow.popleft())
+            perform(exchange, exchange.slow.popleft(), cancel)
             continue
         now = exchange.clock()
         if deadline is not None and now >= deadline:
             return False
         if exchange.channel is None and not exchange.deadlines and deadline is None:
             raise AssertionError("nothing is left that could settle this exchange")
-        _wait(exchange, now, deadline)
+        _wait(exchange, now, deadline, cancel)
         exchange.expire()
     return True
 
 
-def _wait(exchange: Exchange, now: float, deadline: float | None) -> None:
+def _wait(exchange: Exchange, now: float, deadline: float | None, cancel: int | None) -> None:
     ends = [*exchange.deadlines.values(), *([] if deadline is None else [deadline])]
     # One millisecond more: poll rounds down, and would return just before the deadline.
     timeout_ms = max(0.0, min(ends) - now) * 1000.0 + 1.0 if ends else None
@@ -221,32 +249,47 @@ def _wait(exchange: Exchange, now: float, deadline: float | None) -> None:
     if channel is not None:
         wants = select.POLLIN | (select.POLLOUT if channel.wants_write else 0)
         poll.register(channel.fileno(), wants)
-    for _, happened in poll.poll(timeout_ms):
+    if cancel is not None:
+        poll.register(cancel, select.POLLIN)
+    for number, happened in poll.poll(timeout_ms):
+        if number == cancel:
+            continue  # the next turn sees it
         if happened & select.POLLOUT:
             exchange.write()
         exchange.read()
 
 
-def perform(exchange: Exchange, effect: Effect) -> None:
+def _raise_if_readable(cancel: int | None, timeout_ms: float = 0.0) -> None:
+    poll = select.poll()
+    if cancel is not None:
+        poll.register(cancel, select.POLLIN)
+    if poll.poll(timeout_ms):
+        raise Cancelled
+
+
+# --- Effects that take time ----------------------------------------------------------------------
+
+
+def perform(exchange: Exchange, effect: Effect, cancel: int | None = None) -> None:
     """Perform an effect that takes time, taken from `exchange.slow`, and return when it is done."""
-    _PERFORMERS[type(effect)](exchange, effect)
+    _PERFORMERS[type(effect)](exchange, effect, cancel)
 
 
-def _connect(exchange: Exchange, effect: do.Connect) -> None:
+def _connect(exchange: Exchange, effect: do.Connect, cancel: int | None) -> None:
     deadline = exchange.connect_deadline()
     while not exchange.try_to_connect(deadline):
-        time.sleep(CONNECT_PAUSE_S)
+        _raise_if_readable(cancel, CONNECT_PAUSE_S * 1000.0)
 
 
-def _serve_self(exchange: Exchange, effect: do.ServeSelf) -> None:
+def _serve_self(exchange: Exchange, effect: do.ServeSelf, cancel: int | None) -> None:
     exchange.feed(exchange.serve_self(effect))
 
 
-def _release_own(exchange: Exchange, effect: do.ReleaseOwn) -> None:
+def _release_own(exchange: Exchange, effect: do.ReleaseOwn, cancel: int | None) -> None:
     exchange.release_own()
 
 
-_PERFORMERS: Final[dict[type[Effect], Callable[[Exchange, Any], None]]] = {
+_PERFORMERS: Final[dict[type[Effect], Callable[[Exchange, Any, int | None], None]]] = {
     do.Connect: _connect,
     do.ServeSelf: _serve_self,
     do.ReleaseOwn: _release_own,

@@ -252,6 +252,13 @@ class Exchange:
         if self.kernel.state in _WITHDRAWABLE:
             self.feed(on.EndWanted())
 
+    def withdraw_from_any_state(self) -> None:
+        """Do so after an exception that may have come between two instructions."""
+        if self.channel is not None and self.channel.wants_write:
+            # What is kept for sending may have been sent, and would be sent again.
+            self._drop_channel()
+        self.withdraw()
+
     def close(self) -> None:
         """Close the channel and all descriptors that the caller has not taken out."""
         if self.channel is not None and self.kernel.state is ConsumerState.HELD:
