@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from errno import EINTR, EINVAL, ENODATA, ETIMEDOUT, errorcode
@@ -82,6 +82,10 @@ FS_LOG_LINE_BYTES_MAX: Final = 4096
 
 FS_LOG_LINES_MAX: Final = 32
 """Most lines that are read from it; the kernel keeps eight."""
+
+
+_SIGSET_BYTES: Final = 128
+"""Size of the C library's sigset_t (signal.h)."""
 
 
 class Ioctl(IntEnum):
@@ -538,6 +542,22 @@ def pidfd_send_signal(pidfd: FileDescriptor, signal: int) -> None:
         ctypes.c_void_p(None),
         ctypes.c_uint(0),
     )
+
+
+def signalfd(numbers: Iterable[int]) -> Descriptor:
+    """
+    Make a descriptor that is readable while one of these signals is pending (signalfd(2)).
+
+    The signals have to be blocked. The descriptor's caller owns it.
+
+    Raises:
+        SyscallError: EMFILE, ENFILE, no descriptor is left.
+    """
+    mask = ctypes.create_string_buffer(_SIGSET_BYTES)
+    for number in numbers:
+        _libc_call("sigaddset", mask, ctypes.c_int(number))
+    flags = os.O_NONBLOCK | os.O_CLOEXEC
+    return Descriptor(_libc_call("signalfd", ctypes.c_int(-1), mask, ctypes.c_int(flags)))
 
 
 # --- making a call --------------------------------------------------------------------

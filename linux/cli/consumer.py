@@ -7,10 +7,9 @@ import logging
 import os
 import secrets
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Final
 
 from statemachine.errors import (
@@ -28,12 +27,13 @@ from statemachine.messages import (
 )
 from transport.contract import SelfService
 from transport.descriptors import Inspector
-from transport.request import Consumer, Handoff
+from transport.request import Cancelled, Consumer, Handoff
 
 from ..features import Features
 from ..namespaces import KernelInspector
 from ..self_service import OwnNamespaces
 from ..simulated import SimulatedInspector
+from ..syscalls import signalfd
 from .exits import PROGRAM, ExitCode, Failure, Interrupted
 
 INTERRUPTIONS: Final = frozenset({signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM})
@@ -121,7 +121,7 @@ def obtain(
     taken: set[signal.Signals],
 ) -> Handoff:
     """
-    Obtain namespaces; a signal that tells the command to stop interrupts that.
+    Obtain namespaces, until a signal tells the command to stop.
 
     Once the command has begun to make its own, the signal is handled after they are made, because
     what is half made is hard to undo.
@@ -133,15 +133,18 @@ def obtain(
         Failure: there are no namespaces.
         Interrupted: a signal came; own namespaces are released, those of the provider may not be.
     """
+    wanted = stopping(taken)
     try:
-        with interruptible(taken, lambda: own is None or not own.is_begun) as postponed:
-            handoff = consumer.obtain(request)
+        with signalfd(wanted) as cancel:
+            handoff = consumer.obtain(request, cancel=cancel.fileno())
     except NamespaceError as error:
         raise failure_of(error) from error
-    if postponed:
+    except Cancelled:
+        raise Interrupted(signal.sigwait(wanted)) from None
+    if handoff.is_own and (number := signal.sigtimedwait(wanted, 0)) is not None:
         with handoff:
             handoff.end(END_TIMEOUT_S)
-        raise Interrupted(postponed[0])
+        raise Interrupted(number.si_signo)
     return handoff
 
 
@@ -175,36 +178,10 @@ def signals_taken(
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-@contextmanager
-def interruptible(
-    taken: set[signal.Signals], is_interruptible: Callable[[], bool] = lambda: True
-) -> Iterator[list[int]]:
-    """
-    Turn the signals that stop a command into `Interrupted` while the body runs.
-
-    Args:
-        taken: What `signals_taken` blocks, and blocks again afterwards.
-        is_interruptible: Called when a signal comes; False postpones it.
-
-    Returns:
-        The signals that were postponed.
-    """
-    postponed: list[int] = []
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        if is_interruptible():
-            raise Interrupted(number)
-        postponed.append(number)
-
-    wanted = {n for n in taken & INTERRUPTIONS if signal.getsignal(n) is not signal.SIG_IGN}
-    before = {number: signal.signal(number, interrupt) for number in wanted}
-    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, before)
-    try:
-        yield postponed
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for number, disposition in before.items():
-            signal.signal(number, disposition)
+def stopping(taken: Set[signal.Signals]) -> Set[signal.Signals]:
+    """Return those that stop the command, of the signals that `signals_taken` blocks."""
+    # One that was ignored when the command started comes all the same, because it is blocked.
+    return {n for n in taken & INTERRUPTIONS if signal.getsignal(n) is not signal.SIG_IGN}
 
 
 def _new_id() -> str:

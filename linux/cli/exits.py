@@ -62,8 +62,8 @@ class Failure(Exception):
         return f"{self.kind}: {self.text}" if self.kind else self.text
 
 
-class Interrupted(BaseException):
-    """A signal told the command to stop; not an `Exception`, so that no handler catches it."""
+class Interrupted(Exception):
+    """A signal told the command to stop."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)

@@ -10,10 +10,11 @@ from typing import Any, Final
 
 from statemachine.errors import NamespaceError
 from transport.endpoint import begin_connect
-from transport.request import Handoff
+from transport.request import Cancelled, Handoff
 
 from ..features import Features
 from ..namespaces import KernelInspector
+from ..syscalls import signalfd
 from .consumer import (
     END_TIMEOUT_S,
     INTERRUPTIONS,
@@ -21,19 +22,19 @@ from .consumer import (
     failure_of,
     id_of,
     inspector_of,
-    interruptible,
     obtain,
     own_namespaces,
     request_of,
     signals_taken,
+    stopping,
 )
-from .exits import ExitCode, Interrupted, print_error
+from .exits import ExitCode, print_error
 
 SCHEMA: Final = 1
 """Version of what `--json` prints; keys are added without a new one, never changed."""
 
-LOOK_S: Final = 1.0
-"""How long to wait for the end at a time; a signal is noticed after that at the latest."""
+WAIT_S: Final = 3600.0
+"""How long to wait for the end at a time."""
 
 
 def request(options: argparse.Namespace) -> ExitCode:
@@ -55,8 +56,8 @@ def request(options: argparse.Namespace) -> ExitCode:
         show = _show_json if options.json else _show
         try:
             show(describe(handoff))
-            with suppress(Interrupted), interruptible(taken):
-                while not handoff.wait_ended(LOOK_S):
+            with suppress(Cancelled), signalfd(stopping(taken)) as cancel:
+                while not handoff.wait_ended(WAIT_S, cancel=cancel.fileno()):
                     pass
         finally:  # also where it cannot be shown
             _let_go(handoff, ends=options.end)
