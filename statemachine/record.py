@@ -93,6 +93,7 @@ def record(cls: type[T]) -> type[T]:
     names = (*parent.__match_args__, *own)
     defaults = parent._defaults | {name: vars(cls)[name] for name in own if name in vars(cls)}
     namespace |= {
+        "__qualname__": cls.__qualname__,
         "__slots__": tuple(own),
         "__match_args__": names,
         "_types": parent._types | own,

@@ -1,0 +1,126 @@
+"""`record` against `dataclass(frozen=True, slots=True)`, which is the oracle: what a user sees."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError, asdict, dataclass, fields, is_dataclass, replace
+from typing import Any, Final, NamedTuple
+
+import pytest
+
+from statemachine import AllocationEnded
+from statemachine.record import record
+
+Decorator = Callable[[type], Any]
+
+
+class Kinds(NamedTuple):
+    """Classes that one decorator has made of the same sources."""
+
+    point: Any
+    """Two fields, one with a default value."""
+    checked: Any
+    """A subclass that adds a field and looks at what it is given."""
+    empty: Any
+
+
+def kinds_of(decorated: Decorator) -> Kinds:
+    @decorated
+    class Point:
+        """A place."""
+
+        x: int
+        y: int = 2
+
+        def sum(self) -> int:
+            return self.x + self.y
+
+        @property
+        def double(self) -> int:
+            return 2 * self.x
+
+    @decorated
+    class Checked(Point):
+        z: int = 3
+
+        def __post_init__(self) -> None:
+            if self.z < 0:
+                raise ValueError("z is negative")
+
+    @decorated
+    class Empty:
+        pass
+
+    return Kinds(Point, Checked, Empty)
+
+
+RECORDS: Final = kinds_of(record)
+DATACLASSES: Final = kinds_of(dataclass(frozen=True, slots=True))
+
+
+def outcome(act: Callable[[Kinds], object], kinds: Kinds) -> object:
+    """What an act returns, or what it raises and says."""
+    try:
+        return act(kinds)
+    except Exception as error:
+        return type(error), str(error)
+
+
+ACTS: Final[dict[str, Callable[[Kinds], object]]] = {
+    "positional": lambda k: (k.point(1, 5).x, k.point(1, 5).y),
+    "by name": lambda k: (k.point(y=5, x=1).x, k.point(y=5, x=1).y),
+    "default": lambda k: k.point(1).y,
+    "default of the subclass": lambda k: (k.checked(1).y, k.checked(1).z, k.checked(1, 5, 6).z),
+    "equal": lambda k: k.point(1, 2) == k.point(1),
+    "first differs": lambda k: k.point(1, 2) == k.point(3, 2),
+    "last differs": lambda k: k.point(1, 2) == k.point(1, 3),
+    "another class": lambda k: k.point(1, 2) == (1, 2),
+    "a subclass": lambda k: k.point(1, 2) == k.checked(1, 2),
+    "empty": lambda k: (k.empty() == k.empty(), hash(k.empty()) == hash(k.empty())),
+    "hash": lambda k: len({k.point(1), k.point(1, 2), k.point(2), k.point(1, 3)}),
+    "method": lambda k: k.point(1, 5).sum(),
+    "property": lambda k: k.checked(4).double,
+    "docstring": lambda k: k.point.__doc__,
+    "post init": lambda k: k.checked(1, 2, -3),
+    "names": lambda k: (k.point.__name__, k.checked.__mro__[1].__name__),
+    "module": lambda k: k.point.__module__,
+    "qualified name": lambda k: k.point.__qualname__,
+    "subclass": lambda k: issubclass(k.checked, k.point),
+    "pattern": lambda k: (k.point.__match_args__, k.checked.__match_args__, k.empty.__match_args__),
+    "fields": lambda k: [[f.name for f in fields(kind)] for kind in k],
+    "defaults": lambda k: [f.default for f in fields(k.checked)],
+    "types": lambda k: [f.type for f in fields(k.checked)],
+    "is one": lambda k: [is_dataclass(kind) for kind in k],
+    "frozen": lambda k: k.point.__dataclass_params__.frozen,
+    "replace": lambda k: repr(replace(k.point(1), y=7)),
+    "as dict": lambda k: asdict(k.checked(1)),
+    "repr": lambda k: (repr(k.point(1)), repr(k.checked(1)), repr(k.empty())),
+    "copy": lambda k: copy.copy(k.checked(1, 4, 5)) == k.checked(1, 4, 5),
+    "slots": lambda k: [hasattr(kind, "__dict__") for kind in (k.point(1), k.checked(1))],
+    "no weak reference": lambda k: hasattr(k.point(1), "__weakref__"),
+    "slots of each": lambda k: (k.point.__slots__, k.checked.__slots__),
+    "parameters": lambda k: [*inspect.signature(k.checked).parameters],
+    "set": lambda k: setattr(k.point(1), "x", 3),
+    "delete": lambda k: delattr(k.point(1), "x"),
+}
+
+
+@pytest.mark.parametrize("act", ACTS.values(), ids=ACTS)
+def test_a_record_does_what_a_frozen_dataclass_does(act: Callable[[Kinds], object]) -> None:
+    assert outcome(act, RECORDS) == outcome(act, DATACLASSES)
+    # Also one that is made now.
+    assert outcome(act, kinds_of(record)) == outcome(act, DATACLASSES)
+
+
+def test_no_field_can_be_added() -> None:
+    # In a dataclass with slots it is a TypeError (python/cpython#90562).
+    with pytest.raises(FrozenInstanceError, match="cannot assign to field 'name'"):
+        setattr(RECORDS.point(1), "name", 3)  # noqa: B010
+
+
+def test_pickle() -> None:
+    value = AllocationEnded("a")
+    assert pickle.loads(pickle.dumps(value)) == value
