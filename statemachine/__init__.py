@@ -36,13 +36,6 @@ if TYPE_CHECKING:
         RemoteProtocolError,
         SocketUnavailable,
     )
-    from .lifecycle import (
-        AllocationState,
-        ConsumerState,
-        MessageState,
-        NoticeState,
-        ServiceState,
-    )
     from .messages import (
         HANDOFF_SOCKET_PATH,
         AllocationEnded,
@@ -54,6 +47,7 @@ if TYPE_CHECKING:
     )
     from .provider import Limits, ProviderKernel, Snapshot
     from .roles import NamespaceConsumer, NamespaceProvider
+    from .states import AllocationState, ConsumerState, MessageState, NoticeState, ServiceState
 
 __version__ = "0.1.0"
 """The project's version; that of the other packages is this one."""
@@ -92,11 +86,11 @@ _HOMES: Final = {
     ".consumer": "ConsumerKernel",
     ".errors": "AllocationNotFound CreationFailed FdPassing LocalProtocolError NamespaceError "
     "ProtocolError RemoteProtocolError SocketUnavailable",
-    ".lifecycle": "AllocationState ConsumerState MessageState NoticeState ServiceState",
     ".messages": "HANDOFF_SOCKET_PATH AllocationEnded Message NamespaceRequest NamespaceResponse "
     "NamespaceType objection",
     ".provider": "Limits ProviderKernel Snapshot",
     ".roles": "NamespaceConsumer NamespaceProvider",
+    ".states": "AllocationState ConsumerState MessageState NoticeState ServiceState",
 }
 
 # Not for mypy, which would take any name for one that is there.

@@ -24,7 +24,7 @@ from .errors import (
     SocketUnavailable,
 )
 from .events import ConsumerInput, Event, KernelEvent
-from .lifecycle import CONSUMER, EXPIRIES, HAS_PROVIDER, NOTICE, ConsumerState, NoticeState
+from .lifecycle import CONSUMER, EXPIRIES, HAS_PROVIDER, NOTICE
 from .messages import (
     AllocationEnded,
     Message,
@@ -32,6 +32,7 @@ from .messages import (
     NamespaceResponse,
     shown,
 )
+from .states import ConsumerState, NoticeState
 from .table import Snapshot, Table, refusal
 
 

@@ -2,14 +2,13 @@
 
 `dataclass(frozen=True, slots=True)` compiles eight functions for each class and builds the class
 twice, which was most of what importing this package cost: it has some eighty events, effects and
-messages. `record` compiles one small source for each class. Its classes work with
-`dataclasses.fields`, `replace`, `asdict` and `is_dataclass`, with `match`, `copy` and `pickle`;
-mypy takes them for frozen dataclasses.
+messages. `record` compiles one small source for each class, and does not import `dataclasses`. Its
+classes work with `dataclasses.fields`, `replace`, `asdict` and `is_dataclass`, with `match`, `copy`
+and `pickle`; mypy takes them for frozen dataclasses.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from functools import cache, lru_cache
 from typing import Any, ClassVar, Final, TypeVar, dataclass_transform
 
@@ -40,6 +39,8 @@ class _OfDataclass:
 
 @cache
 def _dataclass_like(cls: Any) -> type:
+    import dataclasses
+
     fields = [
         (name, cls._types[name], dataclasses.field(default=cls._defaults[name]))
         if name in cls._defaults
@@ -60,10 +61,10 @@ class _Record:
     _defaults: ClassVar[dict[str, Any]] = {}
 
     def __setattr__(self, name: str, value: object) -> None:
-        raise dataclasses.FrozenInstanceError(f"cannot assign to field {name!r}")
+        raise _frozen(f"cannot assign to field {name!r}")
 
     def __delattr__(self, name: str) -> None:
-        raise dataclasses.FrozenInstanceError(f"cannot delete field {name!r}")
+        raise _frozen(f"cannot delete field {name!r}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), tuple(getattr(self, name) for name in self.__match_args__)
@@ -71,6 +72,12 @@ class _Record:
     def __repr__(self) -> str:
         fields = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.__match_args__)
         return f"{type(self).__qualname__}({fields})"
+
+
+def _frozen(text: str) -> AttributeError:
+    from dataclasses import FrozenInstanceError
+
+    return FrozenInstanceError(text)
 
 
 @dataclass_transform(frozen_default=True)
@@ -104,6 +111,16 @@ def record(cls: type[T]) -> type[T]:
     for name, method in _methods(made, names, defaults).items():
         setattr(made, name, method)
     return made  # type: ignore[no-any-return]
+
+
+def fields_of(value: object) -> dict[str, Any]:
+    """Return a record's fields by name. Unlike `dataclasses.asdict`, it copies none of them."""
+    return {name: getattr(value, name) for name in type(value).__match_args__}  # type: ignore[attr-defined]
+
+
+def changed(value: T, **fields: object) -> T:
+    """Return a record with other values of some fields, as `dataclasses.replace` does."""
+    return type(value)(**{**fields_of(value), **fields})
 
 
 def _methods(made: type, names: tuple[str, ...], defaults: dict[str, Any]) -> dict[str, Any]:

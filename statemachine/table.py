@@ -6,7 +6,8 @@ translates its refusal. `Table.machine` makes a stock machine of the same rows, 
 
 A model is not registered with the table's machine: an object with a `state` is enough, nothing is
 added to it and no reference to it is kept, so that an allocation costs its own few words and is
-gone when it is forgotten. This module is the only one that knows `transitions`.
+gone when it is forgotten. This module and `machine` are the only ones that know `transitions`,
+which is imported when a model is first moved: a program that shows a table moves none.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
-from typing import Any, Final, Protocol, TypeAlias, TypeVar
-
-from transitions import Event as MachineEvent
-from transitions import Machine, MachineError
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, TypeVar, overload
 
 from .effects import Effect, KernelOrder, Order, Timing, order_name
 from .errors import LocalProtocolError, RemoteProtocolError
 from .events import Event, LocalEvent, PeerEvent
 from .record import record
 
-M = TypeVar("M", bound=Machine)
+if TYPE_CHECKING:
+    from transitions import Machine
+
+M = TypeVar("M", bound="Machine")
 
 Snapshot: TypeAlias = tuple[Any, ...]
 """A kernel's whole state as nested tuples of plain values: comparable, hashable, restorable."""
@@ -104,23 +105,22 @@ class Table:
         # Keeps LIFE-1.
         try:
             orders: tuple[Order, ...] = self._triggers[event](model)
-        except (KeyError, MachineError):
+        except _what_refuses():
             raise refusal(event, model) from None
         return orders
 
     @cached_property
     def _triggers(self) -> dict[type[Event], Any]:
-        # Made when a model is first moved: most programs that import a table never move one.
-        made: Any = self.machine(_TableMachine)
+        from .machine import TableMachine
+
+        made: Any = self.machine(TableMachine)
         return {event: made.events[event.__name__].take for event in self.events}
 
-    def machine(
-        self,
-        cls: type[M] = Machine,  # type: ignore[assignment]
-        *,
-        model: Any = None,
-        **options: Any,
-    ) -> M:
+    @overload
+    def machine(self, *, model: Any = None, **options: Any) -> Machine: ...
+    @overload
+    def machine(self, cls: type[M], *, model: Any = None, **options: Any) -> M: ...
+    def machine(self, cls: Any = None, *, model: Any = None, **options: Any) -> Any:
         """
         Make a stock machine of `transitions` with the rows of this table.
 
@@ -129,10 +129,14 @@ class Table:
         a callback finds with `send_event=True` in `event_data.transition.effects`.
 
         Args:
-            cls: which machine: `Machine`, `GraphMachine`, `LockedMachine`, `AsyncMachine`, ...
+            cls: which machine: `Machine` (None), `GraphMachine`, `LockedMachine`, ...
             model: what it moves; an object, a list, or None.
             options: for its constructor, as `send_event`, `graph_engine` or `after_state_change`.
         """
+        if cls is None:
+            from transitions import Machine
+
+            cls = Machine
         made = cls(
             model=model,
             states=type(self.initial),
@@ -149,6 +153,13 @@ class Table:
             found: Any = made.events[row.event.__name__].transitions[row.source.name][0]
             found.effects = row.effects
         return made
+
+
+def _what_refuses() -> tuple[type[Exception], ...]:
+    """Return what `fire` is told by a table that has no such event, or no such row."""
+    from transitions import MachineError
+
+    return KeyError, MachineError
 
 
 def refusal(event: type[Event], model: Model) -> LocalProtocolError | RemoteProtocolError:
@@ -192,33 +203,6 @@ def check_vocabulary(
     unused |= {order_name(order) for order in orders} - asked
     if unused:
         raise UnsoundTable(f"defined, but in no table: {', '.join(sorted(unused))}")
-
-
-class _RowEvent(MachineEvent):
-    """
-    An event of `transitions` that can also be taken without looking for callbacks.
-
-    No row has a callback, because one that raised would leave a move half done. So `take` finds the
-    transition of the model's state, sets the state, and returns what the row asks for. Leaving out
-    what `trigger` does for callbacks, conditions and queues makes a move ten times as fast, which
-    is what an exhaustive search of the kernels is made of. `test_table` moves models by both.
-    """
-
-    def take(self, model: Any) -> tuple[Order, ...]:
-        """Move a model; raise `MachineError`, as `trigger` does, if it has no such transition."""
-        found: Any = self.transitions.get(model.state.name)
-        if found is None:
-            self._is_valid_source(self.machine.get_model_state(model))
-        transition = found[0]
-        model.state = self.machine.states[transition.dest].value
-        orders: tuple[Order, ...] = transition.effects
-        return orders
-
-
-class _TableMachine(Machine):
-    """The machine of a table. It has no models of its own, and no queue that all would share."""
-
-    event_cls = _RowEvent
 
 
 def _cells_of(name: str, rows: tuple[Row, ...]) -> dict[tuple[type[Event], Enum], Row]:

@@ -32,7 +32,7 @@ FORGES: Final = r"linux/forge/(client|child|spawn|exec)\.py"
 
 IMPORT_OWNERS: Final = {
     "msgpack": r"transport/codec\.py",
-    "transitions": r"statemachine/table\.py",
+    "transitions": r"statemachine/(table|machine)\.py",
     "ctypes": r"linux/syscalls\.py",
     "sqlite3": r"linux/journal\.py",
     "subprocess": FORGES,
@@ -334,7 +334,8 @@ def test_no_folder_of_tests_can_shadow_a_package() -> None:
 LOADED_BY_IMPORT: Final = """
 import sys
 before = set(sys.modules)
-import statemachine.provider, statemachine.consumer
+from statemachine import ConsumerKernel, ProviderKernel, events
+ProviderKernel().receive(events.ProviderReady())
 print(*{name.partition(".")[0] for name in set(sys.modules) - before})
 """
 

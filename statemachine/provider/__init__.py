@@ -9,8 +9,9 @@ models        what is kept of the service, a connection, a message, an allocatio
 limits        who may use a provider, and how much of it
 """
 
-from ..table import Snapshot
-from .kernel import ProviderKernel, event_of
+from typing import TYPE_CHECKING
+
+from ..exports import on_demand
 from .limits import (
     ALLOCATIONS_PER_UID_MAX,
     CONNECTIONS_PER_UID_MAX,
@@ -20,6 +21,10 @@ from .limits import (
     WAITING_MAX,
     Limits,
 )
+
+if TYPE_CHECKING:
+    from ..table import Snapshot
+    from .kernel import ProviderKernel, event_of
 
 __all__ = [
     "ALLOCATIONS_PER_UID_MAX",
@@ -33,3 +38,7 @@ __all__ = [
     "Snapshot",
     "event_of",
 ]
+
+# Not for mypy, which would take any name for one that is there.
+if not TYPE_CHECKING:
+    __getattr__ = on_demand(__name__, {"..table": "Snapshot", ".kernel": "ProviderKernel event_of"})

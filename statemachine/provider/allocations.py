@@ -10,8 +10,8 @@ from .. import events as on
 from ..effects import Order
 from ..errors import AllocationNotFound, CreationFailed
 from ..events import ConnectionId, Event
-from ..lifecycle import AllocationState, MessageState
 from ..messages import NamespaceRequest, objection
+from ..states import AllocationState, MessageState
 from .answers import flush, refuse
 from .limits import over
 from .models import Allocation, Message

@@ -15,7 +15,7 @@ from .. import events as on
 from ..effects import Order
 from ..errors import NamespaceError, SocketUnavailable
 from ..events import ConnectionId
-from ..lifecycle import MessageState
+from ..states import MessageState
 from .models import Message
 from .state import Handler, State
 

@@ -24,12 +24,11 @@ from ..lifecycle import (
     IS_READ,
     IS_RUNNING,
     PROVIDER_GUARDS,
-    AllocationState,
     Guard,
-    ServiceState,
 )
 from ..messages import AllocationEnded, NamespaceRequest, NamespaceResponse, objection_to_size
 from ..messages import Message as AnyMessage
+from ..states import AllocationState, ServiceState
 from ..table import Snapshot
 from . import allocations, answers, service
 from .limits import Limits

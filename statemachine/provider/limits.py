@@ -7,7 +7,6 @@ something.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
 from ..errors import CreationFailed
@@ -57,16 +56,22 @@ class Limits:
         return 2 * self.open_per_connection
 
 
-@dataclass(slots=True, eq=False)
 class Usage:
-    """What one user takes up."""
+    """
+    What one user takes up.
 
-    connections: int = 0
-    """Open connections, those included that the provider has closed."""
-    messages: int = 0
-    """Messages of these connections whose answers have not left."""
-    allocations: int = 0
-    """Allocations that this user asked for first, and that are not released."""
+    Attributes:
+        connections: Open ones, those included that the provider has closed.
+        messages: Of these connections, those whose answers have not left.
+        allocations: Those that this user asked for first, and that are not released.
+    """
+
+    __slots__ = ("allocations", "connections", "messages")
+
+    def __init__(self) -> None:
+        self.connections = 0
+        self.messages = 0
+        self.allocations = 0
 
 
 def over(what: str, most: int) -> CreationFailed:

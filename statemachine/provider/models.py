@@ -13,8 +13,8 @@ from typing import Any, ClassVar, TypeAlias
 from ..effects import Timer
 from ..errors import NamespaceError
 from ..events import ConnectionId
-from ..lifecycle import AllocationState, MessageState, ServiceState
 from ..messages import AllocationEnded, NamespaceRequest, NamespaceResponse
+from ..states import AllocationState, MessageState, ServiceState
 from ..table import Snapshot
 
 Question: TypeAlias = NamespaceRequest | AllocationEnded

@@ -10,7 +10,7 @@ from .. import events as on
 from ..effects import Order, Timer, start, stop
 from ..errors import FdPassing, NamespaceError, SocketUnavailable
 from ..events import Event
-from ..lifecycle import MessageState, ServiceState
+from ..states import MessageState, ServiceState
 from .allocations import check_claim, dispatch
 from .answers import flush, refuse, turn_away
 from .limits import over

@@ -13,7 +13,8 @@ from typing import Any, TypeAlias
 from .. import effects as do
 from ..effects import Effect, Order, Timer, Timing
 from ..events import ConnectionId, Event
-from ..lifecycle import ALLOCATION, MESSAGE, SERVICE, AllocationState, MessageState
+from ..lifecycle import ALLOCATION, MESSAGE, SERVICE
+from ..states import AllocationState, MessageState
 from ..table import Snapshot, Table, refusal
 from .limits import Limits, Usage
 from .models import Allocation, Connection, Message, Service

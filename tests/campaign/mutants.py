@@ -29,15 +29,9 @@ from statemachine import events as on
 from statemachine.effects import Order, order_name
 from statemachine.errors import FdPassing
 from statemachine.events import Event
-from statemachine.lifecycle import (
-    NOTICE,
-    TABLES,
-    AllocationState,
-    ConsumerState,
-    NoticeState,
-    ServiceState,
-)
+from statemachine.lifecycle import NOTICE, TABLES
 from statemachine.provider import Limits, ProviderKernel, Snapshot
+from statemachine.states import AllocationState, ConsumerState, NoticeState, ServiceState
 from statemachine.table import Row, Table, UnsoundTable, check_vocabulary, compile_table
 from statemachine.testing.lockstep import (
     LIMITS,

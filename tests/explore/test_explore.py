@@ -16,17 +16,11 @@ from statemachine import events as on
 from statemachine.consumer import ConsumerKernel
 from statemachine.effects import Effect, Timer
 from statemachine.events import Event
-from statemachine.lifecycle import (
-    ALLOCATION,
-    CONSUMER,
-    NOTICE,
-    TABLES,
-    AllocationState,
-    NoticeState,
-)
+from statemachine.lifecycle import ALLOCATION, CONSUMER, NOTICE, TABLES
 from statemachine.provider import Limits, ProviderKernel, Snapshot
 from statemachine.provider.models import Service
 from statemachine.provider.state import State
+from statemachine.states import AllocationState, NoticeState
 from statemachine.table import Row, Table, compile_table
 from statemachine.testing.explore import (
     Bounds,

@@ -34,8 +34,8 @@ from linux.recovery import Verdict
 from linux.survey import PROCESSES_SHOWN_MAX, states_of
 from linux.testing.worlds import LIGHT, LinuxWorld, loop_images, real
 from statemachine.errors import CreationFailed, FdPassing
-from statemachine.lifecycle import AllocationState
 from statemachine.messages import NamespaceRequest
+from statemachine.states import AllocationState
 from tests.support.forging import new_token, pids_with_token
 from tests.support.scarcity import descriptors_left
 from transport.calls import hook_syscalls

@@ -13,7 +13,7 @@ from linux.cgroups import Scope
 from linux.cli.exits import ExitCode
 from linux.cli.run import _claimed
 from linux.journal import Entry, read_journal
-from statemachine.lifecycle import AllocationState
+from statemachine.states import AllocationState
 from tests.support.programs import (
     DEADLINE_S,
     MOUNT,

@@ -32,9 +32,9 @@ from linux.journal import (
     read_journal,
     set_aside,
 )
-from statemachine.lifecycle import AllocationState
 from statemachine.messages import NamespaceRequest, NamespaceType
 from statemachine.provider import REMEMBERED_MAX
+from statemachine.states import AllocationState
 from tests.support.programs import run_program
 
 BOOT: Final = "7b5e1b2e-0000-4000-8000-000000000001"
@@ -473,7 +473,7 @@ PROVIDERS: Final = """
 import sys
 from pathlib import Path
 from linux.journal import Journal
-from statemachine.lifecycle import AllocationState
+from statemachine.states import AllocationState
 
 for _ in range(60):
     with Journal(Path(sys.argv[1]), sys.argv[2]) as journal:
@@ -505,7 +505,7 @@ WRITER: Final = """
 import sys
 from pathlib import Path
 from linux.journal import Entry, Journal
-from statemachine.lifecycle import AllocationState
+from statemachine.states import AllocationState
 from statemachine.messages import NamespaceRequest
 
 journal = Journal(Path(sys.argv[1]), sys.argv[2])

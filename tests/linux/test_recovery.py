@@ -68,8 +68,8 @@ from linux.recovery import (
 from linux.syscalls import pidfd_open
 from linux.testing.worlds import LIGHT, LinuxWorld, real
 from statemachine.errors import CreationFailed
-from statemachine.lifecycle import AllocationState
 from statemachine.messages import NamespaceRequest
+from statemachine.states import AllocationState
 from tests.support.forging import process_state
 from tests.support.programs import run_program
 from transport.calls import hook_syscalls

@@ -33,8 +33,8 @@ from statemachine import events as on
 from statemachine.consumer import ConsumerKernel
 from statemachine.effects import Effect, Timer
 from statemachine.events import Event
-from statemachine.lifecycle import ConsumerState
 from statemachine.messages import NamespaceRequest, NamespaceType
+from statemachine.states import ConsumerState
 from tests.specs.scenarios_accounts import Item, ProviderAccount, arrow, column, names_of, words_of
 from tests.specs.scenarios_stages import PATIENCE_S, Sight, Stage
 from transport.channel import Channel

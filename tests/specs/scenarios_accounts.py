@@ -12,9 +12,9 @@ from statemachine import events as on
 from statemachine.effects import Effect, Timer
 from statemachine.errors import NamespaceError
 from statemachine.events import Event
-from statemachine.lifecycle import AllocationState
 from statemachine.messages import Message, NamespaceRequest, NamespaceResponse, NamespaceType
 from statemachine.provider import ProviderKernel
+from statemachine.states import AllocationState
 from transport.trace import Entry, Recovery, Start, Turn
 
 UENV_BASE: Final = "/run/pact/uenv"

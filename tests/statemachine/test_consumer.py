@@ -26,13 +26,13 @@ from statemachine.errors import (
     SocketUnavailable,
 )
 from statemachine.events import Event
-from statemachine.lifecycle import ConsumerState, NoticeState
 from statemachine.messages import (
     AllocationEnded,
     NamespaceRequest,
     NamespaceResponse,
     NamespaceType,
 )
+from statemachine.states import ConsumerState, NoticeState
 
 PID, NET, MOUNT = NamespaceType.PID, NamespaceType.NET, NamespaceType.MOUNT
 

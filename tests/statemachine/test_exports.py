@@ -6,7 +6,8 @@ import pytest
 
 import statemachine
 from statemachine.exports import on_demand
-from statemachine.lifecycle import TABLES, AllocationState
+from statemachine.lifecycle import TABLES
+from statemachine.states import AllocationState
 from statemachine.table import Row
 
 asked = on_demand("statemachine", {".lifecycle": "TABLES AllocationState", ".table": "Row"})

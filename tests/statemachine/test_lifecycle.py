@@ -22,12 +22,9 @@ from statemachine.lifecycle import (
     PROVIDER_GUARDS,
     SERVICE,
     TABLES,
-    AllocationState,
-    ConsumerState,
     Guard,
-    MessageState,
-    NoticeState,
 )
+from statemachine.states import AllocationState, ConsumerState, MessageState, NoticeState
 from statemachine.table import Row, Table
 
 UNKNOWN, REQUESTED = AllocationState.UNKNOWN, AllocationState.REQUESTED

@@ -26,7 +26,6 @@ from statemachine.errors import (
     SocketUnavailable,
 )
 from statemachine.events import Event
-from statemachine.lifecycle import AllocationState, ServiceState
 from statemachine.messages import (
     AllocationEnded,
     NamespaceRequest,
@@ -42,6 +41,7 @@ from statemachine.provider import (
     event_of,
 )
 from statemachine.provider.models import Allocation
+from statemachine.states import AllocationState, ServiceState
 
 PID, NET, MOUNT = NamespaceType.PID, NamespaceType.NET, NamespaceType.MOUNT
 UNKNOWN, ENDED = AllocationState.UNKNOWN, AllocationState.ENDED

@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 import pytest
 
 from statemachine import AllocationEnded
-from statemachine.record import record
+from statemachine.record import changed, fields_of, record
 
 Decorator = Callable[[type], Any]
 
@@ -119,6 +119,14 @@ def test_no_field_can_be_added() -> None:
     # In a dataclass with slots it is a TypeError (python/cpython#90562).
     with pytest.raises(FrozenInstanceError, match="cannot assign to field 'name'"):
         setattr(RECORDS.point(1), "name", 3)  # noqa: B010
+
+
+def test_fields_and_changes() -> None:
+    values = [1]
+    point = RECORDS.checked(1, values)
+    assert fields_of(point) == {"x": 1, "y": values, "z": 3}
+    assert fields_of(point)["y"] is values
+    assert changed(point, z=4) == replace(point, z=4)
 
 
 def test_pickle() -> None:

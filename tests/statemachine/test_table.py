@@ -11,11 +11,11 @@ from typing import Any, ClassVar, Final
 import pytest
 
 from statemachine import effects as do
-from statemachine import table
 from statemachine.effects import Timer, start, stop
 from statemachine.errors import LocalProtocolError, RemoteProtocolError
 from statemachine.events import Event, LocalEvent, PeerEvent
 from statemachine.lifecycle import TABLES
+from statemachine.machine import TableMachine
 from statemachine.table import Row, Table, UnsoundTable, check_vocabulary, compile_table
 
 
@@ -139,7 +139,7 @@ def test_a_table_keeps_no_reference_to_a_model() -> None:
 
 @pytest.mark.parametrize("sound", TABLES, ids=lambda sound: sound.name)
 def test_there_is_no_way_past_the_rows(sound: Table) -> None:
-    machine = sound.machine(table._TableMachine)
+    machine = sound.machine(TableMachine)
     assert set(machine.events) == {event.__name__ for event in sound.events}
     assert machine.models == []
     assert machine.initial == sound.initial.name

@@ -37,7 +37,6 @@ from statemachine.errors import (
     AllocationNotFound,
     CreationFailed,
 )
-from statemachine.lifecycle import AllocationState
 from statemachine.messages import (
     AllocationEnded,
     NamespaceRequest,
@@ -45,6 +44,7 @@ from statemachine.messages import (
     NamespaceType,
 )
 from statemachine.provider import Limits
+from statemachine.states import AllocationState
 from statemachine.testing.strategies import ORDERS
 from tests.support.forging import ALL
 from tests.support.serving import Serving

@@ -26,9 +26,9 @@ from statemachine.consumer import ConsumerKernel
 from statemachine.effects import Effect
 from statemachine.errors import NamespaceError
 from statemachine.events import ConnectionId, Event
-from statemachine.lifecycle import AllocationState, ServiceState
 from statemachine.messages import NamespaceRequest, NamespaceType
 from statemachine.provider import Limits, ProviderKernel
+from statemachine.states import AllocationState, ServiceState
 from tests.suites.stateful.adapters import InProcess, machine
 from tests.suites.stateful.tour import PROVIDER_TOUR, take
 

@@ -17,13 +17,13 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from specs import invariants as always
 from statemachine.errors import AllocationNotFound, CreationFailed, FdPassing, SocketUnavailable
-from statemachine.lifecycle import ConsumerState, NoticeState
 from statemachine.messages import (
     AllocationEnded,
     NamespaceRequest,
     NamespaceResponse,
     NamespaceType,
 )
+from statemachine.states import ConsumerState, NoticeState
 from statemachine.testing.explore import BY_ITSELF, Bounds, Explorer, Move
 from statemachine.testing.explore.explorer import _first, _make, _moves
 from statemachine.testing.explore.ground import may_crash

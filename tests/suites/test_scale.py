@@ -14,8 +14,8 @@ from typing import Final
 import pytest
 
 from linux.testing.worlds import LIGHT, LinuxWorld, real
-from statemachine.lifecycle import AllocationState
 from statemachine.messages import AllocationEnded, NamespaceRequest, NamespaceResponse
+from statemachine.states import AllocationState
 from tests.support.forging import ALL
 from tests.support.serving import Serving
 from transport.testing.peer import Line, frame_of, wait_until

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from statemachine.effects import Effect
 from statemachine.events import Event
-from statemachine.lifecycle import AllocationState
 from statemachine.provider import Limits
+from statemachine.states import AllocationState
 from transport.contract import Backend
 from transport.endpoint import listen
 from transport.serve import Provider, Spans

@@ -23,13 +23,13 @@ from statemachine.errors import (
     FdPassing,
     SocketUnavailable,
 )
-from statemachine.lifecycle import AllocationState
 from statemachine.messages import (
     NamespaceRequest,
     NamespaceResponse,
     NamespaceType,
 )
 from statemachine.provider import Limits
+from statemachine.states import AllocationState
 from tests.support.serving import Serving
 from tests.transport.test_serve import Rig, ended, is_open, limits_for_us, rig
 from transport.channel import send_once

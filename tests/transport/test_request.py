@@ -32,7 +32,6 @@ from statemachine.errors import (
     NamespaceError,
     SocketUnavailable,
 )
-from statemachine.lifecycle import AllocationState
 from statemachine.messages import (
     AllocationEnded,
     NamespaceRequest,
@@ -40,6 +39,7 @@ from statemachine.messages import (
     NamespaceType,
 )
 from statemachine.provider import Limits
+from statemachine.states import AllocationState
 from tests.support.consumers import FORMS, Form, Stopwatch
 from tests.support.programs import run_program
 from tests.support.serving import Serving

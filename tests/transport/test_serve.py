@@ -29,7 +29,6 @@ from statemachine.errors import (
     NamespaceError,
     SocketUnavailable,
 )
-from statemachine.lifecycle import AllocationState
 from statemachine.messages import (
     AllocationEnded,
     Message,
@@ -38,6 +37,7 @@ from statemachine.messages import (
     NamespaceType,
 )
 from statemachine.provider import WAITING_MAX, Limits
+from statemachine.states import AllocationState
 from tests.support.scarcity import descriptors_left
 from tests.support.serving import Serving
 from transport.contract import Observation, Recovery, Sighting, Step

@@ -30,7 +30,7 @@ from statemachine.errors import (
     SocketUnavailable,
 )
 from statemachine.events import Event
-from statemachine.lifecycle import ServiceState
+from statemachine.states import ServiceState
 from statemachine.messages import NamespaceRequest, NamespaceResponse, NamespaceType
 from statemachine.provider import Limits, ProviderKernel
 from transport.trace import encode_effect, encode_event

@@ -18,13 +18,13 @@ from ...errors import (
     SocketUnavailable,
 )
 from ...events import ConsumerInput
-from ...lifecycle import ConsumerState, NoticeState
 from ...messages import (
     AllocationEnded,
     Message,
     NamespaceRequest,
     NamespaceResponse,
 )
+from ...states import ConsumerState, NoticeState
 from .ground import LIVE, GroundDraft, Setting, may
 from .kernels import ConsumerView
 from .world import (

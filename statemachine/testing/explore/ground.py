@@ -16,7 +16,6 @@ from ... import events as on
 from ...effects import Effect, Timer
 from ...errors import CreationFailed, FdPassing
 from ...events import ProviderInput
-from ...lifecycle import AllocationState, ServiceState
 from ...messages import (
     AllocationEnded,
     Message,
@@ -24,6 +23,7 @@ from ...messages import (
     NamespaceResponse,
 )
 from ...provider import event_of as provider_event_of
+from ...states import AllocationState, ServiceState
 from .kernels import Kernels, ProviderView
 from .world import (
     CREATED,

@@ -25,7 +25,6 @@ from ...errors import (
     RemoteProtocolError,
 )
 from ...events import ConsumerInput, Event, ProviderInput
-from ...lifecycle import AllocationState, ConsumerState, NoticeState, ServiceState
 from ...messages import (
     AllocationEnded,
     Message,
@@ -33,6 +32,7 @@ from ...messages import (
     NamespaceResponse,
 )
 from ...provider import Limits, ProviderKernel, Snapshot
+from ...states import AllocationState, ConsumerState, NoticeState, ServiceState
 from ..lockstep import model_limits, other_states
 from .world import Bounds, Finding, Numbers
 

@@ -9,7 +9,7 @@ from typing import Final
 
 from specs import invariants as always
 
-from ...lifecycle import AllocationState, ConsumerState, ServiceState
+from ...states import AllocationState, ConsumerState, ServiceState
 from .client import DONE
 from .ground import Setting
 from .kernels import ConsumerView

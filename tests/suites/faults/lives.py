@@ -43,8 +43,8 @@ from linux.testing.worlds import (
     World,
 )
 from statemachine.errors import NamespaceError
-from statemachine.lifecycle import AllocationState
 from statemachine.messages import AllocationEnded, NamespaceRequest
+from statemachine.states import AllocationState
 from tests.suites.faults.faults import ANCHOR_KILLED, Call, Death, Fault, FaultInjector, Plan
 from transport import calls
 from transport.channel import Channel, Delivery

@@ -69,7 +69,7 @@ def stage(tmp_path: Path) -> Iterator[Stage]:
 # --- The hook -----------------------------------------------------------------------------------
 
 NOT_FALLIBLE: Final = re.compile(
-    "fsencode|fsdecode|fspath|strerror|getpid|geteuid|getpgrp|umask|_exit|isatty"
+    "fsencode|fsdecode|fspath|strerror|getpid|geteuid|getpgrp|umask|_exit|isatty|urandom"
 )
 """What of `os` asks the kernel for nothing, or for what it cannot refuse."""
 

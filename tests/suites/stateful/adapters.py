@@ -21,8 +21,8 @@ from statemachine import events as on
 from statemachine.consumer import ConsumerKernel
 from statemachine.effects import Timer
 from statemachine.events import Event
-from statemachine.lifecycle import AllocationState
 from statemachine.provider import Limits, ProviderKernel
+from statemachine.states import AllocationState
 from tests.support.serving import Serving
 from transport.serve import Spans
 from transport.testing.gated_backend import Reins
