@@ -25,11 +25,11 @@ import os
 import select
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from signal import SIGKILL
 from typing import Final
 
+from statemachine.record import fields_of, record
 from transport.calls import syscall
 from transport.descriptors import Descriptor
 
@@ -67,7 +67,7 @@ def boot_id() -> str:
         return syscall(Path(path).read_text, encoding="ascii").strip()
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class AnchorIdentity:
     """
     What tells one anchor from every other process, in a form that can be stored.
@@ -85,14 +85,14 @@ class AnchorIdentity:
     """Unique for the whole boot; None where the Linux kernel does not have it (before 6.9)."""
     start_time: int
     """Clock ticks after the boot."""
-    seen_from: int = 0
+    seen_from: int
     """Inode of the PID namespace in which `pid` means it; 0 if that was not noted."""
-    namespaces: Mapping[str, int] = field(default_factory=dict)
+    namespaces: Mapping[str, int]
     """Inode of each namespace, by its name in /proc. Not proof by itself: inodes are reused."""
 
     def as_json(self) -> dict[str, object]:
         """Return it as plain values, for the journal."""
-        return asdict(self)
+        return {**fields_of(self), "namespaces": dict(self.namespaces)}
 
     @classmethod
     def from_json(cls, plain: Mapping[str, object]) -> AnchorIdentity:

@@ -17,7 +17,6 @@ import errno
 import logging
 import os
 import threading
-import uuid
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -27,8 +26,9 @@ from types import MappingProxyType
 from typing import Final, Literal, TypeAlias
 
 from statemachine.errors import AllocationNotFound, FdPassing
-from statemachine.lifecycle import AllocationState
 from statemachine.messages import NamespaceRequest
+from statemachine.record import record
+from statemachine.states import AllocationState
 from transport.calls import syscall
 from transport.contract import Adoption, Observation, Recovery, Sighting, Step
 from transport.descriptors import Descriptor, DescriptorBundle
@@ -36,6 +36,7 @@ from transport.descriptors import Descriptor, DescriptorBundle
 from .anchor import Anchor, boot_id
 from .cgroups import (
     DEFAULT_PLACE,
+    SELF_SERVICE_SLICE,
     Scope,
     ScopeError,
     ScopePlace,
@@ -75,9 +76,6 @@ STATE_DIR: Final = Path("/run/pact/state")
 HOLD_TIME_S: Final = 60.0
 """How long an image stays mounted after its last user."""
 
-SELF_SERVICE_SLICE: Final = "self-service.slice"
-"""Holds the scope of a consumer's own allocation where the provider's has taken the name."""
-
 FOREVER: Final = (errno.EPERM, errno.ENOSYS)
 """What a call fails with that this process may not use, and never will: no right comes back."""
 
@@ -113,7 +111,7 @@ _FAILURES: Final = (
 """What a step can fail with."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class NodeSettings:
     """Where things are on this node. The defaults are the constants above."""
 
@@ -133,7 +131,7 @@ class NodeSettings:
 class _Allocation(StepwiseAllocation):
     """One incarnation of an allocation, and what it has on this node."""
 
-    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+    token: str = field(default_factory=lambda: os.urandom(16).hex())
     """Of this incarnation, and of no other ever."""
     scope: Scope | None = None
     image: Descriptor | None = None

@@ -30,12 +30,12 @@ import struct
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Final, Generic, NamedTuple, Self, TypeVar
 
 from statemachine.messages import objection_to_id
+from statemachine.record import record
 from transport.calls import syscall
 from transport.descriptors import Descriptor
 
@@ -53,6 +53,9 @@ from .syscalls import (
     pidfd_open,
     pidfd_send_signal,
 )
+
+SELF_SERVICE_SLICE: Final = "self-service.slice"
+"""Holds the scope of a consumer's own allocation where the provider's has taken the name."""
 
 WORKLOAD_SLICE: Final = "workload.slice"
 """Contains the scopes of allocations by default."""
@@ -171,7 +174,7 @@ def find_cgroup2(mountinfo: str | Path = MOUNTINFO) -> Path:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ScopePlace:
     """
     Where the scopes of a provider are below the mount point of cgroup v2, and what they are called.

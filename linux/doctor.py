@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
+from statemachine.record import record
 from transport.calls import syscall
 
 from .anchor import boot_id, find_tokens
-from .backend import SELF_SERVICE_SLICE
 from .cgroups import (
+    SELF_SERVICE_SLICE,
     WORKLOAD_SLICE,
     CgroupUnavailable,
     DescribedScope,
@@ -61,7 +61,7 @@ from .journal import (
 from .recovery import Action, Case, Verdict, find_cases, read_description
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Finding:
     """One thing that was found."""
 

@@ -14,9 +14,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Final
 
+from statemachine.record import record
 from transport.calls import syscall
 from transport.descriptors import Descriptor
 
@@ -24,7 +24,7 @@ from . import syscalls
 from .syscalls import Ioctl
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Features:
     """What the running kernel can do beyond Linux 5.14, each with the release that brought it."""
 

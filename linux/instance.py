@@ -15,17 +15,15 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import select
-import uuid
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final, Self
 
+from statemachine.record import fields_of, record
 from transport.calls import syscall
 from transport.descriptors import Descriptor
 
@@ -73,7 +71,7 @@ class InstanceBusy(Exception):
         self.holder: Final = holder
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ProviderNote:
     """Which provider locked an instance last."""
 
@@ -86,7 +84,10 @@ class ProviderNote:
 
 def instance_of(state_dir: Path) -> str:
     """Name the instance of a new state directory; its journal keeps the name if it is moved."""
-    digest = hashlib.sha256(os.fsencode(state_dir.resolve())).hexdigest()
+    # Only a provider does it.
+    from hashlib import sha256
+
+    digest = sha256(os.fsencode(state_dir.resolve())).hexdigest()
     return f"nshandoff-{digest[:16]}"
 
 
@@ -189,7 +190,7 @@ class Instance:
                 os.setxattr,
                 self._directory.fileno(),
                 PROVIDER_ATTRIBUTE,
-                json.dumps(asdict(note)).encode(),
+                json.dumps(fields_of(note)).encode(),
             )
         except OSError as error:
             # Who does not know where scopes are takes them for removed, and their inits for dead.
@@ -258,7 +259,7 @@ def scope_parents_of(root: Path, instance: str) -> frozenset[str]:
 
 def new_own_token() -> str:
     """Make the token of one incarnation of an allocation that a consumer makes itself."""
-    return f"{OWN_TOKEN_PREFIX}{uuid.uuid4().hex}"
+    return f"{OWN_TOKEN_PREFIX}{os.urandom(16).hex()}"
 
 
 def hold_scope(path: Path, token: str) -> Descriptor:

@@ -29,13 +29,13 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Self, TypeAlias, TypedDict, Unpack
 
-from statemachine.lifecycle import AllocationState
 from statemachine.messages import NamespaceRequest, NamespaceType
 from statemachine.provider import REMEMBERED_MAX
+from statemachine.record import changed, record
+from statemachine.states import AllocationState
 from transport.calls import syscall
 from transport.descriptors import Descriptor
 
@@ -138,7 +138,7 @@ class JournalUnavailable(JournalError):
     """The journal cannot be opened or written (permission, space, I/O); it is unchanged."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Entry:
     """One live allocation, as the journal has it."""
 
@@ -172,7 +172,7 @@ class EntryFields(TypedDict, total=False):
     """As `Entry.why`."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class JournalView:
     """The content of a journal at one moment."""
 
@@ -281,8 +281,8 @@ class Journal:
             if STATES.index(state) < STATES.index(entry.state):
                 reason = f"is {entry.state.value}; it cannot become {state.value}"
                 raise ValueError(f"{allocation_id!r} {reason}")
-            changed = replace(entry, state=state, **fields)
-            _, _, *columns = _encode_entry(changed, self._changes + 1)
+            after = changed(entry, state=state, **fields)
+            _, _, *columns = _encode_entry(after, self._changes + 1)
             syscall(
                 database.execute,
                 "UPDATE allocation SET state = ?, request = ?, mount_path = ?, anchor = ?,"
@@ -344,7 +344,7 @@ class Journal:
             set_aside(self._state_dir)
             self._database = _open_for_writing(self._path)
             self._file = _fingerprint(self._path)
-            boot = replace(self._boot, lock=_name_of_lock(self._lock))
+            boot = changed(self._boot, lock=_name_of_lock(self._lock))
             with _typed_errors(self._path), _transaction(self._database):
                 for name in remembered:
                     _remember(self._database, name, self._changes)
@@ -383,7 +383,7 @@ class Journal:
             if before is None and entries:
                 raise JournalCorrupt(self._path, "it has entries, and does not say of which boot")
             if before is not None and before.boot_id == boot_id:
-                boot = replace(before, lock=lock)
+                boot = changed(before, lock=lock)
                 if boot != before:
                     _write_boot(database, boot)
                 self._changes = _read_changes(database)
@@ -651,7 +651,7 @@ def _typed_errors(path: Path) -> Iterator[None]:
         raise JournalCorrupt(path, str(error)) from error
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class _Boot:
     """What the journal says of itself."""
 

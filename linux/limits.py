@@ -8,17 +8,14 @@ its soft limit. What it starts gets the limit that the provider was started with
 from __future__ import annotations
 
 import resource
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
+from statemachine.provider import Limits
+from statemachine.record import changed
 from transport.calls import syscall
 
 from .syscalls import calling
-
-if TYPE_CHECKING:
-    # The forge imports this module, and starts in half of the time without the kernel.
-    from statemachine.provider import Limits
 
 DESCRIPTORS_RESERVED: Final = 256
 """Descriptors for everything but connections and allocations: images, the journal, hand-offs."""
@@ -78,7 +75,7 @@ def fit_to_descriptors(limits: Limits, descriptors: int) -> Limits:
     there = max(0, descriptors - DESCRIPTORS_RESERVED)
     if needed <= there:
         return limits
-    return replace(
+    return changed(
         limits,
         connections_per_uid=max(1, limits.connections_per_uid * there // needed),
         allocations_per_uid=max(1, limits.allocations_per_uid * there // needed),

@@ -22,7 +22,6 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
 
@@ -131,18 +130,18 @@ class _ImageKey(NamedTuple):
     size: int
 
 
-@dataclass(slots=True, eq=False)
 class _Image:
-    name: str
-    key: _ImageKey
-    users: set[str] = field(default_factory=set)
-    borrowers: int = 0
-    """How many calls are using it now."""
-    free_since: float | None = None
-    making: threading.Lock = field(default_factory=threading.Lock)
-    """Held while the master is made, so that a slow image does not block the others."""
-    master: Descriptor | None = None
-    device: str = ""
+    def __init__(self, name: str, key: _ImageKey) -> None:
+        self.name: Final = name
+        self.key: Final = key
+        self.users: Final[set[str]] = set()
+        self.borrowers = 0
+        """How many calls are using it now."""
+        self.free_since: float | None = None
+        self.making: Final = threading.Lock()
+        """Held while the master is made, so that a slow image does not block the others."""
+        self.master: Descriptor | None = None
+        self.device = ""
 
 
 def resolve_image(root: Path, image: str) -> Descriptor:

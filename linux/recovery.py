@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from statemachine.lifecycle import AllocationState
 from statemachine.messages import NamespaceRequest, objection, objection_to_id
+from statemachine.record import record
+from statemachine.states import AllocationState
 
 from .anchor import (
     Anchor,
@@ -301,7 +301,7 @@ def decide(store: Store, init: Init, scope: ScopeSeen) -> Row:
     raise LookupError(f"{store}, {init}, {scope}: no row")
 
 
-@dataclass(slots=True)
+@record
 class Case:
     """One incarnation that was found, and what it was decided by."""
 
@@ -321,11 +321,11 @@ class Case:
     """The init, if it may be killed or adopted; owned by the holder of this case."""
     scope: Scope | None = None
     """Its scope, if there is one that is its own."""
-    row: Row = field(init=False)
-    """The row that decides."""
 
-    def __post_init__(self) -> None:
-        self.row = decide(self.store, self.init, self.seen)
+    @property
+    def row(self) -> Row:
+        """The row that decides."""
+        return decide(self.store, self.init, self.seen)
 
     @property
     def action(self) -> Action:

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from typing import Final, Generic, TypeVar
 
 from statemachine.errors import AllocationNotFound, CreationFailed
-from statemachine.lifecycle import AllocationState
 from statemachine.messages import (
     NamespaceRequest,
     NamespaceResponse,
     mount_path_below,
     objection,
 )
+from statemachine.states import AllocationState
 from transport.contract import UNDONE_BY, Adoption, Step, plan
 
 _log: Final = logging.getLogger(__name__)

@@ -13,12 +13,12 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from statemachine.errors import FdPassing
-from statemachine.lifecycle import AllocationState
+from statemachine.record import record
+from statemachine.states import AllocationState
 from transport.calls import syscall
 from transport.descriptors import NamespaceIdentity
 
@@ -48,7 +48,7 @@ _STATE_WORDS: Final = {
 _CANNOT_READ: Final = (SyscallError, FdPassing)
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ProviderSeen:
     """A running provider."""
 
@@ -57,7 +57,7 @@ class ProviderSeen:
     """Where it listens."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class NamespaceSeen:
     """One namespace of a living allocation."""
 
@@ -67,7 +67,7 @@ class NamespaceSeen:
     """As in the links of /proc/PID/ns."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ProcessSeen:
     """One process in an allocation's cgroup."""
 
@@ -78,7 +78,7 @@ class ProcessSeen:
     """Its short name."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class AllocationSeen:
     """One allocation: what the journal and the Linux kernel say of it."""
 
@@ -96,7 +96,7 @@ class AllocationSeen:
     """Why it is ended and not released, or alive without an init; None if it is neither."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ImageSeen:
     """One image on a loop device of a provider."""
 
@@ -110,7 +110,7 @@ class ImageSeen:
     """Allocations of this state directory that requested it."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class NodeSeen:
     """What one provider has on this node, whether it runs or not."""
 

@@ -9,14 +9,14 @@ run against any other backend.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
 from typing import Final, NamedTuple, Protocol
 
-from statemachine.lifecycle import AllocationState
 from statemachine.messages import NamespaceRequest, NamespaceResponse
+from statemachine.record import record
 from statemachine.roles import NamespaceProvider
+from statemachine.states import AllocationState
 
 from .descriptors import DescriptorSource
 
@@ -155,7 +155,7 @@ class Observation(NamedTuple):
     """What was seen of it."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Adoption:
     """One allocation that a backend found after a restart."""
 

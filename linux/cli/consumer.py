@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import secrets
 import signal
 from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
@@ -32,7 +31,6 @@ from transport.request import Cancelled, Consumer, Handoff
 from ..features import Features
 from ..namespaces import KernelInspector
 from ..self_service import OwnNamespaces
-from ..simulated import SimulatedInspector
 from ..syscalls import signalfd
 from .exits import PROGRAM, ExitCode, Failure, Interrupted
 
@@ -105,6 +103,8 @@ def consumer_of(
 def inspector_of(options: argparse.Namespace, features: Features) -> Inspector:
     """Choose what identifies a received descriptor."""
     if getattr(options, "backend", "linux") == "simulated":
+        from ..simulated import SimulatedInspector
+
         return SimulatedInspector()
     return KernelInspector(features)
 
@@ -185,4 +185,4 @@ def stopping(taken: Set[signal.Signals]) -> Set[signal.Signals]:
 
 
 def _new_id() -> str:
-    return f"run-{os.getpid()}-{secrets.token_hex(4)}"
+    return f"run-{os.getpid()}-{os.urandom(4).hex()}"

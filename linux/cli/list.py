@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from statemachine.lifecycle import AllocationState
+from statemachine.states import AllocationState
 from transport.calls import syscall
 
 from ..doctor import examine, expect_directory

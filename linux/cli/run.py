@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from statemachine.errors import NamespaceError
-from statemachine.lifecycle import AllocationState
 from statemachine.messages import NamespaceRequest, NamespaceType
+from statemachine.states import AllocationState
 from transport.descriptors import Descriptor
 from transport.request import Consumer, Handoff
 

@@ -26,7 +26,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
@@ -35,8 +34,10 @@ from statemachine import events as on
 from statemachine.effects import Effect
 from statemachine.errors import SocketUnavailable
 from statemachine.events import ProviderInput
-from statemachine.lifecycle import ALLOCATION, AllocationState
+from statemachine.lifecycle import ALLOCATION
 from statemachine.provider import Limits, ProviderKernel
+from statemachine.record import record
+from statemachine.states import AllocationState
 from transport.calls import syscall
 from transport.contract import Backend
 from transport.endpoint import listen
@@ -59,7 +60,6 @@ from ..root import CHROOT, PRIVATE, has_propagation, is_chroot
 from ..scope_file import write_scope_file
 from ..self_service import make_directory
 from ..shortage import fault_of
-from ..simulated import SimulatedBackend, SimulatedNode
 from ..sinks import Sink
 from ..survey import READY_NAME
 from ..syscalls import SyscallError, calling
@@ -129,7 +129,7 @@ def _serve_logged(options: argparse.Namespace) -> ExitCode:
     return ExitCode.OK
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class _Service:
     """What is made before requests are served."""
 
@@ -308,6 +308,8 @@ def _backend(options: argparse.Namespace, stack: ExitStack) -> Backend:
     if not image_root.is_dir():
         _log.warning("no such directory: %s", image_root, extra=_as("image_root_missing"))
     if options.backend == "simulated":
+        from ..simulated import SimulatedBackend, SimulatedNode
+
         with calling("mkdir(2)"):
             syscall(Path(options.state_dir).mkdir, mode=0o700, parents=True, exist_ok=True)
         images = (path.relative_to(image_root) for path in image_root.rglob("*") if path.is_file())

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from statemachine.events import Event
-from statemachine.lifecycle import AllocationState
 from statemachine.messages import NamespaceRequest
 from statemachine.provider import Limits
+from statemachine.states import AllocationState
 from transport.descriptors import Descriptor, DescriptorBundle
 from transport.endpoint import listen
 from transport.request import Handoff

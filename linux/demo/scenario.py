@@ -12,8 +12,8 @@ from contextlib import suppress
 from typing import Final
 
 from statemachine.errors import CreationFailed, NamespaceError
-from statemachine.lifecycle import AllocationState
 from statemachine.messages import NamespaceRequest, NamespaceType
+from statemachine.states import AllocationState
 from transport.descriptors import NamespaceIdentity
 from transport.request import Consumer, Patience
 

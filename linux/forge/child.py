@@ -21,11 +21,11 @@ import struct
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final, NamedTuple, NoReturn
 
 from statemachine.messages import NamespaceType
+from statemachine.record import record
 from transport.calls import syscall
 from transport.channel import receive_once, send_once
 from transport.descriptors import Descriptor
@@ -372,7 +372,7 @@ namespace.
 # --- the forge --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Tied:
     """An anchor that ends with the forge's owner, and its scope."""
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Final
 
 from statemachine.messages import NamespaceType
+from statemachine.record import fields_of, record
 
 from ..features import Features
 from ..syscalls import SyscallError
@@ -47,7 +47,7 @@ class ForgeError(Exception):
         return f"{self.step}: {self.cause}"
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class AnchorPlan:
     """
     What one anchor is to be.
@@ -80,7 +80,7 @@ class AnchorPlan:
                 raise ValueError(f"{path} is not below {base}")
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ForgeSettings:
     """What a forge is told when it starts."""
 
@@ -96,7 +96,7 @@ class ForgeSettings:
 
 def encode_settings(settings: ForgeSettings) -> bytes:
     """Encode the first record that a forge receives."""
-    return json.dumps(asdict(settings)).encode()
+    return json.dumps(fields_of(settings), default=fields_of).encode()
 
 
 def decode_settings(record: bytes) -> ForgeSettings:
@@ -112,7 +112,7 @@ def encode_plan(plan: AnchorPlan) -> bytes:
     Raises:
         ValueError: it would be longer than `RECORD_BYTES_MAX`.
     """
-    plain = {**asdict(plan), "kinds": [kind.value for kind in plan.kinds]}
+    plain = {**fields_of(plan), "kinds": [kind.value for kind in plan.kinds]}
     record = json.dumps(plain).encode()
     if len(record) > RECORD_BYTES_MAX:
         raise ValueError(f"a plan of {len(record)} bytes; at most {RECORD_BYTES_MAX} can be sent")

@@ -21,11 +21,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final, TypeAlias
 
 from statemachine.messages import NamespaceType
+from statemachine.record import record
 from transport.calls import syscall
 from transport.descriptors import Descriptor, DescriptorBundle
 
@@ -88,7 +88,7 @@ class OtherDirectory(SyscallError):
         )
 
 
-@dataclass(frozen=True)
+@record
 class Inherited:
     """
     What survives an exec, of this process, and would not survive the start of a child by itself.

@@ -15,9 +15,9 @@ from types import MappingProxyType
 from typing import Final
 
 from statemachine.errors import AllocationNotFound, FdPassing
-from statemachine.lifecycle import AllocationState
 from statemachine.messages import NamespaceRequest
 from statemachine.provider import REMEMBERED_MAX
+from statemachine.states import AllocationState
 from transport.contract import Adoption, Observation, Recovery, Sighting, Step
 from transport.descriptors import Descriptor, DescriptorBundle
 

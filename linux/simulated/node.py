@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from statemachine.errors import FdPassing
-from statemachine.lifecycle import AllocationState
 from statemachine.messages import NamespaceRequest, NamespaceType
+from statemachine.states import AllocationState
 from transport.contract import Observation, Sighting, Step
 from transport.descriptors import Descriptor, NamespaceIdentity
 

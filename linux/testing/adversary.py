@@ -26,7 +26,6 @@ from statemachine import events as on
 from statemachine.consumer import ConsumerKernel
 from statemachine.effects import Effect
 from statemachine.errors import AllocationNotFound, CreationFailed, FdPassing, SocketUnavailable
-from statemachine.lifecycle import ConsumerState, NoticeState
 from statemachine.messages import (
     AllocationEnded,
     Message,
@@ -34,6 +33,7 @@ from statemachine.messages import (
     NamespaceResponse,
     NamespaceType,
 )
+from statemachine.states import ConsumerState, NoticeState
 from transport.channel import Channel, Delivery, Rejected
 from transport.contract import SelfService
 from transport.descriptors import DescriptorBundle, Inspector

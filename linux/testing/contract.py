@@ -8,8 +8,8 @@ from typing import Final
 import pytest
 
 from statemachine.errors import AllocationNotFound, CreationFailed, FdPassing
-from statemachine.lifecycle import AllocationState
 from statemachine.messages import NamespaceRequest, NamespaceResponse, NamespaceType
+from statemachine.states import AllocationState
 from statemachine.testing.strategies import ORDERS
 from transport.contract import (
     CREATION,

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from statemachine.errors import AllocationNotFound
-from statemachine.lifecycle import AllocationState
 from statemachine.messages import NamespaceRequest, NamespaceType
+from statemachine.states import AllocationState
 from transport.contract import CREATION, Backend, Recovery, Sighting, Step
 from transport.descriptors import DescriptorBundle, Inspector, NamespaceIdentity
 from transport.testing.peer import DEADLINE_S, wait_until

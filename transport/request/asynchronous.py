@@ -13,8 +13,8 @@ from typing import Any, Final
 
 from statemachine import effects as do
 from statemachine.effects import Effect
-from statemachine.lifecycle import ConsumerState
 from statemachine.messages import NamespaceRequest, NamespaceResponse
+from statemachine.states import ConsumerState
 
 from ..channel import Channel
 from .exchange import (

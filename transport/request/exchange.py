@@ -30,7 +30,6 @@ from statemachine.errors import (
     SocketUnavailable,
 )
 from statemachine.events import ConsumerInput
-from statemachine.lifecycle import ConsumerState
 from statemachine.messages import (
     AllocationEnded,
     Message,
@@ -40,6 +39,7 @@ from statemachine.messages import (
     objection,
     objection_to_id,
 )
+from statemachine.states import ConsumerState
 
 from ..channel import Channel, Delivery, Lost, Received, Rejected
 from ..descriptors import DescriptorBundle, Inspector, NamespaceIdentity, verify_bundle

@@ -19,9 +19,9 @@ from statemachine import events as on
 from statemachine.effects import Effect
 from statemachine.errors import CreationFailed, FdPassing, NamespaceError, SocketUnavailable
 from statemachine.events import ProviderInput
-from statemachine.lifecycle import AllocationState
 from statemachine.messages import AllocationEnded, NamespaceResponse
 from statemachine.provider import Limits, ProviderKernel
+from statemachine.states import AllocationState
 
 from ..contract import Adoption, Backend
 from ..descriptors import DescriptorBundle

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
 
 from statemachine import effects as do
 from statemachine import events as on
 from statemachine.effects import Timer
 from statemachine.events import ProviderInput
+from statemachine.record import record
 
 READINESS_TIMEOUT_S: Final = 30.0
 """Longest wait of a message for the provider to be ready."""
@@ -43,7 +43,7 @@ BACKEND_PAUSE_S: Final = 1.0
 """Pause before a backend is asked again that failed where none may fail."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Spans:
     """How long the provider's timers run, in seconds. The defaults are the constants above."""
 

@@ -13,7 +13,7 @@ from typing import Final
 from statemachine import effects as do
 from statemachine import events as on
 from statemachine.events import ProviderInput
-from statemachine.lifecycle import AllocationState
+from statemachine.states import AllocationState
 
 from ..contract import Backend, Sighting
 from .timers import BACKEND_PAUSE_S

@@ -28,9 +28,9 @@ from statemachine.errors import (
     RemoteProtocolError,
 )
 from statemachine.events import ConsumerInput, ProviderInput
-from statemachine.lifecycle import AllocationState, ConsumerState, NoticeState
 from statemachine.messages import AllocationEnded, Message, NamespaceRequest, NamespaceResponse
 from statemachine.provider import Limits, ProviderKernel, event_of
+from statemachine.states import AllocationState, ConsumerState, NoticeState
 
 from ..channel import Delivery, Lost, Received, Rejected
 from ..contract import Observation, Sighting

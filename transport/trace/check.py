@@ -17,9 +17,10 @@ from statemachine import events as on
 from statemachine.effects import Effect, Timer
 from statemachine.errors import ProtocolError
 from statemachine.events import ConnectionId, Event, ProviderInput
-from statemachine.lifecycle import ALLOCATION, AllocationState, ServiceState
+from statemachine.lifecycle import ALLOCATION
 from statemachine.messages import NamespaceRequest, NamespaceResponse
 from statemachine.provider import REMEMBERED_MAX, Limits, ProviderKernel
+from statemachine.states import AllocationState, ServiceState
 
 from . import Entry, Recovery, Start, TraceError, Turn, encode_effect, read_lines
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cache
 from types import ModuleType, NoneType, UnionType
@@ -28,6 +28,7 @@ from statemachine.effects import Effect
 from statemachine.errors import NAMESPACE_ERRORS, NamespaceError
 from statemachine.events import ConsumerInput, Event, ProviderInput
 from statemachine.provider import Limits
+from statemachine.record import record
 
 _write_json: Final = json.JSONEncoder(separators=(",", ":")).encode
 _read_json: Final = json.JSONDecoder().decode
@@ -48,14 +49,14 @@ class TraceError(Exception):
         self.reason: Final = reason
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Start:
     """A provider starts, knowing nothing."""
 
     limits: Limits
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Recovery:
     """Its backend has looked around; what is alive is adopted next."""
 
@@ -63,7 +64,7 @@ class Recovery:
     """The names of released allocations, oldest first."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Turn:
     """The kernel was fed an event, and decided."""
 
@@ -191,7 +192,7 @@ class _Unreadable(ValueError):
     """A value that no encoder here writes."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class _Codec:
     """How the values of one annotation are written and read."""
 
