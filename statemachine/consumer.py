@@ -239,7 +239,7 @@ def mismatch(request: NamespaceRequest, response: NamespaceResponse) -> str | No
     return None
 
 
-def _why(event: Event) -> NamespaceError:
+def _why(event: Any) -> NamespaceError:
     """Say which of the seed's errors an event amounts to."""
     error = getattr(event, "error", None)
     if isinstance(error, NamespaceError):
@@ -250,7 +250,7 @@ def _why(event: Event) -> NamespaceError:
         case on.ConnectionLost(reason=reason):
             return SocketUnavailable(reason or "the connection was lost before a whole answer")
         case _:
-            return FdPassing(str(getattr(event, "reason", type(event).__name__)))
+            return FdPassing(event.reason)
 
 
 def _build_delivery(request: NamespaceRequest, event: Any) -> Effect:

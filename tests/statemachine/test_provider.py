@@ -116,6 +116,29 @@ class Script:
         return caught.value
 
 
+def test_what_a_driver_may_ask_a_kernel() -> None:
+    script = Script(Limits(frozenset({0, 7}), connections_per_uid=1))
+    script.open(1, uid=7)
+    kernel = script.kernel
+    assert (kernel.user_of("a"), kernel.response_of("a")) == (None, None)
+    script.ask(1, A)
+    assert (kernel.user_of("a"), kernel.response_of("a")) == (7, None)
+    answer = answer_to(A)
+    script.feed(on.NamespacesCreated("a", answer))
+    assert kernel.response_of("a") is answer, "created"
+    script.feed(on.ResponseSent("a", 1))
+    assert kernel.response_of("a") is answer, "handed off"
+    assert repr(kernel) == "<ProviderKernel ready, 2 connections, {a: handed_off}>"
+    script.end(1)
+    assert (kernel.user_of("a"), kernel.response_of("a")) == (7, None)
+    assert str(kernel.objection_to(7)) == str(
+        CreationFailed("limit reached: connections of one user, at most 1")
+    )
+    assert isinstance(kernel.objection_to(8), SocketUnavailable)
+    script.lose(1)
+    assert kernel.objection_to(7) is None
+
+
 def test_losing_a_connection_looks_at_what_it_has_to_do_with_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -81,6 +81,11 @@ ACTS: Final[dict[str, Callable[[Kinds], object]]] = {
     "a subclass": lambda k: k.point(1, 2) == k.checked(1, 2),
     "empty": lambda k: (k.empty() == k.empty(), hash(k.empty()) == hash(k.empty())),
     "hash": lambda k: len({k.point(1), k.point(1, 2), k.point(2), k.point(1, 3)}),
+    "hash alike": lambda k: [
+        hash(k.point(1)) == hash(k.point(1, 2)),
+        hash(k.point(1)) == hash(k.point(2)),
+        hash(k.point(1)) == hash(k.point(1, 3)),
+    ],
     "method": lambda k: k.point(1, 5).sum(),
     "property": lambda k: k.checked(4).double,
     "docstring": lambda k: k.point.__doc__,

@@ -9,6 +9,7 @@ from enum import Enum
 from typing import Any, ClassVar, Final
 
 import pytest
+from transitions import Machine
 
 from statemachine import effects as do
 from statemachine.effects import Timer, start, stop
@@ -154,6 +155,24 @@ def test_there_is_no_way_past_the_rows(sound: Table) -> None:
             (row.source.name, row.target.name) for row in rows
         }
         assert not any(move.conditions or move.before or move.after for move in moves)
+
+
+def test_a_stock_machine_moves_a_model_by_the_rows() -> None:
+    class Bulb:
+        """It has whatever `transitions` adds."""
+
+    sound, bulb = lights(), Bulb()
+    machine = sound.machine(model=bulb, send_event=True)
+    assert type(machine) is Machine
+    assert machine.models == [bulb]
+    assert machine.send_event
+    row = next(row for row in sound.rows if row.source is sound.initial)
+    assert machine.get_model_state(bulb).value is row.source
+    assert machine.events[row.event.__name__].trigger(bulb)
+    assert machine.get_model_state(bulb).value is row.target
+    with_more = sound.machine(model=None, auto_transitions=True)
+    assert set(machine.events) != set(with_more.events)
+    assert with_more.models == []
 
 
 # --- What is not sound -------------------------------------------------------------------------

@@ -77,6 +77,8 @@ class Wire(NamedTuple):
 
     sock: socket.socket
     channel: Channel
+    takes_one: bool = False
+    """Whether it takes message after message, as a provider does."""
 
     def send(self, data: bytes, descriptors: Sequence[Descriptor] = ()) -> None:
         """Put bytes on the wire as a peer that minds no rule: all in one sendmsg."""
@@ -93,29 +95,40 @@ class Wire(NamedTuple):
     def receive(self) -> list[Received]:
         """Receive until nothing is left or nothing more can come."""
         received: list[Received] = []
-        while more := self.channel.receive():
+        while more := self._receive_some():
             received += more
         return received
 
+    def _receive_some(self) -> list[Received]:
+        if not self.takes_one:
+            return self.channel.receive()
+        received = self.channel.receive_next()
+        return [] if received is None else [received]
+
 
 @contextmanager
-def wire_to(*, accepts_descriptors: bool = True) -> Iterator[Wire]:
+def wire_to(*, accepts_descriptors: bool = True, takes_one: bool = False) -> Iterator[Wire]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours, Channel(theirs, accepts_descriptors=accepts_descriptors) as channel:
-        yield Wire(ours, channel)
+        yield Wire(ours, channel, takes_one)
+
+
+@pytest.fixture(params=[False, True], ids=["all", "one"])
+def takes_one(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
 
 
 @pytest.fixture
-def consumer() -> Iterator[Wire]:
+def consumer(takes_one: bool) -> Iterator[Wire]:
     """A consumer's channel, and the raw socket in place of its provider's."""
-    with wire_to() as wire:
+    with wire_to(takes_one=takes_one) as wire:
         yield wire
 
 
 @pytest.fixture
-def provider() -> Iterator[Wire]:
+def provider(takes_one: bool) -> Iterator[Wire]:
     """A provider's channel, and the raw socket in place of its consumer's."""
-    with wire_to(accepts_descriptors=False) as wire:
+    with wire_to(accepts_descriptors=False, takes_one=takes_one) as wire:
         yield wire
 
 
@@ -388,10 +401,10 @@ def test_is_mid_frame_from_the_first_byte_to_the_last(provider: Wire) -> None:
     assert not provider.channel.is_mid_frame
     for byte in frame[:-1]:
         provider.send(bytes([byte]))
-        assert provider.channel.receive() == []
+        assert provider.receive() == []
         assert provider.channel.is_mid_frame
     provider.send(frame[-1:])
-    assert taken(provider.channel.receive()) == [(ENDED, [])]
+    assert taken(provider.receive()) == [(ENDED, [])]
     assert not provider.channel.is_mid_frame
 
 
@@ -434,17 +447,20 @@ def test_a_receiver_without_descriptors_left_rejects_and_keeps_none(
     with Plan([response(PID, NET, MOUNT)]) as plan:
         consumer.send(plan.stream, plan.descriptors[0])
         with descriptors_left(left):
-            received = consumer.channel.receive()
+            received = consumer.receive()
             spare = memfds(left)
         close_all(spare)
-        assert "the receiver has no descriptor left" in rejection(received)
+        assert rejection(received) == (
+            "descriptors were cut off: the receiver has no descriptor left for them: raise its "
+            "RLIMIT_NOFILE"
+        )
 
 
 def test_with_exactly_enough_descriptors_left_all_are_delivered(consumer: Wire) -> None:
     with Plan([response(PID, NET, MOUNT)]) as plan:
         consumer.send(plan.stream, plan.descriptors[0])
         with descriptors_left(3):
-            received = consumer.channel.receive()
+            received = consumer.receive()
         assert taken(received) == plan.expected
 
 
@@ -452,7 +468,7 @@ def test_with_exactly_enough_descriptors_left_all_are_delivered(consumer: Wire) 
 def test_a_provider_never_opens_what_a_consumer_sends(provider: Wire) -> None:
     provider.give(frame_of(NamespaceRequest("a", (PID,))), SENDMSG_DESCRIPTORS_MAX)
     with descriptors_left(0):
-        received = provider.channel.receive()
+        received = provider.receive()
     assert rejection(received) == "descriptors came with a frame; none are accepted here"
 
 
@@ -472,16 +488,16 @@ def test_a_frame_that_never_ends_cannot_pile_up_descriptors(consumer: Wire) -> N
     frame = frame_of(response(PID, path="x" * 1000))
     before = descriptors_open()
     consumer.give(frame[:1], 3)
-    assert consumer.channel.receive() == []
+    assert consumer.receive() == []
     assert descriptors_open() == before + FRAME_DESCRIPTORS_MAX
     consumer.give(frame[1:2], 3)
-    assert rejection(consumer.channel.receive()) == "descriptors came twice with one frame"
+    assert rejection(consumer.receive()) == "descriptors came twice with one frame"
     assert descriptors_open() == before
 
 
 def test_a_provider_rejects_descriptors_before_their_frame_is_whole(provider: Wire) -> None:
     provider.give(frame_of(ENDED)[:1], 1)
-    assert rejection(provider.channel.receive()).startswith("descriptors came with a frame")
+    assert rejection(provider.receive()).startswith("descriptors came with a frame")
 
 
 GARBAGE = {
@@ -518,19 +534,19 @@ def test_garbage_with_descriptors_leaves_none_open(
 
 def test_after_a_rejection_nothing_follows(consumer: Wire) -> None:
     consumer.send(encode_frame(b"\xc0"))
-    assert rejection(consumer.channel.receive())
+    assert rejection(consumer.receive())
     consumer.send(frame_of(ENDED))
-    assert consumer.channel.receive() == []
+    assert consumer.receive() == []
     assert not consumer.channel.is_mid_frame
     consumer.sock.close()
-    assert consumer.channel.receive() == []
+    assert consumer.receive() == []
 
 
 def test_the_rejected_can_read_why(provider: Wire) -> None:
     # What the peer sent meanwhile is unread when the channel closes, which resets the connection;
     # the answer is read before the reset is.
     provider.send(encode_frame(b"\xc0"))
-    (rejected,) = provider.channel.receive()
+    (rejected,) = provider.receive()
     assert isinstance(rejected, Rejected)
     provider.send(frame_of(ENDED))
     provider.channel.send(rejected.error)
@@ -552,24 +568,24 @@ def test_the_end_of_the_stream_is_told_once(consumer: Wire) -> None:
     delivery, lost = consumer.receive()
     assert taken([delivery]) == [(ENDED, [])]
     assert lost == Lost("the peer closed the connection")
-    assert consumer.channel.receive() == []
+    assert consumer.receive() == []
 
 
 @pytest.mark.clause("FD-6")
 def test_a_frame_cut_short_is_lost_and_its_descriptors_closed(consumer: Wire) -> None:
     consumer.give(frame_of(response(PID, NET, MOUNT))[:-1], 3)
     before = descriptors_open()
-    assert consumer.channel.receive() == []
+    assert consumer.receive() == []
     assert descriptors_open() == before + 3
     consumer.sock.shutdown(socket.SHUT_WR)
-    assert consumer.channel.receive() == [Lost("the peer closed in the middle of a frame")]
+    assert consumer.receive() == [Lost("the peer closed in the middle of a frame")]
     assert descriptors_open() == before
 
 
 def test_closing_a_channel_closes_what_it_holds(consumer: Wire) -> None:
     consumer.give(frame_of(response(PID, NET, MOUNT))[:-1], 3)
     before = descriptors_open()
-    assert consumer.channel.receive() == []
+    assert consumer.receive() == []
     consumer.channel.close()
     assert descriptors_open() == before - 1
     consumer.channel.close()
@@ -627,12 +643,13 @@ def fill(channel: Channel) -> int:
 
 
 @pytest.fixture
-def narrow(provider: Wire) -> Wire:
+def narrow() -> Iterator[Wire]:
     """A provider's channel with the smallest send buffer, and the raw socket it sends to."""
-    with socket.fromfd(provider.channel.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
-    provider.sock.setblocking(False)
-    return provider
+    with wire_to(accepts_descriptors=False) as wire:
+        with socket.fromfd(wire.channel.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        wire.sock.setblocking(False)
+        yield wire
 
 
 def send_until_refused(channel: Channel, message: Message) -> tuple[int, str]:
@@ -677,6 +694,40 @@ def test_descriptors_leave_once_however_often_the_rest_is_sent(narrow: Wire) -> 
     assert reads[0][1] == 3, "with the first byte"
     assert b"".join(data for data, _ in reads) == frame_of(message)
     assert not narrow.channel.wants_write
+
+
+@pytest.mark.clause("PEER-14")
+def test_what_is_offered_while_there_is_no_room_is_not_kept(narrow: Wire) -> None:
+    message = response(NET)
+    filled = fill(narrow.channel)
+    refused = memfds(1)
+    assert not narrow.channel.offer(message, DescriptorBundle((NET,), refused))
+    assert refused[0].closed
+    assert len(b"".join(data for data, _ in drain(narrow))) == filled, "nothing of it was sent"
+    taken = memfds(1)
+    assert narrow.channel.offer(message, DescriptorBundle((NET,), taken))
+    assert taken[0].closed
+    assert narrow.channel.offer(ENDED, DescriptorBundle())
+    assert drain(narrow) == [(frame_of(message), 1), (frame_of(ENDED), 0)]
+
+
+@pytest.mark.clause("PEER-14")
+def test_offers_that_found_no_room_do_not_count_among_what_waits(narrow: Wire) -> None:
+    fill(narrow.channel)
+    before = repr(narrow.channel)
+    for _ in range(OUTGOING_BUNDLES_MAX + 1):
+        assert not narrow.channel.offer(response(NET), DescriptorBundle((NET,), memfds(1)))
+    assert repr(narrow.channel) == before
+
+
+def test_after_stop_sending_nothing_leaves_and_the_reason_is_said(narrow: Wire) -> None:
+    filled = fill(narrow.channel)
+    narrow.channel.send(ENDED)
+    narrow.channel.stop_sending("enough")
+    assert not narrow.channel.wants_write
+    with pytest.raises(FdPassing, match="enough"):
+        narrow.channel.send(ENDED)
+    assert len(b"".join(data for data, _ in drain(narrow))) == filled
 
 
 @pytest.mark.clause("FD-1")
