@@ -91,6 +91,10 @@ _mounts = partial(_in, "mounts", "linux/test_mounts.py", is_linux=True)
 _forge = partial(_in, "forge", "linux/test_forge.py", is_linux=True)
 _threats = partial(_in, "threats", "suites/test_threats.py", is_linux=True)
 _hostile = partial(_in, "hostile peers", "suites/test_hostile.py", is_linux=True)
+_lifetime = partial(_in, "run's lifetime", "linux/test_cli_run_lifetime.py", is_linux=True)
+_serve = partial(_in, "serve", "linux/test_cli_serve.py", is_linux=True)
+_audit = partial(_in, "audit", "linux/test_cli_audit.py", is_linux=True)
+_interruption = partial(_in, "interruption", "linux/test_interruption.py")
 _linux = partial(_in, "contract, Linux", "linux/test_backend_contract.py", is_linux=True)
 
 _sinks = partial(_in, "sinks", "linux/test_sinks.py")
@@ -826,6 +830,65 @@ CANARIES: Final = (
         "transport/serve/peers.py",
         "        return self._others.unread.change(self.uid, change)\n",
         "        return self._others.unread.change(self.uid, change) or True\n",
+    ),
+    _bug(
+        "what run started goes on when run is killed with its forge",
+        "in self-service the forge ends the scope, and it is killed last, or so one thinks",
+        _lifetime("test_by_self_service_a_run_that_is_killed_with_its_forge_takes_all_along"),
+        "linux/cli/run.py",
+        "            if options.tie and scope is not None:\n",
+        "            if options.tie and scope is not None and not handoff.is_own:\n",
+    ),
+    _bug(
+        "a forge that is slow to start is taken for one that hangs",
+        "an anchor takes a millisecond; on a busy node a Python program takes seconds to start",
+        _forge("test_forge_has_longer_to_start_than_to_make_an_anchor"),
+        "linux/forge/client.py",
+        "        ours.settimeout(START_TIMEOUT_S)\n",
+        "        ours.settimeout(FORGE_TIMEOUT_S)\n",
+    ),
+    _bug(
+        "a provider that was killed is taken for ready",
+        "it had removed the file, if it had been stopped",
+        _serve("test_readiness_of_a_killed_provider_is_withdrawn_before_the_next_one_serves"),
+        "linux/cli/serve.py",
+        "    readiness.withdraw()  # that of a provider that was killed\n",
+        "",
+    ),
+    _bug(
+        "who asks before it is ready is told that it is",
+        "the socket is there from the start, and says what the file has",
+        _serve("test_who_asks_before_it_is_ready_is_told_when_it_is"),
+        "linux/cli/ready_socket.py",
+        "                await self._is_ready.wait()\n",
+        "",
+    ),
+    _bug(
+        "nothing is audited",
+        "the option is read, and its file opened",
+        _audit("test_basic_a_life_is_told_from_the_hand_over_to_the_cleanup"),
+        "linux/cli/serve.py",
+        "        observers.insert(0, stack.enter_context(AuditFile(options.audit)))\n",
+        "        stack.enter_context(AuditFile(options.audit))\n",
+    ),
+    _bug(
+        "a request whose sender is interrupted is sent twice",
+        "an exception of a signal's handler comes between a system call and the note of it",
+        _interruption(),
+        "linux/cli/consumer.py",
+        "            handoff = consumer.obtain(request, cancel=cancel.fileno())\n",
+        "            for number in wanted:\n"
+        "                signal.signal(number, _raise)\n"
+        "            signal.pthread_sigmask(signal.SIG_UNBLOCK, wanted)\n"
+        "            handoff = consumer.obtain(request)\n",
+        "linux/cli/consumer.py",
+        "def failure_of(",
+        "def _raise(number: int, _: object) -> None:\n"
+        "    raise Interrupted(number)\n\n\n"
+        "def failure_of(",
+        "transport/request/exchange.py",
+        "        if self.channel is not None and self.channel.wants_write:\n",
+        "        if False:\n",
     ),
 )
 

@@ -90,6 +90,21 @@ def test_readiness_is_shown_beside_the_socket_or_where_it_is_wanted(
 
 
 @pytest.mark.clause("DAEMON-12")
+def test_readiness_of_a_killed_provider_is_withdrawn_before_the_next_one_serves(
+    tmp_path: Path, image_root: Path
+) -> None:
+    daemon = Daemon(tmp_path, image_root)
+    daemon.start()
+    daemon.stop(signal.SIGKILL)
+    assert daemon.ready.exists()
+    daemon.socket.unlink()
+    daemon.socket.mkdir()  # so that it cannot serve
+    daemon.begin()
+    wait_until(lambda: not daemon.is_running())
+    assert not daemon.ready.exists()
+
+
+@pytest.mark.clause("DAEMON-12")
 def test_who_asks_before_it_is_ready_is_told_when_it_is(tmp_path: Path) -> None:
     path = tmp_path / "ready.sock"
 
@@ -98,9 +113,10 @@ def test_who_asks_before_it_is_ready_is_told_when_it_is(tmp_path: Path) -> None:
         await ready.open()
         peers = [await asyncio.open_unix_connection(path) for _ in range(READY_WAITING_MAX + 1)]
         assert await peers[-1][0].read() == b""  # one too many
-        assert not any(reader.at_eof() for reader, _ in peers[:-1])
+        waiting = [asyncio.create_task(reader.read()) for reader, _ in peers[:-1]]
+        assert not (await asyncio.wait(waiting, timeout=0.05))[0]
         ready.announce()
-        words = [await reader.read() for reader, _ in peers[:-1]]
+        words = [await word for word in waiting]
         for _, writer in peers:
             writer.close()
         ready.close()
