@@ -139,6 +139,21 @@ def test_what_a_driver_may_ask_a_kernel() -> None:
     assert kernel.objection_to(7) is None
 
 
+@pytest.mark.parametrize("failure", [None, CreationFailed("no room")])
+def test_who_asks_is_told_why_when_the_release_takes_too_long(
+    failure: CreationFailed | None,
+) -> None:
+    script = Script()
+    script.open(1)
+    script.ask(1, A)
+    if failure is None:
+        script.end(9)
+    else:
+        script.feed(on.NamespacesNotCreated("a", failure))
+    effects = script.feed(on.ReleaseOverdue("a"))
+    assert [x.error for x in effects if isinstance(x, do.Refuse)] == [failure or TOO_LATE]
+
+
 def test_losing_a_connection_looks_at_what_it_has_to_do_with_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
