@@ -8,7 +8,9 @@ No I/O, no clock, no randomness, no descriptor numbers, no logging: same events,
     roles        the seed's two traits
     events       what has happened: a kernel's input
     effects      what shall be done: a kernel's output
-    table        checks rows and has `transitions` run them
+    states       the states of the tables, and what each means
+    table        checks rows, and fires their events
+    machine      the machine of `transitions` that runs a table
     provider     `ProviderKernel`: allocations, answers in order, limits
     consumer     `ConsumerKernel`: one request, self-service, the end notice
     drawing      tables as Mermaid diagrams and as Markdown
