@@ -971,6 +971,8 @@ class DenyingSocket(socket.socket):
 
     denied: Sequence[int] = ()
     """Which slots of each set."""
+    number: int = errno.EPERM
+    """Why."""
 
     def recvmsg(self, *arguments: int) -> tuple[bytes, list[tuple[int, int, bytes]], int, object]:
         data, ancillary, flags, address = super().recvmsg(*arguments)
@@ -978,18 +980,35 @@ class DenyingSocket(socket.socket):
             fds = array.array("i", content)
             for slot in self.denied:
                 os.close(fds[slot])
-                fds[slot] = -errno.EPERM
+                fds[slot] = -self.number
             ancillary[number] = level, kind, fds.tobytes()
         return data, ancillary, flags, address
 
 
+def test_a_descriptor_may_get_the_number_of_a_stream_that_is_closed(consumer: Wire) -> None:
+    stdin = os.dup(0)
+    os.close(0)
+    try:
+        consumer.give(frame_of(response(NET)), 1)
+        (delivery,) = consumer.receive()
+        assert isinstance(delivery, Delivery)
+        with delivery.bundle as bundle:
+            assert list(bundle.filenos()) == [0]
+    finally:
+        os.dup2(stdin, 0)
+        os.close(stdin)
+
+
 @pytest.mark.clause("FD-14")
 @pytest.mark.parametrize("denied", [(0,), (1,), (2,), (0, 2), (0, 1, 2)])
-def test_a_descriptor_that_is_denied_is_none(denied: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("number", "name"), [(errno.EPERM, "EPERM"), (4000, "4000")])
+def test_a_descriptor_that_is_denied_is_none(
+    denied: tuple[int, ...], number: int, name: str
+) -> None:
     before = descriptors_open()
     ours, theirs = socket.socketpair()
     receiving = DenyingSocket(fileno=theirs.detach())
-    receiving.denied = denied
+    receiving.denied, receiving.number = denied, number
     with ours, Channel(receiving, accepts_descriptors=True) as receiver:
         sent = memfds(3)
         send_once(
@@ -1000,7 +1019,8 @@ def test_a_descriptor_that_is_denied_is_none(denied: tuple[int, ...]) -> None:
         close_all(sent)
         (rejected,) = receiver.receive()
         assert isinstance(rejected, Rejected)
-        assert f"denies {len(denied)} of the descriptors (EPERM" in rejected.error.reason
+        names = ", ".join([name] * len(denied))
+        assert f"denies {len(denied)} of the descriptors ({names});" in rejected.error.reason
         assert receiver.receive() == []
         assert descriptors_open() == before + 2
     assert descriptors_open() == before
