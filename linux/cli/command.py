@@ -390,7 +390,7 @@ def _add_verify(verbs: Any) -> None:
     verify.add_argument("--hours", metavar="H", help=about)
     about = "how much of everything, where it is not for --hours (default: 1)"
     verify.add_argument("--scale", metavar="S", help=about)
-    about = "how many tasks at a time (default: one for each core)"
+    about = "how many tasks at a time (default: one more than cores)"
     verify.add_argument("--jobs", metavar="N", help=about)
     about = "derive every task's seed from this one (default: a new one, which is printed)"
     verify.add_argument("--seed", metavar="N", help=about)

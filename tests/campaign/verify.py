@@ -76,7 +76,9 @@ def _parse(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="nshandoff verify", allow_abbrev=False)
     parser.add_argument("--hours", metavar="H", type=_positive)
     parser.add_argument("--scale", metavar="S", type=_positive, default=1.0)
-    parser.add_argument("--jobs", metavar="N", type=_count, default=len(os.sched_getaffinity(0)))
+    # One more than cores, because tasks also wait: for processes to die, for deadlines.
+    jobs = len(os.sched_getaffinity(0)) + 1
+    parser.add_argument("--jobs", metavar="N", type=_count, default=jobs)
     parser.add_argument("--seed", metavar="N", type=int)
     parser.add_argument("--part", metavar="NAME", action="append", choices=parts)
     parser.add_argument("--output", metavar="DIR", type=Path, default=Path(DEFAULT_OUTPUT))
