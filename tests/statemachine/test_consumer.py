@@ -91,6 +91,10 @@ def after(*events: Event) -> ConsumerKernel:
     return kernel
 
 
+def test_it_says_how_it_stands() -> None:
+    assert repr(after()) == "<ConsumerKernel a: idle, end notice silent>"
+
+
 def turn(error: NamespaceError) -> tuple[Effect, ...]:
     """To self-service, loudly."""
     return (do.ReportFallback("a", error), do.ServeSelf(REQUEST))

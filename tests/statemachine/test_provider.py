@@ -131,6 +131,8 @@ def test_what_a_driver_may_ask_a_kernel() -> None:
     assert repr(kernel) == "<ProviderKernel ready, 2 connections, {a: handed_off}>"
     script.end(1)
     assert (kernel.user_of("a"), kernel.response_of("a")) == (7, None)
+    script.ask(1, B)
+    assert repr(kernel) == "<ProviderKernel ready, 2 connections, {a: ended, b: requested}>"
     assert str(kernel.objection_to(7)) == str(
         CreationFailed("limit reached: connections of one user, at most 1")
     )
