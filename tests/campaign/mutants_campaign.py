@@ -29,7 +29,11 @@ MUTANTS: Final = 3_000
 def tasks(scale: float) -> list[Task]:
     """Every mutant of every table, however much time there is; and the record of the code's."""
     found = [
-        Task(f"{table.name} table, part {part + 1}", {"table": table.name, "part": part})
+        Task(
+            f"{table.name} table, part {part + 1}",
+            {"table": table.name, "part": part},
+            is_long=True,
+        )
         for table in TABLES
         for part in range(_parts_of(table))
     ]

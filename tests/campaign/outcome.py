@@ -20,6 +20,8 @@ class Task:
     name: str
     arguments: dict[str, Any] = field(default_factory=dict)
     """For `run`, as JSON can say it."""
+    is_long: bool = False
+    """Whether it is begun before others, because it takes minutes."""
 
 
 @dataclass(frozen=True)

@@ -278,6 +278,12 @@ def test_tasks_that_must_be_alone_are(tree: Tree) -> None:
     assert told.returncode == 0, told.stdout
 
 
+def test_long_tasks_are_begun_before_others(tree: Tree) -> None:
+    tree.part("count", COUNTING.replace('"number": number})', '"number": number}, number == 3)'))
+    assert tree.verify("--jobs", "1").returncode == 0
+    assert tree.numbers == [3, 0, 1, 2]
+
+
 @pytest.mark.deep("long")
 def test_what_another_tree_has_shown_is_not_used(tree: Tree) -> None:
     tree.part("count", COUNTING)

@@ -209,8 +209,9 @@ class Campaign:
     def go_round(self, number: int, scale: float, parts: list[str]) -> int:
         """Do what is not done yet, return how many tasks there are; raises `Interrupted`."""
         jobs = [job for part in parts for job in self._jobs_of(part, number, scale)]
-        # First those that go one at a time, so that they do not all come last.
-        jobs.sort(key=lambda job: not job.is_alone)
+        # First those that go one at a time, so that they do not all come last; then the long ones,
+        # so that none goes on by itself at the end.
+        jobs.sort(key=lambda job: (not job.is_alone, not job.task.is_long))
         waiting = deque(job for job in jobs if job.key not in self._record.done)
         self._progress.total += len(waiting)
         while waiting or self._pool.jobs:
