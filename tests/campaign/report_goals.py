@@ -151,7 +151,7 @@ def _code_mutants(mutants: Part) -> Goal:
     recorded = _killed(mutants, "code mutants killed", ("code", "recorded"), CODE_MUTANTS_SHARE)
     if recorded.verdict is Verdict.NOT_MEASURED:
         return _killed(mutants, "code mutants killed", ("code",), CODE_MUTANTS_SHARE)
-    said = f"mutmut takes an hour; recorded of earlier sources: {recorded.reached}"
+    said = f"mutmut takes half an hour; recorded of an earlier run: {recorded.reached}"
     return Goal(recorded.figure, recorded.goal, said, Verdict.NOT_MEASURED)
 
 

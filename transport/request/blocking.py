@@ -225,7 +225,8 @@ def _run(
     # What has arrived since the last call counts, even if there is no time to wait.
     exchange.read()
     while not is_done():
-        _raise_if_readable(cancel)
+        if cancel is not None:
+            _raise_if_readable(cancel)
         # What the kernel has decided is done, whatever the time.
         if exchange.slow:
             perform(exchange, exchange.slow.popleft(), cancel)
