@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from linux.cli.exits import ExitCode
+from linux.cli.log import JsonLines
 from linux.cli.ready_socket import READY_WAITING_MAX, ReadySocket
-from linux.cli.serve import JsonLines
 from linux.consumer import wait_ready
 from linux.journal import JOURNAL_NAME
 from linux.mounts import loop_devices

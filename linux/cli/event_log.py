@@ -1,0 +1,112 @@
+"""`EventLog`: log every event of a provider, with the transition of its allocation."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any, Final
+
+from statemachine import effects as do
+from statemachine import events as on
+from statemachine.effects import Effect
+from statemachine.events import ProviderInput
+from statemachine.lifecycle import ALLOCATION
+from statemachine.provider import ProviderKernel
+from statemachine.states import AllocationState
+
+from .log import log_event
+
+_UNKNOWN: Final = AllocationState.UNKNOWN
+
+
+class EventLog:
+    """
+    Logs every event of a provider, with the transition of its allocation: an `Observer`.
+
+    The name of an event in the log is that of its class in snake case. An event that moves further
+    allocations (readiness, after which waiting requests are handled) is logged again for each.
+    """
+
+    kernel: ProviderKernel
+
+    def __init__(self) -> None:
+        self._states: dict[str, AllocationState] = {}
+        self._delays: dict[str, str] = {}
+        """The reason that was last logged for a release that is not finished."""
+
+    def __call__(self, event: ProviderInput, effects: tuple[Effect, ...]) -> None:
+        """Log one event."""
+        name = _allocation_of(event)
+        if self._is_repetition(event):
+            return
+        self._write(event, effects, name)
+        for other in {_allocation_of(effect) for effect in effects} - {name, ""}:
+            if self.kernel.state_of(other) is not self._states.get(other, _UNKNOWN):
+                self._write(event, effects, other)
+
+    def _is_repetition(self, event: ProviderInput) -> bool:
+        """Say whether it is another try to release, with the same reason as before."""
+        if isinstance(event, on.NamespacesReleased):
+            self._delays.pop(event.allocation_id, None)
+        if isinstance(event, on.ReleaseDelayed):
+            before = self._delays.get(event.allocation_id)
+            self._delays[event.allocation_id] = event.reason
+            return before == event.reason
+        return isinstance(event, on.RetryDue)
+
+    def _write(self, event: ProviderInput, effects: tuple[Effect, ...], name: str) -> None:
+        fields: dict[str, Any] = {"allocation_id": name} if name else {}
+        if name:
+            fields |= self._row(event, name)
+        fields |= _details_of(event)
+        fields["effects"] = [_word_for(effect) for effect in effects]
+        log_event(_snake(type(event).__name__), **fields)
+
+    def _row(self, event: ProviderInput, name: str) -> dict[str, str]:
+        before = self._states.pop(name, _UNKNOWN)
+        after = self.kernel.state_of(name)
+        if after not in (_UNKNOWN, AllocationState.RELEASED):
+            self._states[name] = after
+        if before is after and ALLOCATION.row(type(event), before) is None:
+            return {}
+        return {"from": before.value, "to": after.value}
+
+
+def _snake(name: str) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+
+
+def _allocation_of(something: ProviderInput | Effect) -> str:
+    """Name the allocation that an event or an effect concerns; empty if none."""
+    for part in (something, *(getattr(something, x, None) for x in ("request", "response"))):
+        name = getattr(part, "allocation_id", "")
+        if name:
+            return str(name)
+    return ""
+
+
+def _details_of(event: ProviderInput) -> dict[str, Any]:
+    """Return further fields of an event."""
+    fields = {field.name: getattr(event, field.name) for field in dataclasses.fields(event)}
+    details = {name: fields[name] for name in ("connection", "uid", "reason") if fields.get(name)}
+    if isinstance(event, on.ConnectionOpened):
+        details["uid"] = event.uid
+    if "error" in fields:
+        details["error"] = str(fields["error"])
+    request = fields.get("request")
+    if request is not None:
+        details["namespaces"] = [kind.value for kind in request.namespaces]
+        details["uenv_image"] = request.uenv_image
+    return details
+
+
+def _word_for(effect: Effect) -> str:
+    """Return the name of an effect, with its timer or error."""
+    word = _snake(type(effect).__name__)
+    match effect:
+        case do.StartTimer(timer=timer) | do.StopTimer(timer=timer):
+            return f"{word}:{timer.value}"
+        case do.Refuse(error=error):
+            return f"{word}:{type(error).__name__}"
+        case _:
+            return word
