@@ -24,6 +24,9 @@ from .syscalls import FileDescriptor, SyscallError
 QUEUE_BYTES_MAX: Final = 1 << 20
 """Most bytes that wait to be written; one line may wait whatever its size."""
 
+GATHER_S: Final = 0.01
+"""How long lines are gathered before they are written: to wake a thread costs more than a line."""
+
 CLOSE_TIMEOUT_S: Final = 0.5
 """How long the lines that wait may take to be written when a sink is closed."""
 
@@ -44,7 +47,8 @@ class Sink:
     Args:
         file: Where to write; borrowed until `close` has returned True.
         wait_s: How long `write` waits for its line to be written, as long as none was lost. With 0
-            a program that is killed may lose lines that it had given to the sink.
+            lines are gathered for `GATHER_S`, and a program that is killed may lose lines that it
+            had given to the sink.
         preface: Makes the line to write before the first one that goes through after some were
             lost, from their number and the reason. None writes none.
         report: Is told when lines begin to be lost (0 and the reason), and when lines go through
@@ -104,7 +108,8 @@ class Sink:
                 self._bytes += len(line)
                 self._lines += 1
                 self._lost_last, is_first = 0, False
-                self._changed.notify_all()
+                if self._wait_s or len(self._queue) == 1 or self._bytes > QUEUE_BYTES_MAX // 2:
+                    self._changed.notify_all()
                 # Not while an earlier line waits: that one has had its time already.
                 if self._wait_s and self._bytes == len(line) and not self._lost:
                     self._changed.wait_for(lambda: not self._bytes, self._wait_s)
@@ -141,6 +146,8 @@ class Sink:
     def _take(self) -> list[_Line]:
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._is_closed)
+            if not (self._wait_s or self._is_closed):
+                self._changed.wait(GATHER_S)
             lines, self._queue = self._queue, []
             return lines
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
+from collections.abc import Callable, Mapping
+from functools import cache
+from operator import attrgetter
 from typing import Any, Final
 
 from statemachine import effects as do
@@ -12,9 +14,8 @@ from statemachine.effects import Effect
 from statemachine.events import ProviderInput
 from statemachine.lifecycle import ALLOCATION
 from statemachine.provider import ProviderKernel
+from statemachine.record import fields_of
 from statemachine.states import AllocationState
-
-from .log import log_event
 
 _UNKNOWN: Final = AllocationState.UNKNOWN
 
@@ -25,11 +26,15 @@ class EventLog:
 
     The name of an event in the log is that of its class in snake case. An event that moves further
     allocations (readiness, after which waiting requests are handled) is logged again for each.
+
+    Args:
+        tell: Logs an event, by its name and fields.
     """
 
     kernel: ProviderKernel
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[str, Mapping[str, Any]], None]) -> None:
+        self._tell: Final = tell
         self._states: dict[str, AllocationState] = {}
         self._delays: dict[str, str] = {}
         """The reason that was last logged for a release that is not finished."""
@@ -60,7 +65,7 @@ class EventLog:
             fields |= self._row(event, name)
         fields |= _details_of(event)
         fields["effects"] = [_word_for(effect) for effect in effects]
-        log_event(_snake(type(event).__name__), **fields)
+        self._tell(_snake(type(event).__name__), fields)
 
     def _row(self, event: ProviderInput, name: str) -> dict[str, str]:
         before = self._states.pop(name, _UNKNOWN)
@@ -72,22 +77,28 @@ class EventLog:
         return {"from": before.value, "to": after.value}
 
 
+@cache
 def _snake(name: str) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
 
 
+@cache
+def _id_in(fields: tuple[str, ...]) -> Callable[[Any], str]:
+    """Say where an event or effect with these fields has the id of its allocation; or nowhere."""
+    for path in ("allocation_id", "request.allocation_id", "response.allocation_id"):
+        if path.partition(".")[0] in fields:
+            return attrgetter(path)
+    return lambda _: ""
+
+
 def _allocation_of(something: ProviderInput | Effect) -> str:
     """Name the allocation that an event or an effect concerns; empty if none."""
-    for part in (something, *(getattr(something, x, None) for x in ("request", "response"))):
-        name = getattr(part, "allocation_id", "")
-        if name:
-            return str(name)
-    return ""
+    return _id_in(something.__match_args__)(something)
 
 
 def _details_of(event: ProviderInput) -> dict[str, Any]:
     """Return further fields of an event."""
-    fields = {field.name: getattr(event, field.name) for field in dataclasses.fields(event)}
+    fields = fields_of(event)
     details = {name: fields[name] for name in ("connection", "uid", "reason") if fields.get(name)}
     if isinstance(event, on.ConnectionOpened):
         details["uid"] = event.uid
@@ -103,10 +114,8 @@ def _details_of(event: ProviderInput) -> dict[str, Any]:
 def _word_for(effect: Effect) -> str:
     """Return the name of an effect, with its timer or error."""
     word = _snake(type(effect).__name__)
-    match effect:
-        case do.StartTimer(timer=timer) | do.StopTimer(timer=timer):
-            return f"{word}:{timer.value}"
-        case do.Refuse(error=error):
-            return f"{word}:{type(error).__name__}"
-        case _:
-            return word
+    if isinstance(effect, do.StartTimer | do.StopTimer):
+        return f"{word}:{effect.timer.value}"
+    if isinstance(effect, do.Refuse):
+        return f"{word}:{type(effect.error).__name__}"
+    return word

@@ -8,7 +8,8 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -21,27 +22,31 @@ STDERR: Final = 2
 _log: Final = logging.getLogger(__name__)
 
 
+_JSON: Final = json.JSONEncoder(default=str)
+
+
+def _line_of(moment: float, level: str, event: str, fields: Mapping[str, Any]) -> str:
+    when = datetime.datetime.fromtimestamp(moment, datetime.UTC)
+    begin = {"time": when.isoformat(timespec="milliseconds"), "level": level, "event": event}
+    return _JSON.encode({**begin, **fields})
+
+
 class JsonLines(logging.Formatter):
-    """One JSON object per record: time, level, event, message, and the fields of the record."""
+    """One JSON object per record: time, level, event, and the fields of the record."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Format one line."""
-        moment = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
-        line: dict[str, Any] = {
-            "time": moment.isoformat(timespec="milliseconds"),
-            "level": record.levelname.lower(),
-            "event": getattr(record, "event", record.name),
-            **getattr(record, "fields", {}),
-        }
+        fields = dict(getattr(record, "fields", {}))
         message = record.getMessage()
         if message:
-            line["message"] = message
+            fields["message"] = message
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+            fields["exception"] = self.formatException(record.exc_info)
+        event = getattr(record, "event", record.name)
+        return _line_of(record.created, record.levelname.lower(), event, fields)
 
 
-class _LogHandler(logging.Handler):
+class LogHandler(logging.Handler):
     """Gives lines to a sink of standard error, which is borrowed."""
 
     def __init__(self) -> None:
@@ -51,23 +56,23 @@ class _LogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Have a record written; never waits."""
-        self._sink.write(self._line_of(record))
+        self._put(self.format(record))
+
+    def tell(self, event: str, fields: Mapping[str, Any]) -> None:
+        """Have an event written, of which there are thousands a second: without a record."""
+        self._put(_line_of(time.time(), "info", event, fields))
 
     def close(self) -> None:
         """Write what waits, as far as that is possible in a short time."""
         self._sink.close()
         super().close()
 
-    def _line_of(self, record: logging.LogRecord) -> bytes:
-        return f"{self.format(record)}\n".encode()
+    def _put(self, line: str) -> None:
+        self._sink.write(f"{line}\n".encode())
 
     def _say_lost(self, count: int, why: str) -> bytes:
-        record = _log.makeRecord(
-            *(_log.name, logging.WARNING, __file__, 0, "lines of this log were lost: %s", (why,)),
-            exc_info=None,
-            extra=as_event("lines_lost", count=count),
-        )
-        return self._line_of(record)
+        fields = {"count": count, "message": f"lines of this log were lost: {why}"}
+        return f"{_line_of(time.time(), 'warning', 'lines_lost', fields)}\n".encode()
 
 
 def open_standard_streams() -> None:
@@ -80,9 +85,9 @@ def open_standard_streams() -> None:
 
 
 @contextmanager
-def logging_to_stderr() -> Iterator[None]:
+def logging_to_stderr() -> Iterator[LogHandler]:
     """Log JSON lines on standard error, all that Python itself would print there included."""
-    handler = _LogHandler()
+    handler = LogHandler()
     logging.getLogger().addHandler(handler)
     _log.setLevel(logging.INFO)  # of other loggers only warnings
     logging.captureWarnings(True)
@@ -92,7 +97,7 @@ def logging_to_stderr() -> Iterator[None]:
     )
     threading.excepthook = lambda hook: _log.error("in a thread", exc_info=hook.exc_value)
     try:
-        yield
+        yield handler
     finally:
         logging.getLogger().removeHandler(handler)
         handler.close()

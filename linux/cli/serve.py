@@ -54,7 +54,14 @@ from ..survey import READY_NAME
 from ..syscalls import SyscallError, calling
 from .event_log import EventLog
 from .exits import ExitCode, Failure
-from .log import as_event, log_event, logging_failure, logging_to_stderr, open_standard_streams
+from .log import (
+    LogHandler,
+    as_event,
+    log_event,
+    logging_failure,
+    logging_to_stderr,
+    open_standard_streams,
+)
 from .place import PlaceLost, PlaceWatch
 from .ready_socket import READY_SOCKET_NAME, ReadySocket
 from .signals import Signals, Stopped
@@ -95,16 +102,16 @@ def serve(options: argparse.Namespace) -> ExitCode:
         raise Failure(ExitCode.USAGE, str(error)) from error
     open_standard_streams()
     try:
-        with logging_to_stderr():
-            return _serve_logged(options)
+        with logging_to_stderr() as log:
+            return _serve_logged(options, log)
     except SyscallError as error:  # there is no log yet
         raise Failure(ExitCode.ENVIRONMENT, str(error)) from error
 
 
-def _serve_logged(options: argparse.Namespace) -> ExitCode:
+def _serve_logged(options: argparse.Namespace, log: LogHandler) -> ExitCode:
     try:
         with Signals() as signals, ExitStack() as stack:
-            _serve(options, signals, stack)
+            _serve(options, log, signals, stack)
     except _START_FAULTS as error:
         _log.error(
             "%s",
@@ -133,10 +140,12 @@ class _Service:
     place: PlaceWatch | None
 
 
-def _serve(options: argparse.Namespace, signals: Signals, stack: ExitStack) -> None:
+def _serve(
+    options: argparse.Namespace, log: LogHandler, signals: Signals, stack: ExitStack
+) -> None:
     """Start the provider and run it; the stack closes what was opened."""
     try:
-        service = signals.wait_for(lambda: _start(options, stack))
+        service = signals.wait_for(lambda: _start(options, log, stack))
     except Stopped as stopped:
         log_event("stopping", signal=_name_of(stopped.number))
         if stopped.has_hung:
@@ -145,7 +154,7 @@ def _serve(options: argparse.Namespace, signals: Signals, stack: ExitStack) -> N
     asyncio.run(_run(service, signals))
 
 
-def _start(options: argparse.Namespace, stack: ExitStack) -> _Service:
+def _start(options: argparse.Namespace, log: LogHandler, stack: ExitStack) -> _Service:
     descriptors, oom_score_adj = raise_descriptor_limit(), protect_from_oom_killer()
     log_event(
         "starting",
@@ -172,7 +181,7 @@ def _start(options: argparse.Namespace, stack: ExitStack) -> _Service:
         place = PlaceWatch(backend, path, readiness.announce)
         settings = backend.settings
         stack.callback(write_scope_file(path, settings.cgroup2, settings.place).remove)
-    events = EventLog()
+    events = EventLog(log.tell)
     observers: list[Observer] = [events]
     trace = None
     # Imported here, because what reads and writes all kinds of values takes long to make.

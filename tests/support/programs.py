@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 from linux.features import Features
 from linux.journal import read_journal
 from linux.namespaces import KernelInspector
+from linux.sinks import GATHER_S
 from statemachine import AllocationNotFound, NamespaceRequest, NamespaceType
 from transport.request import Consumer, Handoff
 from transport.testing.peer import DEADLINE_S, wait_until
@@ -150,7 +152,11 @@ class Daemon:
 
     def events(self, allocation_id: str | None = None) -> list[dict[str, Any]]:
         """What it has said so far, of one allocation or of all."""
-        lines = [json.loads(line) for line in self.log.read_text().splitlines()]
+        # Lines are gathered before they are written: it is read until no more come.
+        text = None
+        while text != (text := self.log.read_text()):
+            time.sleep(5 * GATHER_S)
+        lines = [json.loads(line) for line in text.splitlines()]
         return [x for x in lines if allocation_id in (None, x.get("allocation_id"))]
 
     def moves(self, allocation_id: str) -> list[tuple[str, str]]:
