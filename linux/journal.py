@@ -215,6 +215,9 @@ class Journal:
         self._guard: Final = threading.Lock()
         self.on_change = on_change
         self._changes = 0
+        # What the file has, so that nothing has to be read from it to be changed.
+        self._entries: Final[dict[str, Entry]] = {}
+        self._remembered: Final[dict[str, None]] = {}
         self._lock = lock_directory(state_dir)
         try:
             self._database = _open_for_writing(self._path)
@@ -258,10 +261,11 @@ class Journal:
             ValueError: the id already has an entry; it is unchanged.
             JournalUnavailable: nothing was written, so nothing may be made.
         """
-        with self._change() as database:
-            if _find(database, entry.allocation_id) is not None:
+        with self._guard:
+            if entry.allocation_id in self._entries:
                 raise ValueError(f"allocation {entry.allocation_id!r} already has an entry")
-            _insert(database, entry, self._changes + 1)
+            self._change(_insertion(entry, self._changes + 1))
+            self._entries[entry.allocation_id] = entry
 
     def publish(
         self, allocation_id: str, state: AllocationState, **fields: Unpack[EntryFields]
@@ -274,46 +278,59 @@ class Journal:
             ValueError: the entry's state comes after `state`.
             JournalUnavailable: it cannot be written. The entry is unchanged in every case.
         """
-        with self._change() as database:
-            entry = _find(database, allocation_id)
-            if entry is None:
-                raise KeyError(allocation_id)
+        with self._guard:
+            entry = self._entries[allocation_id]
             if STATES.index(state) < STATES.index(entry.state):
                 reason = f"is {entry.state.value}; it cannot become {state.value}"
                 raise ValueError(f"{allocation_id!r} {reason}")
             after = changed(entry, state=state, **fields)
             _, _, *columns = _encode_entry(after, self._changes + 1)
-            syscall(
-                database.execute,
-                "UPDATE allocation SET state = ?, request = ?, mount_path = ?, anchor = ?,"
-                " scope_path = ?, why = ?, change = ?, checksum = ? WHERE allocation_id = ?",
-                (*columns, allocation_id),
+            self._change(
+                (
+                    "UPDATE allocation SET state = ?, request = ?, mount_path = ?, anchor = ?,"
+                    " scope_path = ?, why = ?, change = ?, checksum = ? WHERE allocation_id = ?",
+                    (*columns, allocation_id),
+                )
             )
+            self._entries[allocation_id] = after
 
     def forget(self, allocation_id: str) -> None:
         """Remove a released allocation and remember its id; nothing if it has no entry."""
-        with self._change() as database:
-            removed = syscall(
-                database.execute, "DELETE FROM allocation WHERE allocation_id = ?", (allocation_id,)
+        with self._guard:
+            if allocation_id not in self._entries:
+                return
+            oldest = next(iter(self._remembered), allocation_id)
+            is_full = len(self._remembered) >= REMEMBERED_MAX
+            too_many = [oldest] if is_full and allocation_id not in self._remembered else []
+            self._change(
+                ("DELETE FROM allocation WHERE allocation_id = ?", (allocation_id,)),
+                _remembering(allocation_id, self._changes + 1),
+                *(("DELETE FROM ended WHERE allocation_id = ?", (name,)) for name in too_many),
             )
-            if removed.rowcount:
-                _remember(database, allocation_id, self._changes + 1)
+            for name in (allocation_id, *too_many):
+                self._remembered.pop(name, None)
+            # An id that ended again is the last one now.
+            self._remembered[allocation_id] = None
+            del self._entries[allocation_id]
 
     def find(self, allocation_id: str) -> Entry | None:
         """Return the entry of an allocation; None if it has none."""
-        with self._transaction() as database:
-            return _find(database, allocation_id)
+        with self._guard:
+            self._expect_open()
+            return self._entries.get(allocation_id)
 
     def entries(self) -> tuple[Entry, ...]:
         """Return the live allocations, in the order in which they were intended."""
-        with self._transaction() as database:
-            return _read_entries(database)
+        with self._guard:
+            self._expect_open()
+            return tuple(self._entries.values())
 
     def remembered(self) -> tuple[str, ...]:
         """Return the ids of released allocations, at most `REMEMBERED_MAX`, the oldest first."""
         # Keeps CRASH-6.
-        with self._transaction() as database:
-            return _read_remembered(database)
+        with self._guard:
+            self._expect_open()
+            return tuple(self._remembered)
 
     def is_lost(self) -> bool:
         """Say whether the lock or the journal is gone from the state directory, or another's."""
@@ -332,9 +349,6 @@ class Journal:
         """
         # Keeps CRASH-17.
         with self._guard:
-            with _typed_errors(self._path), _transaction(self._database):
-                entries = _read_entries(self._database)
-                remembered = _read_remembered(self._database)
             # Closed first: SQLite removes its log by the name that the new one has as well.
             self._database.close()
             if not is_open_as(self._state_dir / LOCK_NAME, self._lock):
@@ -346,11 +360,11 @@ class Journal:
             self._file = _fingerprint(self._path)
             boot = changed(self._boot, lock=_name_of_lock(self._lock))
             with _typed_errors(self._path), _transaction(self._database):
-                for name in remembered:
-                    _remember(self._database, name, self._changes)
-                for entry in entries:
-                    _insert(self._database, entry, self._changes)
-                _write_boot(self._database, boot)
+                for name in self._remembered:
+                    _execute(self._database, _remembering(name, self._changes))
+                for entry in self._entries.values():
+                    _execute(self._database, _insertion(entry, self._changes))
+                _execute(self._database, _marking(boot))
             self._boot = boot
 
     def close(self) -> None:
@@ -365,6 +379,9 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _expect_open(self) -> None:
+        self._database.total_changes  # noqa: B018 - raises ProgrammingError if it is closed
+
     def _path_is_ours(self) -> bool:
         now = _fingerprint(self._path)
         return now is not None and self._file is not None and now[2:] == self._file[2:]
@@ -376,42 +393,47 @@ class Journal:
             lock = _name_of_lock(self._lock)
         except OSError as error:
             raise JournalUnavailable(self._path, error.strerror or str(error)) from error
-        with self._transaction() as database:
+        with _typed_errors(self._path), _transaction(self._database):
             # All of it, to refuse what cannot be read now, not later.
-            entries, before = _read_entries(database), _read_boot(database)
-            _read_remembered(database)
+            entries, before = _read_entries(self._database), _read_boot(self._database)
+            remembered = _read_remembered(self._database)
             if before is None and entries:
                 raise JournalCorrupt(self._path, "it has entries, and does not say of which boot")
             if before is not None and before.boot_id == boot_id:
-                boot = changed(before, lock=lock)
-                if boot != before:
-                    _write_boot(database, boot)
-                self._changes = _read_changes(database)
-                return boot, before.lock != lock
-            for entry in entries:
-                _remember(database, entry.allocation_id, 0)
-            syscall(database.execute, "DELETE FROM allocation")
-            boot = _Boot(boot_id, instance_of(self._state_dir), lock)
-            _write_boot(database, boot)
-            return boot, False
+                boot, is_copy = changed(before, lock=lock), before.lock != lock
+                if is_copy:
+                    _execute(self._database, _marking(boot))
+                self._changes = _read_changes(self._database)
+            else:
+                boot, is_copy = _Boot(boot_id, instance_of(self._state_dir), lock), False
+                remembered, entries = self._end_all(remembered, entries), ()
+                _execute(self._database, _marking(boot))
+        self._entries.update({entry.allocation_id: entry for entry in entries})
+        self._remembered.update(dict.fromkeys(remembered))
+        return boot, is_copy
 
-    @contextmanager
-    def _change(self) -> Iterator[sqlite3.Connection]:
-        """Change the journal in one transaction, which also counts the change."""
-        with self._guard:
-            before = self._database.total_changes
-            with _typed_errors(self._path), _transaction(self._database):
-                yield self._database
-            if self._database.total_changes == before:
-                return  # nothing was there to be forgotten
-            self._changes += 1
-            # Afterwards, so that the count outside is never ahead of a journal that is whole.
-            self.on_change(self._changes)
+    def _end_all(self, remembered: tuple[str, ...], entries: tuple[Entry, ...]) -> tuple[str, ...]:
+        """Remember all entries as ended, as they are after a reboot; return what is remembered."""
+        ended = tuple(entry.allocation_id for entry in entries)
+        names = (*(name for name in remembered if name not in ended), *ended)[-REMEMBERED_MAX:]
+        for statement in ("DELETE FROM allocation", "DELETE FROM ended"):
+            _execute(self._database, (statement, ()))
+        for name in names:
+            _execute(self._database, _remembering(name, 0))
+        return names
 
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._guard, _typed_errors(self._path), _transaction(self._database):
-            yield self._database
+    def _change(self, *statements: _Statement) -> None:
+        """Change the journal in one transaction, and count the change; with the lock held."""
+        with _typed_errors(self._path):
+            if len(statements) == 1:  # it is a transaction by itself
+                _execute(self._database, statements[0])
+            else:
+                with _transaction(self._database):
+                    for statement in statements:
+                        _execute(self._database, statement)
+        self._changes += 1
+        # Afterwards, so that the count outside is never ahead of a journal that is whole.
+        self.on_change(self._changes)
 
 
 def read_journal(state_dir: Path) -> JournalView:
@@ -704,35 +726,32 @@ def _checksum(*values: object) -> int:
     return zlib.crc32(json.dumps(values).encode())
 
 
-def _insert(database: sqlite3.Connection, entry: Entry, change: int) -> None:
-    syscall(
-        database.execute,
-        f"INSERT INTO allocation ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        _encode_entry(entry, change),
-    )
+_Statement: TypeAlias = tuple[str, tuple[object, ...]]
+"""SQL, and the values for its question marks."""
 
 
-def _write_boot(database: sqlite3.Connection, boot: _Boot) -> None:
+def _execute(database: sqlite3.Connection, statement: _Statement) -> None:
+    syscall(database.execute, *statement)
+
+
+def _insertion(entry: Entry, change: int) -> _Statement:
+    marks = "?, ?, ?, ?, ?, ?, ?, ?, ?, ?"
+    return f"INSERT INTO allocation ({_COLUMNS}) VALUES ({marks})", _encode_entry(entry, change)
+
+
+def _marking(boot: _Boot) -> _Statement:
     values = (boot.boot_id, boot.instance, boot.lock)
-    syscall(
-        database.execute,
+    return (
         "REPLACE INTO boot (rowid, boot_id, instance, lock, checksum) VALUES (1, ?, ?, ?, ?)",
         (*values, _checksum(*values)),
     )
 
 
-def _remember(database: sqlite3.Connection, allocation_id: str, change: int) -> None:
+def _remembering(allocation_id: str, change: int) -> _Statement:
     # REPLACE moves an id that ended again to the last position.
-    syscall(
-        database.execute,
+    return (
         "REPLACE INTO ended (allocation_id, change, checksum) VALUES (?, ?, ?)",
         (allocation_id, change, _checksum(allocation_id, change)),
-    )
-    syscall(
-        database.execute,
-        "DELETE FROM ended WHERE position <="
-        " (SELECT position FROM ended ORDER BY position DESC LIMIT 1 OFFSET ?)",
-        (REMEMBERED_MAX,),
     )
 
 
@@ -772,15 +791,6 @@ def _read_remembered(database: sqlite3.Connection) -> tuple[str, ...]:
         if checksum != _checksum(name, change):
             raise _UnreadableEntry(f"the remembered {name!r} is unreadable: its checksum is wrong")
     return tuple(str(name) for name, _, _ in rows)
-
-
-def _find(database: sqlite3.Connection, allocation_id: str) -> Entry | None:
-    row = syscall(
-        database.execute,
-        f"SELECT {_COLUMNS} FROM allocation WHERE allocation_id = ?",
-        (allocation_id,),
-    ).fetchone()
-    return None if row is None else _decode_entry(row)
 
 
 _Row: TypeAlias = tuple[

@@ -754,8 +754,8 @@ CANARIES: Final = (
         "what is gone is gone",
         _journal("test_basic"),
         "linux/journal.py",
-        "            if removed.rowcount:\n",
-        "            if not removed.rowcount:\n",
+        "                _remembering(allocation_id, self._changes + 1),\n",
+        "",
     ),
     _bug(
         "a flipped bit in the journal goes unnoticed",

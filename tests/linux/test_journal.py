@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -23,6 +23,7 @@ from linux.journal import (
     _COLUMNS,
     JOURNAL_NAME,
     LOCK_NAME,
+    STATES,
     Entry,
     Journal,
     JournalBusy,
@@ -157,6 +158,29 @@ def test_an_id_that_ends_again_is_remembered_once_and_last(tmp_path: Path) -> No
             journal.intend(requested(name))
             journal.forget(name)
         assert journal.remembered() == ("second", "first")
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_its_file_has_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.setattr("linux.journal.REMEMBERED_MAX", 3)
+    rng = random.Random(seed)
+    for _ in range(10):
+        with Journal(tmp_path, rng.choice([BOOT, BOOT, BOOT, OTHER_BOOT])) as journal:
+            for _ in range(rng.randrange(10)):
+                name = rng.choice(["one", "two", "three", "four", "five"])
+                with suppress(KeyError, ValueError):
+                    rng.choice(
+                        [
+                            lambda name: journal.intend(requested(name)),
+                            lambda name: journal.publish(name, rng.choice(STATES), why=str(seed)),
+                            journal.forget,
+                        ]
+                    )(name)
+            said = (journal.entries(), journal.remembered(), journal.changes)
+        view = read_journal(tmp_path)
+        assert (view.entries, view.remembered, view.changes) == said
 
 
 @pytest.mark.clause("CRASH-9")
