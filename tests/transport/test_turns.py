@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from transport.serve.turns import Turns
+from transport.serve.turns import IDLE_IN_A_ROW_MAX, Turns
 
 
 def taken(turns: Turns[str]) -> list[str]:
@@ -24,15 +24,49 @@ def test_basic_users_take_turns_and_of_each_its_connections() -> None:
     assert not turns
 
 
-def test_who_comes_later_waits_for_one_item_of_each() -> None:
+@pytest.mark.clause("PEER-12")
+def test_who_was_idle_comes_before_who_goes_on() -> None:
     turns = Turns[str]()
     for connection in range(3):
         for number in range(100):
             turns.put((0, connection), f"{connection}-{number}")
-    turns.take()
+    assert [turns.take() for _ in range(3)] == ["0-0", "1-0", "2-0"]
     turns.put((0, 9), "late")
     turns.put((1, 1), "other user")
-    assert [turns.take() for _ in range(5)] == ["1-0", "other user", "2-0", "0-1", "late"]
+    assert [turns.take() for _ in range(4)] == ["other user", "late", "0-1", "1-1"]
+
+
+def test_who_was_served_and_has_more_only_now_goes_on() -> None:
+    turns = Turns[str]()
+    for connection in range(3):
+        for number in range(100):
+            turns.put((0, connection), f"{connection}-{number}")
+    turns.put((0, 9), "first")
+    assert [turns.take() for _ in range(4)] == ["0-0", "1-0", "2-0", "first"]
+    turns.put((0, 9), "second")
+    assert [turns.take() for _ in range(4)] == ["0-1", "1-1", "2-1", "second"]
+
+
+def test_who_goes_on_is_served_whatever_else_comes() -> None:
+    turns = Turns[str]()
+    turns.put((0, 0), "first")
+    turns.put((0, 0), "second")
+    assert turns.take() == "first"
+    for connection in range(1, 100):
+        turns.put((0, connection), "other")
+    assert "second" in [turns.take() for _ in range(IDLE_IN_A_ROW_MAX + 1)]
+
+
+def test_a_connection_that_sends_nothing_more_is_not_kept() -> None:
+    turns = Turns[str]()
+    turns.put((0, 0), "always")
+    for connection in range(1, 100):
+        turns.put((0, connection), "once")
+        turns.put((0, 0), "always")
+        assert sorted([str(turns.take()), str(turns.take())]) == ["always", "once"]
+    lanes = turns._users.find(0)
+    assert lanes is not None
+    assert len(lanes) < 5
 
 
 def test_what_may_not_be_taken_keeps_its_place_and_holds_up_only_its_connection() -> None:
