@@ -473,16 +473,62 @@ def test_a_release_does_not_wait_for_anothers_creations(rig: Rig) -> None:
     storm(noisy, 0)
     serving.wait_for(on.RequestReceived, 31)
     gate.wait_reached()
+    assert line.ask(ended("polite")) == ended("polite")
+
+
+class Releases(SimulatedBackend):
+    """Refuses the first try to release each allocation; holds all tries while it is told to."""
+
+    def __init__(self, node: SimulatedNode) -> None:
+        super().__init__(node)
+        self.tries: list[str] = []
+        self.may_go_on = threading.Event()
+        self.may_go_on.set()
+
+    def release_namespaces(self, allocation_id: str) -> None:
+        self.may_go_on.wait(DEADLINE_S)
+        self.tries.append(allocation_id)
+        if self.tries.count(allocation_id) > 1:
+            super().release_namespaces(allocation_id)
+
+
+def create(line: Line, *names: str) -> None:
+    for name in names:
+        assert line.ask(wanted(name)) == handed(name)
+
+
+@pytest.mark.clause("PEER-12")
+def test_a_creation_does_not_wait_for_releases(rig: Rig) -> None:
+    serving, noisy, line = rig.serve(Releases), rig.connect(), rig.connect()
+    backend: Any = serving.provider._backend
+    create(noisy, "s0", "s1", "s2", "s3")
+    backend.may_go_on.clear()
+    noisy.say(b"".join(frame_of(ended(f"s{number}")) for number in range(4)))
+    serving.wait_for(on.EndReceived, 4)
+    create(line, "polite")
+    assert not backend.tries
+    backend.may_go_on.set()
+
+
+@pytest.mark.clause("PEER-12")
+def test_another_try_to_release_is_in_the_turn_of_the_first(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transport.serve.timers.RETRY_FIRST_S", 0.5)
+    serving, noisy, line = rig.serve(Releases), rig.connect(), rig.connect()
+    backend: Any = serving.provider._backend
+    names = [f"s{number}" for number in range(30)]
+    create(noisy, *names)
+    create(line, "polite")
+    noisy.say(b"".join(frame_of(ended(name)) for name in names))
     line.say(ended("polite"))
-    serving.wait_for(on.EndReceived)
-    gate.let_go()
+    wait_until(lambda: len(backend.tries) == 31)
+    backend.may_go_on.clear()
+    serving.wait_for(on.RetryDue, 31)
+    backend.may_go_on.set()
     assert line.hear() == ended("polite")
-    released = next(
-        n for n, (event, _) in enumerate(serving.turns) if isinstance(event, on.NamespacesReleased)
-    )
-    before = [e for e, _ in serving.turns[:released] if isinstance(e, on.NamespacesCreated)]
-    # Its own, those that had begun, and one that took its turn.
-    assert len(before) <= 1 + 2 * work.WORKERS_MAX
+    assert backend.tries[31:].index("polite") <= 2
+    wait_until(lambda: not serving.provider._lanes)
 
 
 # --- What hangs ----------------------------------------------------------------------------------

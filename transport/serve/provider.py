@@ -30,10 +30,13 @@ from .peers import Connections
 from .timers import Spans, Timers
 from .turns import Lane
 from .watch import Watcher
-from .work import BackendWork
+from .work import BackendWork, Outcome
 
 Observer: TypeAlias = Callable[[ProviderInput, tuple[Effect, ...]], None]
 """Told of every event and of what the kernel decided; must not raise."""
+
+_OVER: Final = (AllocationState.UNKNOWN, AllocationState.RELEASED)
+"""States of an allocation for which there is no work."""
 
 _log: Final = logging.getLogger(__name__)
 
@@ -69,6 +72,8 @@ class Provider:
         self._events: Final[deque[ProviderInput]] = deque()
         self._asking = 0
         """The connection whose message the present effects follow from; 0 if none."""
+        self._lanes: Final[dict[str, Lane]] = {}
+        """In whose turn the work for each allocation that has any was done last."""
         self._is_feeding = False
         self._stopping: Final = asyncio.Event()
         self._is_closed = False
@@ -223,11 +228,14 @@ class Provider:
         for effect in effects:
             self._performers[type(effect)](effect)
 
-    def _report(self, event: ProviderInput) -> None:
+    def _report(self, event: Outcome) -> None:
         """Feed the outcome of backend work."""
         self._feed(event)
+        name = event.allocation_id
+        if self._kernel.state_of(name) in _OVER:
+            self._lanes.pop(name, None)
         if isinstance(event, on.NamespacesReleased):
-            self._timers.forget(event.allocation_id)
+            self._timers.forget(name)
             self._work.tidy_soon()
 
     # --- Effects that concern several parts ------------------------------------------------------
@@ -237,7 +245,11 @@ class Provider:
 
     def _lane_of(self, name: str) -> Lane:
         """Say in whose turn work for an allocation is: its user's, of the connection that asks."""
-        return self._kernel.user_of(name), self._asking
+        # Another try to release follows from no message: it is in the turn of the first one, lest
+        # it waits for those of all others.
+        if self._asking or name not in self._lanes:
+            self._lanes[name] = (self._kernel.user_of(name), self._asking)
+        return self._lanes[name]
 
     def _release(self, effect: do.ReleaseNamespaces) -> None:
         # Keeps END-14.

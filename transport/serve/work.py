@@ -15,12 +15,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from statemachine import effects as do
 from statemachine import events as on
 from statemachine.errors import AllocationNotFound, CreationFailed, SocketUnavailable
-from statemachine.events import ProviderInput
 from statemachine.messages import NamespaceRequest
 
 from ..contract import Backend, Recovery
@@ -28,8 +27,9 @@ from .timers import BACKEND_PAUSE_S
 from .turns import Lane, Turns
 
 WORKERS_MAX: Final = 2
-"""Most pieces of work without an image at a time: they share a forge, a journal, and one
-interpreter, so that more of them would only make each take longer."""
+"""Most pieces of work without an image at a time, one that makes something and one that releases,
+so that neither waits for the other. They share a forge, a journal, and one interpreter: more of
+them would only make each take longer."""
 
 IMAGE_WORKERS_MAX: Final = 4
 """Most pieces of work with an image at a time; of these any may hang."""
@@ -39,6 +39,11 @@ STOP_TIMEOUT_S: Final = 1.0
 
 HANG_TIMEOUT_S: Final = 0.5
 """How long it waits after that for work that has begun; what takes longer hangs."""
+
+Outcome: TypeAlias = (
+    on.NamespacesCreated | on.NamespacesNotCreated | on.NamespacesReleased | on.ReleaseDelayed
+)
+"""What becomes of a piece of work for an allocation."""
 
 _NO_LANE: Final[Lane] = (None, 0)
 
@@ -51,6 +56,8 @@ class _Job:
 
     lane: Lane
     """In whose turn it is done."""
+    workers: Workers
+    """Which threads do it."""
     do: Callable[[], Any]
     """Does it, in a thread."""
     done: Callable[[_Job, Any, Exception | None], None]
@@ -175,15 +182,17 @@ class BackendWork:
         self,
         backend: Backend,
         image_s: float,
-        report: Callable[[ProviderInput], None],
+        report: Callable[[Outcome], None],
         stopping: asyncio.Event,
     ) -> None:
         self._backend: Final = backend
         self._image_s: Final = image_s
         self._report: Final = report
         self._stopping: Final = stopping
-        self._workers: Final = Workers(WORKERS_MAX, "backend")
+        self._creators: Final = Workers(1, "backend-create")
+        self._releasers: Final = Workers(1, "backend-release")
         self._image_workers: Final = Workers(IMAGE_WORKERS_MAX, "backend-image")
+        self._all_workers: Final = (self._creators, self._releasers, self._image_workers)
         self._queues: Final[dict[str, deque[_Job]]] = {}
         """Of each allocation that has any, its work in order; the first is under way."""
         self._is_over = False
@@ -202,7 +211,7 @@ class BackendWork:
         """
         # Keeps PEER-17.
         try:
-            for workers in (self._workers, self._image_workers):
+            for workers in self._all_workers:
                 workers.start(asyncio.get_running_loop())
         except RuntimeError as error:
             raise SocketUnavailable(
@@ -222,7 +231,7 @@ class BackendWork:
             else:
                 found.set_exception(error)
 
-        self._workers.put(_Job(_NO_LANE, self._backend.recover, done))
+        self._creators.put(_Job(_NO_LANE, self._creators, self._backend.recover, done))
         return await found
 
     def create(self, effect: do.CreateNamespaces, lane: Lane) -> None:
@@ -230,7 +239,9 @@ class BackendWork:
         # Keeps PEER-16.
         request = effect.request
         image = request.uenv_image
-        job = _Job(lane, partial(try_to_create, self._backend, effect), self._done, image)
+        workers = self._creators if image is None else self._image_workers
+        work = partial(try_to_create, self._backend, effect)
+        job = _Job(lane, workers, work, self._done, image)
         if image is not None:
             loop = asyncio.get_running_loop()
             job.deadline = loop.call_later(self._image_s, self._give_up, job, request)
@@ -239,7 +250,7 @@ class BackendWork:
     def release(self, effect: do.ReleaseNamespaces, lane: Lane) -> None:
         """Try once to release an allocation, after the work that it already has."""
         work = partial(try_to_release, self._backend, effect)
-        self._add(effect.allocation_id, _Job(lane, work, self._done))
+        self._add(effect.allocation_id, _Job(lane, self._releasers, work, self._done))
 
     def tidy_soon(self) -> None:
         """Have the backend tidy up now, and from now on whenever something is due."""
@@ -251,7 +262,9 @@ class BackendWork:
         self._stop_tidy_timer()
         self._is_tidying = True
         # Dropping an image can hang as well as mounting it.
-        self._image_workers.put(_Job(_NO_LANE, self._backend.tidy, self._tidied))
+        self._image_workers.put(
+            _Job(_NO_LANE, self._image_workers, self._backend.tidy, self._tidied)
+        )
 
     async def finish(self, starting: asyncio.Task[None]) -> bool:
         """
@@ -270,8 +283,8 @@ class BackendWork:
             return True
         self._is_over = True
         starting.cancel()
-        self._workers.clear()
-        self._image_workers.clear()
+        for workers in self._all_workers:
+            workers.clear()
         return await self._wait(self._are_workers_idle, HANG_TIMEOUT_S)
 
     def close(self) -> None:
@@ -282,15 +295,15 @@ class BackendWork:
             for job in queue:
                 if job.deadline is not None:
                     job.deadline.cancel()
-        self._workers.close()
-        self._image_workers.close()
+        for workers in self._all_workers:
+            workers.close()
 
     @property
     def _is_idle(self) -> bool:
         return not self._queues and not self._is_tidying
 
     def _are_workers_idle(self) -> bool:
-        return self._workers.is_idle and self._image_workers.is_idle
+        return all(workers.is_idle for workers in self._all_workers)
 
     async def _wait(self, is_done: Callable[[], bool], timeout_s: float) -> bool:
         with suppress(TimeoutError):
@@ -302,9 +315,6 @@ class BackendWork:
 
     # One piece after the other, for each allocation.
 
-    def _workers_for(self, job: _Job) -> Workers:
-        return self._workers if job.image is None else self._image_workers
-
     def _add(self, name: str, job: _Job) -> None:
         # Keeps END-9.
         # Jobs wait for one another, not threads: a thread that waits is a worker less for others.
@@ -315,7 +325,7 @@ class BackendWork:
 
     def _begin(self, job: _Job) -> None:
         if not self._is_over:
-            self._workers_for(job).put(job)
+            job.workers.put(job)
 
     def _done(self, job: _Job, event: Any, _: Exception | None) -> None:
         if job.deadline is not None:
@@ -339,7 +349,7 @@ class BackendWork:
         name, queue = request.allocation_id, self._queues[request.allocation_id]
         job.is_given_up = True
         span = f"{request.uenv_image!a} within {self._image_s:g} s"
-        if self._image_workers.withdraw(job) or queue[0] is not job:
+        if job.workers.withdraw(job) or queue[0] is not job:
             reason = f"there was no turn for {span}: images that hang are before it"
             self._leave(name, job)
         else:
@@ -367,7 +377,7 @@ class BackendWork:
             self._tidy_timer = None
 
 
-def try_to_create(backend: Backend, effect: do.CreateNamespaces) -> ProviderInput:
+def try_to_create(backend: Backend, effect: do.CreateNamespaces) -> Outcome:
     """Have a backend make namespaces; whatever it raises becomes an event."""
     # Keeps ERR-7.
     name = effect.request.allocation_id
@@ -381,7 +391,7 @@ def try_to_create(backend: Backend, effect: do.CreateNamespaces) -> ProviderInpu
         return on.NamespacesNotCreated(name, CreationFailed(f"{type(error).__name__}: {error}"))
 
 
-def try_to_release(backend: Backend, effect: do.ReleaseNamespaces) -> ProviderInput:
+def try_to_release(backend: Backend, effect: do.ReleaseNamespaces) -> Outcome:
     """Have a backend try to release an allocation; whatever it raises becomes an event."""
     # Keeps ERR-7.
     name = effect.allocation_id

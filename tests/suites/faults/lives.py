@@ -195,7 +195,11 @@ class Stage(ABC):
             raise
         self.provider = Provider(listener, self.world.backend)
         work: Any = self.provider._work
-        work._workers, work._image_workers = InlineWorkers(), InlineWorkers()
+        work._creators, work._releasers, work._image_workers = work._all_workers = (
+            InlineWorkers(),
+            InlineWorkers(),
+            InlineWorkers(),
+        )
         running = self.running = asyncio.ensure_future(self.provider.run(ready.set))
         waiting = asyncio.ensure_future(ready.wait())
         await asyncio.wait({running, waiting}, return_when=asyncio.FIRST_COMPLETED)
