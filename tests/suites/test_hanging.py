@@ -17,14 +17,14 @@ import pytest
 from statemachine.errors import CreationFailed
 from statemachine.messages import AllocationEnded, NamespaceRequest, NamespaceResponse
 from tests.support.programs import MOUNT, PID, Daemon, daemon_in, wait_until
-from transport.serve.work import IMAGE_WORKERS_MAX, WORKERS_MAX
+from transport.serve.work import THREADS_MAX
 from transport.testing.peer import Line
 
 pytestmark = pytest.mark.needs_root
 
 MakeImage = Callable[[Path, Mapping[str, str]], Path]
 
-HANGING: Final = IMAGE_WORKERS_MAX + WORKERS_MAX + 2
+HANGING: Final = THREADS_MAX + 2
 """More images that hang than the daemon has threads of any kind."""
 
 F_SETLEASE: Final = 1024

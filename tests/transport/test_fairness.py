@@ -440,7 +440,7 @@ def test_backend_work_is_shared_out_by_connection(rig: Rig) -> None:
     gate.let_go()
     assert line.hear() == handed("polite")
     # After those that had begun, and one that was next.
-    assert begun.index("polite") <= work.WORKERS_MAX + 1
+    assert begun.index("polite") <= work.CREATORS_MAX + 1
 
 
 @pytest.mark.needs_root
@@ -462,7 +462,7 @@ def test_backend_work_is_shared_out_by_user(rig: Rig) -> None:
         serving.wait_for(on.RequestReceived, 303)
         gate.let_go()
         assert [line.hear() for _ in range(3)] == [handed(x) for x in ("one", "two", "three")]
-        assert begun.index("three") <= work.WORKERS_MAX + 2 * 3
+        assert begun.index("three") <= work.CREATORS_MAX + 2 * 3
 
 
 @pytest.mark.clause("PEER-12")
@@ -649,7 +649,7 @@ def test_every_thread_is_there_before_anything_is_served(
 ) -> None:
     rig.serve()
     before = _workers()
-    assert len(before) == work.WORKERS_MAX + work.IMAGE_WORKERS_MAX
+    assert len(before) == work.THREADS_MAX
     refuse_threads(monkeypatch)
     line = rig.connect()
     for number in range(20):

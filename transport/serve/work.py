@@ -26,13 +26,18 @@ from ..contract import Backend, Recovery
 from .timers import BACKEND_PAUSE_S
 from .turns import Lane, Turns
 
-WORKERS_MAX: Final = 2
-"""Most pieces of work without an image at a time, one that makes something and one that releases,
-so that neither waits for the other. They share a forge, a journal, and one interpreter: more of
-them would only make each take longer."""
+CREATORS_MAX: Final = 2
+"""Most allocations without an image that are made at a time: they share a forge, a journal, and one
+interpreter, so that more of them would only make each take longer."""
+
+RELEASERS_MAX: Final = 1
+"""Most that are released at a time; by a thread of its own, so that no creation waits for it."""
 
 IMAGE_WORKERS_MAX: Final = 4
 """Most pieces of work with an image at a time; of these any may hang."""
+
+THREADS_MAX: Final = CREATORS_MAX + RELEASERS_MAX + IMAGE_WORKERS_MAX
+"""How many threads do the backend's work, all of which are started before anything is served."""
 
 STOP_TIMEOUT_S: Final = 1.0
 """How long a provider that shuts down waits for backend work that was asked for."""
@@ -189,8 +194,8 @@ class BackendWork:
         self._image_s: Final = image_s
         self._report: Final = report
         self._stopping: Final = stopping
-        self._creators: Final = Workers(1, "backend-create")
-        self._releasers: Final = Workers(1, "backend-release")
+        self._creators: Final = Workers(CREATORS_MAX, "backend-create")
+        self._releasers: Final = Workers(RELEASERS_MAX, "backend-release")
         self._image_workers: Final = Workers(IMAGE_WORKERS_MAX, "backend-image")
         self._all_workers: Final = (self._creators, self._releasers, self._image_workers)
         self._queues: Final[dict[str, deque[_Job]]] = {}
@@ -215,7 +220,7 @@ class BackendWork:
                 workers.start(asyncio.get_running_loop())
         except RuntimeError as error:
             raise SocketUnavailable(
-                f"the provider needs {WORKERS_MAX + IMAGE_WORKERS_MAX} threads, and not all of "
+                f"the provider needs {THREADS_MAX} threads, and not all of "
                 f"them can be started ({error}): pids.max of its cgroup, or RLIMIT_NPROC"
             ) from error
 
