@@ -58,4 +58,6 @@ def parse_mount(line: str) -> Mount:
 
 def _unescape(field: str) -> str:
     """Decode the octal escapes of blanks and backslashes."""
+    if "\\" not in field:  # almost always
+        return field
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)

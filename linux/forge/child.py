@@ -21,7 +21,7 @@ import struct
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Final, NamedTuple, NoReturn
 
 from statemachine.messages import NamespaceType
@@ -215,8 +215,11 @@ def _mounts_below_sys(lines: list[str]) -> list[str] | None:
     mounts = {mount.point: mount.fstype for mount in found}
     if mounts.get(_SYS) != "sysfs":
         return None
-    below = {path for path in mounts if path.startswith(f"{_SYS}/")}
-    return sorted(path for path in below if below.isdisjoint(map(str, PurePosixPath(path).parents)))
+    below: list[str] = []
+    for path in sorted(mounts):  # so that each comes after those that it is below
+        if path.startswith(f"{_SYS}/") and not path.startswith(tuple(f"{top}/" for top in below)):
+            below.append(path)
+    return below
 
 
 def _mount_image(work: Work) -> None:
