@@ -118,6 +118,10 @@ class Ioctl(IntEnum):
     SIOCSIFFLAGS = 0x8914
     """Of a socket: set the flags of a network interface."""
 
+    def __init__(self, _: int) -> None:
+        # What it is called in errors: worked out once, because every request is made with it.
+        self.call: Final = f"ioctl(2) {self._name_}"
+
 
 class _SystemCall(IntEnum):
     """Numbers of the calls that the C library does not wrap everywhere.
@@ -134,6 +138,9 @@ class _SystemCall(IntEnum):
     FSMOUNT = 432
     PIDFD_OPEN = 434
     OPENAT2 = 437
+
+    def __init__(self, _: int) -> None:
+        self.call: Final = f"{self._name_.lower()}(2)"
 
 
 class HasFileno(Protocol):
@@ -239,7 +246,7 @@ def unshare(flags: int) -> None:
 
     Source: unshare(2).
     """
-    _libc_call("unshare", ctypes.c_int(flags))
+    _libc_call("unshare", flags)
 
 
 def setns(namespace: FileDescriptor, kind: int) -> None:
@@ -258,7 +265,7 @@ def setns(namespace: FileDescriptor, kind: int) -> None:
 
     Source: setns(2); the pidfd trap was measured on 6.18.
     """
-    _libc_call("setns", _fd(namespace), ctypes.c_int(kind))
+    _libc_call("setns", _fd(namespace), kind)
 
 
 # --- mounts -----------------------------------------------------------------------------------
@@ -281,7 +288,7 @@ def mount(
 
 def umount2(target: Path, flags: int = 0) -> None:
     """Take a mount out of the calling thread's mount namespace (umount2(2))."""
-    _libc_call("umount2", _text("umount2(2)", target), ctypes.c_int(flags), path=target)
+    _libc_call("umount2", _text("umount2(2)", target), flags, path=target)
 
 
 def open_tree(directory: FileDescriptor, path: Path, flags: int) -> Descriptor:
@@ -299,7 +306,7 @@ def open_tree(directory: FileDescriptor, path: Path, flags: int) -> Descriptor:
         _SystemCall.OPEN_TREE,
         _fd(directory),
         _text("open_tree(2)", path),
-        ctypes.c_uint(flags | OPEN_TREE_CLOEXEC),
+        flags | OPEN_TREE_CLOEXEC,
         path=path,
     )
 
@@ -314,7 +321,7 @@ def move_mount(
         _text("move_mount(2)", source_path),
         _fd(target),
         _text("move_mount(2)", path),
-        ctypes.c_uint(flags),
+        flags,
         path=path,
     )
 
@@ -326,12 +333,7 @@ def attach_mount(mounted: FileDescriptor, path: Path) -> None:
 
 def fsopen(fstype: str) -> Descriptor:
     """Begin to configure a filesystem (fsopen(2)). The caller owns the context."""
-    return _open(
-        _SystemCall.FSOPEN,
-        _text("fsopen(2)", fstype),
-        ctypes.c_uint(FSOPEN_CLOEXEC),
-        path=fstype,
-    )
+    return _open(_SystemCall.FSOPEN, _text("fsopen(2)", fstype), FSOPEN_CLOEXEC, path=fstype)
 
 
 def fsconfig_flag(context: FileDescriptor, key: str) -> None:
@@ -370,12 +372,7 @@ def fsmount(context: FileDescriptor, attributes: int) -> Descriptor:
         The mount, attached nowhere; closing it while it is detached unmounts it. The caller owns
         it.
     """
-    return _open(
-        _SystemCall.FSMOUNT,
-        _fd(context),
-        ctypes.c_uint(FSMOUNT_CLOEXEC),
-        ctypes.c_uint(attributes),
-    )
+    return _open(_SystemCall.FSMOUNT, _fd(context), FSMOUNT_CLOEXEC, attributes)
 
 
 def read_fs_log(context: FileDescriptor) -> list[str]:
@@ -431,7 +428,7 @@ def openat2(
         _SystemCall.OPENAT2,
         _fd(directory),
         _text("openat2(2)", path),
-        ctypes.c_char_p(how),
+        how,
         ctypes.c_size_t(len(how)),
         path=path,
     )
@@ -455,7 +452,7 @@ def open_cgroup_by_id(mount: FileDescriptor, cgroup_id: int) -> Descriptor:
     handle = ctypes.create_string_buffer(struct.pack("=IiQ", 8, 0xFE, cgroup_id))
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
     name = f"cgroup {cgroup_id}"
-    arguments = (_fd(mount), handle, ctypes.c_int(flags))
+    arguments = (_fd(mount), handle, flags)
     return Descriptor(_libc_call("open_by_handle_at", *arguments, path=name))
 
 
@@ -479,8 +476,8 @@ def ioctl(fd: FileDescriptor, request: int, arg: int | bytearray = 0) -> int:
         value = ctypes.c_ulong(arg)
     else:
         value = (ctypes.c_char * len(arg)).from_buffer(arg)
-    name = request.name if isinstance(request, Ioctl) else hex(request)
-    return _checked(f"ioctl(2) {name}", _libc.ioctl, _fd(fd), ctypes.c_ulong(request), value)
+    call = request.call if isinstance(request, Ioctl) else f"ioctl(2) {hex(request)}"
+    return _checked(call, _libc.ioctl, _fd(fd), ctypes.c_ulong(request), value)
 
 
 def ioctl_descriptor(fd: FileDescriptor, request: int, arg: int = 0) -> Descriptor:
@@ -498,7 +495,7 @@ def inotify_init1() -> Descriptor:
         SyscallError: EMFILE, no descriptor is left, or no instance of the user's (128 by default).
     """
     flags = os.O_NONBLOCK | os.O_CLOEXEC
-    return Descriptor(_libc_call("inotify_init1", ctypes.c_int(flags)))
+    return Descriptor(_libc_call("inotify_init1", flags))
 
 
 def inotify_add_watch(instance: FileDescriptor, path: Path, mask: int) -> int:
@@ -514,7 +511,7 @@ def inotify_add_watch(instance: FileDescriptor, path: Path, mask: int) -> int:
         The number that its events have.
     """
     text = _text("inotify_add_watch(2)", path)
-    return _libc_call("inotify_add_watch", _fd(instance), text, ctypes.c_uint(mask), path=path)
+    return _libc_call("inotify_add_watch", _fd(instance), text, mask, path=path)
 
 
 def pidfd_open(pid: int) -> Descriptor:
@@ -530,18 +527,13 @@ def pidfd_open(pid: int) -> Descriptor:
 
     Source: pidfd_open(2).
     """
-    return _open(_SystemCall.PIDFD_OPEN, ctypes.c_int(pid), ctypes.c_uint(0), path=f"pid {pid}")
+    # A pid that was read from a file can be any number, also one that only this type accepts.
+    return _open(_SystemCall.PIDFD_OPEN, ctypes.c_int(pid), 0, path=f"pid {pid}")
 
 
 def pidfd_send_signal(pidfd: FileDescriptor, signal: int) -> None:
     """Send a signal to the process behind a pidfd; ESRCH once it is reaped."""
-    _system_call(
-        _SystemCall.PIDFD_SEND_SIGNAL,
-        _fd(pidfd),
-        ctypes.c_int(signal),
-        ctypes.c_void_p(None),
-        ctypes.c_uint(0),
-    )
+    _system_call(_SystemCall.PIDFD_SEND_SIGNAL, _fd(pidfd), signal, None, 0)
 
 
 def signalfd(numbers: Iterable[int]) -> Descriptor:
@@ -555,23 +547,24 @@ def signalfd(numbers: Iterable[int]) -> Descriptor:
     """
     mask = ctypes.create_string_buffer(_SIGSET_BYTES)
     for number in numbers:
-        _libc_call("sigaddset", mask, ctypes.c_int(number))
+        _libc_call("sigaddset", mask, number)
     flags = os.O_NONBLOCK | os.O_CLOEXEC
-    return Descriptor(_libc_call("signalfd", ctypes.c_int(-1), mask, ctypes.c_int(flags)))
+    return Descriptor(_libc_call("signalfd", -1, mask, flags))
 
 
 # --- making a call --------------------------------------------------------------------
 
 _CValue: TypeAlias = (
-    ctypes.c_int
-    | ctypes.c_uint
-    | ctypes.c_long
+    int
+    | bytes
+    | ctypes.c_int
     | ctypes.c_ulong
     | ctypes.c_size_t
-    | ctypes.c_char_p
-    | ctypes.c_void_p
     | ctypes.Array[ctypes.c_char]
+    | None
 )
+"""An argument. By itself ctypes passes an int as a C int, and bytes and None as pointers; to make
+an object of a type for each takes longer than the rest. What is wider than a C int needs one."""
 
 # CDLL, not PyDLL, releases the interpreter's lock. use_errno keeps errno per thread, so that calls
 # of the interpreter do not overwrite it.
@@ -604,8 +597,7 @@ def _libc_call(name: str, *arguments: _CValue, path: Path | None = None) -> int:
 
 
 def _system_call(number: _SystemCall, *arguments: _CValue, path: Path | None = None) -> int:
-    call = f"{number.name.lower()}(2)"
-    return _checked(call, _libc.syscall, ctypes.c_long(number), *arguments, path=path)
+    return _checked(number.call, _libc.syscall, number, *arguments, path=path)
 
 
 def _open(number: _SystemCall, *arguments: _CValue, path: Path | None = None) -> Descriptor:
@@ -618,7 +610,7 @@ def _fsconfig(
     _system_call(
         _SystemCall.FSCONFIG,
         _fd(context),
-        ctypes.c_uint(command),
+        command,
         _text("fsconfig(2)", key),
         _text("fsconfig(2)", value),
         _fd(aux),
@@ -626,18 +618,18 @@ def _fsconfig(
     )
 
 
-def _fd(fd: FileDescriptor) -> ctypes.c_int:
-    return ctypes.c_int(fd if isinstance(fd, int) else fd.fileno())
+def _fd(fd: FileDescriptor) -> int:
+    return fd if isinstance(fd, int) else fd.fileno()
 
 
-def _text(call: str, text: Path | None) -> ctypes.c_char_p:
+def _text(call: str, text: Path | None) -> bytes | None:
     """Make a C string. A NUL inside is refused: the string would be cut there."""
     if text is None:
-        return ctypes.c_char_p(None)
+        return None
     try:
         encoded = os.fsencode(text)
     except UnicodeEncodeError as error:
         raise SyscallError(call, EINVAL, ascii(text)) from error
     if b"\0" in encoded:
         raise SyscallError(call, EINVAL, ascii(text))
-    return ctypes.c_char_p(encoded)
+    return encoded
