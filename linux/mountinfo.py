@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import os
 import re
+import select
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from transport.calls import syscall
+from transport.descriptors import Descriptor
 
 from .syscalls import calling
 
@@ -61,3 +63,30 @@ def _unescape(field: str) -> str:
     if "\\" not in field:  # almost always
         return field
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
+
+
+class MountWatch:
+    """
+    Says whether the mounts have changed in the mount namespace in which it was made.
+
+    Raises:
+        SyscallError: the table cannot be opened.
+
+    Source:
+        proc_pid_mounts(5): a poll(2) of the table reports a change, once.
+    """
+
+    def __init__(self) -> None:
+        with calling("open(2)", MOUNTINFO):
+            table = syscall(os.open, MOUNTINFO, os.O_RDONLY | os.O_CLOEXEC)
+        self._table: Final = Descriptor(table)
+        self._poll: Final = select.poll()
+        self._poll.register(self._table, select.POLLPRI)
+
+    def has_changed(self) -> bool:
+        """
+        Say whether anything was mounted, unmounted, moved or remounted since this was last asked.
+
+        How mounts propagate is not watched.
+        """
+        return bool(self._poll.poll(0))

@@ -35,7 +35,7 @@ from ..anchor import ANCHOR_COMMAND, ANCHOR_VARIABLE, TIED_COMMAND, Anchor
 from ..cgroups import Scope, remove_slice
 from ..features import Features
 from ..limits import protect_from_oom_killer
-from ..mountinfo import mount_lines, parse_mount
+from ..mountinfo import MountWatch, mount_lines, parse_mount
 from ..namespaces import CLONE_FLAGS, PROC_NAMES, expect_own_namespaces, open_namespace
 from ..syscalls import Ioctl, SyscallError, calling
 from .plan import (
@@ -99,6 +99,39 @@ TRY_OUT: Final = b"try"
 """A request that is no plan: make namespaces of every type and leave them, without an anchor."""
 
 
+class SysMounts:
+    """
+    What is mounted below /sys: read anew only if the node's mounts have changed.
+
+    To be made in the node's mount namespace.
+
+    Raises:
+        SyscallError: changes cannot be watched for.
+    """
+
+    def __init__(self) -> None:
+        self._watch: Final = MountWatch()
+        self._known: tuple[list[str] | None] | None = None
+
+    def below(self) -> list[str] | None:
+        """
+        List what is mounted directly below /sys, in order; None if there is no sysfs.
+
+        To be called in a new mount namespace: it has the node's mounts of when it was made.
+
+        Raises:
+            SyscallError: they cannot be read.
+        """
+        if self._watch.has_changed():
+            # Perhaps after this namespace was made: then the next one has others, and there will
+            # be no other word of it.
+            self._known = None
+            return _mounts_below_sys(mount_lines())
+        if self._known is None:
+            self._known = (_mounts_below_sys(mount_lines()),)
+        return self._known[0]
+
+
 class Work:
     """
     One anchor that is being made: its plan, and what there is of it so far.
@@ -107,12 +140,20 @@ class Work:
         plan: What to make.
         image: A detached mount for `plan.mount_path`; borrowed. None exactly if that is None.
         settings: Those of the forge.
+        sys_mounts: Likewise.
     """
 
-    def __init__(self, plan: AnchorPlan, image: Descriptor | None, settings: ForgeSettings) -> None:
+    def __init__(
+        self,
+        plan: AnchorPlan,
+        image: Descriptor | None,
+        settings: ForgeSettings,
+        sys_mounts: SysMounts,
+    ) -> None:
         self.plan: Final = plan
         self.image: Final = image
         self.settings: Final = settings
+        self.sys_mounts: Final = sys_mounts
         self.anchor: Anchor | None = None
         self.is_away = False
         """Whether the forge is in this anchor's namespaces instead of its own."""
@@ -184,7 +225,7 @@ def _mount_sys(work: Work) -> None:
     # A sysfs shows the network namespace that it was mounted in. What is mounted below the node's
     # is put back on it: copies, so that what is unmounted or mounted there later comes here, too.
     # Keeps NODE-20.
-    below = _mounts_below_sys(mount_lines())
+    below = work.sys_mounts.below()
     if below is None:
         return
     with ExitStack() as stack:
@@ -412,6 +453,7 @@ class ForgeProgram:
             kind: syscalls.openat2(syscalls.AT_FDCWD, f"/proc/self/ns/{name}", os.O_RDONLY)
             for kind, name in PROC_NAMES.items()
         }
+        self._sys_mounts: Final = SysMounts()
         self._tied: list[Tied] = []
         # Open until the next request, in case the owner could not receive the descriptor.
         self._last: Anchor | None = None
@@ -448,7 +490,7 @@ class ForgeProgram:
 
     def _answer(self, plan: AnchorPlan, image: Descriptor | None) -> None:
         self._drop_last()
-        work = Work(plan, image, self._settings)
+        work = Work(plan, image, self._settings, self._sys_mounts)
         try:
             self._last = self._make(work)
         except ForgeError as error:
@@ -484,7 +526,8 @@ class ForgeProgram:
     def _try_out(self) -> None:
         plan = AnchorPlan("none", tuple(NamespaceType))
         try:
-            self._perform_all(PREPARATION, Work(plan, None, self._settings))
+            work = Work(plan, None, self._settings, self._sys_mounts)
+            self._perform_all(PREPARATION, work)
         except ForgeError as error:
             self._report(error)
         else:

@@ -20,8 +20,9 @@ from linux import syscalls
 from linux.anchor import Anchor, find_anchors
 from linux.cgroups import Scope, find_cgroup2
 from linux.features import Features
+from linux.forge import child as forge_child
 from linux.forge import client as forge_module
-from linux.forge.child import _mounts_below_sys
+from linux.forge.child import SysMounts, _mounts_below_sys
 from linux.forge.client import Forge
 from linux.forge.plan import AnchorPlan, ForgeError
 from linux.forge.spawn import spawn_within
@@ -193,6 +194,51 @@ for name in "one", "two":
     said = run_owner(features, program, "unshare", "-Urm", "sh", "-c", cover, "-")
     refusal = "/sys shows the node's network: fsmount(2): EPERM (Operation not permitted)"
     assert said == [refusal, "made", "made"]
+
+
+@pytest.mark.clause("NODE-20")
+def test_what_is_mounted_below_sys_later_is_there_in_the_next_anchor(features: Features) -> None:
+    program = """
+import os, subprocess
+
+def is_covered():
+    with forge.make(AnchorPlan("token", (NamespaceType.NET, NamespaceType.MOUNT))) as anchor:
+        found = os.listdir(f"/proc/{anchor.pid}/root/sys/kernel")
+        anchor.kill()
+    return not found
+
+for change in "true", "mount -t tmpfs none /sys/kernel", "umount /sys/kernel":
+    subprocess.run(change.split(), check=True)
+    print([is_covered() for _ in range(3)])
+"""
+    assert run_owner(features, program, "unshare", "--mount") == [
+        "[False, False, False]",
+        "[True, True, True]",
+        "[False, False, False]",
+    ]
+
+
+def test_mounts_that_are_read_while_they_change_are_read_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sys_line, other_line = (
+        f"41 31 0:38 / {point} rw,relatime shared:1 - sysfs x rw" for point in ("/sys", "/sys/a")
+    )
+    table = [sys_line]
+    changes = iter([True, False, False, False, True])
+
+    class Watch:
+        def has_changed(self) -> bool:
+            return next(changes)
+
+    monkeypatch.setattr(forge_child, "mount_lines", lambda: table)
+    monkeypatch.setattr(forge_child, "MountWatch", Watch)
+    mounts = SysMounts()
+    assert mounts.below() == []
+    table = [sys_line, other_line]  # there was a change already, and none is reported
+    assert mounts.below() == ["/sys/a"]
+    table = []
+    assert [mounts.below(), mounts.below(), mounts.below()] == [["/sys/a"], ["/sys/a"], None]
 
 
 def test_the_mounts_below_sys_are_those_on_top() -> None:
@@ -515,11 +561,12 @@ def test_forge_holds_nothing_of_its_owners(forge: Forge) -> None:
     with made(forge, plan()):
         targets = [link.readlink() for link in Path(f"/proc/{forge.pid}/fd").iterdir()]
     kinds = sorted(re.split("[:(]", str(target))[0] for target in targets)
-    # Its streams, the owner's socket, the way home, and the anchor it handed over last, which the
-    # Linux kernel has called by two names.
+    # Its streams, the owner's socket, the way home, the node's mounts, and the anchor it gave away
+    # last, which the Linux kernel has called by two names.
     pidfd = "pidfd" if "pidfd" in kinds else "anon_inode"
     streams = ["/dev/null", "/dev/null", "/memfd"]
-    assert kinds == sorted([*streams, "socket", "pid", "net", "mnt", pidfd])
+    mounts = f"/proc/{forge.pid}/mountinfo"
+    assert kinds == sorted([*streams, "socket", "pid", "net", "mnt", mounts, pidfd])
     assert forge.pid
     assert os.getsid(forge.pid) == forge.pid
 
