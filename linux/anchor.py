@@ -25,6 +25,7 @@ import os
 import select
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack, suppress
+from functools import cache
 from pathlib import Path
 from signal import SIGKILL
 from typing import Final
@@ -46,6 +47,9 @@ TIED_COMMAND: Final = ("cat",)
 ANCHOR_VARIABLE: Final = "NSHANDOFF_ANCHOR"
 """The one variable in an anchor's environment; its value is the token."""
 
+READ_BYTES_MAX: Final = 65_536
+"""How much of a file in /proc is read at a time."""
+
 _NAMESPACE_LINKS: Final = ("pid", "net", "mnt")
 
 # Fields of /proc/PID/stat behind the command's name, which may itself contain spaces and brackets:
@@ -60,6 +64,7 @@ _GONE: Final = frozenset({errno.ENOENT, errno.ESRCH})
 _NO_PROCESS: Final = frozenset({errno.ESRCH, errno.ENOENT, errno.EINVAL})
 
 
+@cache
 def boot_id() -> str:
     """Return the id of the current boot; no pid or inode means anything after another one."""
     path = "/proc/sys/kernel/random/boot_id"
@@ -415,9 +420,10 @@ def _namespace_inodes(pid: int) -> dict[str, int]:
 
 
 def _read_proc(pid: int, name: str) -> bytes | None:
-    path = Path(f"/proc/{pid}/{name}")
+    path = f"/proc/{pid}/{name}"
     try:
-        return syscall(path.read_bytes)
+        with Descriptor(syscall(os.open, path, os.O_RDONLY | os.O_CLOEXEC)) as file:
+            return b"".join(iter(lambda: syscall(os.read, file.fileno(), READ_BYTES_MAX), b""))
     except OSError as error:
         if error.errno in _GONE:
             return None
