@@ -333,15 +333,13 @@ def _mount_proc(work: Work) -> None:
 
 
 def _mount_proc_from_outside(work: Work) -> None:
-    with ExitStack() as stack:
-        namespace = open_namespace(work.started, NamespaceType.PID, work.features)
-        stack.enter_context(namespace)
-        context = stack.enter_context(syscalls.fsopen("proc"))
+    namespace = open_namespace(work.started, NamespaceType.PID, work.features)
+    with namespace, syscalls.fsopen("proc") as context:
         syscalls.fsconfig_string(context, "source", "proc")
         syscalls.fsconfig_fd(context, "pidns", namespace)
         syscalls.fsconfig_create(context)
-        mounted = stack.enter_context(syscalls.fsmount(context, _PROC_ATTRIBUTES))
-        syscalls.attach_mount(mounted, "/proc")
+        with syscalls.fsmount(context, _PROC_ATTRIBUTES) as mounted:
+            syscalls.attach_mount(mounted, "/proc")
 
 
 def _mount_proc_from_inside() -> None:
