@@ -28,7 +28,7 @@ import signal
 import stat
 import struct
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -119,6 +119,9 @@ END_PAUSE_MS: Final = 20
 
 EVENTS_BYTES_MAX: Final = 4096
 """More than `cgroup.events` ever contains; one read re-arms its poll."""
+
+READ_BYTES_MAX: Final = 4096
+"""How much of any other file of a cgroup is read at a time."""
 
 INOTIFY_BYTES_MAX: Final = 65_536
 """How much of the events of removals is read at a time; the rest is read the next time."""
@@ -500,8 +503,9 @@ class Scope:
             return Descriptor(syscall(os.open, self.path / name, flags | os.O_CLOEXEC))
 
     def _read(self, name: str) -> str:
-        with _calling("read(2)", self.path / name, *_GONE):
-            return syscall((self.path / name).read_text)
+        path = f"{self.path}/{name}"
+        with _calling("read(2)", path, *_GONE):
+            return _read_in(None, path)
         return ""
 
     def _processes_in(self, directory: Descriptor) -> list[int]:
@@ -824,7 +828,7 @@ def remove_anchor_cgroup(root: Path, instance: str) -> bool:
 
 def _lists_members(path: Path) -> bool:
     try:
-        return bool(syscall((path / "cgroup.procs").read_text, encoding="ascii").split())
+        return bool(_read_in(None, f"{path}/cgroup.procs").split())
     except OSError:
         return False
 
@@ -961,7 +965,7 @@ def _expect_unused(path: Path) -> None:
 def _use_of(path: Path) -> str | None:
     """Say what is in a cgroup, and what to do about it; None if nothing is, or it is gone."""
     with _calling("read(2)", path, *_GONE):
-        if "populated 1" in syscall((path / "cgroup.events").read_text).splitlines():
+        if "populated 1" in _read_in(None, f"{path}/cgroup.events").splitlines():
             return "processes are in it; end them first"
         below = [entry.name for entry in syscall(path.iterdir) if entry.is_dir()]
         if below:
@@ -971,10 +975,11 @@ def _use_of(path: Path) -> str | None:
 
 def _note_past_use(path: Path) -> None:
     """Note the CPU time that an adopted scope has used, since only what comes later counts."""
-    with _calling("read(2)", path / "cpu.stat", *_GONE):
+    statistics = f"{path}/cpu.stat"
+    with _calling("read(2)", statistics, *_GONE):
         before = 0
         for _ in range(LEAVING_ATTEMPTS_MAX):
-            usage = _usage_of(syscall((path / "cpu.stat").read_text))
+            usage = _usage_of(_read_in(None, statistics))
             if usage == before:
                 break
             # The last of it is counted a moment after the scope is empty.
@@ -1056,8 +1061,9 @@ def _make_slice(path: Path, root: Path) -> None:
 
 
 def _expect_usable(path: Path) -> None:
-    with _calling("read(2)", path / "cgroup.type"):
-        kind = syscall((path / "cgroup.type").read_text).strip()
+    file = f"{path}/cgroup.type"
+    with _calling("read(2)", file):
+        kind = _read_in(None, file).strip()
     if kind != "domain":
         advice = f"its type is {kind!r}: a cgroup beside or above it was made threaded; remove that"
         raise ScopeError("mkdir(2)", errno.EOPNOTSUPP, path, advice)
@@ -1144,23 +1150,23 @@ def _is_populated(directory: Descriptor) -> bool:
 
 
 def _read_in(directory: Descriptor | None, name: str) -> str:
-    with syscall(open, name, opener=_opener_in(directory)) as file:
-        return str(syscall(file.read))
+    """Read a file of a cgroup, without open(): that makes ten calls where these are four."""
+    parts = []
+    with _open_in(directory, name, os.O_RDONLY) as file:
+        while part := syscall(os.read, file.fileno(), READ_BYTES_MAX):
+            parts.append(part)
+    return b"".join(parts).decode()
 
 
 def _write_in(directory: Descriptor, name: str, text: str) -> None:
-    # Unbuffered: one write, and its error is raised here instead of in close().
-    with syscall(open, name, "wb", buffering=0, opener=_opener_in(directory)) as file:
-        syscall(file.write, text.encode())
+    with _open_in(directory, name, os.O_WRONLY) as file:
+        syscall(os.write, file.fileno(), text.encode())
 
 
-def _opener_in(directory: Descriptor | None) -> Callable[[str, int], int]:
-    # Without O_CREAT and O_TRUNC, which open() adds: files cannot be made in a cgroup.
-    def opener(name: str, flags: int) -> int:
-        access = flags & (os.O_ACCMODE | os.O_CLOEXEC)
-        return os.open(name, access, dir_fd=None if directory is None else directory.fileno())
-
-    return opener
+def _open_in(directory: Descriptor | None, name: str, flags: int) -> Descriptor:
+    # Without O_CREAT and O_TRUNC: files cannot be made in a cgroup.
+    above = None if directory is None else directory.fileno()
+    return Descriptor(syscall(os.open, name, flags | os.O_CLOEXEC, dir_fd=above))
 
 
 def _rearm(fd: int) -> bool:

@@ -142,6 +142,7 @@ ERRNOS: Final[Mapping[str, str]] = {
     "pread": "EIO ENOMEM",  # read(2); seq_file
     "pwrite": "EDQUOT EIO ENOSPC",  # pwrite(2)
     "read": _READ,
+    "read in cgroups._read_in": f"{_READ} ENODEV ENOTSUP",  # cgroups(7)
     "read_bytes": f"{_OPEN} {_READ} ESRCH",  # open(2), read(2), proc(5)
     "read_text": f"{_OPEN} {_READ} ENODEV ENOTSUP",  # open(2), read(2), cgroups(7)
     "recv": "EAGAIN ECONNRESET ENOMEM",  # recv(2), unix(7)
@@ -167,7 +168,10 @@ ERRNOS: Final[Mapping[str, str]] = {
     "write_text": "EACCES EBUSY ENODEV ENOENT ENOSPC ENOTSUP",  # open(2), write(2), cgroups(7)
     "umount2(2)": "EBUSY EINVAL EPERM",
 }
-"""What each call can be refused with; the names of the functions are Python's, or a man page's."""
+"""
+What each call can be refused with; the names of the functions are Python's, or a man page's. Where
+a place is named, more is possible there.
+"""
 
 SHORT: Final = ("one byte", "half")
 """How a stream socket moves less than it was asked to: send(2), recv(2)."""
@@ -181,7 +185,8 @@ def errnos_of(name: str) -> tuple[str, ...]:
 
 def faults_of(call: Call) -> list[Fault]:
     """Every single thing that can go wrong with a call, but for the death of who makes it."""
-    return [Fault(call, kind) for kind in errnos_of(call.name)]
+    there = f"{call.name} in {call.where}"
+    return [Fault(call, kind) for kind in errnos_of(there if there in ERRNOS else call.name)]
 
 
 def short_faults_of(call: Call) -> list[Fault]:

@@ -97,7 +97,6 @@ OUTSIDE: Final = {
 
 BESIDE: Final = {
     ("linux/__main__.py", "os.path.exists"): "before anything is imported; it never raises",
-    ("linux/cgroups.py", "os.open"): "called by `open`, which went through `syscall`",
     ("linux/forge/child.py", "socket.socket"): "takes over a descriptor that is there",
 }
 
