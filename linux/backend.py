@@ -41,6 +41,7 @@ from .cgroups import (
     ScopeError,
     ScopePlace,
     ScopeWatch,
+    Use,
     described_scopes,
     remove_anchor_cgroup,
     remove_cgroup,
@@ -758,10 +759,12 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
 
     def _state_of_scope(self, allocation: _Allocation, scope: Scope) -> Sighting:
         try:
-            if scope.is_over():
+            use = scope.use()
+            if use is Use.OVER:
                 return Sighting.EMPTIED
+            # What changes from now on is reported, also if it is only watched from now on.
             self._watch_scope(allocation)
-            return Sighting.POPULATED if scope.is_populated() else Sighting.CHANGED
+            return Sighting.POPULATED if use is Use.RUNNING else Sighting.CHANGED
         except SyscallError:
             # It is there and could not be read; no descriptor is left, perhaps.
             return Sighting.CHANGED

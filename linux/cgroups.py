@@ -30,6 +30,7 @@ import struct
 import threading
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import ExitStack, suppress
+from enum import Enum
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Final, Generic, NamedTuple, Self, TypeVar
@@ -250,6 +251,14 @@ def find_cgroup(cgroup_id: int) -> Path:
     )
 
 
+class Use(Enum):
+    """What a scope is used for."""
+
+    NONE = "nothing has run in it"
+    RUNNING = "a process is in it"
+    OVER = "its processes have all ended, or it is gone"
+
+
 class Scope:
     """
     The cgroup of one allocation. It has no open descriptor, because there can be thousands.
@@ -379,11 +388,17 @@ class Scope:
         Source: protocol, "Conventions on the node".
         """
         # Keeps END-4.
+        return self.use() is Use.OVER
+
+    def use(self) -> Use:
+        """Say how far the allocation's processes are; see `is_over`."""
         if self.is_gone():
-            return True
-        if self.is_populated() or not (self._was_seen_populated or self.was_used()):
-            return False
-        return not self.is_populated()
+            return Use.OVER
+        if self.is_populated():
+            return Use.RUNNING
+        if not (self._was_seen_populated or self.was_used()):
+            return Use.NONE
+        return Use.RUNNING if self.is_populated() else Use.OVER
 
     def kill(self) -> None:
         """
