@@ -362,9 +362,10 @@ class Scope:
     def is_populated(self) -> bool:
         """Say whether a live process, frozen or not, is in the scope or below; no zombie counts."""
         # Keeps END-5, END-6.
-        populated = "populated 1" in self._read("cgroup.events").splitlines()
-        self._was_seen_populated |= populated
-        return populated
+        path = f"{self.path}/cgroup.events"
+        with _calling("read(2)", path, *_GONE), _open_in(None, path, os.O_RDONLY) as events:
+            return self._note_populated(events)
+        return False
 
     def was_used(self) -> bool:
         """
@@ -394,11 +395,14 @@ class Scope:
         """Say how far the allocation's processes are; see `is_over`."""
         if self.is_gone():
             return Use.OVER
-        if self.is_populated():
-            return Use.RUNNING
-        if not (self._was_seen_populated or self.was_used()):
-            return Use.NONE
-        return Use.RUNNING if self.is_populated() else Use.OVER
+        path = f"{self.path}/cgroup.events"
+        with _calling("read(2)", path, *_GONE), _open_in(None, path, os.O_RDONLY) as events:
+            if self._note_populated(events):
+                return Use.RUNNING
+            if not (self._was_seen_populated or self.was_used()):
+                return Use.NONE
+            return Use.RUNNING if self._note_populated(events) else Use.OVER
+        return Use.OVER if self.is_gone() else Use.NONE
 
     def kill(self) -> None:
         """
@@ -512,6 +516,11 @@ class Scope:
             with _calling("removexattr(2)", self.path, *_GONE, errno.ENODATA):
                 syscall(os.removexattr, self.path, name)
         return True
+
+    def _note_populated(self, events: Descriptor) -> bool:
+        populated = _reads_populated(events)
+        self._was_seen_populated |= populated
+        return populated
 
     def _open(self, name: str, flags: int) -> Descriptor:
         with _calling("open(2)", self.path / name):
@@ -980,7 +989,7 @@ def _expect_unused(path: Path) -> None:
 def _use_of(path: Path) -> str | None:
     """Say what is in a cgroup, and what to do about it; None if nothing is, or it is gone."""
     with _calling("read(2)", path, *_GONE):
-        if "populated 1" in _read_in(None, f"{path}/cgroup.events").splitlines():
+        if _is_populated_in(None, f"{path}/cgroup.events"):
             return "processes are in it; end them first"
         below = [entry.name for entry in syscall(path.iterdir) if entry.is_dir()]
         if below:
@@ -1099,7 +1108,7 @@ def remove_cgroup(path: Path | str, above: Descriptor | None = None) -> bool:
     # Keeps NODE-17.
     events = f"{path}/cgroup.events"
     with _calling("read(2)", events, *_GONE):
-        if "populated 1" in _read_in(above, events).splitlines():
+        if _is_populated_in(above, events):
             return False
     with _calling("rmdir(2)", path, *_GONE):
         try:
@@ -1160,8 +1169,19 @@ def _process_of_thread(thread: str) -> int | None:
 def _is_populated(directory: Descriptor) -> bool:
     """Say whether a live process is in an open cgroup or below; not if it was removed."""
     with _calling("read(2)", "cgroup.events", *_GONE):
-        return "populated 1" in _read_in(directory, "cgroup.events").splitlines()
+        return _is_populated_in(directory, "cgroup.events")
     return False
+
+
+def _is_populated_in(directory: Descriptor | None, name: str) -> bool:
+    with _open_in(directory, name, os.O_RDONLY) as events:
+        return _reads_populated(events)
+
+
+def _reads_populated(events: Descriptor) -> bool:
+    """Read an open `cgroup.events` from its beginning: it says what is so now."""
+    text = syscall(os.pread, events.fileno(), EVENTS_BYTES_MAX, 0)
+    return b"populated 1" in text.splitlines()
 
 
 def _read_in(directory: Descriptor | None, name: str) -> str:

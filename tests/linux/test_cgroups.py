@@ -12,11 +12,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 
@@ -28,6 +28,7 @@ from linux.cgroups import (
     Scope,
     ScopeError,
     ScopeWatch,
+    Use,
     anchor_cgroup,
     find_cgroup2,
     remove_anchor_cgroup,
@@ -36,6 +37,7 @@ from linux.cgroups import (
 from linux.syscalls import pidfd_open
 from linux.testing.hostile import IDS
 from tests.support.forging import process_state
+from transport.calls import hook_syscalls
 from transport.descriptors import Descriptor
 from transport.testing.peer import DEADLINE_S, wait_until
 
@@ -481,6 +483,21 @@ def test_a_scope_that_others_removed_is_over_and_removed(scope: Scope) -> None:
     for attempt in (scope.open_procs, scope.open_events):
         with pytest.raises(ScopeError, match=r"open\(2\): ENOENT"):
             attempt()
+
+
+@pytest.mark.clause("END-4")
+@pytest.mark.parametrize("call", [os.open, os.pread])
+def test_a_scope_that_others_remove_during_a_look_is_over(scope: Scope, call: object) -> None:
+    def remove_first(
+        function: Callable[..., Any], words: tuple[Any, ...], more: Mapping[str, Any]
+    ) -> Any:
+        if function is call and scope.path.exists():
+            scope.path.rmdir()
+        return function(*words, **more)
+
+    assert scope.use() is Use.NONE
+    with hook_syscalls(remove_first):
+        assert scope.use() is Use.OVER
 
 
 def test_a_process_enters_by_the_procs_descriptor(scope: Scope) -> None:

@@ -140,6 +140,7 @@ ERRNOS: Final[Mapping[str, str]] = {
     "Popen": f"{_PROCESS} EMFILE ENOENT",  # vfork(2), execve(2), pipe(2)
     "posix_spawn": f"{_PROCESS} E2BIG EACCES ENOENT",  # posix_spawn(3), execve(2)
     "pread": "EIO ENOMEM",  # read(2); seq_file
+    "pread in cgroups._reads_populated": "EIO ENODEV ENOMEM ENOTSUP",  # cgroups(7)
     "pwrite": "EDQUOT EIO ENOSPC",  # pwrite(2)
     "read": _READ,
     "read in cgroups._read_in": f"{_READ} ENODEV ENOTSUP",  # cgroups(7)
