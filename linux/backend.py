@@ -425,7 +425,7 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
 
     def _remove_scope(self, allocation: _Allocation) -> str | None:
         scope = allocation.scope
-        if scope is not None and not scope.is_gone():
+        if scope is not None and not scope.remove_if_empty() and not scope.is_gone():
             scope.kill()
             if not scope.remove():
                 return f"processes in {scope.path}: {states_of(scope.processes())}"

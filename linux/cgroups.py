@@ -431,6 +431,28 @@ class Scope:
                 advice = "it has no owner, so what runs in it is not killed; end it by hand"
                 raise ScopeError("cgroup.kill", errno.EPERM, self.path, advice)
 
+    def remove_if_empty(self) -> bool:
+        """
+        Remove the scope if that is all there is to do, as it is where a job has ended by itself.
+
+        Returns:
+            True if it was removed. If not, `kill` and `remove` are to be called: it was adopted or
+            is not provably ours, something is in it or below it, or the Linux kernel refused.
+        """
+        # Keeps NODE-4, NODE-17, NODE-19, END-11.
+        try:
+            with _open_directory(self.path) as directory:
+                number = directory.fileno()
+                is_ours = _read_owner(number) == self._token
+                is_made_here = syscall(os.fstat, number).st_mode & stat.S_ISVTX
+                if not (is_ours and is_made_here) or _is_populated_in(directory, "cgroup.events"):
+                    return False
+            # Its events could be read, so it was there until then, and no other had its path.
+            syscall(os.rmdir, self.path)
+        except OSError:
+            return False
+        return True
+
     def remove(self) -> bool:
         """
         Remove every empty cgroup below the scope, and the scope if it was made here.

@@ -584,6 +584,39 @@ def test_no_cgroup_is_removed_before_it_reads_as_empty(scope: Scope, root: Path)
     assert {name for name, _ in noted} == names
 
 
+@pytest.mark.clause("NODE-4", "NODE-17", "END-11")
+def test_a_scope_is_removed_at_once_only_if_it_is_ours_and_empty(scope: Scope) -> None:
+    below = scope.path / "below"
+    with removals_noted() as noted:
+        assert not Scope(scope.path, OTHER_TOKEN).remove_if_empty()
+        below.mkdir()
+        for place in (below, scope.path):
+            with running(place):
+                assert not scope.remove_if_empty()
+        assert noted == []
+        wait_until(lambda: not scope.is_populated())
+        assert not scope.remove_if_empty()
+        below.rmdir()
+        os.removexattr(scope.path, OWNER_ATTRIBUTE)
+        assert not scope.remove_if_empty()
+        os.setxattr(scope.path, OWNER_ATTRIBUTE, OWNER.encode())
+        assert scope.remove_if_empty()
+        assert scope.is_gone()
+        assert not scope.remove_if_empty()
+    assert [name for name, is_populated in noted if is_populated] == []
+
+
+@pytest.mark.clause("NODE-19")
+def test_an_adopted_scope_is_not_removed_at_once(root: Path, theirs: Path) -> None:
+    scope = Scope.create(root, "alloc", OWNER)
+    with removals_noted() as noted:
+        assert not scope.remove_if_empty()
+    assert noted == []
+    assert scope.owner() == OWNER
+    assert scope.remove()
+    assert theirs.is_dir()
+
+
 def test_many_cgroups_below_are_removed_in_one_go_and_listed_once(scope: Scope) -> None:
     for number in range(300):
         (scope.path / f"below-{number}").mkdir()

@@ -31,6 +31,7 @@ from typing import Any, Final
 
 from linux.anchor import token_of
 from linux.backend import LinuxBackend
+from linux.cgroups import WORKLOAD_SLICE
 from linux.forge.client import FORGE_COMMAND, Forge
 from linux.simulated import SimulatedBackend, SimulatedNode
 from linux.testing.worlds import (
@@ -278,6 +279,10 @@ class Stage(ABC):
             self.injector.is_asleep = False
 
     # Consumers.
+
+    @abstractmethod
+    def nest(self, name: str) -> None:
+        """Make a cgroup below an allocation's scope, where scopes are directories."""
 
     def consumer(self, path: Path | None = None) -> AsyncConsumer:
         return AsyncConsumer(path or self.path, self.world.inspector, service=self.service())
@@ -533,6 +538,9 @@ class SimulatedStage(Stage):
     def _own_step(self, step: Any, name: str) -> None:
         self.injector.step("consumer", f"simulated.{step.value}")
 
+    def nest(self, name: str) -> None:
+        pass
+
     def prepare_backend(self) -> None:
         self.world.backend._clock = self.loop.time
 
@@ -571,6 +579,7 @@ class LinuxStage(Stage):
 
     def __init__(self, directory: Path, cgroup2: Path, image_root: Path) -> None:
         self.directory = directory
+        self._cgroup2 = cgroup2
         self._plan_path = directory / "forge-plan.json"
         self._log_path = directory / "forge-log"
         self._log_path.touch()
@@ -597,6 +606,9 @@ class LinuxStage(Stage):
         backend._forge = Forge(
             cgroup=forge._cgroup, tied=forge._tied, features=forge._features, command=command
         )
+
+    def nest(self, name: str) -> None:
+        (self._cgroup2 / WORKLOAD_SLICE / f"{name}.scope" / "below").mkdir()
 
     def service(self) -> SelfService:
         return self._own
@@ -685,8 +697,11 @@ async def whole_life(stage: Stage, name: str) -> str:
 
 
 async def end_by_consumer(stage: Stage, name: str) -> str:
-    """Obtained, and ended by who has it."""
+    """Obtained, and ended by who has it; a cgroup is left below its scope."""
     async with await stage.consumer().obtain(NamespaceRequest(name, stage.kinds)) as handoff:
+        if not handoff.is_degraded:
+            with stage.unseen(), suppress(OSError):  # it may be over already
+                stage.nest(name)
         await handoff.end()
         return _how(handoff)
 
