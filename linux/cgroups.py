@@ -213,7 +213,7 @@ class ScopePlace:
             ScopeError: EINVAL, the id cannot be in a directory's name.
         """
         _expect_name(allocation_id)
-        return root / self.parent / self.name.replace("{id}", allocation_id)
+        return root.joinpath(self.parent, self.name.replace("{id}", allocation_id))
 
 
 DEFAULT_PLACE: Final = ScopePlace()
@@ -305,14 +305,15 @@ class Scope:
             # To remove a cgroup takes a descriptor: what fails for want of one can be undone.
             spare = _open_directory(root)
         scope = cls(path, owner)
-        with spare, ExitStack() as undo:
-            undo.callback(scope._abandon)
-            undo.callback(spare.close)
-            if not _make_or_claim(path, root, owner, description):
-                _expect_unused(path)
-                _note_past_use(path)
-            _expect_usable(path)
-            undo.pop_all()
+        try:
+            with spare:
+                if not _make_or_claim(path, root, owner, description):
+                    _expect_unused(path)
+                    _note_past_use(path)
+                _expect_usable(path)
+        except BaseException:
+            scope._abandon()
+            raise
         return scope
 
     @classmethod
@@ -1086,11 +1087,11 @@ def _stamp(path: Path, attribute: str, text: str, flags: int = 0) -> bool:
 
 def _make_in_slice(path: Path, root: Path, *, mode: int = 0o755, exist_ok: bool = True) -> None:
     for _ in range(MAKE_ATTEMPTS_MAX):
-        _make_slice(path.parent, root)
-        # ENOENT: the slice, which was empty, was removed between the two calls.
+        # ENOENT: there is no slice, or it was empty and was removed after it was made here.
         with _calling("mkdir(2)", path, errno.ENOENT):
             syscall(path.mkdir, mode=mode, exist_ok=exist_ok)
             return
+        _make_slice(path.parent, root)
     raise ScopeError("mkdir(2)", errno.ENOENT, path, "another program keeps removing the slice")
 
 
