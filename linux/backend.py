@@ -732,10 +732,12 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
             if allocation.scope is not None and is_due:
                 self._watch_removal(allocation.name, allocation.scope)
                 # Kept only once it is watched: what is kept is not tried again.
-                with ExitStack() as undo:
-                    events = undo.enter_context(allocation.scope.open_events())
+                events = allocation.scope.open_events()
+                try:
                     self._watch.add(("scope", allocation.name), events.fileno())
-                    undo.pop_all()
+                except BaseException:
+                    events.close()
+                    raise
                 allocation.events = events
 
     def _watch_removal(self, name: str, scope: Scope) -> None:

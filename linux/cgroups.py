@@ -546,8 +546,9 @@ class Scope:
         return populated
 
     def _open(self, name: str, flags: int) -> Descriptor:
-        with _calling("open(2)", self.path / name):
-            return Descriptor(syscall(os.open, self.path / name, flags | os.O_CLOEXEC))
+        path = f"{self.path}/{name}"
+        with _calling("open(2)", path):
+            return _open_in(None, path, flags)
 
     def _read(self, name: str) -> str:
         path = f"{self.path}/{name}"
@@ -739,9 +740,10 @@ class ScopeWatch(Generic[Key]):
                 self._inotify = inotify
             # Each time, because a slice can be removed and made again; it is the same watch if not.
             events = IN_DELETE | IN_ATTRIB | IN_ONLYDIR
-            watch = inotify_add_watch(self._inotify, scope.parent, events)
+            above, name = os.path.split(scope)
+            watch = inotify_add_watch(self._inotify, above, events)
             self._forget_removal(key)
-            self._places[key] = place = (watch, scope.name)
+            self._places[key] = place = (watch, name)
             self._removals[place] = key
 
     def remove(self, key: Key) -> None:
