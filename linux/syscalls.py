@@ -239,7 +239,7 @@ class calling:  # noqa: N801  a context manager, which reads like a function
         self._kind: Final = kind
 
     def __enter__(self) -> None:
-        """Begin the body."""
+        pass
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> bool | None:
         if not isinstance(error, OSError) or isinstance(error, self._kind):
