@@ -521,6 +521,7 @@ def test_another_try_to_release_is_in_the_turn_of_the_first(
     create(noisy, *names)
     create(line, "polite")
     noisy.say(b"".join(frame_of(ended(name)) for name in names))
+    wait_until(lambda: len(backend.tries) == 30)
     line.say(ended("polite"))
     wait_until(lambda: len(backend.tries) == 31)
     backend.may_go_on.clear()
