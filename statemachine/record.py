@@ -9,6 +9,7 @@ and `pickle`; mypy takes them for frozen dataclasses.
 
 from __future__ import annotations
 
+import sys
 from functools import cache, lru_cache
 from typing import Any, ClassVar, Final, TypeVar, dataclass_transform
 
@@ -16,14 +17,16 @@ T = TypeVar("T")
 
 # A slot's own `__set__` passes by the `__setattr__` that refuses every change.
 _SOURCE: Final = """
-def __init__(self{parameters}):
-    {body}
-def __eq__(self, other):
-    if other.__class__ is not self.__class__:
-        return NotImplemented
-    return {equal}
-def __hash__(self):
-    return hash((self.__class__, {values}))
+def make({known}):
+    def __init__(self{parameters}):
+        {body}
+    def __eq__(self, other):
+        if other.__class__ is not self.__class__:
+            return NotImplemented
+        return {equal}
+    def __hash__(self):
+        return hash((self.__class__, {values}))
+    return __init__, __eq__, __hash__
 """
 
 
@@ -74,6 +77,10 @@ class _Record:
         return f"{type(self).__qualname__}({fields})"
 
 
+# What is annotated above is no field, for which `typing.get_type_hints` would take it.
+del _Record.__annotations__
+
+
 def _frozen(text: str) -> AttributeError:
     from dataclasses import FrozenInstanceError
 
@@ -98,18 +105,21 @@ def record(cls: type[T]) -> type[T]:
     bases = cls.__bases__ if issubclass(cls, _Record) else (_Record,)
     parent: Any = bases[0]
     names = (*parent.__match_args__, *own)
+    types = parent._types | own
     defaults = parent._defaults | {name: vars(cls)[name] for name in own if name in vars(cls)}
     namespace |= {
         "__qualname__": cls.__qualname__,
         "__slots__": tuple(own),
         "__match_args__": names,
-        "_types": parent._types | own,
+        "_types": types,
         "_defaults": defaults,
     }
     metaclass: Any = type(cls)
     made: Any = metaclass(cls.__name__, bases, namespace)
-    for name, method in _methods(made, names, defaults).items():
-        setattr(made, name, method)
+    for method in _methods(made, names, defaults):
+        method.__qualname__ = f"{made.__qualname__}.{method.__name__}"
+        setattr(made, method.__name__, method)
+    made.__init__.__annotations__ = {**types, "return": None}
     return made  # type: ignore[no-any-return]
 
 
@@ -123,7 +133,7 @@ def changed(value: T, **fields: object) -> T:
     return type(value)(**{**fields_of(value), **fields})
 
 
-def _methods(made: type, names: tuple[str, ...], defaults: dict[str, Any]) -> dict[str, Any]:
+def _methods(made: type, names: tuple[str, ...], defaults: dict[str, Any]) -> Any:
     """Compile what is called often: construction, comparison and hash."""
     known = {f"set_{name}": getattr(made, name).__set__ for name in names}
     known |= {f"default_{name}": value for name, value in defaults.items()}
@@ -131,6 +141,7 @@ def _methods(made: type, names: tuple[str, ...], defaults: dict[str, Any]) -> di
     if hasattr(made, "__post_init__"):
         body.append("self.__post_init__()")
     source = _SOURCE.format(
+        known=", ".join(known),
         parameters="".join(
             f", {name}=default_{name}" if name in defaults else f", {name}" for name in names
         ),
@@ -139,8 +150,9 @@ def _methods(made: type, names: tuple[str, ...], defaults: dict[str, Any]) -> di
         values="".join(f"self.{name}, " for name in names),
     )
     methods: dict[str, Any] = {}
-    exec(_code(source), known, methods)
-    return methods
+    # In the class's own module, whose names its annotations are.
+    exec(_code(source), vars(sys.modules[made.__module__]), methods)
+    return methods["make"](**known)
 
 
 @lru_cache

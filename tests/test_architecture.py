@@ -65,7 +65,7 @@ NAME_OWNERS: Final = {
 }
 """Who alone may even mention a name."""
 
-PURE: Final = r"statemachine/(?!exports\.py).*|transport/(codec|framing|trace/\w+)\.py"
+PURE: Final = r"statemachine/(?!(exports|record)\.py).*|transport/(codec|framing|trace/\w+)\.py"
 PURE_IMPORTS: Final = re.compile(
     "__future__|abc|collections|dataclasses|enum|functools|itertools|json|operator|re|string|struct"
     "|types|typing|unicodedata"

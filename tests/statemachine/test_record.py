@@ -7,11 +7,11 @@ import inspect
 import pickle
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, asdict, dataclass, fields, is_dataclass, replace
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, get_type_hints
 
 import pytest
 
-from statemachine import AllocationEnded
+from statemachine import AllocationEnded, NamespaceRequest, NamespaceType
 from statemachine.record import changed, fields_of, record
 
 Decorator = Callable[[type], Any]
@@ -106,7 +106,10 @@ ACTS: Final[dict[str, Callable[[Kinds], object]]] = {
     "copy": lambda k: copy.copy(k.checked(1, 4, 5)) == k.checked(1, 4, 5),
     "slots": lambda k: [hasattr(kind, "__dict__") for kind in (k.point(1), k.checked(1))],
     "slots of each": lambda k: (k.point.__slots__, k.checked.__slots__),
-    "parameters": lambda k: [*inspect.signature(k.checked).parameters],
+    "signature": lambda k: [str(inspect.signature(kind)) for kind in k],
+    "hints": lambda k: [get_type_hints(kind) for kind in k],
+    "hints of the parameters": lambda k: get_type_hints(k.checked.__init__),
+    "an argument too few": lambda k: k.point(),
     "set": lambda k: setattr(k.point(1), "x", 3),
     "delete": lambda k: delattr(k.point(1), "x"),
 }
@@ -136,6 +139,13 @@ def test_fields_and_changes() -> None:
     assert fields_of(point) == {"x": 1, "y": values, "z": 3}
     assert fields_of(point)["y"] is values
     assert changed(point, z=4) == replace(point, z=4)
+
+
+def test_the_parameters_have_types_by_the_names_of_the_module_they_are_in() -> None:
+    signature = inspect.signature(NamespaceRequest, eval_str=True)
+    types = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+    assert types == get_type_hints(NamespaceRequest)
+    assert types["namespaces"] == tuple[NamespaceType, ...]
 
 
 def test_pickle() -> None:
