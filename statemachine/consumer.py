@@ -32,6 +32,7 @@ from .messages import (
     NamespaceResponse,
     shown,
 )
+from .record import expect
 from .states import ConsumerState, NoticeState
 from .table import Snapshot, Table, refusal
 
@@ -54,9 +55,13 @@ class ConsumerKernel:
     Args:
         request: what the caller wants. It is not judged here: `objection` says beforehand whether
             a provider could grant it.
+
+    Raises:
+        TypeError: it is no request.
     """
 
     def __init__(self, request: NamespaceRequest) -> None:
+        expect("request", request, NamespaceRequest)
         subject = f"allocation {request.allocation_id}"
         self._request = request
         self._hold = _Model(ConsumerState.IDLE, subject)

@@ -15,7 +15,7 @@ from typing import TypeAlias
 from .errors import NamespaceError
 from .events import ConnectionId
 from .messages import NamespaceRequest, NamespaceResponse
-from .record import record
+from .record import Typed, record
 
 
 class Timer(Enum):
@@ -38,7 +38,7 @@ class Timer(Enum):
 
 
 @record
-class Effect:
+class Effect(Typed):
     """Something to be done by the driver."""
 
 
@@ -59,7 +59,7 @@ class StopTimer(Effect):
 
 
 @record
-class Timing:
+class Timing(Typed):
     """How a row of a table asks for a timer; the kernel adds the allocation."""
 
     timer: Timer

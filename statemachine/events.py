@@ -16,14 +16,14 @@ from typing import TypeAlias
 
 from .errors import CreationFailed, FdPassing, NamespaceError, SocketUnavailable
 from .messages import NamespaceRequest, NamespaceResponse
-from .record import record
+from .record import Typed, record
 
 ConnectionId: TypeAlias = int
 """A driver's number for one connection; never reused while the kernel knows it."""
 
 
 @record
-class Event:
+class Event(Typed):
     """Something that has happened."""
 
 

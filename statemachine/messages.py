@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Final, TypeAlias
 
 from .errors import NamespaceError
-from .record import record
+from .record import Typed, expect, record
 
 HANDOFF_SOCKET_PATH: Final = "/run/pact/handoff.sock"
 """The well-known path of the handoff socket (seed 9-13)."""
@@ -46,7 +46,7 @@ class NamespaceType(Enum):
 
 
 @record
-class NamespaceRequest:
+class NamespaceRequest(Typed):
     """
     Consumer to provider: make me these namespaces for this allocation.
 
@@ -61,13 +61,11 @@ class NamespaceRequest:
     """A squashfs image below the provider's image root, or None."""
 
     def __post_init__(self) -> None:
-        _expect_text("allocation_id", self.allocation_id)
         _expect_types("namespaces", self.namespaces)
-        _expect_optional_text("uenv_image", self.uenv_image)
 
 
 @record
-class NamespaceResponse:
+class NamespaceResponse(Typed):
     """
     Provider to consumer: here they are. The descriptors come with the frame's first byte.
 
@@ -82,13 +80,11 @@ class NamespaceResponse:
     """Where the image is mounted inside the mount namespace; None if none was asked for."""
 
     def __post_init__(self) -> None:
-        _expect_text("allocation_id", self.allocation_id)
         _expect_types("fd_types", self.fd_types)
-        _expect_optional_text("uenv_mount_path", self.uenv_mount_path)
 
 
 @record
-class AllocationEnded:
+class AllocationEnded(Typed):
     """
     Either way: this allocation is over.
 
@@ -101,9 +97,6 @@ class AllocationEnded:
     allocation_id: str
     """The allocation that ended."""
 
-    def __post_init__(self) -> None:
-        _expect_text("allocation_id", self.allocation_id)
-
 
 Message: TypeAlias = NamespaceRequest | NamespaceResponse | AllocationEnded | NamespaceError
 """Everything that can stand in a frame."""
@@ -115,7 +108,11 @@ def objection(request: NamespaceRequest) -> str | None:
 
     Returns:
         A reason that names the field and the rule, ready for `CreationFailed`.
+
+    Raises:
+        TypeError: it is no request.
     """
+    expect("request", request, NamespaceRequest)
     # Keeps LIFE-11.
     return (
         objection_to_id(request.allocation_id)
@@ -145,6 +142,7 @@ def objection_to_id(allocation_id: str) -> str | None:
 def objection_to_size(allocation_id: str) -> str | None:
     """Say why a text is too short or too long for an allocation's id, or None if it is not."""
     # Keeps END-19.
+    expect("allocation_id", allocation_id, str)
     size = len(allocation_id.encode("utf-8", "surrogatepass"))
     if not 1 <= size <= ALLOCATION_ID_BYTES_MAX:
         return f"allocation_id has {size} bytes; 1 to {ALLOCATION_ID_BYTES_MAX} are allowed"
@@ -194,16 +192,6 @@ def _objection_to_image(request: NamespaceRequest) -> str | None:
 def _is_unprintable(character: str) -> bool:
     # Cc: control characters, NUL among them. Cs: lone surrogates, which UTF-8 cannot carry.
     return unicodedata.category(character) in ("Cc", "Cs")
-
-
-def _expect_text(field: str, value: object) -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"{field} must be str, not {type(value).__name__}")
-
-
-def _expect_optional_text(field: str, value: object) -> None:
-    if value is not None:
-        _expect_text(field, value)
 
 
 def _expect_types(field: str, value: object) -> None:

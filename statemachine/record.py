@@ -81,6 +81,23 @@ class _Record:
 del _Record.__annotations__
 
 
+class Typed(_Record):
+    """
+    A base of records that are built by others' code: a value of another type raises a TypeError.
+
+    A field is checked whose annotation names a class of its module, or that or None. The others
+    are for `__post_init__`.
+    """
+
+    __slots__ = ()
+
+
+def expect(field: str, value: object, kind: type) -> None:
+    """Raise a TypeError that names the field if the value is of another type."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{field} must be {kind.__name__}, not {type(value).__name__}")
+
+
 def _frozen(text: str) -> AttributeError:
     from dataclasses import FrozenInstanceError
 
@@ -116,7 +133,7 @@ def record(cls: type[T]) -> type[T]:
     }
     metaclass: Any = type(cls)
     made: Any = metaclass(cls.__name__, bases, namespace)
-    for method in _methods(made, names, defaults):
+    for method in _methods(made, types, defaults):
         method.__qualname__ = f"{made.__qualname__}.{method.__name__}"
         setattr(made, method.__name__, method)
     made.__init__.__annotations__ = {**types, "return": None}
@@ -133,11 +150,14 @@ def changed(value: T, **fields: object) -> T:
     return type(value)(**{**fields_of(value), **fields})
 
 
-def _methods(made: type, names: tuple[str, ...], defaults: dict[str, Any]) -> Any:
+def _methods(made: type, types: dict[str, str], defaults: dict[str, Any]) -> Any:
     """Compile what is called often: construction, comparison and hash."""
+    names = tuple(types)
     known = {f"set_{name}": getattr(made, name).__set__ for name in names}
     known |= {f"default_{name}": value for name, value in defaults.items()}
-    body = [f"set_{name}(self, {name})" for name in names]
+    known["expect"] = expect
+    body = _checks(types) if issubclass(made, Typed) else []
+    body += [f"set_{name}(self, {name})" for name in names]
     if hasattr(made, "__post_init__"):
         body.append("self.__post_init__()")
     source = _SOURCE.format(
@@ -145,7 +165,7 @@ def _methods(made: type, names: tuple[str, ...], defaults: dict[str, Any]) -> An
         parameters="".join(
             f", {name}=default_{name}" if name in defaults else f", {name}" for name in names
         ),
-        body="; ".join(body) or "pass",
+        body="\n        ".join(body) or "pass",
         equal=" and ".join(f"self.{name} == other.{name}" for name in names) or "True",
         values="".join(f"self.{name}, " for name in names),
     )
@@ -153,6 +173,19 @@ def _methods(made: type, names: tuple[str, ...], defaults: dict[str, Any]) -> An
     # In the class's own module, whose names its annotations are.
     exec(_code(source), vars(sys.modules[made.__module__]), methods)
     return methods["make"](**known)
+
+
+def _checks(types: dict[str, str]) -> list[str]:
+    """Write a statement for every field whose annotation names a class, or that or None."""
+    lines = []
+    for name, annotation in types.items():
+        kind = annotation.removesuffix(" | None")
+        if kind.isidentifier():
+            is_given = "" if kind == annotation else f"{name} is not None and "
+            lines.append(
+                f"if {is_given}not isinstance({name}, {kind}): expect({name!r}, {name}, {kind})"
+            )
+    return lines
 
 
 @lru_cache

@@ -450,3 +450,9 @@ def test_a_caller_gets_one_outcome_and_one_end_at_most(rng: random.Random) -> No
     assert told.count(do.ReportEnd) <= 1
     assert told.count(do.ServeSelf) == told.count(do.ReportFallback) <= 1
     assert told.count(do.ReleaseOwn) <= 1
+
+
+def test_a_kernel_is_made_for_a_request_only() -> None:
+    wrong: Any = "x"
+    with pytest.raises(TypeError, match=r"^request must be NamespaceRequest, not str$"):
+        ConsumerKernel(wrong)

@@ -11,8 +11,18 @@ from typing import Any, Final, NamedTuple, get_type_hints
 
 import pytest
 
-from statemachine import AllocationEnded, NamespaceRequest, NamespaceType
-from statemachine.record import changed, fields_of, record
+from statemachine import (
+    AllocationEnded,
+    CreationFailed,
+    FdPassing,
+    NamespaceRequest,
+    NamespaceResponse,
+    NamespaceType,
+    SocketUnavailable,
+    effects,
+    events,
+)
+from statemachine.record import Typed, changed, fields_of, record
 
 Decorator = Callable[[type], Any]
 
@@ -151,3 +161,43 @@ def test_the_parameters_have_types_by_the_names_of_the_module_they_are_in() -> N
 def test_pickle() -> None:
     value = AllocationEnded("a")
     assert pickle.loads(pickle.dumps(value)) == value
+
+
+REQUEST: Final = NamespaceRequest("a", ())
+RESPONSE: Final = NamespaceResponse("a", ())
+SAMPLES: Final[dict[str, object]] = {
+    "str": "a",
+    "str | None": None,
+    "int": 1,
+    "bool": True,
+    "ConnectionId": 1,
+    "NamespaceRequest": REQUEST,
+    "NamespaceResponse": RESPONSE,
+    "NamespaceError": FdPassing("x"),
+    "CreationFailed": CreationFailed("x"),
+    "FdPassing": FdPassing("x"),
+    "SocketUnavailable": SocketUnavailable("x"),
+    "Timer": effects.Timer.ANSWER,
+    "tuple[NamespaceType, ...]": (),
+}
+"""A value for each annotation of an event, an effect or a message."""
+
+
+def test_every_field_of_an_event_an_effect_and_a_message_is_held_to_its_type() -> None:
+    everything = [*vars(events).values(), *vars(effects).values()]
+    kinds = [kind for kind in everything if isinstance(kind, type) and issubclass(kind, Typed)]
+    kinds.append(AllocationEnded)
+    assert {events.RequestReceived, effects.Refuse, effects.Timing, NamespaceResponse} < set(kinds)
+    for kind in kinds:
+        good = {field.name: SAMPLES[field.type] for field in fields(kind)}
+        made = kind(**good)
+        for name in good:
+            with pytest.raises(TypeError, match=f"^{name} must be .* not "):
+                changed(made, **{name: 1.5})
+
+
+@pytest.mark.parametrize("wrong", ["x", None])
+def test_an_event_says_which_field_has_what_type(wrong: Any) -> None:
+    kind = type(wrong).__name__
+    with pytest.raises(TypeError, match=f"^request must be NamespaceRequest, not {kind}$"):
+        events.RequestReceived(1, wrong)

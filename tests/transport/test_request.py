@@ -1139,3 +1139,13 @@ def test_many_consumers_of_one_allocation_get_the_same(plain: Rig) -> None:
 
     plain.provide()
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("wrong", [None, 5, b"x"])
+def test_what_is_no_request_or_no_id_is_said_to_be_none(rig: Rig, wrong: Any) -> None:
+    kind = type(wrong).__name__
+    for asked in (rig.consumer().obtain, rig.consumer().request_namespaces):
+        with pytest.raises(TypeError, match=f"^request must be NamespaceRequest, not {kind}$"):
+            asked(wrong)
+    with pytest.raises(TypeError, match=f"^allocation_id must be str, not {kind}$"):
+        rig.consumer().end(wrong)
