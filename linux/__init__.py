@@ -76,9 +76,15 @@ _HOMES: Final = {
 # Not for mypy, which would take any name for one that is there.
 if not TYPE_CHECKING:
 
-    def __getattr__(name: str) -> Any:
+    def _exports() -> Any:
         # Not before a name is asked for: the command's `--help` needs none of it.
         import transport  # noqa: F401  first: it says so if `statemachine` is another project's
         from statemachine.exports import on_demand
 
-        return on_demand(__name__, _HOMES)(name)
+        return on_demand(__name__, _HOMES)
+
+    def __getattr__(name: str) -> Any:
+        return _exports()[0](name)
+
+    def __dir__() -> list[str]:
+        return _exports()[1]()

@@ -97,4 +97,4 @@ _HOMES: Final = {
 
 # Not for mypy, which would take any name for one that is there.
 if not TYPE_CHECKING:
-    __getattr__ = on_demand(__name__, _HOMES)
+    __getattr__, __dir__ = on_demand(__name__, _HOMES)

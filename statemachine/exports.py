@@ -7,22 +7,36 @@ from importlib import import_module
 from typing import Any
 
 
-def on_demand(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
+def on_demand(
+    package: str, homes: Mapping[str, str]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """
-    Make the `__getattr__` of a package.
+    Make the `__getattr__` and the `__dir__` of a package.
+
+    Its modules are imported by their names as well, unless these begin with an underscore.
 
     Args:
         package: its `__name__`.
         homes: module, as in an import statement of that package -> its names, separated by blanks.
 
     Raises:
-        AttributeError: when what was made is asked for another name; nothing was imported.
+        AttributeError: when the first of them is asked for another name.
     """
     home_of = {name: home for home, names in homes.items() for name in names.split()}
 
     def imported(name: str) -> Any:
-        if name not in home_of:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(import_module(home_of[name], package), name)
+        if name in home_of:
+            return getattr(import_module(home_of[name], package), name)
+        try:
+            # Not `__main__`, which would run.
+            if not name.startswith("_"):
+                return import_module(f"{package}.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"{package}.{name}":
+                raise
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
-    return imported
+    def listed() -> list[str]:
+        return [*home_of, *vars(import_module(package))]
+
+    return imported, listed

@@ -91,7 +91,13 @@ _HOMES: Final = {
 # Not for mypy, which would take any name for one that is there.
 if not TYPE_CHECKING:
 
-    def __getattr__(name: str) -> Any:
+    def _exports() -> Any:
         from statemachine.exports import on_demand
 
-        return on_demand(__name__, _HOMES)(name)
+        return on_demand(__name__, _HOMES)
+
+    def __getattr__(name: str) -> Any:
+        return _exports()[0](name)
+
+    def __dir__() -> list[str]:
+        return _exports()[1]()

@@ -41,4 +41,5 @@ __all__ = [
 
 # Not for mypy, which would take any name for one that is there.
 if not TYPE_CHECKING:
-    __getattr__ = on_demand(__name__, {"..table": "Snapshot", ".kernel": "ProviderKernel event_of"})
+    homes = {"..table": "Snapshot", ".kernel": "ProviderKernel event_of"}
+    __getattr__, __dir__ = on_demand(__name__, homes)

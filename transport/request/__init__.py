@@ -33,4 +33,4 @@ __all__ = [
 
 # Not for mypy, which would take any name for one that is there.
 if not TYPE_CHECKING:
-    __getattr__ = on_demand(__name__, {".asynchronous": "AsyncConsumer AsyncHandoff"})
+    __getattr__, __dir__ = on_demand(__name__, {".asynchronous": "AsyncConsumer AsyncHandoff"})
