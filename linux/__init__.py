@@ -37,6 +37,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+import transport  # noqa: F401  it says so if `statemachine` is another project's
+
 if TYPE_CHECKING:
     from statemachine import __version__
 
@@ -78,7 +80,6 @@ if not TYPE_CHECKING:
 
     def _exports() -> Any:
         # Not before a name is asked for: the command's `--help` needs none of it.
-        import transport  # noqa: F401  first: it says so if `statemachine` is another project's
         from statemachine.exports import on_demand
 
         return on_demand(__name__, _HOMES)

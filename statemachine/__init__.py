@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from .exports import on_demand
+from .exports import expect_to_be_alone, on_demand
 
 if TYPE_CHECKING:
     from .consumer import ConsumerKernel
@@ -83,6 +83,8 @@ __all__ = [
     "__version__",
     "objection",
 ]
+
+expect_to_be_alone(__path__)
 
 _HOMES: Final = {
     ".consumer": "ConsumerKernel",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from importlib.machinery import PathFinder
 from typing import Any
 
 
@@ -40,3 +41,16 @@ def on_demand(
         return [*home_of, *vars(import_module(package))]
 
     return imported, listed
+
+
+def expect_to_be_alone(path: Sequence[str]) -> None:
+    """
+    Raise an ImportError if the files of python-statemachine lie in the package's folders, too.
+
+    pip does not object to that. Where theirs were installed last, `transport` says so.
+    """
+    if PathFinder.find_spec("statemachine.statemachine", path):
+        raise ImportError(
+            "python-statemachine is installed in the same environment as namespace-handoff, and"
+            " both have a package `statemachine`: install each anew in an environment of its own"
+        )

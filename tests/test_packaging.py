@@ -129,13 +129,46 @@ def test_a_clash_with_python_statemachine_would_be_seen(
     assert owners == {PROJECT["name"], "python-statemachine"}
 
 
-def test_a_clash_with_python_statemachine_is_said_at_import(tmp_path: Path) -> None:
+THEIRS: Final = {
+    "__init__.py": "from .statemachine import StateMachine\n",
+    "events.py": "class Events: pass\n",
+    "exceptions.py": "",
+    "statemachine.py": "class StateMachine: pass\n",
+    "states.py": "class States: pass\n",
+}
+"""Of the files of python-statemachine 3.2.2 those that every version has, or we have, too."""
+
+
+@pytest.fixture(params=["ours last", "theirs last", "theirs alone"])
+def clash(request: pytest.FixtureRequest, wheel: Path, tmp_path: Path) -> Path:
+    """What pip makes of both: one folder `statemachine` with the files of either."""
     theirs = tmp_path / "statemachine"
     theirs.mkdir()
-    (theirs / "__init__.py").write_text("from .state import State\n")
-    program = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; import transport"
+
+    def write_theirs() -> None:
+        for name, text in THEIRS.items():
+            (theirs / name).write_text(text)
+
+    write_theirs()
+    with zipfile.ZipFile(wheel) as archive:
+        left_out = "statemachine/" if request.param == "theirs alone" else " "
+        names = [name for name in archive.namelist() if not name.startswith(left_out)]
+        archive.extractall(tmp_path, names)
+    if request.param == "theirs last":
+        write_theirs()
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["transport", "linux", "linux.cli", "statemachine"])
+def test_a_clash_with_python_statemachine_is_said_at_import(clash: Path, name: str) -> None:
+    program = f"import sys; sys.path.insert(0, {str(clash)!r}); import {name}"
     run = subprocess.run([sys.executable, "-c", program], cwd="/", capture_output=True, text=True)
-    assert "python-statemachine is installed in the same environment" in run.stderr
+    is_ours = "touches nothing" in (clash / "statemachine" / "__init__.py").read_text()
+    if name == "statemachine" and not is_ours:
+        assert run.returncode == 0, run.stderr
+    else:
+        last = run.stderr.splitlines()[-1]
+        assert last.startswith("ImportError: python-statemachine is installed in the same"), last
 
 
 def test_the_command_is_where_the_project_says(wheel: Path) -> None:

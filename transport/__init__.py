@@ -70,12 +70,12 @@ __all__ = [
     "listen",
 ]
 
-# `python-statemachine` installs a package of the same name over ours, and pip does not object.
+# As `statemachine` says itself, unless the files of python-statemachine came last and it is theirs.
 _found = find_spec("statemachine")
-if _found and not PathFinder.find_spec("lifecycle", _found.submodule_search_locations):
+if _found and PathFinder.find_spec("statemachine.statemachine", _found.submodule_search_locations):
     raise ImportError(
-        "the package `statemachine` here is not that of namespace-handoff: python-statemachine is "
-        "installed in the same environment; give each an environment of its own"
+        "python-statemachine is installed in the same environment as namespace-handoff, and"
+        " both have a package `statemachine`: install each anew in an environment of its own"
     )
 
 _HOMES: Final = {
