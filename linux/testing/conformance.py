@@ -36,7 +36,7 @@ from transport.codec import encode_message
 from transport.descriptors import close_all
 from transport.framing import FRAME_BYTES_MAX, HEADER_BYTES, encode_frame
 from transport.testing.machine import SETTINGS, Adapter, Handoffs
-from transport.testing.peer import DEADLINE_S, frame_of
+from transport.testing.peer import DEADLINE_S, Line, frame_of
 
 from ..features import Features
 from ..namespaces import KernelInspector
@@ -53,12 +53,16 @@ pytest_generate_tests: Final = number_cases
 _numbers: Final = count(1)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def provider(pytestconfig: pytest.Config) -> ProviderUnderTest:
-    """The provider that was named on the command line."""
+    """The provider that was named on the command line; without one there is nothing to try."""
     path = pytestconfig.getoption("--provider-socket")
     if path is None:
-        pytest.fail("name a provider with --provider-socket=PATH", pytrace=False)
+        pytest.exit("name a provider with --provider-socket=PATH", pytest.ExitCode.USAGE_ERROR)
+    try:
+        Line.to(Path(path)).hang_up()
+    except OSError as error:
+        pytest.exit(f"no provider listens on {path}: {error}", pytest.ExitCode.USAGE_ERROR)
     is_simulated = pytestconfig.getoption("--provider-backend") == "simulated"
     inspector = SimulatedInspector() if is_simulated else KernelInspector(Features.probe())
     return ProviderUnderTest(Path(path), inspector, pytestconfig.getoption("--provider-uenv"))

@@ -22,11 +22,11 @@ from transport.testing.peer import Liar, Line
 PAGE = ROOT / "specs" / "11-certifying.md"
 
 
-def tried(socket: Path, cases: str) -> subprocess.CompletedProcess[str]:
+def tried(*words: str) -> subprocess.CompletedProcess[str]:
     """Try a simulated provider, as its makers would."""
-    words = ["--pyargs", "linux.testing.conformance", f"--provider-socket={socket}", "-k", cases]
-    options = ["--provider-backend=simulated", "-p", "no:cacheprovider", "-q"]
-    return run_program(sys.executable, "-m", "pytest", *words, *options, cwd=ROOT)
+    options = ["--provider-backend=simulated", "-p", "no:cacheprovider", "-q", *words]
+    suite = ["--pyargs", "linux.testing.conformance"]
+    return run_program(sys.executable, "-m", "pytest", *suite, *options, cwd=ROOT)
 
 
 def has_nothing_to_give(line: Line) -> None:
@@ -38,10 +38,25 @@ def has_nothing_to_give(line: Line) -> None:
 def test_a_provider_that_does_not_keep_its_word_is_told_by_number(tmp_path: Path) -> None:
     socket = tmp_path / "liar.sock"
     with Liar(socket, *[has_nothing_to_give] * 20):
-        run = tried(socket, "LIFE-2/1 or END-13/1")
+        run = tried(f"--provider-socket={socket}", "-k", "LIFE-2/1 or END-13/1")
     assert run.returncode == 1, run.stdout
     failed = re.findall(r"^FAILED .*\[(.*)\]", run.stdout, re.MULTILINE)
     assert sorted(failed) == ["END-13/1", "LIFE-2/1"]
+
+
+@pytest.mark.parametrize("fault", ["No such file", "Connection refused", "path too long", None])
+def test_without_a_provider_one_line_says_so(tmp_path: Path, fault: str | None) -> None:
+    path = tmp_path / ("x" * 108 if fault == "path too long" else "s")
+    if fault == "Connection refused":
+        with Liar(path):
+            pass
+    run = tried(*([] if fault is None else [f"--provider-socket={path}"]))
+    assert run.returncode == pytest.ExitCode.USAGE_ERROR, run.stdout
+    said = "name a provider with " if fault is None else f"no provider listens on {path}: "
+    assert run.stdout.count(said) == 1
+    assert (fault or said) in run.stdout
+    assert "Traceback" not in run.stdout + run.stderr
+    assert len(run.stdout.splitlines()) < 10, run.stdout
 
 
 def test_every_case_is_named_for_a_clause() -> None:
