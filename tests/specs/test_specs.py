@@ -4,6 +4,7 @@ import inspect
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,19 @@ def test_the_example_of_the_readme_runs_as_it_stands() -> None:
         "StopTimer",
         "AnnounceEnd",
     ]
+
+
+def test_the_first_lines_of_the_readme_run_as_they_stand() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = re.search(r"^    (from statemachine .*\n(?:    .*\n)+)", text, re.MULTILINE)
+    assert lines is not None
+    program = textwrap.dedent(lines[0]) + "print(effects)"
+
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd="/"
+    )
+
+    assert ran.stdout == "()\n"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
