@@ -23,6 +23,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final, Self
 
+from statemachine.errors import Copyable
 from statemachine.record import fields_of, record
 from transport.calls import syscall
 from transport.descriptors import Descriptor
@@ -54,7 +55,7 @@ LOCK_ATTEMPTS_MAX: Final = 16
 """How often the cgroup is locked again when it is removed meanwhile."""
 
 
-class InstanceBusy(Exception):
+class InstanceBusy(Copyable, Exception):
     """Another provider has this instance's anchors; nothing was changed."""
 
     # Keeps CRASH-15.

@@ -32,6 +32,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, Self, TypeAlias, TypedDict, Unpack
 
+from statemachine.errors import Copyable
 from statemachine.messages import NamespaceRequest, NamespaceType
 from statemachine.provider import REMEMBERED_MAX
 from statemachine.record import changed, record
@@ -104,7 +105,7 @@ _LOG_SUFFIXES: Final = ("", "-wal", "-shm")
 """The files of a SQLite database, by what follows its name."""
 
 
-class JournalError(Exception):
+class JournalError(Copyable, Exception):
     """The journal cannot be used; `path` names the file, `reason` what is wrong with it."""
 
     def __init__(self, path: Path, reason: str) -> None:

@@ -18,6 +18,7 @@ from enum import IntEnum
 from errno import EINTR, EINVAL, ENODATA, ETIMEDOUT, errorcode
 from typing import Final, Protocol, Self, TypeAlias
 
+from statemachine.errors import Copyable
 from transport.calls import syscall
 from transport.descriptors import Descriptor
 
@@ -157,7 +158,7 @@ Path: TypeAlias = str | bytes | os.PathLike[str]
 """A path, as all calls here take it."""
 
 
-class SyscallError(OSError):
+class SyscallError(Copyable, OSError):
     """
     A system call failed.
 
@@ -201,9 +202,6 @@ class SyscallError(OSError):
         words = self.advice or words_for(self.call, self.errno or 0)
         advice = f"; {words}" if words else ""
         return f"{self.call}: {self.name} ({self.strerror}){subject}{advice}"
-
-    def __reduce__(self) -> tuple[type[SyscallError], tuple[str, int | None, str | None, str]]:
-        return type(self), (self.call, self.errno, self.path, self.advice)
 
 
 class calling:  # noqa: N801  a context manager, which reads like a function

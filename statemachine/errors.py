@@ -19,7 +19,27 @@ inside an effect. Only our own misuse is raised through a kernel.
 
 from __future__ import annotations
 
-from typing import ClassVar, Final
+from collections.abc import Callable
+from typing import Any, ClassVar, Final
+
+
+class Copyable(BaseException):
+    """
+    A base of exceptions that can be pickled and copied whatever their `__init__` takes.
+
+    By itself Python calls it with what the exception says, which is something else.
+    """
+
+    def __reduce__(self) -> tuple[Callable[..., BaseException], tuple[Any, ...], dict[str, Any]]:
+        return _with_args, (type(self), self.args), vars(self)
+
+
+def _with_args(kind: type[BaseException], args: tuple[Any, ...]) -> BaseException:
+    """Make an exception as the class of Python does that it is one of; its fields come later."""
+    error = kind.__new__(kind, *args)
+    built_in: Any = next(base for base in kind.__mro__ if base.__module__ == "builtins")
+    built_in.__init__(error, *args)
+    return error
 
 
 class NamespaceError(Exception):
@@ -113,7 +133,7 @@ NAMESPACE_ERRORS: Final = (SocketUnavailable, CreationFailed, AllocationNotFound
 """The seed's four kinds, in the seed's order."""
 
 
-class ProtocolError(Exception):
+class ProtocolError(Copyable, Exception):
     """An event arrived that its table has no row for; the kernel's state is untouched."""
 
     def __init__(self, event: str, state: str, subject: str) -> None:

@@ -53,7 +53,7 @@ class Failure(Exception):
     """
 
     def __init__(self, code: ExitCode, text: str, kind: str = "") -> None:
-        super().__init__(text)
+        super().__init__(code, text, kind)
         self.code: Final = code
         self.text: Final = text
         self.kind: Final = kind

@@ -18,6 +18,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import Final, Self, TypeVar
 
+from statemachine.errors import Copyable
 from transport.calls import syscall
 from transport.descriptors import Descriptor
 
@@ -56,7 +57,7 @@ STOP_TIMEOUT_S: Final = 5.0
 """How long a stop waits for a start that has begun; what takes longer hangs."""
 
 
-class Stopped(Exception):
+class Stopped(Copyable, Exception):
     """
     A signal stopped the daemon before it served.
 

@@ -25,7 +25,7 @@ from typing import Any, Final, TypeAlias, get_args, get_origin, get_type_hints
 
 from statemachine import effects as do
 from statemachine.effects import Effect
-from statemachine.errors import NAMESPACE_ERRORS, NamespaceError
+from statemachine.errors import NAMESPACE_ERRORS, Copyable, NamespaceError
 from statemachine.events import ConsumerInput, Event, ProviderInput
 from statemachine.provider import Limits
 from statemachine.record import record
@@ -40,7 +40,7 @@ LINE_BYTES_MAX: Final = 1 << 26
 """Longest line: one event that answers thousands of connections."""
 
 
-class TraceError(Exception):
+class TraceError(Copyable, Exception):
     """A line of a trace that cannot be read, or cannot have happened; lines count from 1."""
 
     def __init__(self, line: int, reason: str) -> None:

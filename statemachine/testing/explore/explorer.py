@@ -33,11 +33,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 from specs import invariants as always
 
 from ...consumer import ConsumerKernel
+from ...errors import Copyable
 from ...lifecycle import ALLOCATION, CONSUMER, NOTICE
 from ...provider import ProviderKernel
 from ...table import Table
@@ -69,7 +69,7 @@ MOVES = frozenset({*GROUND_MOVES, *CLIENT_MOVES})
 """Every move there is, but for dying in the middle of one, which "crash" stands for, too."""
 
 
-class Broken(AssertionError):
+class Broken(Copyable, AssertionError):
     """A promise can be broken; `script` is a shortest way to do it."""
 
     def __init__(
@@ -84,12 +84,7 @@ class Broken(AssertionError):
         """What the provider took in and decided: for `transport.testing.explored.trace_of`."""
         self.test = as_python(bounds, script, finding)
         """A test that fails."""
-        self._given = (bounds, script, finding, story)
         super().__init__(f"{finding}\n\n{self.test}\n{self.chart}")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # It comes out of a process of a pool as what it was.
-        return (type(self), self._given)
 
 
 @dataclass

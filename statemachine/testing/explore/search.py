@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from specs import invariants as always
 
+from ...errors import Copyable
 from ...messages import NamespaceRequest
 from .client import ClientDraft, client_moves, is_provided, may_have_two_sets
 from .ground import GroundDraft, Setting, check_ground, ground_moves, may_crash
@@ -38,7 +39,7 @@ from .world import (
 )
 
 
-class Counterexample(Exception):
+class Counterexample(Copyable, Exception):
     """
     A promise is broken.
 
@@ -55,7 +56,7 @@ class Counterexample(Exception):
         self.finding = finding
 
 
-class _Stumble(Exception):
+class _Stumble(Copyable, Exception):
     """A promise is broken by a move whose worlds are not known here."""
 
     def __init__(self, move: Move, error: AssertionError) -> None:
