@@ -32,7 +32,7 @@ from typing import Final
 
 from statemachine.record import fields_of, record
 from transport.calls import syscall
-from transport.descriptors import Descriptor
+from transport.descriptors import Descriptor, Owner
 
 from . import syscalls
 from .features import Features
@@ -121,7 +121,7 @@ class AnchorIdentity:
         )
 
 
-class Anchor:
+class Anchor(Owner):
     """
     One anchor, held by a pidfd, which refers to the same process even when the pid is reused.
 

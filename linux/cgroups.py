@@ -38,7 +38,7 @@ from typing import Final, Generic, NamedTuple, Self, TypeVar
 from statemachine.messages import objection_to_id
 from statemachine.record import record
 from transport.calls import syscall
-from transport.descriptors import Descriptor
+from transport.descriptors import Descriptor, Owner
 
 from .mountinfo import MOUNTINFO, mount_lines, parse_mount
 from .syscalls import (
@@ -655,7 +655,7 @@ def described_scopes(
     return found
 
 
-class ScopeWatch(Generic[Key]):
+class ScopeWatch(Owner, Generic[Key]):
     """
     One descriptor that reports changes and removals of many scopes, and the deaths of anchors.
 

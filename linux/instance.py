@@ -26,7 +26,7 @@ from typing import Final, Self
 from statemachine.errors import Copyable
 from statemachine.record import fields_of, record
 from transport.calls import syscall
-from transport.descriptors import Descriptor
+from transport.descriptors import Descriptor, Owner
 
 from .cgroups import (
     LEAVING_ATTEMPTS_MAX,
@@ -92,7 +92,7 @@ def instance_of(state_dir: Path) -> str:
     return f"nshandoff-{digest[:16]}"
 
 
-class Instance:
+class Instance(Owner):
     """
     The anchors' cgroup of one instance, locked; made by `lock`.
 

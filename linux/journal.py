@@ -38,7 +38,7 @@ from statemachine.provider import REMEMBERED_MAX
 from statemachine.record import changed, record
 from statemachine.states import AllocationState
 from transport.calls import syscall
-from transport.descriptors import Descriptor
+from transport.descriptors import Descriptor, Owner
 
 from .files import try_lock
 from .instance import instance_of, is_open_as
@@ -189,7 +189,7 @@ class JournalView:
     """How many changes it has seen."""
 
 
-class Journal:
+class Journal(Owner):
     """
     The provider's own journal: open for writing, and locked against a second provider.
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
 
 from transport.calls import syscall
-from transport.descriptors import Descriptor
+from transport.descriptors import Descriptor, Owner
 
 from .features import Features
 from .syscalls import (
@@ -191,7 +191,7 @@ def why_no_image() -> str | None:
         return str(error)
 
 
-class ImageStore:
+class ImageStore(Owner):
     """
     The images of this node that are in use, or were until the hold time began.
 

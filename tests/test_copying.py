@@ -1,4 +1,4 @@
-"""What can be copied and pickled, in all packages: every exception."""
+"""What can be copied and pickled, in all packages: every exception, and no owner of descriptors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import errno
 import importlib
 import inspect
+import os
 import pickle
 import pkgutil
 from collections.abc import Callable, Iterator
@@ -14,10 +15,15 @@ from typing import Any, Final
 
 import pytest
 
+import linux
+from linux.anchor import Anchor
 from linux.cli.exits import ExitCode
 from linux.syscalls import SyscallError
+from statemachine import NamespaceType
 from statemachine.testing.explore import Bounds
 from statemachine.testing.explore.story import Story
+from transport import AsyncHandoff, Descriptor, DescriptorBundle, Handoff, Listener
+from transport.descriptors import Owner
 
 PACKAGES: Final = ("statemachine", "transport", "linux", "specs")
 
@@ -32,6 +38,9 @@ def classes() -> Iterator[type]:
                 for value in vars(module).values():
                     if inspect.isclass(value) and value.__module__ == found.name:
                         yield value
+
+
+COPIES: Final = [copy.copy, copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))]
 
 
 # --- Exceptions --------------------------------------------------------------------------------
@@ -91,3 +100,26 @@ def test_every_exception_can_be_copied_and_pickled(again: Callable[[Any], Any]) 
         error = example(kind)
         error.add_note("seen here")
         assert shown(again(error)) == shown(error)
+
+
+# --- Owners of descriptors ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("again", COPIES)
+def test_a_descriptor_has_one_owner(again: Callable[[Any], Any]) -> None:
+    with Descriptor(os.memfd_create("nshandoff-test")) as owner:
+        for it in (owner, DescriptorBundle([NamespaceType.PID], [owner])):
+            with pytest.raises(TypeError, match=f"cannot copy or pickle '{type(it).__name__}'"):
+                again(it)
+
+
+def test_what_can_be_closed_and_entered_is_an_owner() -> None:
+    owners = [
+        kind
+        for kind in classes()
+        if hasattr(kind, "close")
+        and (hasattr(kind, "__enter__") or hasattr(kind, "__aenter__"))
+        and "testing" not in kind.__module__
+    ]
+    assert {Descriptor, Handoff, AsyncHandoff, linux.Consumer, Anchor, Listener} < {*owners}
+    assert [kind for kind in owners if not issubclass(kind, Owner)] == []

@@ -33,7 +33,7 @@ from statemachine.messages import Message, NamespaceResponse, NamespaceType
 
 from .calls import syscall
 from .codec import decode_message, encode_message
-from .descriptors import Descriptor, DescriptorBundle, adopt_all, close_all
+from .descriptors import Descriptor, DescriptorBundle, Owner, adopt_all, close_all
 from .framing import Frame, FrameReader, encode_frame
 
 SENDMSG_DESCRIPTORS_MAX: Final = 253
@@ -200,7 +200,7 @@ class _Arrival(NamedTuple):
     """Why the frame cannot be delivered, if it cannot."""
 
 
-class Channel:
+class Channel(Owner):
     """
     One end of a connection: messages out, messages in, each with its descriptors; never blocks.
 

@@ -19,7 +19,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, NoReturn, Protocol
 
 from statemachine.errors import FdPassing
 from statemachine.messages import NamespaceType
@@ -30,7 +30,16 @@ DUPLICATE_FD_MIN: Final = 3
 """Lowest number for a duplicate: 0, 1 and 2 mean something to whatever is executed later."""
 
 
-class Descriptor:
+class Owner:
+    """A base of what owns descriptors: to copy or to pickle it would make two owners; TypeError."""
+
+    __slots__ = ()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(f"cannot copy or pickle {type(self).__name__!r}: it owns file descriptors")
+
+
+class Descriptor(Owner):
     """
     One open file descriptor with one owner.
 
@@ -151,7 +160,7 @@ def close_all(descriptors: Iterable[Descriptor]) -> None:
             stack.callback(descriptor.close)
 
 
-class DescriptorBundle:
+class DescriptorBundle(Owner):
     """
     The descriptors of one response: ordered, each with its type, closed as one.
 

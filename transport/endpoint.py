@@ -25,7 +25,7 @@ from statemachine.errors import NamespaceError, SocketUnavailable
 from .calls import syscall
 from .channel import Channel, send_once
 from .codec import encode_message
-from .descriptors import Descriptor
+from .descriptors import Descriptor, Owner
 from .framing import encode_frame
 
 SOCKET_PATH_BYTES_MAX: Final = 107
@@ -229,7 +229,7 @@ def is_provider_visible(sock: socket.socket) -> bool:
     return bool(pid)
 
 
-class Listener:
+class Listener(Owner):
     """
     The provider's end of the path; made by `listen`.
 

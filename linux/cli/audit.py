@@ -20,7 +20,7 @@ from statemachine import events as on
 from statemachine.effects import Effect
 from statemachine.events import Event, ProviderInput
 from transport.calls import syscall
-from transport.descriptors import Descriptor
+from transport.descriptors import Descriptor, Owner
 
 from ..sinks import Sink
 from ..syscalls import calling
@@ -45,7 +45,7 @@ class Said(NamedTuple):
     metadata: dict[str, Any] | None = None
 
 
-class AuditFile:
+class AuditFile(Owner):
     """
     Appends audit events to a file, for every event of a provider that is one: an `Observer`.
 

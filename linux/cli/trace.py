@@ -18,7 +18,7 @@ from statemachine.effects import Effect
 from statemachine.events import ProviderInput
 from statemachine.provider import Limits
 from transport.calls import syscall
-from transport.descriptors import Descriptor
+from transport.descriptors import Descriptor, Owner
 from transport.trace import (
     Entry,
     Recovery,
@@ -95,7 +95,7 @@ TRACE_WAIT_S: Final = 0.05
 """How long an event waits for its line to be written, as long as every line before it was."""
 
 
-class TraceFile:
+class TraceFile(Owner):
     """
     Writes every event of a provider to a file before its effects are performed: an `Observer`.
 

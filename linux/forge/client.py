@@ -26,7 +26,7 @@ from typing import Final
 
 from transport.calls import syscall
 from transport.channel import Reception, receive_once, send_once
-from transport.descriptors import Descriptor
+from transport.descriptors import Descriptor, Owner
 
 from .. import syscalls
 from ..anchor import ANCHOR_COMMAND, ANCHOR_VARIABLE, TIED_COMMAND, Anchor, token_of
@@ -72,7 +72,7 @@ _log: Final = logging.getLogger(__name__)
 _PACKAGES: Final = str(Path(__file__).resolve().parents[2])
 
 
-class Forge:
+class Forge(Owner):
     """
     The owner's side of a forge. Usable from any thread; anchors are made one at a time.
 

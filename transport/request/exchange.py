@@ -42,7 +42,7 @@ from statemachine.messages import (
 from statemachine.states import ConsumerState
 
 from ..channel import Channel, Delivery, Lost, Received, Rejected
-from ..descriptors import DescriptorBundle, Inspector, NamespaceIdentity, verify_bundle
+from ..descriptors import DescriptorBundle, Inspector, NamespaceIdentity, Owner, verify_bundle
 from ..endpoint import begin_connect, is_provider_visible
 
 if TYPE_CHECKING:
@@ -528,7 +528,7 @@ _EXPIRIES: Final[dict[Timer, Callable[[], ConsumerInput]]] = {
 # --- What both forms of a consumer show ----------------------------------------------------------
 
 
-class BaseHandoff:
+class BaseHandoff(Owner):
     """What `Handoff` and `AsyncHandoff` have in common: the namespaces, and how they were had."""
 
     __slots__ = ("_exchange",)
@@ -593,7 +593,7 @@ class BaseHandoff:
 H = TypeVar("H", bound=BaseHandoff)
 
 
-class BaseConsumer(Generic[H]):
+class BaseConsumer(Owner, Generic[H]):
     """
     What `Consumer` and `AsyncConsumer` have in common: how the provider is reached.
 
