@@ -256,7 +256,7 @@ def _surface(kind: type) -> dict[str, list[str] | None]:
 def test_what_they_are_is_shown(rig: Rig) -> None:
     rig.provide()
     consumer = rig.consumer()
-    assert repr(consumer).endswith(f"onsumer of {rig.path}, without self-service>")
+    assert repr(consumer).endswith(f"onsumer of {str(rig.path)!r}, without self-service>")
     with consumer.obtain(NamespaceRequest("a", (PID,))) as handoff:
         (fd,) = handoff.bundle.filenos()
         shown = f"andoff 'a' by the provider, held: DescriptorBundle(Pid: Descriptor({fd}))>"
@@ -1149,3 +1149,79 @@ def test_what_is_no_request_or_no_id_is_said_to_be_none(rig: Rig, wrong: Any) ->
             asked(wrong)
     with pytest.raises(TypeError, match=f"^allocation_id must be str, not {kind}$"):
         rig.consumer().end(wrong)
+
+
+class BytesPath:
+    def __fspath__(self) -> bytes:
+        return b"x"
+
+
+@pytest.mark.parametrize("path", [b"x", 5, BytesPath()], ids=["bytes", "number", "bytes path"])
+@pytest.mark.parametrize("form", [Consumer, AsyncConsumer, linux.Consumer, linux.AsyncConsumer])
+def test_the_path_of_a_consumer_is_text(form: Any, path: Any) -> None:
+    with pytest.raises(TypeError, match=r"^path must be str, not (int|bytes)$"):
+        form(path, SimulatedInspector())
+
+
+def test_a_consumer_shows_its_path_so_that_it_can_be_read(rig: Rig, tmp_path: Path) -> None:
+    for path, shown in (("", "''"), ("a\0b", r"'a\x00b'"), (None, "no provider")):
+        rig.path = path  # type: ignore[misc, assignment]
+        assert f" of {shown}, " in repr(rig.consumer())
+
+
+def test_a_closed_consumer_says_so(rig: Rig) -> None:
+    rig.provide()
+    with rig.consumer() as consumer:
+        consumer.request_namespaces(rig.wanted)
+    name = rig.wanted.allocation_id
+    assert repr(consumer).endswith("without self-service, closed>")
+    for act in (
+        lambda: consumer.obtain(rig.wanted),
+        lambda: consumer.request_namespaces(rig.wanted),
+        lambda: consumer.end(name),
+        lambda: consumer.handoff_of(name),
+    ):
+        with pytest.raises(ValueError, match=r"^the consumer is closed$"):
+            act()
+
+
+class Closing(SimulatedInspector):
+    """Closes the consumer that asks it."""
+
+    consumer: Any
+
+    def inspect(self, fd: int) -> Any:
+        self.consumer.close()
+        return super().inspect(fd)
+
+
+def test_what_arrives_after_closing_from_a_callback_is_not_kept(plain: Rig) -> None:
+    plain.lie(plain.hand_over)
+    inspector = Closing()
+    inspector.consumer = plain.consumer(inspector)
+    with pytest.raises(ValueError, match=r"^the consumer is closed$"):
+        inspector.consumer.request_namespaces(plain.wanted)
+    assert copies_of(plain.lent) == len(plain.lent)
+
+
+def test_what_arrives_after_closing_is_not_kept(plain: Rig) -> None:
+    """The census would find its descriptors."""
+    closed: list[Any] = []
+
+    def hand_over_late(line: Line) -> None:
+        line.hear()
+        closed[0].result(DEADLINE_S)
+        line.say(plain.answer, plain.lent)
+
+    async def request_and_close() -> None:
+        consumer = AsyncConsumer(plain.path, SimulatedInspector())
+        asking = asyncio.create_task(consumer.request_namespaces(plain.wanted))
+        await asyncio.sleep(0)
+        closed.append(
+            asyncio.run_coroutine_threadsafe(consumer.close(), asyncio.get_running_loop())
+        )
+        with pytest.raises(ValueError, match=r"^the consumer is closed$"):
+            await asking
+
+    plain.lie(hand_over_late)
+    asyncio.run(request_and_close())

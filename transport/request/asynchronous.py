@@ -120,6 +120,7 @@ class AsyncConsumer(BaseConsumer[AsyncHandoff]):
         replaced = self._keep(handoff)
         if replaced is not None:
             await replaced.close()
+        self._expect_open()
         return handoff.response
 
     async def end(self, allocation_id: str, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
@@ -138,7 +139,8 @@ class AsyncConsumer(BaseConsumer[AsyncHandoff]):
             await driver.close()
 
     async def close(self) -> None:
-        """Close every handoff that was not taken; may be called again."""
+        """Close every handoff that was not taken; may be called again. No verb works afterwards."""
+        self._is_closed = True
         while self._handoffs:
             await self._handoffs.popitem()[1].close()
 

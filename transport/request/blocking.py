@@ -148,6 +148,7 @@ class Consumer(BaseConsumer[Handoff]):
             AllocationNotFound: the provider does not know the allocation.
             SocketUnavailable, FdPassing: the provider could not be had, and there is no
                 self-service.
+            TypeError: it is no request. ValueError: this consumer is closed. Nothing was done.
             Cancelled: `cancel` is readable.
         """
         # Keeps SELF-3, SELF-6.
@@ -180,6 +181,7 @@ class Consumer(BaseConsumer[Handoff]):
         replaced = self._keep(handoff)
         if replaced is not None:
             replaced.close()
+        self._expect_open()
         return handoff.response
 
     def end(self, allocation_id: str, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
@@ -203,7 +205,8 @@ class Consumer(BaseConsumer[Handoff]):
             exchange.close()
 
     def close(self) -> None:
-        """Close every handoff that was not taken; may be called again."""
+        """Close every handoff that was not taken; may be called again. No verb works afterwards."""
+        self._is_closed = True
         while self._handoffs:
             self._handoffs.popitem()[1].close()
 

@@ -39,6 +39,7 @@ from statemachine.messages import (
     objection,
     objection_to_id,
 )
+from statemachine.record import expect
 from statemachine.states import ConsumerState
 
 from ..channel import Channel, Delivery, Lost, Received, Rejected
@@ -604,6 +605,9 @@ class BaseConsumer(Owner, Generic[H]):
         patience: how long to wait.
         audit: told of every turn to self-service.
         joins: what it asks for is there already and others use it: giving up does not end it.
+
+    Raises:
+        TypeError: `path` is no path in text.
     """
 
     def __init__(
@@ -616,6 +620,8 @@ class BaseConsumer(Owner, Generic[H]):
         audit: Audit | None = None,
         joins: bool = False,
     ) -> None:
+        if path is not None:
+            expect("path", os.fspath(path) if isinstance(path, os.PathLike) else path, str)
         self._path = path
         self._inspector = inspector
         self._service = service
@@ -623,6 +629,7 @@ class BaseConsumer(Owner, Generic[H]):
         self._audit = audit
         self._joins = joins
         self._handoffs: dict[str, H] = {}
+        self._is_closed = False
 
     def handoff_of(self, allocation_id: str) -> H:
         """
@@ -630,26 +637,36 @@ class BaseConsumer(Owner, Generic[H]):
 
         Raises:
             KeyError: nothing is kept for this allocation.
+            ValueError: the consumer is closed.
         """
+        self._expect_open()
         return self._handoffs.pop(allocation_id)
 
     def __repr__(self) -> str:
         fallback = "without self-service" if self._service is None else "with self-service"
-        place = "no provider" if self._path is None else os.fspath(self._path)
-        return f"<{type(self).__name__} of {place}, {fallback}>"
+        place = "no provider" if self._path is None else repr(os.fspath(self._path))
+        state = ", closed" if self._is_closed else ""
+        return f"<{type(self).__name__} of {place}, {fallback}{state}>"
 
     @property
     def _clock(self) -> Callable[[], float]:
         return time.monotonic
 
+    def _expect_open(self) -> None:
+        if self._is_closed:
+            raise ValueError("the consumer is closed")
+
     def _keep(self, handoff: H) -> H | None:
-        """Keep a handoff for `handoff_of`; return the one of its name that it replaces."""
+        """Keep a handoff for `handoff_of`; return what is to be closed instead."""
+        if self._is_closed:  # since it was asked for
+            return handoff
         name = handoff.request.allocation_id
         replaced = self._handoffs.pop(name, None)
         self._handoffs[name] = handoff
         return replaced
 
     def _exchange(self, request: NamespaceRequest) -> Exchange:
+        self._expect_open()
         return Exchange(
             ConsumerKernel(request),
             self._inspector,
