@@ -1225,3 +1225,114 @@ def test_what_arrives_after_closing_is_not_kept(plain: Rig) -> None:
 
     plain.lie(hand_over_late)
     asyncio.run(request_and_close())
+
+
+# --- What the caller's own code raises ---------------------------------------------------------
+
+
+def fail(*_: object) -> Any:
+    raise RuntimeError("the caller's own")
+
+
+class Failing(SimulatedInspector):
+    def inspect(self, fd: int) -> Any:
+        fail()
+
+
+@pytest.mark.timeout(30)
+def test_an_audit_that_raises_is_not_waited_for(rig: Rig) -> None:
+    """While connecting, and when the time for an answer is over."""
+    for scripts in ((), (lambda line: None,)):
+        if scripts:
+            rig.lie(*scripts)
+        with pytest.raises(RuntimeError, match="the caller's own"):
+            rig.obtain(audit=fail, patience=HASTY)
+
+
+@pytest.mark.timeout(30)
+def test_an_inspector_that_raises_has_the_allocation_ended(rig: Rig) -> None:
+    provider = rig.lie(rig.hand_over)
+    with pytest.raises(RuntimeError, match="the caller's own"):
+        rig.obtain(inspector=Failing())
+    assert provider.told(0) == [rig.wanted, rig.ended]
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("step", ["withdraw", "hurry"])
+def test_what_was_raised_first_is_what_the_caller_gets(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def fail_again(_: object) -> None:
+        raise LookupError
+
+    rig.lie(rig.hand_over)
+    monkeypatch.setattr(exchange.Exchange, step, fail_again)
+    with pytest.raises(RuntimeError, match="the caller's own"):
+        rig.obtain(inspector=Failing())
+
+
+@pytest.mark.timeout(30)
+def test_a_send_that_raises_is_not_waited_for(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.lie()
+    monkeypatch.setattr(exchange.Exchange, "write", fail)
+    monkeypatch.setattr(exchange.Channel, "wants_write", True)
+    with pytest.raises(RuntimeError, match="the caller's own"):
+        rig.obtain()
+
+
+@pytest.fixture
+def fails_once(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Have the next look at what has arrived fail, and none after it."""
+    read = exchange.Exchange.read
+
+    def fail_once(inner: exchange.Exchange) -> None:
+        monkeypatch.setattr(exchange.Exchange, "read", read)
+        fail()
+
+    return lambda: monkeypatch.setattr(exchange.Exchange, "read", fail_once)
+
+
+@pytest.mark.timeout(30)
+def test_a_handoff_goes_on_after_an_exception(rig: Rig, fails_once: Callable[[], None]) -> None:
+    is_held = threading.Event()
+
+    def hand_over_and_end(line: Line) -> None:
+        rig.hand_over(line)
+        assert is_held.wait(DEADLINE_S)
+        line.say(rig.ended)
+
+    rig.lie(hand_over_and_end)
+    with rig.obtain() as handoff:
+        fails_once()
+        is_held.set()
+        with pytest.raises(RuntimeError, match="the caller's own"):
+            handoff.wait_ended(DEADLINE_S)
+        assert handoff.wait_ended(DEADLINE_S)
+
+
+def test_an_exception_that_nothing_awaited_is_reported(
+    plain: Rig, fails_once: Callable[[], None]
+) -> None:
+    reported: list[Any] = []
+    is_held = threading.Event()
+    read = exchange.Exchange.read
+
+    def hand_over_and_end(line: Line) -> None:
+        plain.hand_over(line)
+        assert is_held.wait(DEADLINE_S)
+        line.say(plain.ended)
+
+    async def obtain_and_close() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda loop, context: reported.append(context["exception"]))
+        handoff = await AsyncConsumer(plain.path, SimulatedInspector()).obtain(plain.wanted)
+        fails_once()
+        is_held.set()
+        async with asyncio.timeout(DEADLINE_S):
+            while exchange.Exchange.read is not read:
+                await asyncio.sleep(0.01)
+        await handoff.close()
+
+    plain.lie(hand_over_and_end)
+    asyncio.run(obtain_and_close())
+    assert [str(error) for error in reported] == ["the caller's own"]

@@ -7,12 +7,13 @@ runs in the loop's default executor.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 from statemachine import effects as do
 from statemachine.effects import Effect
+from statemachine.errors import NamespaceError
 from statemachine.messages import NamespaceRequest, NamespaceResponse
 from statemachine.states import ConsumerState
 
@@ -106,11 +107,11 @@ class AsyncConsumer(BaseConsumer[AsyncHandoff]):
             await driver.until(lambda: exchange.is_settled)
             if exchange.refusal is not None:
                 raise exchange.refusal
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, NamespaceError):
             await driver.withdraw()
             raise
         except BaseException:
-            await driver.close()
+            await driver.withdraw_from_any_state()
             raise
         return AsyncHandoff(exchange, driver)
 
@@ -166,6 +167,8 @@ class _LoopDriver:
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
         self._is_closing = False
+        # What was raised where nothing awaits it: in a callback of the loop or in the task.
+        self._failure: Exception | None = None
         self._moved = asyncio.Event()
         self.follow()
 
@@ -175,17 +178,29 @@ class _LoopDriver:
         return self._task is None
 
     async def until(self, is_done: Callable[[], bool], timeout_s: float | None = None) -> bool:
-        """Wait for something to come true, or the time to be over; say whether it is true."""
+        """
+        Wait for something to come true, or the time to be over; say whether it is true.
+
+        Raises:
+            Exception: what a callback of the caller's has raised since the last time.
+        """
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                while not is_done():
+                while self._failure is None and not is_done():
                     self._moved.clear()
                     await self._moved.wait()
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
         return is_done()
 
     async def withdraw(self) -> None:
         """Give up the request: tell the provider, as far as goes at once, and close."""
         await _undisturbed(self._withdraw())
+
+    async def withdraw_from_any_state(self) -> None:
+        """Do so after an exception that may have come between two instructions."""
+        await _undisturbed(self._withdraw_from_any_state())
 
     async def close(self) -> None:
         """Close everything; an end that is owed is told, as far as goes at once."""
@@ -195,6 +210,14 @@ class _LoopDriver:
         await self._finish_task()
         self._exchange.withdraw()
         await self._close()
+
+    async def _withdraw_from_any_state(self) -> None:
+        await self._finish_task()
+        # What was raised first says more.
+        with suppress(Exception):
+            self._exchange.withdraw_from_any_state()
+        with suppress(Exception):
+            await self._close()
 
     async def _close(self) -> None:
         try:
@@ -211,6 +234,9 @@ class _LoopDriver:
             self._stop_timer()
             self._exchange.close()
             self._is_closing = False
+            if self._failure is not None:
+                context = {"message": "a consumer's callback failed", "exception": self._failure}
+                self._loop.call_exception_handler(context)
 
     async def _finish_task(self) -> None:
         """
@@ -267,25 +293,35 @@ class _LoopDriver:
             self._timer = None
 
     def _on_readable(self) -> None:
-        self._exchange.read()
-        self.follow()
+        with self._followed():
+            self._exchange.read()
 
     def _on_writable(self) -> None:
-        self._exchange.write()
-        self.follow()
+        with self._followed():
+            self._exchange.write()
 
     def _on_time(self) -> None:
-        self._exchange.expire()
-        self.follow()
+        with self._followed():
+            self._exchange.expire()
+
+    @contextmanager
+    def _followed(self) -> Iterator[None]:
+        """Follow what is done in the block, also where it fails: `until` raises what it raised."""
+        try:
+            yield
+        except Exception as error:
+            self._failure = self._failure or error
+        finally:
+            self.follow()
 
     # Effects that take time.
 
     async def _work(self, effect: Effect) -> None:
-        try:
-            await self._perform(effect)
-        finally:
-            self._task = None
-            self.follow()
+        with self._followed():
+            try:
+                await self._perform(effect)
+            finally:
+                self._task = None
 
     async def _perform(self, effect: Effect) -> None:
         await _PERFORMERS[type(effect)](self, effect)
