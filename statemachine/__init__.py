@@ -9,6 +9,7 @@ No I/O, no clock, no randomness, no descriptor numbers, no logging: same events,
     events       what has happened: a kernel's input
     effects      what shall be done: a kernel's output
     states       the states of the tables, and what each means
+    snapshots    the whole state of a kernel, as values with names
     table        checks rows, and fires their events
     machine      the machine of `transitions` that runs a table
     provider     `ProviderKernel`: allocations, answers in order, limits
@@ -47,8 +48,9 @@ if TYPE_CHECKING:
         NamespaceType,
         objection,
     )
-    from .provider import Limits, ProviderKernel, Snapshot
+    from .provider import Limits, ProviderKernel
     from .roles import NamespaceConsumer, NamespaceProvider
+    from .snapshots import ConsumerSnapshot, ProviderSnapshot
     from .states import AllocationState, ConsumerState, MessageState, NoticeState, ServiceState
 
 __version__ = "0.1.0"
@@ -60,6 +62,7 @@ __all__ = [
     "AllocationNotFound",
     "AllocationState",
     "ConsumerKernel",
+    "ConsumerSnapshot",
     "ConsumerState",
     "CreationFailed",
     "FdPassing",
@@ -76,9 +79,9 @@ __all__ = [
     "NoticeState",
     "ProtocolError",
     "ProviderKernel",
+    "ProviderSnapshot",
     "RemoteProtocolError",
     "ServiceState",
-    "Snapshot",
     "SocketUnavailable",
     "__version__",
     "objection",
@@ -92,8 +95,9 @@ _HOMES: Final = {
     "ProtocolError RemoteProtocolError SocketUnavailable",
     ".messages": "HANDOFF_SOCKET_PATH AllocationEnded Message NamespaceRequest NamespaceResponse "
     "NamespaceType objection",
-    ".provider": "Limits ProviderKernel Snapshot",
+    ".provider": "Limits ProviderKernel",
     ".roles": "NamespaceConsumer NamespaceProvider",
+    ".snapshots": "ConsumerSnapshot ProviderSnapshot",
     ".states": "AllocationState ConsumerState MessageState NoticeState ServiceState",
 }
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar
 
 from . import effects as do
 from . import events as on
@@ -33,15 +33,18 @@ from .messages import (
     shown,
 )
 from .record import expect
+from .snapshots import ConsumerSnapshot
 from .states import ConsumerState, NoticeState
-from .table import Snapshot, Table, refusal
+from .table import Table, refusal
+
+S = TypeVar("S", ConsumerState, NoticeState)
 
 
 @dataclass(slots=True, eq=False)
-class _Model:
+class _Model(Generic[S]):
     """What a table moves: what the caller has, or what the provider is to be told."""
 
-    state: ConsumerState | NoticeState
+    state: S
     subject: str
 
 
@@ -79,13 +82,11 @@ class ConsumerKernel:
     @property
     def state(self) -> ConsumerState:
         """Where the allocation stands, for the caller."""
-        assert isinstance(self._hold.state, ConsumerState)
         return self._hold.state
 
     @property
     def notice(self) -> NoticeState:
         """Where the end notice to the provider stands."""
-        assert isinstance(self._notice.state, NoticeState)
         return self._notice.state
 
     @property
@@ -102,9 +103,9 @@ class ConsumerKernel:
         name, end = self._request.allocation_id, self._notice.state.value
         return f"<ConsumerKernel {name}: {self._hold.state.value}, end notice {end}>"
 
-    def snapshot(self) -> Snapshot:
-        """Take the whole state as plain values; equal states give equal snapshots."""
-        return (
+    def snapshot(self) -> ConsumerSnapshot:
+        """Take the whole state as values with names; equal states give equal snapshots."""
+        return ConsumerSnapshot(
             self._request,
             self._hold.state,
             self._notice.state,
@@ -114,7 +115,7 @@ class ConsumerKernel:
         )
 
     @classmethod
-    def restore(cls, snapshot: Snapshot) -> ConsumerKernel:
+    def restore(cls, snapshot: ConsumerSnapshot) -> ConsumerKernel:
         """Make a kernel that goes on exactly where the snapshot was taken."""
         request, hold, notice, is_connected, is_calling, timers = snapshot
         kernel = cls(request)
@@ -167,7 +168,7 @@ class ConsumerKernel:
             case _:
                 pass
 
-    def _fire(self, table: Table, model: _Model, event: Event) -> None:
+    def _fire(self, table: Table, model: _Model[Any], event: Event) -> None:
         for order in table.fire(model, type(event)):
             self._carry_out(order, event)
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, overload
 
 from .effects import Effect, KernelOrder, Order, Timing, order_name
 from .errors import LocalProtocolError, RemoteProtocolError
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from transitions import Machine
 
 M = TypeVar("M", bound="Machine")
-
-Snapshot: TypeAlias = tuple[Any, ...]
-"""A kernel's whole state as nested tuples of plain values: comparable, hashable, restorable."""
 
 
 class Model(Protocol):

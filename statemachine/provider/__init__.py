@@ -23,7 +23,7 @@ from .limits import (
 )
 
 if TYPE_CHECKING:
-    from ..table import Snapshot
+    from ..snapshots import ProviderSnapshot
     from .kernel import ProviderKernel, event_of
 
 __all__ = [
@@ -35,11 +35,11 @@ __all__ = [
     "WAITING_MAX",
     "Limits",
     "ProviderKernel",
-    "Snapshot",
+    "ProviderSnapshot",
     "event_of",
 ]
 
 # Not for mypy, which would take any name for one that is there.
 if not TYPE_CHECKING:
-    homes = {"..table": "Snapshot", ".kernel": "ProviderKernel event_of"}
+    homes = {"..snapshots": "ProviderSnapshot", ".kernel": "ProviderKernel event_of"}
     __getattr__, __dir__ = on_demand(__name__, homes)

@@ -28,8 +28,8 @@ from ..lifecycle import (
 )
 from ..messages import AllocationEnded, NamespaceRequest, NamespaceResponse, objection_to_size
 from ..messages import Message as AnyMessage
+from ..snapshots import ProviderSnapshot
 from ..states import AllocationState, ServiceState
-from ..table import Snapshot
 from . import allocations, answers, service
 from .limits import Limits
 from .models import Allocation, Message, Question, Service
@@ -97,12 +97,12 @@ class ProviderKernel:
         count = len(self._state.connections)
         return f"<ProviderKernel {self.service.value}, {count} connections, {{{states}}}>"
 
-    def snapshot(self) -> Snapshot:
-        """Take the whole state as plain values; equal states give equal snapshots."""
+    def snapshot(self) -> ProviderSnapshot:
+        """Take the whole state as values with names; equal states give equal snapshots."""
         return self._state.freeze()
 
     @classmethod
-    def restore(cls, snapshot: Snapshot, limits: Limits | None = None) -> ProviderKernel:
+    def restore(cls, snapshot: ProviderSnapshot, limits: Limits | None = None) -> ProviderKernel:
         """Make a kernel that goes on exactly where the snapshot was taken."""
         kernel = cls(limits)
         kernel._state.thaw(snapshot)

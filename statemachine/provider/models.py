@@ -14,8 +14,8 @@ from ..effects import Timer
 from ..errors import NamespaceError
 from ..events import ConnectionId
 from ..messages import AllocationEnded, NamespaceRequest, NamespaceResponse
+from ..snapshots import AllocationSnapshot, ConnectionSnapshot, MessageSnapshot
 from ..states import AllocationState, MessageState, ServiceState
-from ..table import Snapshot
 
 Question: TypeAlias = NamespaceRequest | AllocationEnded
 """What a provider is asked."""
@@ -80,15 +80,15 @@ class Connection:
         """Whether messages are still read from it: none was unreadable."""
         return not self.is_closing and not (self.messages and self.messages[-1].question is None)
 
-    def freeze(self) -> Snapshot:
-        """Take its state as plain values."""
-        messages = tuple((m.question, m.state, m.error) for m in self.messages)
-        return (self.uid, self.is_closing, messages)
+    def freeze(self, number: ConnectionId) -> ConnectionSnapshot:
+        """Take its state as values."""
+        messages = tuple(MessageSnapshot(m.question, m.state, m.error) for m in self.messages)
+        return ConnectionSnapshot(number, self.uid, self.is_closing, messages)
 
     @classmethod
-    def thaw(cls, number: ConnectionId, frozen: Snapshot) -> Connection:
+    def thaw(cls, frozen: ConnectionSnapshot) -> Connection:
         """Make a connection of what `freeze` took."""
-        uid, is_closing, messages = frozen
+        number, uid, is_closing, messages = frozen
         return cls(uid, deque(Message(number, *message) for message in messages), is_closing)
 
 
@@ -138,9 +138,9 @@ class Allocation:
         """Forget the deferred requests of a connection."""
         self.deferred = [number for number in self.deferred if number != connection]
 
-    def freeze(self) -> Snapshot:
-        """Take its state as plain values, in the order of the fields."""
-        return (
+    def freeze(self) -> AllocationSnapshot:
+        """Take its state as values."""
+        return AllocationSnapshot(
             self.allocation_id,
             self.request,
             self.response,
@@ -159,9 +159,11 @@ class Allocation:
         )
 
     @classmethod
-    def thaw(cls, frozen: Snapshot) -> Allocation:
-        """Make an allocation of what `freeze` took."""
-        parts: list[Any] = [set(p) if isinstance(p, frozenset) else p for p in frozen]
+    def thaw(cls, frozen: AllocationSnapshot) -> Allocation:
+        """Make an allocation of what `freeze` took; the fields of both are in the same order."""
+        parts: tuple[Any, ...] = frozen
         allocation = cls(*parts)
-        allocation.deferred = list(allocation.deferred)
+        allocation.asked, allocation.parties = set(frozen.asked), set(frozen.parties)
+        allocation.holders, allocation.timers = set(frozen.holders), set(frozen.timers)
+        allocation.deferred = list(frozen.deferred)
         return allocation

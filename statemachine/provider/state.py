@@ -14,8 +14,9 @@ from .. import effects as do
 from ..effects import Effect, Order, Timer, Timing
 from ..events import ConnectionId, Event
 from ..lifecycle import ALLOCATION, MESSAGE, SERVICE
+from ..snapshots import HeldMessage, ProviderSnapshot
 from ..states import AllocationState, MessageState
-from ..table import Snapshot, Table, refusal
+from ..table import Table, refusal
 from .limits import Limits, Usage
 from .models import Allocation, Connection, Message, Service
 
@@ -148,28 +149,28 @@ class State:
         if allocation.uid is not None:
             self.usage[allocation.uid].allocations += change
 
-    # --- As plain values -------------------------------------------------------------------------
+    # --- As values -------------------------------------------------------------------------------
 
-    def freeze(self) -> Snapshot:
-        """Take everything but the limits as plain values."""
+    def freeze(self) -> ProviderSnapshot:
+        """Take everything but the limits as values."""
         connections = self.connections
-        return (
+        return ProviderSnapshot(
             self.service.state,
-            tuple((c, x.freeze()) for c, x in sorted(connections.items())),
+            tuple(x.freeze(c) for c, x in sorted(connections.items())),
             tuple(a.freeze() for _, a in sorted(self.allocations.items())),
             tuple(
-                (m.connection, connections[m.connection].messages.index(m))
+                HeldMessage(m.connection, connections[m.connection].messages.index(m))
                 for m in self.service.held
             ),
             tuple(self.remembered),
         )
 
-    def thaw(self, snapshot: Snapshot) -> None:
+    def thaw(self, snapshot: ProviderSnapshot) -> None:
         """Become what `freeze` took; of a state that is new."""
         self.service.state, connections, allocations, held, remembered = snapshot
         self.remember(remembered)
-        for number, frozen in connections:
-            self.connections[number] = connection = Connection.thaw(number, frozen)
+        for of_one in connections:
+            self.connections[of_one.number] = connection = Connection.thaw(of_one)
             self.usage[connection.uid].connections += 1
             self.usage[connection.uid].messages += len(connection.messages)
         for frozen in allocations:
@@ -178,7 +179,7 @@ class State:
             self._count(allocation, +1)
             for number in allocation.parties | allocation.holders:
                 self.connections[number].concerns.add(allocation.allocation_id)
-        for number, index in held:
-            self.service.held.append(self.connections[number].messages[index])
+        for number, place in held:
+            self.service.held.append(self.connections[number].messages[place])
         if held:
             self.service.timers.add(Timer.READINESS)

@@ -30,7 +30,8 @@ from statemachine.effects import Order, order_name
 from statemachine.errors import FdPassing
 from statemachine.events import Event
 from statemachine.lifecycle import NOTICE, TABLES
-from statemachine.provider import Limits, ProviderKernel, Snapshot
+from statemachine.provider import Limits, ProviderKernel
+from statemachine.snapshots import ProviderSnapshot
 from statemachine.states import AllocationState, ConsumerState, NoticeState, ServiceState
 from statemachine.table import Row, Table, UnsoundTable, check_vocabulary, compile_table
 from statemachine.testing.lockstep import (
@@ -220,7 +221,7 @@ _COMPLETIONS: Final = tuple(_completions())
 class Moment(NamedTuple):
     """A provider and what the model knows of it, before an event; and what happened then."""
 
-    snapshot: Snapshot
+    snapshot: ProviderSnapshot
     known: model.Provider
     limits: Limits
     events: Sequence[Event]
@@ -240,14 +241,13 @@ def moments() -> dict[Cell, list[Moment]]:
     return {cell: list(kept.values()) for cell, kept in found.items()}
 
 
-def _shape(snapshot: Snapshot) -> Any:
+def _shape(snapshot: ProviderSnapshot) -> Any:
     """Say how the answers stand in line: moments that differ in nothing else tell the same."""
-    _, connections, allocations, *_ = snapshot
     lines = tuple(
-        tuple((question, state) for question, state, _ in messages)
-        for _, (_, _, messages) in connections
+        tuple((message.question, message.state) for message in connection.messages)
+        for connection in snapshot.connections
     )
-    return lines, tuple((frozen[0], frozen[4]) for frozen in allocations)
+    return lines, tuple((a.allocation_id, a.state) for a in snapshot.allocations)
 
 
 class _Life:
@@ -257,7 +257,7 @@ class _Life:
         chance = random.Random(seed)
         alphabet = provider_events(("a", "ab", "ab", "abc")[seed % 4])
         share = IMPOSSIBLE_SHARES[seed % 3]
-        self.befores: list[tuple[Snapshot, model.Provider]] = []
+        self.befores: list[tuple[ProviderSnapshot, model.Provider]] = []
         self.events: list[Event] = []
         self.cells: list[set[Cell]] = []
         beginning = list(_BEGINNINGS[seed % len(_BEGINNINGS)])

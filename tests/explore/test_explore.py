@@ -17,9 +17,10 @@ from statemachine.consumer import ConsumerKernel
 from statemachine.effects import Effect, Timer
 from statemachine.events import Event
 from statemachine.lifecycle import ALLOCATION, CONSUMER, NOTICE, TABLES
-from statemachine.provider import Limits, ProviderKernel, Snapshot
+from statemachine.provider import Limits, ProviderKernel
 from statemachine.provider.models import Service
 from statemachine.provider.state import State
+from statemachine.snapshots import ProviderSnapshot
 from statemachine.states import AllocationState, NoticeState
 from statemachine.table import Row, Table, compile_table
 from statemachine.testing.explore import (
@@ -231,8 +232,8 @@ class AnswersTheLastFirst(ProviderKernel):
 
 class ForgetsNames(ProviderKernel):
     @classmethod
-    def restore(cls, snapshot: Snapshot, limits: Limits | None = None) -> ProviderKernel:
-        return super().restore((*snapshot[:4], ()), limits)
+    def restore(cls, snapshot: ProviderSnapshot, limits: Limits | None = None) -> ProviderKernel:
+        return super().restore(snapshot._replace(remembered=()), limits)
 
 
 class ChangesOnError(ConsumerKernel):

@@ -210,10 +210,8 @@ def test_a_step_is_as_written(
 
 def test_a_snapshot_says_whether_there_is_a_line_and_which_timers_run() -> None:
     def line_and_timers(*events: Event) -> tuple[bool, bool, set[Timer]]:
-        *_, is_connected, is_calling, timers = after(*events).snapshot()
-        assert isinstance(is_connected, bool)
-        assert isinstance(is_calling, bool)
-        return is_connected, is_calling, set(timers)
+        snapshot = after(*events).snapshot()
+        return snapshot.is_connected, snapshot.is_calling, set(snapshot.timers)
 
     overdue, told_late = on.AnswerOverdue(), (END, on.NoticeOverdue())
     assert line_and_timers() == (False, False, set())

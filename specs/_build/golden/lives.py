@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final, TypeAlias
 
@@ -33,6 +33,7 @@ from statemachine.events import Event
 from statemachine.states import ServiceState
 from statemachine.messages import NamespaceRequest, NamespaceResponse, NamespaceType
 from statemachine.provider import Limits, ProviderKernel
+from statemachine.snapshots import ConsumerSnapshot, ProviderSnapshot
 from transport.trace import encode_effect, encode_event
 
 PID, NET, MOUNT = NamespaceType
@@ -77,7 +78,7 @@ _EXPIRES: Final = {
 class World:
     """A provider's kernel, and what its driver and its backend have under way."""
 
-    kernel: Hashable
+    kernel: ProviderSnapshot
     open: frozenset[int] = frozenset()
     deaf: frozenset[int] = frozenset()
     """Connections that are not read from any more: closed, or to be closed in their turn."""
@@ -90,7 +91,7 @@ class World:
     """What is watched."""
     used: frozenset[str] = frozenset()
 
-    def after(self, event: Event, kernel: Hashable, effects: Iterable[Effect]) -> World:
+    def after(self, event: Event, kernel: ProviderSnapshot, effects: Iterable[Effect]) -> World:
         """Say what is under way after an event."""
         world = _reported(replace(self, kernel=kernel), event)
         for effect in effects:
@@ -224,7 +225,7 @@ def _of_the_machine(world: World, name: str, state: str) -> Iterator[Event]:
 
 def take(world: World, event: Event, limits: Limits) -> tuple[World, tuple[Effect, ...]]:
     """Let something happen."""
-    kernel = ProviderKernel.restore(world.kernel, limits)  # type: ignore[arg-type]
+    kernel = ProviderKernel.restore(world.kernel, limits)
     effects = kernel.receive(event)
     return world.after(event, kernel.snapshot(), effects), effects
 
@@ -255,7 +256,7 @@ def shortest_lives() -> Iterator[tuple[str, Life]]:
     queue, seen, steps = deque([start]), set(), 0
     while queue and steps < STEPS_MAX:
         world = queue.popleft()
-        kernel = ProviderKernel.restore(world.kernel, limits)  # type: ignore[arg-type]
+        kernel = ProviderKernel.restore(world.kernel, limits)
         before = kernel.state_of("a").value
         for event in possible(_SMALL, world, kernel):
             if isinstance(event, on.ConnectionOpened) and event.connection > len(world.open) + 1:
@@ -314,7 +315,7 @@ def long_lives() -> Iterator[tuple[str, Limits, Life]]:
         draw = _numbers_from(number)
         world, life = World(ProviderKernel(limits).snapshot()), []
         for _ in range(WALK_EVENTS):
-            kernel = ProviderKernel.restore(world.kernel, limits)  # type: ignore[arg-type]
+            kernel = ProviderKernel.restore(world.kernel, limits)
             event = _drawn([*possible(_LARGE, world, kernel)], draw)
             world, _ = take(world, event, limits)
             life.append(event)
@@ -587,7 +588,7 @@ _CONSUMER_EVENTS: Final[tuple[Event, ...]] = (
 def consumer() -> Iterator[Case]:
     """Yield for every step that a consumer can take the shortest life that ends with it."""
     start = ConsumerKernel(_WANTED).snapshot()
-    lives: dict[Hashable, tuple[Event, ...]] = {start: ()}
+    lives: dict[ConsumerSnapshot, tuple[Event, ...]] = {start: ()}
     queue = deque([start])
     while queue:
         snapshot = queue.popleft()

@@ -31,7 +31,8 @@ from ...messages import (
     NamespaceRequest,
     NamespaceResponse,
 )
-from ...provider import Limits, ProviderKernel, Snapshot
+from ...provider import Limits, ProviderKernel
+from ...snapshots import AllocationSnapshot, ConsumerSnapshot, ProviderSnapshot
 from ...states import AllocationState, ConsumerState, NoticeState, ServiceState
 from ..lockstep import model_limits, other_states
 from .world import Bounds, Finding, Numbers
@@ -99,8 +100,8 @@ class Kernels:
         self._consumer = consumer
         self._has_model = has_model
         self._index = {name: i for i, name in enumerate(self.names)}
-        self._providers: Numbers[tuple[Snapshot, Any]] = Numbers()
-        self._consumers: Numbers[tuple[Snapshot, Any]] = Numbers()
+        self._providers: Numbers[tuple[ProviderSnapshot, Any]] = Numbers()
+        self._consumers: Numbers[tuple[ConsumerSnapshot, Any]] = Numbers()
         self._provider_steps: dict[tuple[int, ProviderInput], Step] = {}
         self._consumer_steps: dict[tuple[int, ConsumerInput], Step | None] = {}
         self._renamed: dict[tuple[int, Permutation, str | tuple[int, ...]], int] = {}
@@ -167,9 +168,9 @@ class Kernels:
             if again.snapshot() != snapshot:
                 raise Finding("a snapshot of the provider's kernel does not restore it")
             states = tuple(kernel.state_of(name) for name in self.names)
-            numbers = {c for c, _ in snapshot[1]}
-            for frozen in snapshot[2]:
-                numbers.update(*frozen[5:8], frozen[8])
+            numbers = {connection.number for connection in snapshot.connections}
+            for a in snapshot.allocations:
+                numbers.update(a.asked, a.parties, a.holders, a.deferred)
             view = ProviderView(kernel.service, states, tuple(sorted(numbers)))
             self.provider_views.append(view)
         return number
@@ -305,8 +306,10 @@ class _Namer:
         """Rename what a message, an error or a tuple says."""
         name = self._name
         match thing:
+            case tuple() if hasattr(thing, "_fields"):
+                return type(thing)(*map(self.of, thing))
             case tuple():
-                return tuple(self.of(part) for part in thing)
+                return tuple(map(self.of, thing))
             case NamespaceRequest():
                 return NamespaceRequest(
                     name(thing.allocation_id), thing.namespaces, thing.uenv_image
@@ -360,34 +363,29 @@ class _Namer:
         waiting = sorted(known.waiting, key=_name_in) if is_ready else known.waiting
         return known._replace(waiting=tuple(waiting), remembered=self.in_memory(known.remembered))
 
-    def of_provider(self, snapshot: Snapshot) -> Snapshot:
+    def of_provider(self, snapshot: ProviderSnapshot) -> ProviderSnapshot:
         """Rename what a provider's snapshot says."""
-        service, connections, allocations, held, remembered = snapshot
         number = self._number
-        return (
-            service,
-            tuple(
-                (number(c), (uid, is_closing, self.of(messages)))
-                for c, (uid, is_closing, messages) in connections
+        return snapshot._replace(
+            connections=tuple(
+                c._replace(number=number(c.number), messages=self.of(c.messages))
+                for c in snapshot.connections
             ),
-            tuple(sorted((self._allocation(frozen) for frozen in allocations), key=_first)),
-            tuple((number(c), index) for c, index in held),
-            self.in_memory(tuple(map(self._name, remembered))),
+            allocations=tuple(sorted(map(self._allocation, snapshot.allocations), key=_name_of)),
+            held=tuple(m._replace(connection=number(m.connection)) for m in snapshot.held),
+            remembered=self.in_memory(tuple(map(self._name, snapshot.remembered))),
         )
 
-    def _allocation(self, frozen: Snapshot) -> Snapshot:
-        name, request, response, uid, state, *sets, early = frozen[:9]
-        return (
-            self._name(name),
-            self.of(request),
-            self.of(response),
-            uid,
-            state,
-            *(frozenset(map(self._number, numbers)) for numbers in sets),
-            tuple(map(self._number, early)),
-            *frozen[9:13],
-            self._text(frozen[13]),
-            frozen[14],
+    def _allocation(self, a: AllocationSnapshot) -> AllocationSnapshot:
+        return a._replace(
+            allocation_id=self._name(a.allocation_id),
+            request=self.of(a.request),
+            response=self.of(a.response),
+            asked=frozenset(map(self._number, a.asked)),
+            parties=frozenset(map(self._number, a.parties)),
+            holders=frozenset(map(self._number, a.holders)),
+            deferred=tuple(map(self._number, a.deferred)),
+            failure=self._text(a.failure),
         )
 
     def in_memory(self, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -413,5 +411,5 @@ def _name_in(waiting: tuple[int, Any]) -> str:
     return name
 
 
-def _first(frozen: Snapshot) -> Any:
-    return frozen[0]
+def _name_of(allocation: AllocationSnapshot) -> str:
+    return allocation.allocation_id
