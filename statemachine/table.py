@@ -114,10 +114,21 @@ class Table:
         return {event: made.events[event.__name__].take for event in self.events}
 
     @overload
-    def machine(self, *, model: Any = None, **options: Any) -> Machine: ...
+    def machine(
+        self, *, model: Any = None, initial: Enum | str | None = None, **options: Any
+    ) -> Machine: ...
     @overload
-    def machine(self, cls: type[M], *, model: Any = None, **options: Any) -> M: ...
-    def machine(self, cls: Any = None, *, model: Any = None, **options: Any) -> Any:
+    def machine(
+        self, cls: type[M], *, model: Any = None, initial: Enum | str | None = None, **options: Any
+    ) -> M: ...
+    def machine(
+        self,
+        cls: Any = None,
+        *,
+        model: Any = None,
+        initial: Enum | str | None = None,
+        **options: Any,
+    ) -> Any:
         """
         Make a stock machine of `transitions` with the rows of this table.
 
@@ -125,19 +136,30 @@ class Table:
         members of the enum; each transition has the row's orders as its attribute `effects`, which
         a callback finds with `send_event=True` in `event_data.transition.effects`.
 
+        A hierarchical machine takes an underscore for the end of an outer state's name. Where a
+        state has one, it is given a subclass of `cls` in which a dot has that meaning.
+
         Args:
             cls: which machine: `Machine` (None), `GraphMachine`, `LockedMachine`, ...
             model: what it moves; an object, a list, or None.
+            initial: where the model begins, by member or by name; None: where a life begins.
             options: for its constructor, as `send_event`, `graph_engine` or `after_state_change`.
+
+        Raises:
+            ValueError: the table has no such initial state.
+            TypeError: `states` or `transitions` are given, which are the table's own.
         """
+        taken = sorted({"states", "transitions"} & options.keys())
+        if taken:
+            raise TypeError(f"{self.name}: {taken[0]} cannot be given: they are the table's own")
         if cls is None:
             from transitions import Machine
 
             cls = Machine
-        made = cls(
+        made = _taking_names(cls, self.states)(
             model=model,
             states=type(self.initial),
-            initial=self.initial,
+            initial=self.initial if initial is None else self._state_of(initial),
             transitions=[
                 {"trigger": row.event.__name__, "source": row.source, "dest": row.target}
                 for row in self.rows
@@ -150,6 +172,22 @@ class Table:
             found: Any = made.events[row.event.__name__].transitions[row.source.name][0]
             found.effects = row.effects
         return made
+
+    def _state_of(self, state: Enum | str) -> Enum:
+        for each in self.states:
+            if state in (each, each.name):
+                return each
+        names = ", ".join(each.name for each in self.states)
+        raise ValueError(f"{self.name}: {state!r} is no state of this table, which has {names}")
+
+
+def _taking_names(cls: Any, states: Iterable[Enum]) -> Any:
+    """Return a class of machines like `cls` that takes the states' names as they are."""
+    separator = getattr(cls.state_cls, "separator", None)
+    if separator is None or not any(separator in state.name for state in states):
+        return cls
+    kind = type(cls.state_cls.__name__, (cls.state_cls,), {"separator": "."})
+    return type(cls.__name__, (cls,), {"state_cls": kind})
 
 
 def _what_refuses() -> tuple[type[Exception], ...]:
