@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 from collections import deque
 from enum import Enum
 from typing import Any, Final
@@ -9,7 +11,10 @@ from typing import Any, Final
 import pytest
 from transitions import Machine, MachineError
 from transitions.extensions import (
+    AsyncMachine,
+    GraphMachine,
     HierarchicalMachine,
+    LockedMachine,
 )
 
 from statemachine.effects import Order
@@ -19,8 +24,12 @@ from statemachine.table import Row, Table
 
 KINDS: Final[tuple[Any, ...]] = (
     Machine,
+    GraphMachine,
+    LockedMachine,
+    AsyncMachine,
     HierarchicalMachine,
 )
+OPTIONS: Final[dict[Any, dict[str, str]]] = {GraphMachine: {"graph_engine": "mermaid"}}
 
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 every_table = pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
@@ -38,14 +47,21 @@ class Model:
         self.orders.append(event.transition.effects)
 
     def happens(self, name: str) -> bool:
-        """Trigger an event."""
-        return bool(getattr(self, name)())
+        """Trigger an event, of an asynchronous machine as well."""
+        outcome: Any = getattr(self, name)()
+        if inspect.isawaitable(outcome):
+            outcome = asyncio.run(_awaited(outcome))
+        return bool(outcome)
+
+
+async def _awaited(outcome: Any) -> Any:
+    return await outcome
 
 
 def made(table: Table, kind: Any, **options: Any) -> tuple[Any, Model]:
     """Make a machine of this kind, and a model that it moves."""
     model = Model()
-    options |= {"send_event": True, "after_state_change": "note"}
+    options |= {"send_event": True, "after_state_change": "note", **OPTIONS.get(kind, {})}
     return table.machine(kind, model=model, **options), model
 
 
@@ -102,6 +118,16 @@ def test_it_refuses_what_has_no_row(table: Table, kind: Any) -> None:
                 with pytest.raises(MachineError, match=f"'?{event.__name__}'? from state"):
                     model.happens(event.__name__)
         assert (model.state, model.orders) == (state, [])
+
+
+@every_table
+def test_its_graph_has_every_row(table: Table) -> None:
+    machine, _ = made(table, GraphMachine)
+    lines = [line.strip() for line in machine.get_graph().draw(None).splitlines()]
+    for row in table.rows:
+        start = f"{row.source.name} --> {row.target.name}: "
+        labels = [line.removeprefix(start) for line in lines if line.startswith(start)]
+        assert any(row.event.__name__ in label.split(" | ") for label in labels), row
 
 
 # --- Where it begins, and what cannot be given ---------------------------------------------------
