@@ -364,8 +364,12 @@ class ConfirmEnd(KernelOrder):
     """Answer the end with `AllocationEnded`."""
 
 
-class TellEnd(KernelOrder):
-    """Answer each connection that asked for the end; push it to each other holder. Once."""
+class AnswerEnd(KernelOrder):
+    """Confirm every open end of the allocation; its sender needs no push, and is no holder now."""
+
+
+class PushEnd(KernelOrder):
+    """Push `AllocationEnded` to each holder; then send the answers whose turn has come. Once."""
 
 
 class FailAskers(KernelOrder):

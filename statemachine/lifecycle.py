@@ -182,16 +182,17 @@ ALLOCATION: Final = compile_table(
         # The creation that the end overtook. The release is queued behind it.
         *_stay(on.NamespacesCreated, _ENDED),
         *_stay(on.NamespacesNotCreated, _ENDED),
-        # Releasing: tried until nothing is left, announced at the deadline at the latest. Each
-        # holder is told first: an answer may be the last frame on its connection. (END-9, END-12)
+        # Releasing: tried until nothing is left, announced at the deadline at the latest. What is
+        # answered is not pushed as well. The push comes before a refusal, which may be the last
+        # frame on its connection. (END-9, END-12, END-13)
         *_stay(on.ReleaseDelayed, _ENDED, then=(start(Timer.RETRY),)),
         *_stay(on.RetryDue, _ENDED, then=(do.ReleaseNamespaces,)),
-        *_stay(on.ReleaseOverdue, _ENDED, then=(do.TellEnd, do.FailAllAskers)),
+        *_stay(on.ReleaseOverdue, _ENDED, then=(do.AnswerEnd, do.PushEnd, do.FailAllAskers)),
         Row(
             on.NamespacesReleased,
             _ENDED,
             _RELEASED,
-            (stop(Timer.RELEASE), do.TellEnd, do.FailAskers, do.Forget),
+            (stop(Timer.RELEASE), do.AnswerEnd, do.PushEnd, do.FailAskers, do.Forget),
         ),
         # The end of what is over already, and of what never was.
         *_stay(on.EndRepeated, _ENDED, _RELEASED, then=(do.ConfirmEnd,)),

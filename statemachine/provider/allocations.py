@@ -138,22 +138,20 @@ def _confirm_end(state: State, allocation: Allocation, message: Message) -> None
     state.fire_message(message, on.EndConfirmed)
 
 
-def _tell_end(state: State, allocation: Allocation, _: object) -> None:
-    # Keeps END-12, END-13.
-    name = allocation.allocation_id
-    for number in sorted(allocation.parties | allocation.holders):
-        connection = state.connections[number]
-        ends = [
-            message
-            for message in connection.messages
-            if message.state is MessageState.OPEN and message.is_end_of(name)
-        ]
-        for message in ends:
+def _answer_end(state: State, allocation: Allocation, _: object) -> None:
+    # Keeps END-13.
+    for number in allocation.parties:
+        for message in state.ends(number, allocation):
             state.fire_message(message, on.EndConfirmed)
-        if ends:
-            flush(state, number)
-        elif number in allocation.holders and not connection.is_closing:
-            state.effects.append(do.AnnounceEnd(number, name))
+            allocation.holders.discard(number)
+
+
+def _push_end(state: State, allocation: Allocation, _: object) -> None:
+    # Keeps END-12.
+    for number in sorted(allocation.parties | allocation.holders):
+        if number in allocation.holders and not state.connections[number].is_closing:
+            state.effects.append(do.AnnounceEnd(number, allocation.allocation_id))
+        flush(state, number)
     allocation.holders.clear()
     allocation.is_announced = True
 
@@ -213,7 +211,8 @@ ORDERS: Final[Mapping[Order, Handler]] = {
     do.RefuseDraining: _refuse_draining,
     do.RefuseUnknown: _refuse_unknown,
     do.ConfirmEnd: _confirm_end,
-    do.TellEnd: _tell_end,
+    do.AnswerEnd: _answer_end,
+    do.PushEnd: _push_end,
     do.FailAskers: _fail_askers,
     do.FailAllAskers: _fail_all_askers,
     do.Forget: _forget,

@@ -145,6 +145,12 @@ class State:
         messages = self.connections[connection].messages
         return [m for m in messages if m.state in states and m.is_request_for(name)]
 
+    def ends(self, connection: ConnectionId, allocation: Allocation) -> list[Message]:
+        """List a connection's ends of an allocation that are open."""
+        name = allocation.allocation_id
+        messages = self.connections[connection].messages
+        return [m for m in messages if m.state is MessageState.OPEN and m.is_end_of(name)]
+
     def _count(self, allocation: Allocation, change: int) -> None:
         if allocation.uid is not None:
             self.usage[allocation.uid].allocations += change

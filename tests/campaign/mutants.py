@@ -446,7 +446,8 @@ _RESOLVING: Final = (
     do.GrantAskers,
     do.WithdrawGrants,
     do.WithdrawDeferred,
-    do.TellEnd,
+    do.AnswerEnd,
+    do.PushEnd,
     do.FailAskers,
     do.FailAllAskers,
     do.CloseChannel,
@@ -461,15 +462,18 @@ _WITHOUT_A_LINE: Final = (
 )
 _EXISTS: Final = (AllocationState.CREATED, AllocationState.HANDED_OFF)
 _ORDERED: Final = (
-    {do.TellEnd, do.FailAskers},
-    {do.TellEnd, do.FailAllAskers},
-    {do.TellEnd, do.Forget},
+    {do.AnswerEnd, do.PushEnd},
+    {do.PushEnd, do.FailAskers},
+    {do.PushEnd, do.FailAllAskers},
+    {do.PushEnd, do.Forget},
     {do.FailAskers, do.Forget},
     {do.AddAsker, do.GrantAskers},
     {do.RefuseFlood, do.CloseConnection},
     {do.RefusePeer, do.CloseConnection},
     {do.AddConnection, do.CloseConnection},
     {do.Refuse, do.CloseConnection},
+    {do.SendFault, do.CloseChannel},
+    {do.CloseChannel, do.OweEnd},
 )
 """Orders of one row of which one must come before the other."""
 _NO_ALLOCATION: Final = (AllocationState.UNKNOWN, AllocationState.RELEASED)
@@ -479,11 +483,13 @@ def _is_starting(mutant: Mutant) -> bool:
     return mutant.cell[1] is ServiceState.STARTING
 
 
-def _swapped(mutant: Mutant) -> set[Order]:
+def _turned_round(mutant: Mutant) -> list[set[Order]]:
+    """List the pairs of which the second comes first now: those swapped, and what is between."""
     assert mutant.before is not None
     assert mutant.after is not None
-    pairs = zip(mutant.before.effects, mutant.after.effects, strict=True)
-    return {was for was, becomes in pairs if was != becomes}
+    place = mutant.after.effects.index
+    pairs = combinations(mutant.before.effects, 2)
+    return [{one, other} for one, other in pairs if place(one) > place(other)]
 
 
 def _has_no_open_request(mutant: Mutant) -> bool:
@@ -655,9 +661,21 @@ ARGUMENTS: Final = (
         ),
     ),
     Argument(
+        "no end of it is open: one that comes while it is alive ends it, and one that comes after "
+        "the end was told is answered at once",
+        lambda m: (
+            _adds(m, do.AnswerEnd)
+            and (
+                _is_told_already(m)
+                or m.cell == (on.EndReceived, AllocationState.UNKNOWN)
+                or (m.cell[0] is not on.EndReceived and m.cell[1] is not AllocationState.ENDED)
+            )
+        ),
+    ),
+    Argument(
         "the end has been told already, or nothing is there to tell",
         lambda m: (
-            m.surplus is do.TellEnd
+            m.surplus is do.PushEnd
             and (
                 _is_told_already(m)
                 or (m.cell[0] is on.EndReceived and m.cell[1] is AllocationState.UNKNOWN)
@@ -675,7 +693,7 @@ ARGUMENTS: Final = (
     Argument(
         "the two touch different things, and what is said on one connection stands in line there: "
         "done in the other order they do the same",
-        lambda m: m.edit == "swap effects" and _swapped(m) not in _ORDERED,
+        lambda m: m.edit == "swap effects" and not any(x in _ORDERED for x in _turned_round(m)),
     ),
 )
 """For whatever is not killed; that none of them is killed either is part of the campaign."""

@@ -153,10 +153,13 @@ ONLY_HERE: Final[list[tuple[Table, Order, set[str]]]] = [
         },
     ),
     (ALLOCATION, do.RecordHandoff, {"ResponseSent: created to handed_off"}),
-    (
-        ALLOCATION,
-        do.TellEnd,
-        {"NamespacesReleased: ended to released", "ReleaseOverdue: ended to ended"},
+    *(
+        (
+            ALLOCATION,
+            order,
+            {"NamespacesReleased: ended to released", "ReleaseOverdue: ended to ended"},
+        )
+        for order in (do.AnswerEnd, do.PushEnd)
     ),
     (
         ALLOCATION,
@@ -222,12 +225,12 @@ def test_nothing_is_handed_over_but_what_exists_and_has_not_ended() -> None:
         assert (do.WithdrawGrants in row.effects) == is_granted, row
 
 
-def test_holders_are_told_before_askers_are_refused() -> None:
-    """A refusal may be the last frame on a connection."""
+def test_ends_are_answered_then_holders_are_told_then_askers_are_refused() -> None:
+    """What is answered is not pushed as well; and a refusal may be a connection's last frame."""
+    order: list[Order] = [do.AnswerEnd, do.PushEnd, do.FailAskers, do.FailAllAskers]
     for row in ALLOCATION.rows:
-        failing = [at for at, x in enumerate(row.effects) if x in (do.FailAskers, do.FailAllAskers)]
-        assert (do.TellEnd in row.effects) == bool(failing), row
-        assert all(row.effects.index(do.TellEnd) < at for at in failing)
+        ending = [order.index(x) for x in row.effects if x in order]
+        assert ending in ([], [0, 1, 2], [0, 1, 3]), row
 
 
 # --- The consumer ------------------------------------------------------------------------------

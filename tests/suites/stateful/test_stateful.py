@@ -162,7 +162,7 @@ def test_descriptors_in_another_order_are_found(
     ("row", "leaves_out"),
     [
         (("InitDied", "handed_off"), do.ReleaseNamespaces),
-        (("NamespacesReleased", "ended"), do.TellEnd),
+        (("NamespacesReleased", "ended"), do.PushEnd),
         (("RequestRepeated", "handed_off"), do.GrantAskers),
         (("Unclaimed", "created"), "start claim timer"),
     ],
