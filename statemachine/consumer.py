@@ -9,9 +9,9 @@ second.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 from . import effects as do
 from . import events as on
@@ -65,65 +65,58 @@ class ConsumerKernel:
 
     def __init__(self, request: NamespaceRequest) -> None:
         expect("request", request, NamespaceRequest)
-        subject = f"allocation {request.allocation_id}"
-        self._request = request
-        self._hold = _Model(ConsumerState.IDLE, subject)
-        self._notice = _Model(NoticeState.SILENT, subject)
-        self._is_connected = False
-        self._is_calling = False
-        self._timers: set[Timer] = set()
-        self._out: list[Effect] = []
+        self._state = _State(request)
 
     @property
     def request(self) -> NamespaceRequest:
         """What the caller wants."""
-        return self._request
+        return self._state.request
 
     @property
     def state(self) -> ConsumerState:
         """Where the allocation stands, for the caller."""
-        return self._hold.state
+        return self._state.hold.state
 
     @property
     def notice(self) -> NoticeState:
         """Where the end notice to the provider stands."""
-        return self._notice.state
+        return self._state.notice.state
 
     @property
     def is_connected(self) -> bool:
         """Whether there is a connection to the provider."""
-        return self._is_connected
+        return self._state.is_connected
 
     @property
     def owes_end(self) -> bool:
         """Whether the provider still has to be told of the end."""
-        return self._notice.state not in (NoticeState.SILENT, NoticeState.HEARD)
+        return self._state.notice.state not in (NoticeState.SILENT, NoticeState.HEARD)
 
     def __repr__(self) -> str:
-        name, end = self._request.allocation_id, self._notice.state.value
-        return f"<ConsumerKernel {name}: {self._hold.state.value}, end notice {end}>"
+        state = self._state
+        name, end = state.request.allocation_id, state.notice.state.value
+        return f"<ConsumerKernel {name}: {state.hold.state.value}, end notice {end}>"
 
     def snapshot(self) -> ConsumerSnapshot:
         """Take the whole state as values with names; equal states give equal snapshots."""
+        state = self._state
         return ConsumerSnapshot(
-            self._request,
-            self._hold.state,
-            self._notice.state,
-            self._is_connected,
-            self._is_calling,
-            frozenset(self._timers),
+            state.request,
+            state.hold.state,
+            state.notice.state,
+            state.is_connected,
+            state.is_calling,
+            frozenset(state.timers),
         )
 
     @classmethod
     def restore(cls, snapshot: ConsumerSnapshot) -> ConsumerKernel:
         """Make a kernel that goes on exactly where the snapshot was taken."""
-        request, hold, notice, is_connected, is_calling, timers = snapshot
-        kernel = cls(request)
-        kernel._hold.state = hold
-        kernel._notice.state = notice
-        kernel._is_connected = is_connected
-        kernel._is_calling = is_calling
-        kernel._timers = set(timers)
+        kernel = cls(snapshot.request)
+        state = kernel._state
+        state.hold.state, state.notice.state = snapshot.state, snapshot.notice
+        state.is_connected, state.is_calling = snapshot.is_connected, snapshot.is_calling
+        state.timers = set(snapshot.timers)
         return kernel
 
     def receive(self, event: ConsumerInput) -> tuple[Effect, ...]:
@@ -138,68 +131,24 @@ class ConsumerKernel:
             RemoteProtocolError: the provider said what it may not say now; feed `FrameRejected`.
                 Nothing changed in either case.
         """
-        self._out = []
-        kind = type(event)
+        state, kind = self._state, type(event)
+        state.effects = []
         # Which tables know the event is decided before either moves: `OweEnd`, an order of the
         # first, moves the second, which may then have a row for this very event, or no longer.
-        moves_hold = CONSUMER.row(kind, self._hold.state) is not None
-        moves_notice = NOTICE.row(kind, self._notice.state) is not None
+        moves_hold = CONSUMER.row(kind, state.hold.state) is not None
+        moves_notice = NOTICE.row(kind, state.notice.state) is not None
         is_fed = not issubclass(kind, KernelEvent)
-        holds = self._is_connected or kind not in HAS_PROVIDER.events
+        holds = state.is_connected or kind not in HAS_PROVIDER.events
         if not (is_fed and holds and (moves_hold or moves_notice)):
-            raise refusal(kind, self._hold)
-        self._note(event)
+            raise refusal(kind, state.hold)
+        note = _NOTES.get(kind)
+        if note is not None:
+            note(state, event)
         if moves_hold:
-            self._fire(CONSUMER, self._hold, event)
+            state.fire_hold(event)
         if moves_notice:
-            self._fire(NOTICE, self._notice, event)
-        return tuple(self._out)
-
-    def _note(self, event: Event) -> None:
-        match event:
-            case on.Connected():
-                self._is_connected, self._is_calling = True, False
-            case on.ProviderUnreachable():
-                self._is_calling = False
-            case on.ConnectionLost():
-                self._is_connected = False
-            case _ if type(event) in EXPIRIES:
-                self._timers.discard(EXPIRIES[type(event)])
-            case _:
-                pass
-
-    def _fire(self, table: Table, model: _Model[Any], event: Event) -> None:
-        for order in table.fire(model, type(event)):
-            self._carry_out(order, event)
-
-    def _carry_out(self, order: Order, event: Event) -> None:
-        if isinstance(order, Timing):
-            self._time(order)
-        elif order is do.OweEnd:
-            owed = on.EndOwed() if self._is_connected else on.EndOwedApart()
-            self._fire(NOTICE, self._notice, owed)
-        elif order is do.CloseChannel:
-            self._close()
-        elif order is do.Connect:
-            self._is_calling = True
-            self._out.append(do.Connect())
-        else:
-            self._out.append(_BUILDERS[order](self._request, event))
-
-    def _close(self) -> None:
-        # Keeps FD-10.
-        if self._is_connected or self._is_calling:
-            self._is_connected = self._is_calling = False
-            self._out.append(do.CloseChannel())
-
-    def _time(self, order: Timing) -> None:
-        name = self._request.allocation_id
-        if order.starts:
-            self._timers.add(order.timer)
-            self._out.append(do.StartTimer(order.timer, name))
-        elif order.timer in self._timers:
-            self._timers.discard(order.timer)
-            self._out.append(do.StopTimer(order.timer, name))
+            state.fire_notice(event)
+        return tuple(state.effects)
 
 
 def event_of(request: NamespaceRequest, message: Message) -> ConsumerInput:
@@ -245,33 +194,187 @@ def mismatch(request: NamespaceRequest, response: NamespaceResponse) -> str | No
     return None
 
 
-def _why(event: Any) -> NamespaceError:
-    """Say which of the seed's errors an event amounts to."""
-    error = getattr(event, "error", None)
-    if isinstance(error, NamespaceError):
-        return error
-    match event:
-        case on.AnswerOverdue():
-            return SocketUnavailable("no whole answer within the answer deadline")
-        case on.ConnectionLost(reason=reason):
-            return SocketUnavailable(reason or "the connection was lost before a whole answer")
-        case _:
-            return FdPassing(event.reason)
+# --- What it knows -------------------------------------------------------------------------------
 
 
-def _build_delivery(request: NamespaceRequest, event: Any) -> Effect:
-    return do.DeliverDescriptors(event.response, isinstance(event, on.SelfServed))
+class _State:
+    """What a consumer knows, and what it has decided in the step that is under way."""
+
+    def __init__(self, request: NamespaceRequest) -> None:
+        subject = f"allocation {request.allocation_id}"
+        self.request = request
+        self.hold = _Model(ConsumerState.IDLE, subject)
+        self.notice = _Model(NoticeState.SILENT, subject)
+        self.is_connected = False
+        self.is_calling = False
+        self.timers: set[Timer] = set()
+        self.effects: list[Effect] = []
+
+    def fire_hold(self, event: Event) -> None:
+        """Move what the caller has."""
+        self._fire(CONSUMER, self.hold, event)
+
+    def fire_notice(self, event: Event) -> None:
+        """Move what the provider is to be told."""
+        self._fire(NOTICE, self.notice, event)
+
+    def _fire(self, table: Table, model: _Model[Any], event: Event) -> None:
+        for order in table.fire(model, type(event)):
+            if isinstance(order, Timing):
+                self._time(order)
+            else:
+                _ORDERS[order](self, event)
+
+    def _time(self, order: Timing) -> None:
+        name = self.request.allocation_id
+        if order.starts:
+            self.timers.add(order.timer)
+            self.effects.append(do.StartTimer(order.timer, name))
+        elif order.timer in self.timers:
+            self.timers.discard(order.timer)
+            self.effects.append(do.StopTimer(order.timer, name))
 
 
-_BUILDERS: Final[dict[Order, Callable[[NamespaceRequest, Any], Effect]]] = {
-    do.SendRequest: lambda request, event: do.SendRequest(request),
-    do.SendEnd: lambda request, event: do.SendEnd(request.allocation_id),
-    do.SendFault: lambda request, event: do.SendFault(_why(event).text),
-    do.DeliverDescriptors: _build_delivery,
-    do.DiscardDescriptors: lambda request, event: do.DiscardDescriptors(),
-    do.ReportFallback: lambda request, event: do.ReportFallback(request.allocation_id, _why(event)),
-    do.ServeSelf: lambda request, event: do.ServeSelf(request),
-    do.ReleaseOwn: lambda request, event: do.ReleaseOwn(request.allocation_id),
-    do.ReportRefusal: lambda request, event: do.ReportRefusal(_why(event)),
-    do.ReportEnd: lambda request, event: do.ReportEnd(request.allocation_id),
+_Handler: TypeAlias = Callable[[_State, Any], None]
+"""Carries out an order, because of this event; or notes what the event says."""
+
+# --- What an event says; it is kept before the rows are taken ------------------------------------
+
+
+def _note_connected(state: _State, _: object) -> None:
+    state.is_connected, state.is_calling = True, False
+
+
+def _note_unreachable(state: _State, _: object) -> None:
+    state.is_calling = False
+
+
+def _note_lost(state: _State, _: object) -> None:
+    state.is_connected = False
+
+
+def _note_expiry(state: _State, event: Event) -> None:
+    state.timers.discard(EXPIRIES[type(event)])
+
+
+_NOTES: Final[Mapping[type[Event], _Handler]] = {
+    on.Connected: _note_connected,
+    on.ProviderUnreachable: _note_unreachable,
+    on.ConnectionLost: _note_lost,
+    on.AnswerOverdue: _note_expiry,
+    on.NoticeOverdue: _note_expiry,
+    on.NoticeDue: _note_expiry,
 }
+
+# --- What the rows ask for -----------------------------------------------------------------------
+
+
+def _connect(state: _State, _: object) -> None:
+    state.is_calling = True
+    state.effects.append(do.Connect())
+
+
+def _close(state: _State, _: object) -> None:
+    # Keeps FD-10.
+    if state.is_connected or state.is_calling:
+        state.is_connected = state.is_calling = False
+        state.effects.append(do.CloseChannel())
+
+
+def _owe_end(state: _State, _: object) -> None:
+    state.fire_notice(on.EndOwed() if state.is_connected else on.EndOwedApart())
+
+
+def _send_request(state: _State, _: object) -> None:
+    state.effects.append(do.SendRequest(state.request))
+
+
+def _send_end(state: _State, _: object) -> None:
+    state.effects.append(do.SendEnd(state.request.allocation_id))
+
+
+def _send_fault(state: _State, event: Event) -> None:
+    state.effects.append(do.SendFault(_error_of(event).text))
+
+
+def _deliver(state: _State, event: on.ResponseReceived | on.SelfServed) -> None:
+    is_degraded = isinstance(event, on.SelfServed)
+    state.effects.append(do.DeliverDescriptors(event.response, is_degraded))
+
+
+def _discard(state: _State, _: object) -> None:
+    state.effects.append(do.DiscardDescriptors())
+
+
+def _serve_self(state: _State, _: object) -> None:
+    state.effects.append(do.ServeSelf(state.request))
+
+
+def _release_own(state: _State, _: object) -> None:
+    state.effects.append(do.ReleaseOwn(state.request.allocation_id))
+
+
+def _report_fallback(state: _State, event: Event) -> None:
+    state.effects.append(do.ReportFallback(state.request.allocation_id, _error_of(event)))
+
+
+def _report_refusal(state: _State, event: Event) -> None:
+    state.effects.append(do.ReportRefusal(_error_of(event)))
+
+
+def _report_end(state: _State, _: object) -> None:
+    state.effects.append(do.ReportEnd(state.request.allocation_id))
+
+
+_ORDERS: Final[Mapping[Order, _Handler]] = {
+    do.Connect: _connect,
+    do.CloseChannel: _close,
+    do.OweEnd: _owe_end,
+    do.SendRequest: _send_request,
+    do.SendEnd: _send_end,
+    do.SendFault: _send_fault,
+    do.DeliverDescriptors: _deliver,
+    do.DiscardDescriptors: _discard,
+    do.ServeSelf: _serve_self,
+    do.ReleaseOwn: _release_own,
+    do.ReportFallback: _report_fallback,
+    do.ReportRefusal: _report_refusal,
+    do.ReportEnd: _report_end,
+}
+
+# --- Which of the seed's errors an event amounts to ----------------------------------------------
+
+
+def _said(event: Any) -> NamespaceError:
+    error: NamespaceError = event.error
+    return error
+
+
+def _not_understood(event: on.FrameRejected | on.ResponseMismatched) -> FdPassing:
+    return FdPassing(event.reason)
+
+
+def _lost(event: on.ConnectionLost) -> SocketUnavailable:
+    return SocketUnavailable(event.reason or "the connection was lost before a whole answer")
+
+
+def _overdue(_: object) -> SocketUnavailable:
+    return SocketUnavailable("no whole answer within the answer deadline")
+
+
+_ERRORS: Final[Mapping[type[Event], Callable[[Any], NamespaceError]]] = {
+    on.ProviderUnreachable: _said,
+    on.ProviderUnavailable: _said,
+    on.PassingFailed: _said,
+    on.CreationRefused: _said,
+    on.NotFoundReceived: _said,
+    on.SelfServiceFailed: _said,
+    on.FrameRejected: _not_understood,
+    on.ResponseMismatched: _not_understood,
+    on.ConnectionLost: _lost,
+    on.AnswerOverdue: _overdue,
+}
+
+
+def _error_of(event: Event) -> NamespaceError:
+    return _ERRORS[type(event)](event)

@@ -241,7 +241,7 @@ class ChangesOnError(ConsumerKernel):
         try:
             return super().receive(event)
         except Exception:
-            self._timers.add(Timer.REDIAL)
+            self._state.timers.add(Timer.REDIAL)
             raise
 
 
