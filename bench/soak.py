@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from bench.fairness import FLOODS, OTHER, STRANGER, start
-from bench.ledger import Entry, Ledger, process_figures
+from bench.ledger import Ledger, LedgerEntry, process_figures
 from bench.lives import CLAIM_S, Crew, RealPlace, SimulatedPlace
 from linux.features import Features
 from linux.simulated import SimulatedCrash
@@ -401,7 +401,7 @@ class Soak:
         finally:
             os._exit(status)
 
-    def _be_member(self, member: int, orphans: list[tuple[str, Entry]]) -> None:
+    def _be_member(self, member: int, orphans: list[tuple[str, LedgerEntry]]) -> None:
         told: list[int] = []
         signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
         crew = Crew(member, self._seed, self._place, self._reports.say)

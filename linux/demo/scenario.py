@@ -39,7 +39,7 @@ STATES: Final = [state.value for state in AllocationState if state is not Alloca
 _PID, _NET, _MOUNT = NamespaceType.PID, NamespaceType.NET, NamespaceType.MOUNT
 
 
-class Scenario:
+class Demonstration:
     """
     The whole of it, to be run once and then closed.
 

@@ -1,8 +1,8 @@
 """A machine with a backend on it, simulated or real, for tests of any backend.
 
-A `World` does what happens *to* the backend's program (a crash, a restart, a step that fails) and
-what other programs do on the machine (processes that start, die, freeze, are not reaped). What the
-backend then does is for the tests to judge.
+A `BackendHost` does what happens *to* the backend's program (a crash, a restart, a step that fails)
+and what other programs do on the machine (processes that start, die, freeze, are not reaped). What
+the backend then does is for the tests to judge.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ IMAGE: Final = "hello.sqfs"
 OTHER_IMAGE: Final = "deep/other.sqfs"
 
 
-class World(ABC):
+class BackendHost(ABC):
     """A machine with a backend on it. `close` leaves nothing of either."""
 
     backend: Backend
@@ -225,7 +225,7 @@ class World(ABC):
         return [seen.sighting for seen in self.backend.observe() if seen.allocation_id == name]
 
 
-class SimulatedWorld(World):
+class SimulatedWorld(BackendHost):
     """A machine in memory."""
 
     inspector = SimulatedInspector()
@@ -335,7 +335,7 @@ class HookedBackend(LinuxBackend):
         return super()._perform(step, allocation)
 
 
-class LinuxWorld(World):
+class LinuxWorld(BackendHost):
     """
     This machine.
 
@@ -589,7 +589,7 @@ KINDS_OF_WORLD: Final = ("simulated", "linux", "oldest linux")
 
 
 @contextmanager
-def world_of(kind: str, directory: Path, cgroup2: Path, image_root: Path) -> Iterator[World]:
+def world_of(kind: str, directory: Path, cgroup2: Path, image_root: Path) -> Iterator[BackendHost]:
     if kind == "simulated":
         with simulated() as world:
             yield world

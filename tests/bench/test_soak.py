@@ -230,7 +230,7 @@ def test_what_the_provider_complains_of_is_found(tmp_path: Path, line: bytes) ->
     assert len(soak.ledger.broken) == 1
 
 
-Story = list[tuple[Any, ...]]
+SoakEvents = list[tuple[Any, ...]]
 PID, NET = "Pid:(1,)", "Net:(2,)"
 
 
@@ -263,7 +263,7 @@ def asked(name: str, *kinds: str) -> tuple[Any, ...]:
         ([("broken", "a", "unanswered")], "unanswered"),
     ],
 )
-def test_what_a_report_breaks_is_said(story: Story, found: str) -> None:
+def test_what_a_report_breaks_is_said(story: SoakEvents, found: str) -> None:
     ledger = Ledger()
     for report in story:
         ledger.take(*report)

@@ -25,10 +25,10 @@ from linux.testing.adversary import STEPS as DEALINGS_STEPS
 from linux.testing.adversary import dealings
 from linux.testing.worlds import IMAGE, SCOPE_PREFIX
 from tests.campaign.outcome import Discovery, Outcome, Task
-from tests.campaign.verify_pool import Job
+from tests.campaign.verify_pool import PoolTask
 from tests.suites.stateful.adapters import (
     NAMES,
-    Node,
+    LinuxNode,
     adapter_of,
     counterpart_of,
     machine,
@@ -86,7 +86,7 @@ def run(seed: int, adapter: str, kind: str, examples: int) -> Outcome:
             run_state_machine_as_test(seeded(seed)(counting), settings=wanted)
         except Exception as error:
             arguments = {"adapter": adapter, "kind": kind, "examples": examples}
-            again = Job("stateful", Task("", arguments), 0, seed, False, 0.0).command
+            again = PoolTask("stateful", Task("", arguments), 0, seed, False, 0.0).command
             outcome.discoveries += discoveries(error, adapter, kind, again)
     outcome.seconds = time.monotonic() - begin
     outcome.figures = {**done, "seconds": outcome.seconds}
@@ -113,7 +113,7 @@ def opened(adapter: str, kind: str) -> Iterator[type[RuleBasedStateMachine]]:
 
 
 @contextmanager
-def _node() -> Iterator[Node]:
+def _node() -> Iterator[LinuxNode]:
     cgroup2, mksquashfs = find_cgroup2(), shutil.which("mksquashfs")
     assert cgroup2 is not None
     assert mksquashfs is not None
@@ -124,7 +124,7 @@ def _node() -> Iterator[Node]:
         (tree / "hello.txt").write_text("hello from the image\n")
         options = ["-noappend", "-all-root", "-no-progress", "-quiet"]
         subprocess.run([mksquashfs, tree, images / IMAGE, *options], check=True)
-        yield Node(worlds, cgroup2, images)
+        yield LinuxNode(worlds, cgroup2, images)
 
 
 def _counting(

@@ -62,7 +62,7 @@ RemainsFound          ended       local       local       local       local     
 
 
 @dataclass(slots=True)
-class Model:
+class StateHolder:
     state: Any
     subject: str = "it"
 
@@ -119,7 +119,7 @@ CELLS: Final = [
 def test_every_cell_is_a_row_or_a_refusal_with_a_culprit(
     table: Table, event: type[Event], state: Enum
 ) -> None:
-    model = Model(state)
+    model = StateHolder(state)
     row = table.row(event, state)
     if row is not None:
         assert table.fire(model, event) == row.effects

@@ -40,7 +40,7 @@ from ..serve import event_of_adoption
 from ..serve.watch import OBSERVED_STATES
 from ..serve.work import try_to_create, try_to_release
 from .gated_backend import Reins
-from .machine import History, Work
+from .machine import History, StalledWork
 
 RETRIES_AT_ONCE: Final = 3
 """How often a release is tried again before that counts as time passing: dying takes two tries."""
@@ -244,7 +244,7 @@ class Inside:
         return self._get_ready() or self._read() or self._observe() or self._do_job()
 
     def _get_ready(self) -> bool:
-        if self._is_ready or self._reins.is_held(Work.RECOVER):
+        if self._is_ready or self._reins.is_held(StalledWork.RECOVER):
             return False
         self._is_ready = True
         recovery = self._backend.recover()
@@ -305,7 +305,7 @@ class Inside:
                     self._feed(on.ScopeEmptied(name))
 
     def _do_job(self) -> bool:
-        if self._made and not self._reins.is_held(Work.REPORT):
+        if self._made and not self._reins.is_held(StalledWork.REPORT):
             self._feed(self._made.pop(min(self._made)))
             return True
         for name, lane in self._lanes.items():
@@ -320,10 +320,10 @@ class Inside:
         return False
 
     @property
-    def held_up(self) -> set[Work]:
+    def held_up(self) -> set[StalledWork]:
         """What waits for the reins."""
         heads = [_WORK[type(lane[0])] for lane in self._lanes.values() if lane]
-        return {Work.REPORT} if self._made else set(heads)
+        return {StalledWork.REPORT} if self._made else set(heads)
 
     # What the brain wants.
 
@@ -386,7 +386,7 @@ class Inside:
         self._drop(effect.connection, "closed")
 
 
-_WORK: Final = {do.CreateNamespaces: Work.CREATE, do.ReleaseNamespaces: Work.RELEASE}
+_WORK: Final = {do.CreateNamespaces: StalledWork.CREATE, do.ReleaseNamespaces: StalledWork.RELEASE}
 
 _EXPIRIES: Final[dict[Timer, Callable[[str], ProviderInput]]] = {
     Timer.CLAIM: on.ClaimExpired,

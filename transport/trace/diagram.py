@@ -12,13 +12,15 @@ from statemachine.effects import Effect
 from statemachine.events import ConnectionId, Event
 from statemachine.messages import NamespaceRequest, NamespaceResponse
 
-from . import Entry, Start, Turn
+from . import Start, TraceEntry, Turn
 
 TEXT_CHARACTERS_MAX: Final = 100
 """Most characters of a text in the diagram."""
 
 
-def sequence_diagram(entries: Iterable[Entry], allocation_id: str | None = None) -> Iterator[str]:
+def sequence_diagram(
+    entries: Iterable[TraceEntry], allocation_id: str | None = None
+) -> Iterator[str]:
     """
     Draw a trace line by line; timers that only start or stop, and reports of sending, are left out.
 
@@ -29,7 +31,7 @@ def sequence_diagram(entries: Iterable[Entry], allocation_id: str | None = None)
     yield "sequenceDiagram"
     yield "    participant node"
     yield "    participant provider"
-    drawing = _Drawing(allocation_id)
+    drawing = _DrawnConnections(allocation_id)
     for entry in entries:
         if isinstance(entry, Start):
             drawing.start()
@@ -38,7 +40,7 @@ def sequence_diagram(entries: Iterable[Entry], allocation_id: str | None = None)
             yield from (f"    {line}" for line in drawing.draw(entry))
 
 
-class _Drawing:
+class _DrawnConnections:
     """Which connections have been drawn, in which life of the provider."""
 
     def __init__(self, allocation_id: str | None) -> None:

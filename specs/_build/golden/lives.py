@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final, TypeAlias
 
-from specs._build.golden.wire import Case
+from specs._build.golden.wire import VectorCase
 from statemachine import effects as do
 from statemachine import events as on
 from statemachine.consumer import ConsumerKernel
@@ -38,7 +38,7 @@ from transport.trace import encode_effect, encode_event
 PID, NET, MOUNT = NamespaceType
 REASON: Final = "it did not work"
 
-Life: TypeAlias = Sequence[Event]
+EventScript: TypeAlias = Sequence[Event]
 
 
 def request_for(name: str, *types: NamespaceType) -> NamespaceRequest:
@@ -74,7 +74,7 @@ _EXPIRES: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class World:
+class DrivenProvider:
     """A provider's kernel, and what its driver and its backend have under way."""
 
     kernel: Hashable
@@ -90,7 +90,7 @@ class World:
     """What is watched."""
     used: frozenset[str] = frozenset()
 
-    def after(self, event: Event, kernel: Hashable, effects: Iterable[Effect]) -> World:
+    def after(self, event: Event, kernel: Hashable, effects: Iterable[Effect]) -> DrivenProvider:
         """Say what is under way after an event."""
         world = _reported(replace(self, kernel=kernel), event)
         for effect in effects:
@@ -98,7 +98,7 @@ class World:
         return world
 
 
-def _reported(world: World, event: Event) -> World:
+def _reported(world: DrivenProvider, event: Event) -> DrivenProvider:
     match event:
         case on.ConnectionOpened(connection=c):
             return replace(world, open=world.open | {c})
@@ -130,7 +130,7 @@ def _reported(world: World, event: Event) -> World:
             return replace(world, timers=world.timers - over)
 
 
-def _begun(world: World, effect: Effect) -> World:
+def _begun(world: DrivenProvider, effect: Effect) -> DrivenProvider:
     match effect:
         case do.CreateNamespaces(request=request):
             return replace(world, creating=(*world.creating, request))
@@ -169,7 +169,7 @@ class Cast:
         return tuple(dict.fromkeys(request.allocation_id for request in self.requests))
 
 
-def possible(cast: Cast, world: World, kernel: ProviderKernel) -> Iterator[Event]:
+def possible(cast: Cast, world: DrivenProvider, kernel: ProviderKernel) -> Iterator[Event]:
     """Yield what can happen next."""
     for c, uid in cast.connections:
         if c not in world.open:
@@ -194,7 +194,7 @@ def possible(cast: Cast, world: World, kernel: ProviderKernel) -> Iterator[Event
         yield from _of_the_machine(world, name, state.value)
 
 
-def _of_the_driver(world: World) -> Iterator[Event]:
+def _of_the_driver(world: DrivenProvider) -> Iterator[Event]:
     if world.handing:
         c, name = world.handing[0]
         yield on.ResponseSent(name, c)
@@ -205,7 +205,7 @@ def _of_the_driver(world: World) -> Iterator[Event]:
             yield _EXPIRES[timer](name)
 
 
-def _of_the_machine(world: World, name: str, state: str) -> Iterator[Event]:
+def _of_the_machine(world: DrivenProvider, name: str, state: str) -> Iterator[Event]:
     yield on.ReleaseRequested(name)
     creating = {request.allocation_id: request for request in world.creating}
     if name in creating:
@@ -222,7 +222,7 @@ def _of_the_machine(world: World, name: str, state: str) -> Iterator[Event]:
             yield on.ScopeEmptied(name)
 
 
-def take(world: World, event: Event, limits: Limits) -> tuple[World, tuple[Effect, ...]]:
+def take(world: DrivenProvider, event: Event, limits: Limits) -> tuple[DrivenProvider, tuple[Effect, ...]]:
     """Let something happen."""
     kernel = ProviderKernel.restore(world.kernel, limits)  # type: ignore[arg-type]
     effects = kernel.receive(event)
@@ -247,11 +247,11 @@ _SMALL: Final = Cast(
 )
 
 
-def shortest_lives() -> Iterator[tuple[str, Life]]:
+def shortest_lives() -> Iterator[tuple[str, EventScript]]:
     """Yield for every kind of step that a provider takes the shortest life with it."""
     limits = Limits()
-    start = World(ProviderKernel(limits).snapshot())
-    lives: dict[World, tuple[Event, ...]] = {start: ()}
+    start = DrivenProvider(ProviderKernel(limits).snapshot())
+    lives: dict[DrivenProvider, tuple[Event, ...]] = {start: ()}
     queue, seen, steps = deque([start]), set(), 0
     while queue and steps < STEPS_MAX:
         world = queue.popleft()
@@ -303,7 +303,7 @@ _LIMITS: Final = (
 )
 
 
-def long_lives() -> Iterator[tuple[str, Limits, Life]]:
+def long_lives() -> Iterator[tuple[str, Limits, EventScript]]:
     """
     Yield lives in which much happens at once, under three sets of limits in turn.
 
@@ -312,7 +312,7 @@ def long_lives() -> Iterator[tuple[str, Limits, Life]]:
     for number in range(WALKS):
         limits = _LIMITS[number % len(_LIMITS)]
         draw = _numbers_from(number)
-        world, life = World(ProviderKernel(limits).snapshot()), []
+        world, life = DrivenProvider(ProviderKernel(limits).snapshot()), []
         for _ in range(WALK_EVENTS):
             kernel = ProviderKernel.restore(world.kernel, limits)  # type: ignore[arg-type]
             event = _drawn([*possible(_LARGE, world, kernel)], draw)
@@ -343,7 +343,7 @@ def _numbers_from(seed: int) -> Callable[[int], int]:
     return draw
 
 
-def told_lives() -> Iterator[tuple[str, Limits, tuple[str, ...], Life]]:
+def told_lives() -> Iterator[tuple[str, Limits, tuple[str, ...], EventScript]]:
     """Yield lives written by hand: limits, order of answers, restarts, memory."""
     a, b = request_for("a"), request_for("b", NET)
     ready = (on.ConnectionOpened(1, 0), on.ProviderReady())
@@ -360,7 +360,7 @@ def told_lives() -> Iterator[tuple[str, Limits, tuple[str, ...], Life]]:
         return (on.EndReceived(c, name), on.NamespacesReleased(name))
 
     plain = Limits()
-    told: dict[str, Life] = {
+    told: dict[str, EventScript] = {
         "whole-life": (*alive(1, a), on.ScopePopulated("a"), *_emptied("a")),
         "second-incarnation": (*alive(1, a), *dead(1, "a"), *alive(1, a)),
         "answers-keep-their-order": (
@@ -452,8 +452,8 @@ def _emptied(name: str) -> tuple[Event, ...]:
 
 
 def _lives_at_limits(
-    plain: Limits, a: NamespaceRequest, b: NamespaceRequest, ready: Life
-) -> Iterator[tuple[str, Limits, tuple[str, ...], Life]]:
+    plain: Limits, a: NamespaceRequest, b: NamespaceRequest, ready: EventScript
+) -> Iterator[tuple[str, Limits, tuple[str, ...], EventScript]]:
     yield "another-user", plain, (), (*ready, on.ConnectionOpened(2, 1000), on.ConnectionLost(2))
     opened = [on.ConnectionOpened(c, 0) for c in (2, 3)]
     most = replace(plain, connections_per_uid=2)
@@ -490,7 +490,7 @@ def _lives_at_limits(
         on.NamespacesCreated("b", response_to(b)),
     )  # fmt: skip
     few = replace(plain, open_per_connection=1, open_per_uid=3)
-    begins: dict[str, Life] = {
+    begins: dict[str, EventScript] = {
         "starting": (),
         "ready": (on.ProviderReady(),),
         "stopping": (on.ProviderReady(), on.RequestReceived(1, a), on.ProviderStopping()),
@@ -508,7 +508,7 @@ def _lives_at_limits(
     yield "over-a-limit-while-aborted", few, (), life
 
 
-def provider() -> Iterator[Case]:
+def provider() -> Iterator[VectorCase]:
     """Yield a provider's lives."""
     for name, limits, remembered, life in told_lives():
         yield _provider_case(f"told-{name}", limits, remembered, life)
@@ -518,13 +518,13 @@ def provider() -> Iterator[Case]:
         yield _provider_case(name, limits, (), life)
 
 
-def _print_of(life: Life) -> str:
+def _print_of(life: EventScript) -> str:
     """Tell lives apart by what is in them, so that a case keeps its name when others come."""
     events = json.dumps([encode_event(event) for event in life])
     return hashlib.sha256(events.encode()).hexdigest()[:8]
 
 
-def _provider_case(name: str, limits: Limits, remembered: Sequence[str], life: Life) -> Case:
+def _provider_case(name: str, limits: Limits, remembered: Sequence[str], life: EventScript) -> VectorCase:
     kernel = ProviderKernel(limits)
     kernel.remember(remembered)
     names = dict.fromkeys(remembered)
@@ -584,7 +584,7 @@ _CONSUMER_EVENTS: Final[tuple[Event, ...]] = (
 )
 
 
-def consumer() -> Iterator[Case]:
+def consumer() -> Iterator[VectorCase]:
     """Yield for every step that a consumer can take the shortest life that ends with it."""
     start = ConsumerKernel(_WANTED).snapshot()
     lives: dict[Hashable, tuple[Event, ...]] = {start: ()}
@@ -610,7 +610,7 @@ def consumer() -> Iterator[Case]:
                 queue.append(kernel.snapshot())
 
 
-def _consumer_case(name: str, life: Life) -> Case:
+def _consumer_case(name: str, life: EventScript) -> VectorCase:
     kernel = ConsumerKernel(_WANTED)
     steps = []
     for event in life:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...messages import NamespaceRequest, NamespaceType
 from ...provider import Limits
-from .explorer import MOVES, Broken, Explorer, Result, all_rows, only
+from .explorer import MOVES, Counterexample, Explorer, Result, all_rows, only
 from .world import (
     BY_ITSELF,
     CUT,
@@ -14,8 +14,8 @@ from .world import (
     SOUND,
     SPENDS,
     Bounds,
-    Finding,
     Move,
+    Violation,
     World,
 )
 
@@ -29,14 +29,14 @@ __all__ = [
     "SOUND",
     "SPENDS",
     "Bounds",
-    "Broken",
+    "Counterexample",
     "Explorer",
-    "Finding",
     "Limits",
     "Move",
     "NamespaceRequest",
     "NamespaceType",
     "Result",
+    "Violation",
     "World",
     "all_rows",
     "only",

@@ -33,10 +33,10 @@ from .world import (
     MISMATCHED,
     NOT_FOUND,
     Client,
-    Finding,
     Ground,
     Link,
     Move,
+    Violation,
     bit_of,
     has_news_for_consumer,
     timers_in,
@@ -125,7 +125,7 @@ class ClientDraft:
         self.has_parcel = False
 
     def make(self, move: Move) -> None:
-        """Make a move; raises `Finding` or `InvariantBroken` if it breaks a promise."""
+        """Make a move; raises `Violation` or `InvariantBroken` if it breaks a promise."""
         self.ground.spend(move)
         CLIENT_MOVES[move[0]](self, *move[2:])
         self._check()
@@ -145,10 +145,10 @@ class ClientDraft:
             return
         view = self.view
         if view.is_connected != bool(self.link):
-            raise Finding("a consumer's kernel is wrong about its connection")
+            raise Violation("a consumer's kernel is wrong about its connection")
         is_expecting = view.hold in (ConsumerState.ASKING, ConsumerState.HELD)
         if self.link and not is_expecting and view.notice is not NoticeState.TOLD:
-            raise Finding("a connection is kept on which nothing is expected")
+            raise Violation("a connection is kept on which nothing is expected")
 
     def _is_over(self) -> bool:
         """Whether nothing can come of this wish any more."""
@@ -192,7 +192,7 @@ class ClientDraft:
             self.setting.see("the provider says what it may not say now")
             step = kernels.step_consumer(self.client.kernel, on.FrameRejected("not now"))
             if step is None:
-                raise Finding(f"a consumer can neither take {event} nor reject it")
+                raise Violation(f"a consumer can neither take {event} nor reject it")
             # A driver closes what a refused message brought.
             self.has_parcel = False
         self.set(kernel=step.after)
@@ -216,13 +216,13 @@ class ClientDraft:
                 self.set(timers=self.client.timers | bit_of(timer))
             case do.StopTimer(timer=timer):
                 if not self.client.timers & bit_of(timer):
-                    raise Finding(f"{effect} stops what does not run")
+                    raise Violation(f"{effect} stops what does not run")
                 self.set(timers=self.client.timers & ~bit_of(timer))
             case do.ServeSelf():
                 self.set(is_serving=1)
             case do.ReleaseOwn():
                 if not self.client.has_own:
-                    raise Finding("what was never made by self-service is released")
+                    raise Violation("what was never made by self-service is released")
                 self.set(has_own=0)
             case do.DeliverDescriptors():
                 self._deliver(effect)
@@ -234,7 +234,7 @@ class ClientDraft:
                     self._tell_outcome()
             case do.ReportEnd():
                 if self.client.has_end:
-                    raise Finding("a caller is told twice of the end")
+                    raise Violation("a caller is told twice of the end")
                 self.set(has_end=1)
             case do.ReportFallback(error=error):
                 self.setting.see(f"fallback: {error.kind}")
@@ -248,12 +248,12 @@ class ClientDraft:
 
     def _tell_outcome(self) -> None:
         if self.client.has_outcome:
-            raise Finding("a caller is told of two outcomes")
+            raise Violation("a caller is told of two outcomes")
         self.set(has_outcome=1)
 
     def _post(self, message: Message) -> None:
         if not self.link:
-            raise Finding(f"{message} is to be sent, and there is no connection")
+            raise Violation(f"{message} is to be sent, and there is no connection")
         link = self.ground.links[self.link]
         if link.has_provider and not link.is_broken and not link.is_deaf:
             sent = self.setting.kernels.messages.of(message)
@@ -306,7 +306,7 @@ class ClientDraft:
             self.setting.see("ends cross")
         self.tell(consumer_event_of(self.view.request, message))
         if self.has_parcel:
-            raise Finding("descriptors are neither delivered nor discarded")
+            raise Violation("descriptors are neither delivered nor discarded")
 
     def serve_self(self, *, is_able: bool) -> None:
         self.set(is_serving=0, has_own=int(is_able))

@@ -8,7 +8,7 @@ performs the effects as the drivers do. Beside each kernel goes the reference mo
 every step of theirs must be the same, in state and in effects.
 
     explorer = Explorer(Bounds(consumers=2))
-    result = explorer.explore()          # raises Broken with the shortest script
+    result = explorer.explore()          # raises Counterexample with the shortest script
     result.states, result.rows, result.seen
 
 *Safety* is checked in every move and in every world. *Liveness* is checked at the end, on the
@@ -51,9 +51,9 @@ from .ground import (
     check_ground,
     ground_moves,
 )
-from .kernels import Kernels, Row
+from .kernels import Kernels, RowKey
 from .liveness import check_at_rest
-from .search import Counterexample, Search
+from .search import Search, ViolatingPath
 from .story import Story, as_python
 from .world import (
     BY_ITSELF,
@@ -69,7 +69,7 @@ MOVES = frozenset({*GROUND_MOVES, *CLIENT_MOVES})
 """Every move there is, but for dying in the middle of one, which "crash" stands for, too."""
 
 
-class Broken(AssertionError):
+class Counterexample(AssertionError):
     """A promise can be broken; `script` is a shortest way to do it."""
 
     def __init__(
@@ -101,7 +101,7 @@ class Result:
     at_rest: int = 0
     kernel_steps: int = 0
     """How many distinct steps of kernels, each judged once."""
-    hits: Counter[Row] = field(default_factory=Counter)
+    hits: Counter[RowKey] = field(default_factory=Counter)
     """How often every row was taken: table, event, state."""
     seen: dict[str, int] = field(default_factory=dict)
     """Every situation that came about, and the number of the world in which it first did."""
@@ -113,7 +113,7 @@ class Result:
     """False: `states_max` was reached first, and liveness was not checked."""
 
     @property
-    def rows(self) -> set[Row]:
+    def rows(self) -> set[RowKey]:
         """Every row that was taken."""
         return set(self.hits)
 
@@ -123,7 +123,7 @@ def only(*moves: str) -> frozenset[str]:
     return MOVES - BY_ITSELF - set(moves)
 
 
-def all_rows(*tables: Table) -> set[Row]:
+def all_rows(*tables: Table) -> set[RowKey]:
     """List the rows of tables in the way in which `Result.rows` names them."""
     return {
         (table.name, row.event.__name__, str(row.source.value))
@@ -175,17 +175,17 @@ class Explorer:
             progress: told every 10,000 worlds how many are found and how many wait.
 
         Raises:
-            Broken: with a shortest script.
+            Counterexample: with a shortest script.
         """
         setting = self._setting
         search = Search(setting, has_symmetry=self._has_symmetry)
         with self._recording(setting.kernels.rows):
             try:
                 is_complete = search.run(_first(setting), states_max, progress)
-            except Counterexample as lost:
+            except ViolatingPath as lost:
                 script = self._in_plain_names(search, lost)
                 story = self._tell(script, lost.finding)
-                raise Broken(self.bounds, script, lost.finding, story) from lost
+                raise Counterexample(self.bounds, script, lost.finding, story) from lost
         return Result(
             states=len(search),
             moves=search.moves_made,
@@ -203,7 +203,7 @@ class Explorer:
         Make moves one after the other, from the beginning; here nothing changes its name.
 
         Raises:
-            Finding, InvariantBroken: a promise is broken, by a move or by coming to rest.
+            Violation, InvariantBroken: a promise is broken, by a move or by coming to rest.
         """
         with self._recording(self._setting.kernels.rows):
             return _replay(self._setting, script)
@@ -217,7 +217,7 @@ class Explorer:
         story.end(finding)
         return story
 
-    def _in_plain_names(self, search: Search, lost: Counterexample) -> tuple[Move, ...]:
+    def _in_plain_names(self, search: Search, lost: ViolatingPath) -> tuple[Move, ...]:
         """Find the script in which connections, clients and allocations keep their names."""
         script: list[Move] = []
         world = _first(self._setting)
@@ -235,7 +235,7 @@ class Explorer:
         return tuple(script)
 
     @contextmanager
-    def _recording(self, rows: list[Row]) -> Iterator[None]:
+    def _recording(self, rows: list[RowKey]) -> Iterator[None]:
         # A collector of circles finds none here, and looks at millions of tuples for them.
         is_collecting = gc.isenabled()
         gc.disable()
@@ -282,7 +282,7 @@ def _moves(setting: Setting, world: World) -> list[Move]:
 
 
 def _make(setting: Setting, world: World, move: Move) -> World:
-    """Make a move; raises `Finding` or `InvariantBroken` if it breaks a promise."""
+    """Make a move; raises `Violation` or `InvariantBroken` if it breaks a promise."""
     clients = list(world.clients)
     if move[0] in CLIENT_MOVES:
         draft = ClientDraft(setting, world.ground, move[1], clients[move[1]])

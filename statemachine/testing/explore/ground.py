@@ -44,11 +44,11 @@ from .world import (
     STRANGER,
     UNUSED,
     Bounds,
-    Finding,
     Ground,
     Link,
     Move,
     Node,
+    Violation,
     bit_of,
     has_news_for_provider,
     is_lost,
@@ -263,7 +263,7 @@ class GroundDraft:
         self.events: deque[ProviderInput] = deque()
 
     def make(self, move: Move) -> None:
-        """Make a move; raises `Finding` or `InvariantBroken` if it breaks a promise."""
+        """Make a move; raises `Violation` or `InvariantBroken` if it breaks a promise."""
         try:
             self.spend(move)
             GROUND_MOVES[move[0]](self, *move[1:])
@@ -366,7 +366,7 @@ class GroundDraft:
             is_running = timers & bit_of(effect.timer)
             self.set_node(index, timers=timers & ~bit_of(effect.timer))
         if not is_running:
-            raise Finding(f"{effect} stops what does not run")
+            raise Violation(f"{effect} stops what does not run")
 
     def create(self, effect: do.CreateNamespaces) -> None:
         index = self._index(effect.request.allocation_id)
@@ -395,14 +395,14 @@ class GroundDraft:
         life = ENDED if node.life else NOTHING
         # One step may begin a life and end it, or end it and begin the next.
         if self.view.states[index] in LIVE and not node.is_over:
-            raise Finding(f"{effect.allocation_id} is to be released before its end")
+            raise Violation(f"{effect.allocation_id} is to be released before its end")
         jobs = (*node.jobs, RELEASE_JOB)
         self.set_node(index, life=life, is_watched=0, jobs=jobs, is_over=1)
 
     def watch(self, effect: do.Watch) -> None:
         index = self._index(effect.allocation_id)
         if self.nodes[index].life not in (CREATED, HANDED_OFF, ENDED):
-            raise Finding(f"{effect.allocation_id} is to be watched and does not exist")
+            raise Violation(f"{effect.allocation_id} is to be watched and does not exist")
         self.set_node(index, is_watched=1)
         if not self.nodes[index].has_init:
             self.sight(index, SAW_INIT_DIE)
@@ -428,7 +428,7 @@ class GroundDraft:
         index = self._index(response.allocation_id)
         node, link = self.nodes[index], self.links[number]
         if node.life not in (CREATED, HANDED_OFF):
-            raise Finding(f"{response.allocation_id} is handed over and is not alive on the node")
+            raise Violation(f"{response.allocation_id} is handed over and is not alive on the node")
         if not node.has_init:
             failure = FdPassing("the descriptors cannot be had")
             self.send(number, failure)
@@ -453,9 +453,9 @@ class GroundDraft:
         number, index = effect.connection, self._index(effect.allocation_id)
         node, link, bit = self.nodes[index], self.links[number], 1 << index
         if self.view.states[index] in LIVE and not node.is_over:
-            raise Finding(f"the end of {effect.allocation_id} is told while it is alive")
+            raise Violation(f"the end of {effect.allocation_id} is told while it is alive")
         if node.life not in (NOTHING, ENDED):
-            raise Finding(f"the end of {effect.allocation_id} is told before it is durable")
+            raise Violation(f"the end of {effect.allocation_id} is told before it is durable")
         ended = AllocationEnded(effect.allocation_id)
         is_answer = bool(link.open) and self.message(link.open[0]) == ended
         if not is_answer:
@@ -738,19 +738,19 @@ def left_of_node(node: Node, half: int) -> Node:
 
 
 def check_ground(setting: Setting, ground: Ground) -> None:
-    """Hold a ground to what is true of every one; raises `Finding` if it is not."""
+    """Hold a ground to what is true of every one; raises `Violation` if it is not."""
     for link in ground.links:
         if link.surplus and link.has_provider:
-            raise Finding("an error answers nothing, and the connection stays open")
+            raise Violation("an error answers nothing, and the connection stays open")
     if not ground.provider:
         return
     states = setting.kernels.provider_views[ground.provider].states
     for index, node in enumerate(ground.nodes):
         name = setting.kernels.names[index]
         if states[index] in LIVE and (node.is_over or node.is_released):
-            raise Finding(f"{name} lives on after its end")
+            raise Violation(f"{name} lives on after its end")
         if node.timers & bit_of(Timer.CLAIM) and _is_claimed(ground, index):
-            raise Finding(f"the claim timer of {name} runs in vain")
+            raise Violation(f"the claim timer of {name} runs in vain")
 
 
 def _is_claimed(ground: Ground, index: int) -> bool:

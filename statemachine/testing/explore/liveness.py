@@ -13,7 +13,7 @@ from ...states import AllocationState, ConsumerState, ServiceState
 from .client import DONE
 from .ground import Setting
 from .kernels import ConsumerView
-from .world import Client, Finding, Ground
+from .world import Client, Ground, Violation
 
 WAITS: Final = ("a request is unanswered", "an end is unannounced", "a consumer is in debt")
 """What must not be waited for without end; each a bit."""
@@ -44,11 +44,11 @@ def check_at_rest(setting: Setting, ground: Ground, clients: Iterable[Client]) -
     Hold a world in which nothing happens by itself any more to what it must have come to.
 
     Raises:
-        Finding, InvariantBroken: it has not.
+        Violation, InvariantBroken: it has not.
     """
     view = setting.kernels.provider_views[ground.provider]
     if view is None or view.service is not ServiceState.READY:
-        raise Finding("at rest without a provider that is ready")
+        raise Violation("at rest without a provider that is ready")
     for link in ground.links:
         numbers = range(len(ground.nodes))
         bits = {i: (link.number, i) for i in numbers}
@@ -63,13 +63,13 @@ def check_at_rest(setting: Setting, ground: Ground, clients: Iterable[Client]) -
         )
     for node, state in zip(ground.nodes, view.states, strict=True):
         if state in (AllocationState.REQUESTED, AllocationState.ENDED):
-            raise Finding(f"at rest, an allocation is {state.value}")
+            raise Violation(f"at rest, an allocation is {state.value}")
         is_alive = state in (AllocationState.CREATED, AllocationState.HANDED_OFF)
         if is_alive != bool(node.life):
-            raise Finding("at rest, the kernel and the node disagree on what is alive")
+            raise Violation("at rest, the kernel and the node disagree on what is alive")
         is_claimed = any(link.handed for link in ground.links) or node.scope or node.timers
         if is_alive and not is_claimed:
-            raise Finding(
+            raise Violation(
                 "at rest, an allocation is alive that is not held and that nothing will end"
             )
     for client in clients:
@@ -81,11 +81,11 @@ def _check_client_at_rest(setting: Setting, client: Client) -> None:
     if view is None:
         return
     if view.hold not in (*DONE, ConsumerState.HELD, ConsumerState.SELF_HELD):
-        raise Finding(f"at rest, a consumer is {view.hold.value}")
+        raise Violation(f"at rest, a consumer is {view.hold.value}")
     if view.owes_end:
-        raise Finding("at rest, a consumer is in debt")
+        raise Violation("at rest, a consumer is in debt")
     if client.timers:
-        raise Finding("at rest, a consumer's timer runs")
+        raise Violation("at rest, a consumer's timer runs")
 
 
 # --- In the end --------------------------------------------------------------------------------

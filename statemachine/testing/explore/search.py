@@ -28,17 +28,17 @@ from .world import (
     BY_ITSELF,
     Bounds,
     Client,
-    Finding,
     Ground,
     Link,
     Move,
     Node,
     Numbers,
+    Violation,
     World,
 )
 
 
-class Counterexample(Exception):
+class ViolatingPath(Exception):
     """
     A promise is broken.
 
@@ -55,7 +55,7 @@ class Counterexample(Exception):
         self.finding = finding
 
 
-class _Stumble(Exception):
+class _ViolatingMove(Exception):
     """A promise is broken by a move whose worlds are not known here."""
 
     def __init__(self, move: Move, error: AssertionError) -> None:
@@ -75,7 +75,7 @@ class _Edge(NamedTuple):
     is_by_itself: bool = False
 
 
-class _Sight(NamedTuple):
+class _ServerFacts(NamedTuple):
     """What the search looks at of a ground."""
 
     keys: tuple[tuple[object, ...], ...]
@@ -101,7 +101,7 @@ class Search:
         self._plain_order = tuple(range(count))
         self._shifts = tuple(self._bits * i for i in range(count))
         self._grounds: Numbers[Ground] = Numbers()
-        self._sights: list[_Sight] = [_Sight((), (), 0, 0)]
+        self._sights: list[_ServerFacts] = [_ServerFacts((), (), 0, 0)]
         self._clients: Numbers[Client] = Numbers()
         self._moves: Numbers[Move] = Numbers()
         self._ground_edges: dict[int, tuple[_Edge, ...]] = {}
@@ -125,7 +125,7 @@ class Search:
             Whether it came to the end before there were `states_max` worlds.
 
         Raises:
-            Counterexample: a promise is broken.
+            ViolatingPath: a promise is broken.
         """
         self._arrive(0, 0, *self._enter(first))
         index = 0
@@ -167,7 +167,7 @@ class Search:
                     is_resting &= not edge.is_by_itself
                     left = (*clients[:i], edge.client, *clients[i + 1 :])
                     self._follow(index, edge, left)
-        except _Stumble as stumble:
+        except _ViolatingMove as stumble:
             raise self._counterexample(index, stumble.error, stumble.move) from stumble.error
         if is_resting:
             self.graph.at_rest.append(index)
@@ -213,9 +213,9 @@ class Search:
 
     def _counterexample(
         self, index: int, error: AssertionError, move: Move | None = None
-    ) -> Counterexample:
+    ) -> ViolatingPath:
         script, worlds = self._path(index)
-        return Counterexample((*script, move) if move else script, worlds, str(error))
+        return ViolatingPath((*script, move) if move else script, worlds, str(error))
 
     def _key(self, ground: int, clients: tuple[int, ...]) -> int:
         """Find the number of a world, which is that of all worlds that are the same."""
@@ -268,10 +268,10 @@ class Search:
             self._sights.append(self._sight_of(ground))
         return number, swap
 
-    def _sight_of(self, ground: Ground) -> _Sight:
+    def _sight_of(self, ground: Ground) -> _ServerFacts:
         keys = [_key_of_node(node) for node in ground.nodes]
         clients = range(self.setting.bounds.consumers)
-        return _Sight(
+        return _ServerFacts(
             tuple(_key_of_client(ground, i) for i in clients),
             tuple(swap for swap in self._swaps if _permuted(keys, swap) == keys),
             sum(is_provided(self.setting, ground, i) << i for i in clients),
@@ -379,7 +379,7 @@ class Search:
                 draft.make(move)
                 yield self._edge(move, draft.freeze())
             except AssertionError as error:
-                raise _Stumble(move, error) from error
+                raise _ViolatingMove(move, error) from error
             yield from self._cut_edges(move, draft.forks or [])
 
     def _cut_edges(self, move: Move, forks: list[Ground]) -> Iterator[_Edge]:
@@ -409,7 +409,7 @@ class Search:
                 draft.make(move)
                 target, swap = self._settle(draft.ground.freeze())
             except AssertionError as error:
-                raise _Stumble(move, error) from error
+                raise _ViolatingMove(move, error) from error
             after = self._number_client(draft.client)
             yield _Edge(self._moves.of(move), target, swap, after, move[0] in BY_ITSELF)
 
@@ -418,10 +418,10 @@ class Search:
     def _check_liveness(self) -> None:
         lost = self.graph.first_that_never_rests()
         if lost is not None:
-            raise self._counterexample(lost, Finding("from here on nothing ever comes to rest"))
+            raise self._counterexample(lost, Violation("from here on nothing ever comes to rest"))
         for bit, what in enumerate(WAITS):
             for circle in self.graph.fair_circles(1 << bit):
-                error = Finding(f"{what}, for ever: a circle of {len(circle)} worlds")
+                error = Violation(f"{what}, for ever: a circle of {len(circle)} worlds")
                 raise self._counterexample(min(circle), error)
 
 

@@ -66,7 +66,7 @@ SPENDS: Final = frozenset(
 _A: Final = NamespaceRequest("a", (NamespaceType.NET, NamespaceType.PID))
 
 
-class Finding(AssertionError):
+class Violation(AssertionError):
     """A promise is broken in the move that is being made."""
 
 

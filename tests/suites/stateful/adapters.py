@@ -1,7 +1,7 @@
 """Our own adapters: the model, the kernels, and the provider on a socket over either backend.
 
 All of them can do whatever the machine knows to do. What happens on the node is the business of a
-`World`; where the provider runs is what tells the adapters apart.
+`BackendHost`; where the provider runs is what tells the adapters apart.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from linux.testing.adversary import Counterpart, OnPipes, OnSockets
-from linux.testing.worlds import IMAGE, LinuxWorld, SimulatedWorld, World
+from linux.testing.worlds import IMAGE, BackendHost, LinuxWorld, SimulatedWorld
 from statemachine import events as on
 from statemachine.consumer import ConsumerKernel
 from statemachine.effects import Timer
@@ -36,7 +36,7 @@ from transport.testing.in_process import (
     ProviderBrain,
     ProviderModel,
 )
-from transport.testing.machine import Ability, Adapter, Handoffs, History, Voice, Work
+from transport.testing.machine import Ability, Adapter, Handoffs, History, StalledWork, Voice
 from transport.testing.peer import wait_until
 
 FOREVER: Final = Spans(readiness_s=1e6, claim_s=1e6, release_s=1e6)
@@ -48,11 +48,11 @@ class OnWorld(Adapter):
 
     abilities = frozenset(Ability)
 
-    def __init__(self, world: World, path: Path) -> None:
+    def __init__(self, world: BackendHost, path: Path) -> None:
         super().__init__(path, world.inspector, IMAGE)
         self.world = world
         self.past: History = []
-        self._held: set[Work] = set()
+        self._held: set[StalledWork] = set()
         self.launch()
         self.serve()
 
@@ -105,14 +105,14 @@ class OnWorld(Adapter):
 
     # The hand on the backend.
 
-    def hold(self, work: Work) -> None:
+    def hold(self, work: StalledWork) -> None:
         self._held.add(work)
         self.reins.hold(work)
 
-    def let_go(self, work: Work) -> None:
+    def let_go(self, work: StalledWork) -> None:
         self._held.discard(work)
         self.reins.let_go(work)
-        if work is Work.RECOVER:
+        if work is StalledWork.RECOVER:
             self.wait_ready()
 
     def scarcity(self) -> AbstractContextManager[None]:
@@ -149,7 +149,7 @@ class OnWorld(Adapter):
 class OnSocketOfOurs(OnWorld):
     """The provider as it is, in a thread, on a socket."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: BackendHost) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="nsh-")
         super().__init__(world, Path(self._folder.name) / "handoff.sock")
 
@@ -157,7 +157,7 @@ class OnSocketOfOurs(OnWorld):
         return self.served.turns
 
     def serve(self) -> None:
-        is_held = Work.RECOVER in self._held
+        is_held = StalledWork.RECOVER in self._held
         serving = Serving(self.path, self.reins, spans=FOREVER, waits_ready=not is_held)
         self.served = serving.__enter__()
 
@@ -171,7 +171,7 @@ class OnSocketOfOurs(OnWorld):
     def release(self, name: str) -> None:
         self.served.ask(lambda: self.served.provider._feed(on.ReleaseRequested(name)))
 
-    def wait_held(self, work: Work) -> None:
+    def wait_held(self, work: StalledWork) -> None:
         self.reins.wait_held(work)
 
     def is_running(self, timer: Timer, name: str) -> bool:
@@ -244,7 +244,7 @@ class InProcess(OnWorld):
     def wait_ready(self) -> None:
         self._work()
 
-    def wait_held(self, work: Work) -> None:
+    def wait_held(self, work: StalledWork) -> None:
         self._work()
         assert work in self.inside.held_up, f"{work} does not begin"
 
@@ -267,7 +267,7 @@ class InProcess(OnWorld):
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
+class LinuxNode:
     """What the adapter over this node needs."""
 
     directory: Path
@@ -285,7 +285,7 @@ NAMES: Final = ("model", "kernels", "simulated", "linux")
 """Our adapters; the last two are the provider on a real socket, over one backend or the other."""
 
 
-def adapter_of(name: str, node: Node | None) -> Adapter:
+def adapter_of(name: str, node: LinuxNode | None) -> Adapter:
     """Open one of our adapters; the last needs a node."""
     match name:
         case "model":
@@ -299,7 +299,7 @@ def adapter_of(name: str, node: Node | None) -> Adapter:
             return OnSocketOfOurs(node.world())
 
 
-def counterpart_of(name: str, prefix: str, node: Node | None) -> Counterpart:
+def counterpart_of(name: str, prefix: str, node: LinuxNode | None) -> Counterpart:
     """Have what a consumer is connected with, on the same."""
     match name:
         case "model":

@@ -24,7 +24,7 @@ from statemachine.lifecycle import ALLOCATION, CONSUMER, NOTICE
 from statemachine.table import compile_table
 from statemachine.testing.tables import replaced
 from tests.campaign import stateful_campaign
-from tests.suites.stateful.adapters import Node, adapter_of, counterpart_of, machine
+from tests.suites.stateful.adapters import LinuxNode, adapter_of, counterpart_of, machine
 from tests.suites.stateful.cells import counted, missing
 from tests.suites.stateful.tour import CONSUMER_TOUR, PROVIDER_TOUR, take
 from transport.descriptors import DescriptorBundle
@@ -41,21 +41,21 @@ ADAPTERS: Final = [
 
 
 @pytest.fixture
-def node(request: pytest.FixtureRequest, tmp_path: Path, allocation_id: str) -> Node | None:
+def node(request: pytest.FixtureRequest, tmp_path: Path, allocation_id: str) -> LinuxNode | None:
     """What the adapter of this node needs; the others need nothing."""
     if request.getfixturevalue("name") != "linux":
         return None
     found = (request.getfixturevalue(name) for name in ("cgroup2", "image_root"))
-    return Node(tmp_path, *found)
+    return LinuxNode(tmp_path, *found)
 
 
 @pytest.fixture
-def handoffs(name: str, node: Node | None, allocation_id: str) -> type[Handoffs]:
+def handoffs(name: str, node: LinuxNode | None, allocation_id: str) -> type[Handoffs]:
     return machine(allocation_id, lambda: adapter_of(name, node))
 
 
 @pytest.fixture
-def dealing(name: str, node: Node | None, allocation_id: str) -> Iterator[type[Dealings]]:
+def dealing(name: str, node: LinuxNode | None, allocation_id: str) -> Iterator[type[Dealings]]:
     counterpart = counterpart_of(name, allocation_id, node)
     yield dealings(counterpart)
     counterpart.close()
