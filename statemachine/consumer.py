@@ -37,7 +37,7 @@ from .table import Snapshot, Table, refusal
 
 
 @dataclass(slots=True, eq=False)
-class _Model:
+class _PlainModel:
     """What a table moves: what the caller has, or what the provider is to be told."""
 
     state: ConsumerState | NoticeState
@@ -59,8 +59,8 @@ class ConsumerKernel:
     def __init__(self, request: NamespaceRequest) -> None:
         subject = f"allocation {request.allocation_id}"
         self._request = request
-        self._hold = _Model(ConsumerState.IDLE, subject)
-        self._notice = _Model(NoticeState.SILENT, subject)
+        self._hold = _PlainModel(ConsumerState.IDLE, subject)
+        self._notice = _PlainModel(NoticeState.SILENT, subject)
         self._is_connected = False
         self._is_calling = False
         self._timers: set[Timer] = set()
@@ -162,7 +162,7 @@ class ConsumerKernel:
             case _:
                 pass
 
-    def _fire(self, table: Table, model: _Model, event: Event) -> None:
+    def _fire(self, table: Table, model: _PlainModel, event: Event) -> None:
         for order in table.fire(model, type(event)):
             self._carry_out(order, event)
 
