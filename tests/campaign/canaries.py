@@ -321,7 +321,7 @@ CANARIES: Final = (
     _bug(
         "the claim timer runs on when a consumer asks again",
         "the row that starts a timer and the row that stops it are far apart",
-        _explorer("a crash and another wish"),
+        _explorer("a crash, asked again"),
         _LIFECYCLE,
         "then=(do.AddAsker, stop(Timer.CLAIM), do.GrantAskers),",
         "then=(do.AddAsker, do.GrantAskers),",

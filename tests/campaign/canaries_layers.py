@@ -45,7 +45,7 @@ def _spaces() -> Mapping[str, Bounds]:
         "a failure": Bounds(faults=1, without=only("want", "end", "fail")),
         "a death": Bounds(faults=1, without=only("want", "die")),
         "a crash": Bounds(crashes=1, without=only("want", "end", "crash")),
-        "a crash and another wish": Bounds(consumers=2, crashes=1, without=only("want", "crash")),
+        "a crash, asked again": Bounds(consumers=2, crashes=1, without=only("want", "crash")),
         "duplicates": Bounds(faults=2, without=only("want", "init dies", "duplicate")),
     }
 

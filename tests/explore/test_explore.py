@@ -49,7 +49,7 @@ SITUATIONS: Final = {
     "a creation is overtaken by the end",
     "an answer after the fallback",
     "an end is pushed",
-    "another wish",
+    "another request",
     "descriptors cannot be had",
     "ends cross",
     "fallback: FdPassing",
@@ -322,7 +322,7 @@ MUTANTS: Final[dict[str, tuple[Bounds, dict[str, Any], str, int]]] = {
     "no consumer calls again": (
         replace(ONE, crashes=1),
         edited(NOTICE, on.ProviderUnreachable, without=do.start(Timer.REDIAL)),
-        "in debt|consumer is ending",
+        "owes an end|consumer is ending",
         9,
     ),
     "a confirmation is not taken": (

@@ -227,33 +227,35 @@ class Kernels:
 
     # --- Other names ---------------------------------------------------------------------------
 
-    def rename_message(self, number: int, swap: Permutation) -> int:
+    def rename_message(self, number: int, permutation: Permutation) -> int:
         """Find the message that says the same of other allocations."""
-        key = (number, swap, "message")
+        key = (number, permutation, "message")
         if number and key not in self._renamed:
-            message = self._namer((), swap).of(self.messages.things[number])
+            message = self._namer((), permutation).of(self.messages.things[number])
             self._renamed[key] = self.messages.of(message)
         return self._renamed[key] if number else 0
 
-    def rename_consumer(self, number: int, swap: Permutation) -> int:
+    def rename_consumer(self, number: int, permutation: Permutation) -> int:
         """Find the consumer that is the same with another allocation."""
-        key = (number, swap, "consumer")
+        key = (number, permutation, "consumer")
         if number and key not in self._renamed:
-            namer = self._namer((), swap)
+            namer = self._namer((), permutation)
             snapshot, known = self._consumers.things[number]
             kernel = self._consumer.restore(namer.of(snapshot))
             self._renamed[key] = self._number_consumer(kernel, namer.of_model(known))
         return self._renamed[key] if number else 0
 
-    def rename_provider(self, number: int, connections: tuple[int, ...], swap: Permutation) -> int:
+    def rename_provider(
+        self, number: int, connections: tuple[int, ...], permutation: Permutation
+    ) -> int:
         """
         Find the provider that is the same under other names, in its normal form.
 
         Its `connections` are numbered 1, 2, 3, … in this order; none: they stay as they are.
         """
-        key = (number, swap, connections)
+        key = (number, permutation, connections)
         if key not in self._renamed:
-            namer = self._namer(connections, swap)
+            namer = self._namer(connections, permutation)
             snapshot, known = self._providers.things[number]
             kernel = self._provider.restore(namer.of_provider(snapshot), self._limits)
             if known is not None:
@@ -261,8 +263,12 @@ class Kernels:
             self._renamed[key] = self._number_provider(kernel, known)
         return self._renamed[key]
 
-    def _namer(self, connections: tuple[int, ...], swap: Permutation) -> _Namer:
-        names = {name: self.names[swap[i]] for i, name in enumerate(self.names)} if swap else {}
+    def _namer(self, connections: tuple[int, ...], permutation: Permutation) -> _Namer:
+        names = (
+            {name: self.names[permutation[i]] for i, name in enumerate(self.names)}
+            if permutation
+            else {}
+        )
         is_any_forgotten = len(self.names) > self._limits.remembered
         return _Namer({c: i for i, c in enumerate(connections, 1)}, names, is_any_forgotten)
 

@@ -54,7 +54,7 @@ class Story:
         self.lives.append((remembered, []))
 
     def turn(self, event: ProviderInput, effects: tuple[Effect, ...]) -> None:
-        """The provider's kernel is fed, and has decided; if it stumbled, nothing."""
+        """The provider's kernel is fed, and has decided; nothing if it refused."""
         self.lives[-1][1].append((event, effects))
 
 
