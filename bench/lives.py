@@ -33,8 +33,8 @@ from statemachine.testing.strategies import ORDERS
 from transport.contract import Backend
 from transport.request import Consumer
 from transport.request.exchange import ANSWER_TIMEOUT_S
-from transport.testing.gated_backend import Reins
-from transport.testing.in_process import Inside, InsideConsumer, InsideVoice, Pipe
+from transport.testing.gated_backend import GatedBackend
+from transport.testing.in_process import InProcessProvider, InsideConsumer, InsideVoice, Pipe
 
 HELD_MAX: Final = 6
 """How many lives a consumer leads at a time."""
@@ -249,7 +249,7 @@ class SimulatedPlace:
 
     clock = staticmethod(time.perf_counter)
 
-    def __init__(self, rng: random.Random, wrap: Callable[[Backend], Any] = Reins) -> None:
+    def __init__(self, rng: random.Random, wrap: Callable[[Backend], Any] = GatedBackend) -> None:
         self._rng, self._wrap = rng, wrap
         self.node = SimulatedNode(frozenset({IMAGE, OTHER_IMAGE}), hook=self._before)
         self.crashes = 0
@@ -257,7 +257,7 @@ class SimulatedPlace:
 
     def start(self) -> None:
         self.backend = SimulatedBackend(self.node, hold_time_s=0.01, clock=time.monotonic)
-        self.provider = Inside(ProviderKernel, Reins(self._wrap(self.backend)))
+        self.provider = InProcessProvider(ProviderKernel, GatedBackend(self._wrap(self.backend)))
         self._is_dead, self._steps_left = False, self._rng.randrange(1, 2 * STEPS_TO_CRASH)
         self.work()
 

@@ -55,7 +55,7 @@ from tests.support.census import Session
 from tests.support.programs import Daemon
 from transport.contract import Backend
 from transport.request.exchange import ANSWER_TIMEOUT_S
-from transport.testing.gated_backend import Reins
+from transport.testing.gated_backend import GatedBackend
 from transport.testing.peer import Line, frame_of
 
 REAL_GOAL: Final = 200_000
@@ -145,7 +145,9 @@ def counts_of(counts: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items())) or "none"
 
 
-def simulated(seconds: float, seed: int, wrap: Callable[[Backend], Any] = Reins) -> dict[str, Any]:
+def simulated(
+    seconds: float, seed: int, wrap: Callable[[Backend], Any] = GatedBackend
+) -> dict[str, Any]:
     """Lead lives on a simulated node for some time, and say how it went."""
     rng = random.Random(f"{seed} simulated")
     ledger, done = Ledger(), Counter[str]()

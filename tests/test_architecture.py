@@ -218,6 +218,28 @@ def who_acts_is_named(module: Module) -> Iterator[tuple[int, str]]:
             yield line, text.strip()
 
 
+COINED: Final = re.compile(
+    r"(?<![a-z])(dea[f]|farewel[l]|do[o]rs?|do[o]rkeeper|cag[e][sd]?|deb[t]s?|hop[e]s?|dealin[g]s"
+    r"|stumbl[e]\w*|kindl[y]|wis[h](es|ed)?|babbl[e]\w*|circl[e]s?|rein[s]|word of the en[d]"
+    r"|(?-i:THEIR[S]))(?![a-z])",
+    re.IGNORECASE,
+)
+"""Metaphors for what the field has a word for: read_closed, hook, notice, request, cycle."""
+
+AS_IN_ENGLISH: Final = re.compile(
+    # SVG's element.
+    r'"circl[e]"'
+)
+"""Where such a word is not ours."""
+
+
+@rule
+def the_fields_words_are_used(module: Module) -> Iterator[tuple[int, str]]:
+    for line, text in enumerate(module.text.splitlines(), 1):
+        if COINED.search(AS_IN_ENGLISH.sub("", text)):
+            yield line, text.strip()
+
+
 def modules(*folders: str, suffix: str = "py") -> list[Module]:
     return [
         Module(str(path.relative_to(ROOT)), path.read_text(encoding="utf-8"))
@@ -235,7 +257,9 @@ def test_basic_the_packages_keep_the_rule(name: str) -> None:
     assert violations(RULES[name], modules(*PACKAGES)) == []
 
 
-@pytest.mark.parametrize("check", [nothing_is_put_off, who_acts_is_named])
+@pytest.mark.parametrize(
+    "check", [nothing_is_put_off, who_acts_is_named, the_fields_words_are_used]
+)
 def test_the_rules_of_words_are_kept_in_tests_and_specs_too(check: Rule) -> None:
     texts = [Module(path.name, path.read_text(encoding="utf-8")) for path in ROOT.glob("*.md")]
     for suffix in ("py", "md", "[ch]"):
@@ -345,6 +369,9 @@ VIOLATIONS: Final = [
     (nothing_is_put_off, "linux/a.py", "x = 1  # TO" + "DO: later"),
     (who_acts_is_named, "linux/a.py", "# Some" + "body else's."),
     (who_acts_is_named, "linux/a.py", "# Then no" + "body waits."),
+    (the_fields_words_are_used, "linux/a.py", "is_de" + "af = True"),
+    (the_fields_words_are_used, "linux/a.h", "enum { NO_DE" + "BT, OWED };"),
+    (the_fields_words_are_used, "linux/a.md", "A Do" + "or for each call."),
 ]
 
 

@@ -284,7 +284,7 @@ def _add_run(verbs: Any) -> None:
     )
     run.failure_code = ExitCode.RUN_FAILED
     run.add_argument("--id", metavar="ID", help="the allocation's id (default: a new one)")
-    _add_wishes(run)
+    _add_request_options(run)
     _add_places(run)
     run.add_argument(
         "--tie",
@@ -320,7 +320,7 @@ def _add_request(verbs: Any) -> None:
         "request", help="obtain namespaces, show and hold them", description=about
     )
     request.add_argument("--id", metavar="ID", required=True, help="the allocation's id")
-    _add_wishes(request)
+    _add_request_options(request)
     _add_places(request)
     request.add_argument("--json", action="store_true", help="show one JSON object")
     request.add_argument(
@@ -443,7 +443,7 @@ def _add_path(parser: argparse.ArgumentParser, name: str, what: str, about: str)
     )
 
 
-def _add_wishes(parser: argparse.ArgumentParser) -> None:
+def _add_request_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--namespaces",
         metavar="TYPES",

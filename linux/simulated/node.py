@@ -1,6 +1,6 @@
 """`SimulatedNode`: a machine in memory on which a simulated backend works.
 
-It behaves as the Linux kernel does, never more kindly, by the models beside this module: inode
+It behaves as the Linux kernel does, never more leniently, by the models beside this module: inode
 numbers are reused, a PID namespace outlives its init and is useless then, an init does not end
 before everything in its namespace is reaped, a zombie does not populate a cgroup, freezing is not
 ending, what is killed is not gone at once, what cannot be killed stays, and a descriptor of a mount

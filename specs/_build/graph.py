@@ -123,7 +123,7 @@ def _moves_of(table: Table) -> list[_StateArrow]:
 
 
 def _depths_of(table: Table, moves: list[_StateArrow]) -> dict[Enum, int]:
-    """Give each state the longest way to it that goes in no circle, and find what leads back."""
+    """Give each state the longest way to it that goes in no cycle, and find what leads back."""
     order: list[Enum] = []
     on_way: list[Enum] = []
 
@@ -218,7 +218,7 @@ def _place(layers: list[list[_LayerNode]]) -> tuple[float, float]:
         _spread(layer, [0.0] * len(layer))
     for sweep in range(RELAXATIONS):
         for layer in layers if sweep % 2 == 0 else reversed(layers):
-            _spread(layer, [_wish(place) for place in layer])
+            _spread(layer, [_preferred(place) for place in layer])
     left = min(p.x - p.width / 2 for layer in layers for p in layer) - MARGIN
     for layer in layers:
         for place in layer:
@@ -227,7 +227,7 @@ def _place(layers: list[list[_LayerNode]]) -> tuple[float, float]:
     return right, y - LAYER_GAP + MARGIN
 
 
-def _wish(place: _LayerNode) -> float:
+def _preferred(place: _LayerNode) -> float:
     """Find the middle of a place's neighbours; long lines would rather be straight."""
     near = [*place.before, *place.after]
     weights = [1.0 if place.is_state or n.is_state else STRAIGHTNESS for n in near]
@@ -235,13 +235,13 @@ def _wish(place: _LayerNode) -> float:
     return sum(n.x * w for n, w in zip(near, weights, strict=True)) / total if near else place.x
 
 
-def _spread(layer: list[_LayerNode], wishes: list[float]) -> None:
-    """Put a layer's places where they wish to be, in their order and apart."""
-    rightward, leftward = list(wishes), list(wishes)
+def _spread(layer: list[_LayerNode], preferred: list[float]) -> None:
+    """Put a layer's places where they are to be, in their order and apart."""
+    rightward, leftward = list(preferred), list(preferred)
     for i in range(1, len(layer)):
-        rightward[i] = max(wishes[i], rightward[i - 1] + _apart(layer[i - 1], layer[i]))
+        rightward[i] = max(preferred[i], rightward[i - 1] + _apart(layer[i - 1], layer[i]))
     for i in reversed(range(len(layer) - 1)):
-        leftward[i] = min(wishes[i], leftward[i + 1] - _apart(layer[i], layer[i + 1]))
+        leftward[i] = min(preferred[i], leftward[i + 1] - _apart(layer[i], layer[i + 1]))
     for place, low, high in zip(layer, leftward, rightward, strict=True):
         place.x = (low + high) / 2
 

@@ -161,7 +161,7 @@ def killer_of(mutant: Mutant) -> str | None:
         try:
             _challenge(mutant)
         except Exception as error:
-            # A mutant may also make the kernel stumble over itself.
+            # A mutant may also make the kernel fail in itself.
             return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     return None
 

@@ -21,8 +21,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import seed as seeded
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
-from linux.testing.adversary import STEPS as DEALINGS_STEPS
-from linux.testing.adversary import dealings
+from linux.testing.adversary import STEPS as ADVERSARY_STEPS
+from linux.testing.adversary import adversary_for
 from linux.testing.worlds import IMAGE, SCOPE_PREFIX
 from tests.campaign.outcome import Discovery, Outcome, Task
 from tests.campaign.verify_pool import PoolTask
@@ -43,12 +43,12 @@ CHUNKS: Final = 2
 
 EXAMPLES: Final = {
     "handoffs": {"model": 180, "kernels": 240, "simulated": 90, "linux": 14},
-    "dealings": {"model": 120, "kernels": 120, "simulated": 120, "linux": 100},
+    "adversary": {"model": 120, "kernels": 120, "simulated": 120, "linux": 100},
 }
 """How many examples a task has: about three seconds' worth of each."""
 
-TOURS: Final = {"handoffs": PROVIDER_TOUR, "dealings": CONSUMER_TOUR}
-STEPS_OF: Final = {"handoffs": STEPS, "dealings": DEALINGS_STEPS}
+TOURS: Final = {"handoffs": PROVIDER_TOUR, "adversary": CONSUMER_TOUR}
+STEPS_OF: Final = {"handoffs": STEPS, "adversary": ADVERSARY_STEPS}
 
 
 def tasks(scale: float) -> list[Task]:
@@ -109,7 +109,7 @@ def opened(adapter: str, kind: str) -> Iterator[type[RuleBasedStateMachine]]:
             return
         counterpart = counterpart_of(adapter, prefix, node)
         stack.callback(counterpart.close)
-        yield dealings(counterpart)
+        yield adversary_for(counterpart)
 
 
 @contextmanager

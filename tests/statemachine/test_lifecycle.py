@@ -264,12 +264,12 @@ def test_the_caller_is_told_of_the_end_once() -> None:
         assert (do.ReportEnd in row.effects) == is_entry, row
 
 
-def test_a_debt_is_paid_only_by_the_providers_word() -> None:
+def test_an_owed_end_is_confirmed_only_by_the_provider() -> None:
     assert named(rows_into(NOTICE, NoticeState.HEARD)) == {"EndAnnounced", "NotFoundReceived"}
     assert rows_out_of(NOTICE, NoticeState.HEARD) == []
 
 
-def test_a_debt_that_is_not_confirmed_is_tried_again() -> None:
+def test_an_owed_end_that_is_not_confirmed_is_sent_again() -> None:
     assert named(rows_into(NOTICE, NoticeState.OWED)) == {
         "ProviderUnreachable",
         "ConnectionLost",

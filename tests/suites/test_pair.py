@@ -230,10 +230,10 @@ def test_no_invariant_forbids_what_is_right() -> None:
     ]
     assert always.told_unasked(history) == ["a"]
     assert always.unanswered(history) == []
-    farewell: list[always.Spoken] = [("sent", SocketUnavailable("user 7 may not"))]
+    closing: list[always.Spoken] = [("sent", SocketUnavailable("user 7 may not"))]
     always.require(
         always.answers_come_in_order(history, is_closed=True),
-        always.answers_come_in_order(farewell, is_closed=True),
+        always.answers_come_in_order(closing, is_closed=True),
         always.every_message_is_answered(history),
         always.nothing_follows_a_close(["sent", "closed"]),
         always.response_answers_its_request(ASKED, GIVEN),

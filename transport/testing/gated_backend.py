@@ -16,7 +16,7 @@ from .machine import StalledWork
 from .peer import DEADLINE_S
 
 
-class Reins:
+class GatedBackend:
     """
     A backend, and a hand on it; fulfils `transport.contract.Backend`.
 

@@ -426,7 +426,7 @@ class Handoffs(RuleBasedStateMachine):
         self.handed: set[tuple[int, int]] = set()
         """Which talker was handed which incarnation."""
         self.told: list[tuple[int, int]] = []
-        """Which talker was told of the end of which incarnation, unless it had wished for it."""
+        """Which talker was told of the end of which incarnation, unless it had asked for it."""
         self.ended: set[int] = set()
 
     # Consumers.
@@ -531,8 +531,8 @@ class Handoffs(RuleBasedStateMachine):
     @rule(who=_pick, picks=st.lists(_pick, min_size=1, max_size=5))
     def a_line_asks_many_things_at_once(self, who: int, picks: list[int]) -> None:
         talker = self.talkers[who % len(self.talkers)]
-        wishes: list[NamespaceRequest | AllocationEnded] = [*self.requests, self.never]
-        questions = [wishes[pick % len(wishes)] for pick in picks]
+        messages: list[NamespaceRequest | AllocationEnded] = [*self.requests, self.never]
+        questions = [messages[pick % len(messages)] for pick in picks]
         talker.say(*questions)
         for question in questions:
             if isinstance(question, NamespaceRequest):
@@ -612,14 +612,14 @@ class Handoffs(RuleBasedStateMachine):
             self.has_ended(life, is_last=False)
             self.is_taken(talker, life.request, answer)
 
-    def hears_of_the_end(self, talker: Talker, life: Incarnation, *, has_wished: bool) -> None:
+    def hears_of_the_end(self, talker: Talker, life: Incarnation, *, has_asked: bool) -> None:
         """Each holder is told once; the push may still cross an end that a consumer sends."""
         talker.say(self.never)
         heard = talker.hear_until(AllocationNotFound(self.never.allocation_id))
         assert set(heard) <= {AllocationEnded(life.name)}, heard
         words = [(talker.number, life.number)] * len(heard)
         self.told += words
-        if has_wished and not words:
+        if has_asked and not words:
             self.handed.discard((talker.number, life.number))
 
     # Processes.
@@ -1007,7 +1007,7 @@ class Handoffs(RuleBasedStateMachine):
             self.adapter.wait_released(life.name)
         self.ended.add(life.number)
         for talker in self.talkers:
-            self.hears_of_the_end(talker, life, has_wished=talker is by)
+            self.hears_of_the_end(talker, life, has_asked=talker is by)
         del self.lives[life.name]
         self.over.add(life.name)
         self.adapter.reap_killed(life.name)

@@ -79,7 +79,7 @@ class DrivenProvider:
 
     kernel: Hashable
     open: frozenset[int] = frozenset()
-    deaf: frozenset[int] = frozenset()
+    read_closed: frozenset[int] = frozenset()
     """Connections that are not read from any more: closed, or to be closed in their turn."""
     creating: tuple[NamespaceRequest, ...] = ()
     releasing: tuple[str, ...] = ()
@@ -104,9 +104,9 @@ def _reported(world: DrivenProvider, event: Event) -> DrivenProvider:
             return replace(world, open=world.open | {c})
         case on.ConnectionLost(connection=c):
             left = tuple(h for h in world.handing if h[0] != c)
-            return replace(world, open=world.open - {c}, deaf=world.deaf - {c}, handing=left)
+            return replace(world, open=world.open - {c}, read_closed=world.read_closed - {c}, handing=left)
         case on.FrameRejected(connection=c):
-            return replace(world, deaf=world.deaf | {c})
+            return replace(world, read_closed=world.read_closed | {c})
         case on.NamespacesCreated() | on.NamespacesNotCreated():
             left_to_make = tuple(
                 r for r in world.creating if r.allocation_id != event.allocation_id
@@ -145,7 +145,7 @@ def _begun(world: DrivenProvider, effect: Effect) -> DrivenProvider:
         case do.StopTimer(timer=timer, allocation_id=name):
             return replace(world, timers=world.timers - {(timer, name)})
         case do.CloseConnection(connection=c):
-            return replace(world, deaf=world.deaf | {c})
+            return replace(world, read_closed=world.read_closed | {c})
         case _:
             return world
 
@@ -176,7 +176,7 @@ def possible(cast: Cast, world: DrivenProvider, kernel: ProviderKernel) -> Itera
             yield on.ConnectionOpened(c, uid)
             continue
         yield on.ConnectionLost(c, "the peer closed the connection")
-        if c not in world.deaf:
+        if c not in world.read_closed:
             yield from (on.RequestReceived(c, request) for request in cast.requests)
             yield from (on.EndReceived(c, name) for name in cast.names)
             yield on.FrameRejected("not a message", c)

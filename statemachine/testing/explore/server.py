@@ -131,12 +131,12 @@ def may_crash(setting: Setting, server: ServerState) -> bool:
 
 
 def _moves_of_strangers(setting: Setting, server: ServerState, found: list[Move]) -> None:
-    theirs = [link for link in server.links if link.client == STRANGER]
+    strangers = [link for link in server.links if link.client == STRANGER]
     bounds = setting.bounds
     is_room = len(server.links) < bounds.connections
-    if server.provider and is_room and len(theirs) < bounds.strangers:
+    if server.provider and is_room and len(strangers) < bounds.strangers:
         found.append(("call",))
-    for link in theirs:
+    for link in strangers:
         if not link.has_consumer:
             continue
         found.append(("hang up", link.number))
@@ -479,10 +479,10 @@ class ServerDraft:
         if not link.has_provider:
             always.require(always.nothing_follows_a_close(["closed", "sent"]))
         oldest = self.message(link.open[0]) if link.open else None
-        is_farewell = isinstance(message, FdPassing) and isinstance(oldest, AllocationEnded)
+        is_closing = isinstance(message, FdPassing) and isinstance(oldest, AllocationEnded)
         if isinstance(message, AllocationEnded) and message != oldest:
             pass
-        elif link.open and not is_farewell:
+        elif link.open and not is_closing:
             talk: list[always.Spoken] = [("read", oldest), ("sent", message)]
             always.require(always.answers_come_in_order(talk, is_closed=False))
             self.set_link(number, open=link.open[1:])

@@ -25,11 +25,11 @@ from statemachine.provider import Limits, ProviderKernel
 from statemachine.states import AllocationState
 from tests.support.serving import Serving
 from transport.serve import Spans
-from transport.testing.gated_backend import Reins
+from transport.testing.gated_backend import GatedBackend
 from transport.testing.in_process import (
     ConsumerBrain,
     ConsumerModel,
-    Inside,
+    InProcessProvider,
     InsideConsumer,
     InsideVoice,
     Pipe,
@@ -65,9 +65,9 @@ class OnWorld(Adapter):
     def launch(self) -> None:
         """Have a program, which does not serve yet."""
         self.world.launch()
-        self.reins = Reins(self.world.backend)
+        self.gate = GatedBackend(self.world.backend)
         for work in self._held:
-            self.reins.hold(work)
+            self.gate.hold(work)
 
     # What happens on the node.
 
@@ -107,16 +107,16 @@ class OnWorld(Adapter):
 
     def hold(self, work: StalledWork) -> None:
         self._held.add(work)
-        self.reins.hold(work)
+        self.gate.hold(work)
 
     def let_go(self, work: StalledWork) -> None:
         self._held.discard(work)
-        self.reins.let_go(work)
+        self.gate.let_go(work)
         if work is StalledWork.RECOVER:
             self.wait_ready()
 
     def scarcity(self) -> AbstractContextManager[None]:
-        return self.reins.scarcity()
+        return self.gate.scarcity()
 
     # The provider.
 
@@ -158,7 +158,7 @@ class OnSocketOfOurs(OnWorld):
 
     def serve(self) -> None:
         is_held = StalledWork.RECOVER in self._held
-        serving = Serving(self.path, self.reins, spans=FOREVER, waits_ready=not is_held)
+        serving = Serving(self.path, self.gate, spans=FOREVER, waits_ready=not is_held)
         self.served = serving.__enter__()
 
     def wait_ready(self) -> None:
@@ -172,7 +172,7 @@ class OnSocketOfOurs(OnWorld):
         self.served.ask(lambda: self.served.provider._feed(on.ReleaseRequested(name)))
 
     def wait_held(self, work: StalledWork) -> None:
-        self.reins.wait_held(work)
+        self.gate.wait_held(work)
 
     def is_running(self, timer: Timer, name: str) -> bool:
         timers = self.served.provider._timers
@@ -216,7 +216,7 @@ class InProcess(OnWorld):
         return self.inside.turns
 
     def serve(self) -> None:
-        self.inside = Inside(self._provider, self.reins)
+        self.inside = InProcessProvider(self._provider, self.gate)
         self.inside.work()
 
     def stop(self) -> None:
