@@ -343,42 +343,72 @@ def _numbers_from(seed: int) -> Callable[[int], int]:
     return draw
 
 
-def told_lives() -> Iterator[tuple[str, Limits, tuple[str, ...], EventScript]]:
+ToldLife: TypeAlias = tuple[str, Limits, tuple[str, ...], EventScript]
+"""A name; the limits and the remembered names that a provider starts with; and what happens to it."""
+
+_A: Final = request_for("a")
+_B: Final = request_for("b", NET)
+_READY: Final = (on.ConnectionOpened(1, 0), on.ProviderReady())
+
+
+def told_lives() -> Iterator[ToldLife]:
     """Yield lives written by hand: limits, order of answers, restarts, memory."""
-    a, b = request_for("a"), request_for("b", NET)
-    ready = (on.ConnectionOpened(1, 0), on.ProviderReady())
+    for lives in (_whole_lives(), _lives_in_order(), _lives_with_ends(), _lives_with_timers()):
+        yield from ((name, Limits(), (), (*_READY, *life)) for name, life in lives.items())
+    yield from _lives_that_remember()
+    yield from _lives_at_limits()
+    yield from _lives_that_stop()
 
-    def alive(c: int, request: NamespaceRequest) -> tuple[Event, ...]:
-        name = request.allocation_id
-        return (
-            on.RequestReceived(c, request),
-            on.NamespacesCreated(name, response_to(request)),
-            on.ResponseSent(name, c),
-        )
 
-    def dead(c: int, name: str) -> tuple[Event, ...]:
-        return (on.EndReceived(c, name), on.NamespacesReleased(name))
+def _alive(c: int, request: NamespaceRequest) -> tuple[Event, ...]:
+    name = request.allocation_id
+    return (
+        on.RequestReceived(c, request),
+        on.NamespacesCreated(name, response_to(request)),
+        on.ResponseSent(name, c),
+    )
 
-    plain = Limits()
-    told: dict[str, EventScript] = {
-        "whole-life": (*alive(1, a), on.ScopePopulated("a"), *_emptied("a")),
-        "second-incarnation": (*alive(1, a), *dead(1, "a"), *alive(1, a)),
+
+def _dead(c: int, name: str) -> tuple[Event, ...]:
+    return (on.EndReceived(c, name), on.NamespacesReleased(name))
+
+
+def _emptied(name: str) -> tuple[Event, ...]:
+    return (on.ScopeEmptied(name), on.NamespacesReleased(name))
+
+
+def _whole_lives() -> dict[str, EventScript]:
+    return {
+        "whole-life": (*_alive(1, _A), on.ScopePopulated("a"), *_emptied("a")),
+        "second-incarnation": (*_alive(1, _A), *_dead(1, "a"), *_alive(1, _A)),
+    }
+
+
+def _lives_in_order() -> dict[str, EventScript]:
+    """Tell lives with more than one answer to give: each waits for its turn."""
+    return {
         "answers-keep-their-order": (
-            on.RequestReceived(1, a),
-            on.RequestReceived(1, b),
+            on.RequestReceived(1, _A),
+            on.RequestReceived(1, _B),
             on.EndReceived(1, "never"),
-            on.NamespacesCreated("b", response_to(b)),
-            on.NamespacesCreated("a", response_to(a)),
+            on.NamespacesCreated("b", response_to(_B)),
+            on.NamespacesCreated("a", response_to(_A)),
         ),
         "the-unreadable-waits-for-its-turn": (
-            on.RequestReceived(1, a),
+            on.RequestReceived(1, _A),
             on.FrameRejected("not a message", 1),
-            on.NamespacesCreated("a", response_to(a)),
+            on.NamespacesCreated("a", response_to(_A)),
             on.ResponseSent("a", 1),
             on.ConnectionLost(1),
         ),
+    }
+
+
+def _lives_with_ends() -> dict[str, EventScript]:
+    """Tell lives with ends that cross, that are told to several, and that others wait for."""
+    return {
         "ends-cross": (
-            *alive(1, a),
+            *_alive(1, _A),
             on.ScopePopulated("a"),
             *_emptied("a"),
             on.EndReceived(1, "a"),
@@ -387,52 +417,60 @@ def told_lives() -> Iterator[tuple[str, Limits, tuple[str, ...], EventScript]]:
         "all-that-hold-it-are-told": (
             on.ConnectionOpened(2, 0),
             on.ConnectionOpened(3, 0),
-            *alive(1, a),
-            on.RequestReceived(2, a),
+            *_alive(1, _A),
+            on.RequestReceived(2, _A),
             on.ResponseSent("a", 2),
-            *dead(3, "a"),
+            *_dead(3, "a"),
         ),
         "early-requests-are-served-by-the-next": (
             on.ConnectionOpened(2, 0),
-            *alive(1, a),
+            *_alive(1, _A),
             on.EndReceived(1, "a"),
-            on.RequestReceived(2, a),
+            on.RequestReceived(2, _A),
             on.RequestReceived(1, request_for("a", NET)),
             on.NamespacesReleased("a"),
-            on.NamespacesCreated("a", response_to(a)),
+            on.NamespacesCreated("a", response_to(_A)),
         ),
+    }
+
+
+def _lives_with_timers() -> dict[str, EventScript]:
+    """Tell lives in which something takes longer than its timer."""
+    return {
         "a-drain-is-announced-and-goes-on": (
-            *alive(1, a),
+            *_alive(1, _A),
             on.EndReceived(1, "a"),
-            on.RequestReceived(1, a),
+            on.RequestReceived(1, _A),
             on.ReleaseDelayed("a", "a process is in uninterruptible sleep"),
             on.RetryDue("a"),
             on.ReleaseOverdue("a"),
             on.EndReceived(1, "a"),
-            on.RequestReceived(1, a),
+            on.RequestReceived(1, _A),
             on.ReleaseDelayed("a", "a process is in uninterruptible sleep"),
             on.RetryDue("a"),
             on.NamespacesReleased("a"),
-            *alive(1, a),
+            *_alive(1, _A),
         ),
         "unclaimed": (
-            *alive(1, a),
+            *_alive(1, _A),
             on.ConnectionLost(1),
             on.ConnectionOpened(2, 0),
-            on.RequestReceived(2, a),
+            on.RequestReceived(2, _A),
             on.ResponseSent("a", 2),
             on.ConnectionLost(2),
             on.ClaimExpired("a"),
             on.NamespacesReleased("a"),
         ),
     }
-    yield from ((name, plain, (), (*ready, *life)) for name, life in told.items())
-    adopted = on.HandedOffAdopted("a", a, response_to(a))
+
+
+def _lives_that_remember() -> Iterator[ToldLife]:
+    adopted = on.HandedOffAdopted("a", _A, response_to(_A))
     again = (
         adopted,
-        on.RemainsFound("b", b),
+        on.RemainsFound("b", _B),
         on.ConnectionOpened(1, 0),
-        on.RequestReceived(1, a),
+        on.RequestReceived(1, _A),
         on.EndReceived(1, "old"),
         on.ProviderReady(),
         on.ResponseSent("a", 1),
@@ -440,60 +478,58 @@ def told_lives() -> Iterator[tuple[str, Limits, tuple[str, ...], EventScript]]:
         on.EndReceived(1, "b"),
         on.EndReceived(1, "never"),
     )
-    yield "adopted-and-handed-over-again", plain, ("old",), again
-    few, ends = replace(plain, remembered=2), [on.EndReceived(1, name) for name in "123a"]
-    life = (*ready, *ends[:3], *alive(1, a), *dead(1, "a"), *ends)
+    yield "adopted-and-handed-over-again", Limits(), ("old",), again
+    few, ends = Limits(remembered=2), [on.EndReceived(1, name) for name in "123a"]
+    life = (*_READY, *ends[:3], *_alive(1, _A), *_dead(1, "a"), *ends)
     yield "memory-is-bounded", few, ("1", "2", "3"), life
-    yield from _lives_at_limits(plain, a, b, ready)
 
 
-def _emptied(name: str) -> tuple[Event, ...]:
-    return (on.ScopeEmptied(name), on.NamespacesReleased(name))
-
-
-def _lives_at_limits(
-    plain: Limits, a: NamespaceRequest, b: NamespaceRequest, ready: EventScript
-) -> Iterator[tuple[str, Limits, tuple[str, ...], EventScript]]:
-    yield "another-user", plain, (), (*ready, on.ConnectionOpened(2, 1000), on.ConnectionLost(2))
+def _lives_at_limits() -> Iterator[ToldLife]:
+    yield "another-user", Limits(), (), (*_READY, on.ConnectionOpened(2, 1000), on.ConnectionLost(2))
     opened = [on.ConnectionOpened(c, 0) for c in (2, 3)]
-    most = replace(plain, connections_per_uid=2)
-    life = (*ready, *opened, on.ConnectionLost(3), on.ConnectionLost(1), on.ConnectionOpened(4, 0))
+    most = Limits(connections_per_uid=2)
+    life = (*_READY, *opened, on.ConnectionLost(3), on.ConnectionLost(1), on.ConnectionOpened(4, 0))
     yield "limit-connections-per-uid", most, (), life
-    most = replace(plain, waiting=2)
+    most = Limits(waiting=2)
     waiting = [on.RequestReceived(1, request_for(name)) for name in "abc"]
     yield "limit-waiting", most, (), (on.ConnectionOpened(1, 0), *waiting, on.ProviderReady())
-    life = (ready[0], *waiting, on.ReadinessOverdue(), *waiting, on.ProviderReady())
+    life = (_READY[0], *waiting, on.ReadinessOverdue(), *waiting, on.ProviderReady())
     yield "limit-waiting-and-time", most, (), life
-    most = replace(plain, allocations_per_uid=1)
-    made = on.NamespacesCreated("a", response_to(a))
-    asked = [on.RequestReceived(1, a), on.RequestReceived(1, b), on.RequestReceived(1, a)]
+    most = Limits(allocations_per_uid=1)
+    made = on.NamespacesCreated("a", response_to(_A))
+    asked = [on.RequestReceived(1, _A), on.RequestReceived(1, _B), on.RequestReceived(1, _A)]
     sent, ended = on.ResponseSent("a", 1), on.EndReceived(1, "a")
-    gone = (sent, sent, ended, on.NamespacesReleased("a"), on.RequestReceived(1, b))
-    yield "limit-allocations-per-uid", most, (), (*ready, *asked, made, *gone)
-    most = replace(plain, open_per_connection=2)
+    gone = (sent, sent, ended, on.NamespacesReleased("a"), on.RequestReceived(1, _B))
+    yield "limit-allocations-per-uid", most, (), (*_READY, *asked, made, *gone)
+    most = Limits(open_per_connection=2)
     many = [on.RequestReceived(1, request_for(name)) for name in "abcde"]
     for count in range(1, 6):
-        yield f"limit-open-per-connection-{count}", most, (), (*ready, *many[:count], made)
-    most = replace(plain, open_per_uid=2)
+        yield f"limit-open-per-connection-{count}", most, (), (*_READY, *many[:count], made)
+    most = Limits(open_per_uid=2)
     other = on.ConnectionOpened(2, 0)
     more = [
         on.RequestReceived(c, request_for(n)) for c, n in zip((1, 2, 2, 1), "abcd", strict=True)
     ]
-    yield "limit-open-per-uid", most, (), (*ready, other, *more, made, on.ConnectionLost(2))
-    life = (*ready, on.ProviderStopping(), on.RequestReceived(1, a), on.EndReceived(1, "a"))
-    yield "stopping", plain, (), life
+    yield "limit-open-per-uid", most, (), (*_READY, other, *more, made, on.ConnectionLost(2))
+
+
+def _lives_that_stop() -> Iterator[ToldLife]:
+    waiting = [on.RequestReceived(1, request_for(name)) for name in "abc"]
+    made = on.NamespacesCreated("a", response_to(_A))
+    life = (*_READY, on.ProviderStopping(), on.RequestReceived(1, _A), on.EndReceived(1, "a"))
+    yield "stopping", Limits(), (), life
     life = (on.ConnectionOpened(1, 0), *waiting, on.ProviderStopping(), on.EndReceived(1, "a"))
-    yield "stopping-before-it-was-ready", plain, (), life
-    yield "a-granted-response-is-overtaken", plain, (), (
-        *ready, on.RequestReceived(1, b), on.RequestReceived(1, a), made,
+    yield "stopping-before-it-was-ready", Limits(), (), life
+    yield "a-granted-response-is-overtaken", Limits(), (), (
+        *_READY, on.RequestReceived(1, _B), on.RequestReceived(1, _A), made,
         on.ScopeEmptied("a"), on.NamespacesReleased("a"),
-        on.NamespacesCreated("b", response_to(b)),
+        on.NamespacesCreated("b", response_to(_B)),
     )  # fmt: skip
-    few = replace(plain, open_per_connection=1, open_per_uid=3)
+    few = Limits(open_per_connection=1, open_per_uid=3)
     begins: dict[str, EventScript] = {
         "starting": (),
         "ready": (on.ProviderReady(),),
-        "stopping": (on.ProviderReady(), on.RequestReceived(1, a), on.ProviderStopping()),
+        "stopping": (on.ProviderReady(), on.RequestReceived(1, _A), on.ProviderStopping()),
         "aborted": (on.ProviderStopping(),),
     }
     for state, begin in begins.items():
@@ -504,7 +540,7 @@ def _lives_at_limits(
     # What is left over on a closed connection counts for its user until the connection is lost.
     opened = (on.ConnectionOpened(1, 0), on.ConnectionOpened(2, 0))
     flood = (on.RequestReceived(1, request_for(name)) for name in "abc")
-    life = (*opened, *flood, on.ProviderStopping(), on.RequestReceived(2, a))
+    life = (*opened, *flood, on.ProviderStopping(), on.RequestReceived(2, _A))
     yield "over-a-limit-while-aborted", few, (), life
 
 
