@@ -226,6 +226,14 @@ def _add_serve(verbs: Any) -> None:
     _add_span(serve, "claim_timeout", "life of an allocation that is not used or claimed")
     _add_span(serve, "release_deadline", "an end is announced by then")
     _add_span(serve, "empty_grace", "how long a used cgroup must stay empty")
+    _add_users(serve)
+    _add_scopes(serve)
+    _add_reports(serve)
+    _add_backend(serve)
+
+
+def _add_users(serve: argparse.ArgumentParser) -> None:
+    """Who may connect, and how much of the provider each may use."""
     serve.add_argument(
         "--allow-uid",
         metavar="UID",
@@ -252,6 +260,10 @@ def _add_serve(verbs: Any) -> None:
     serve.add_argument(
         "--group", metavar="NAME", type=_group, help="group of the socket, by name or number"
     )
+
+
+def _add_scopes(serve: argparse.ArgumentParser) -> None:
+    """Where the cgroups of allocations are, and what they are called."""
     serve.add_argument(
         "--no-scopes",
         action="store_true",
@@ -262,6 +274,10 @@ def _add_serve(verbs: Any) -> None:
     serve.add_argument("--scope-parent", metavar="CGROUP", default=parent, help=about)
     about = f"what an allocation's cgroup is called, with {{id}} in it (default {name})"
     serve.add_argument("--scope-name", metavar="PATTERN", default=name, help=about)
+
+
+def _add_reports(serve: argparse.ArgumentParser) -> None:
+    """Where the provider tells that it serves, and what it does."""
     about = "exists while requests are served (default: `ready` beside the socket)"
     serve.add_argument("--ready-file", metavar="FILE", type=_path, help=about)
     about = "tells who connects when requests are served (default: `ready.sock` beside the socket)"
@@ -270,7 +286,6 @@ def _add_serve(verbs: Any) -> None:
     serve.add_argument("--trace", metavar="FILE", type=_path, help=about)
     about = "append audit events to this file, in the form of upstream's hpc-audit"
     serve.add_argument("--audit", metavar="FILE", type=_path, help=about)
-    _add_backend(serve)
 
 
 def _add_run(verbs: Any) -> None:
