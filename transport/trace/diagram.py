@@ -59,13 +59,13 @@ class _DrawnConnections:
 
     def draw(self, turn: Turn) -> Iterator[str]:
         self._is_fresh = False
-        event, name = turn.event, _allocation_of(turn.event)
+        event, name = turn.event, allocation_of(turn.event)
         if isinstance(event, on.ConnectionOpened):
             self._uids[event.connection] = event.uid
         if self._concerns(name, event):
             yield from self._arrow(event, self._draw_event(event))
         for effect in turn.effects:
-            if self._concerns(_allocation_of(effect) or name, effect):
+            if self._concerns(allocation_of(effect) or name, effect):
                 yield from self._arrow(effect, self._draw_effect(effect))
         if isinstance(event, on.ConnectionLost):
             self._uids.pop(event.connection, None)
@@ -139,7 +139,8 @@ _OF_NODE: Final = (
 )
 
 
-def _allocation_of(something: Event | Effect) -> str:
+def allocation_of(something: Event | Effect) -> str:
+    """Name the allocation that an event or an effect concerns; empty if none."""
     for part in (something, *(getattr(something, x, None) for x in ("request", "response"))):
         name = getattr(part, "allocation_id", "")
         if name:
@@ -148,7 +149,7 @@ def _allocation_of(something: Event | Effect) -> str:
 
 
 def _words(something: Event | Effect) -> str:
-    words = f"{type(something).__name__} {_plain(_allocation_of(something))}".rstrip()
+    words = f"{type(something).__name__} {_plain(allocation_of(something))}".rstrip()
     reason = getattr(getattr(something, "error", None), "text", getattr(something, "reason", ""))
     return f"{words}: {_plain(reason)}" if reason else words
 
