@@ -45,7 +45,7 @@ from transport.testing.machine import open_namespaces
 
 from ..backend import LinuxBackend
 from ..simulated import SimulatedBackend, SimulatedNode
-from .worlds import BackendHost, LinuxWorld, SimulatedWorld
+from .worlds import LinuxWorld, SimulatedWorld, World
 
 PID: Final = NamespaceType.PID
 MOUNT: Final = NamespaceType.MOUNT
@@ -93,7 +93,7 @@ class Counterpart(ABC):
         brain: decides for the consumer.
     """
 
-    def __init__(self, world: BackendHost, prefix: str, brain: ConsumerBrain) -> None:
+    def __init__(self, world: World, prefix: str, brain: ConsumerBrain) -> None:
         self.request = NamespaceRequest(f"{prefix}-dealt", KINDS)
         self._world = world
         self._stock = f"{prefix}-stock"
@@ -103,7 +103,7 @@ class Counterpart(ABC):
         world.start()
         world.backend.create_namespaces(NamespaceRequest(self._stock, KINDS))
 
-    def _serves(self, world: BackendHost) -> SelfService:
+    def _serves(self, world: World) -> SelfService:
         """Make a backend for self-service, of the kind of the provider's."""
         if not isinstance(world, LinuxWorld):
             return SimulatedBackend(self._node, has_journal=False)
@@ -173,7 +173,7 @@ class OnPipes(Counterpart):
 class OnSockets(Counterpart):
     """A consumer that connects to a real socket."""
 
-    def __init__(self, world: BackendHost, prefix: str) -> None:
+    def __init__(self, world: World, prefix: str) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="nsh-")
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(self.socket))

@@ -31,7 +31,7 @@ from .worlds import (
     OTHER_IMAGE,
     PID,
     SCOPE_PREFIX,
-    BackendHost,
+    World,
 )
 
 ALL: Final = tuple(NamespaceType)
@@ -40,7 +40,7 @@ _numbers: Final = count(1)
 
 
 def create(
-    world: BackendHost,
+    world: World,
     name: str,
     kinds: tuple[NamespaceType, ...] = LIGHT,
     image: str | None = None,
@@ -48,7 +48,7 @@ def create(
     return world.backend.create_namespaces(NamespaceRequest(name, kinds, image))
 
 
-def assert_never_was(world: BackendHost, name: str) -> None:
+def assert_never_was(world: World, name: str) -> None:
     assert world.backend.why_alive(name) is None
     assert world.leftovers() == []
     for ask in (world.backend.bundle_of, world.backend.release_namespaces):
@@ -63,9 +63,9 @@ class BackendContract:
 
         class TestMine(BackendContract):
             @pytest.fixture
-            def world(self) -> Iterator[BackendHost]: ...
+            def world(self) -> Iterator[World]: ...
 
-    It gives a `BackendHost` that was started, and closes it. Ids begin with `worlds.SCOPE_PREFIX`.
+    It gives a `World` that was started, and closes it. Ids begin with `worlds.SCOPE_PREFIX`.
     """
 
     @pytest.fixture
@@ -74,7 +74,7 @@ class BackendContract:
         return f"{SCOPE_PREFIX}c{next(_numbers)}"
 
     @pytest.fixture
-    def name(self, world: BackendHost, allocation_id: str) -> str:
+    def name(self, world: World, allocation_id: str) -> str:
         """An allocation that is alive and watched."""
         create(world, allocation_id)
         world.backend.watch(allocation_id)
@@ -82,7 +82,7 @@ class BackendContract:
 
     # --- Creating -------------------------------------------------------------------------------
 
-    def test_basic_life(self, world: BackendHost, allocation_id: str) -> None:
+    def test_basic_life(self, world: World, allocation_id: str) -> None:
         response = create(world, allocation_id, ALL, IMAGE)
         with world.backend.bundle_of(allocation_id) as bundle:
             assert bundle.types == response.fd_types == ALL
@@ -90,7 +90,7 @@ class BackendContract:
         assert world.leftovers() == []
 
     def test_every_order_of_every_subset_is_given_out_as_asked(
-        self, world: BackendHost, allocation_id: str
+        self, world: World, allocation_id: str
     ) -> None:
         for number, order in enumerate(ORDERS):
             name = f"{allocation_id}-{number}"
@@ -99,23 +99,17 @@ class BackendContract:
                 assert bundle.types == order
                 assert tuple(identity.kind for identity in world.inspect(bundle)) == order
 
-    def test_the_response_says_where_the_image_is(
-        self, world: BackendHost, allocation_id: str
-    ) -> None:
+    def test_the_response_says_where_the_image_is(self, world: World, allocation_id: str) -> None:
         response = create(world, allocation_id, (MOUNT,), OTHER_IMAGE)
         assert response.uenv_mount_path is not None
         assert response.uenv_mount_path.endswith("/uenv/deep/other")
 
-    def test_an_allocation_keeps_its_namespaces(
-        self, world: BackendHost, allocation_id: str
-    ) -> None:
+    def test_an_allocation_keeps_its_namespaces(self, world: World, allocation_id: str) -> None:
         create(world, allocation_id, ALL)
         assert world.identities(allocation_id) == world.identities(allocation_id)
 
     @pytest.mark.clause("LIFE-9")
-    def test_two_allocations_share_no_namespace(
-        self, world: BackendHost, allocation_id: str
-    ) -> None:
+    def test_two_allocations_share_no_namespace(self, world: World, allocation_id: str) -> None:
         create(world, f"{allocation_id}-a", ALL)
         create(world, f"{allocation_id}-b", ALL)
         ones, others = (
@@ -124,16 +118,14 @@ class BackendContract:
         )
         assert not set(ones) & set(others)
 
-    def test_descriptors_outlive_the_allocation(
-        self, world: BackendHost, allocation_id: str
-    ) -> None:
+    def test_descriptors_outlive_the_allocation(self, world: World, allocation_id: str) -> None:
         create(world, allocation_id)
         with world.backend.bundle_of(allocation_id) as bundle:
             before = world.inspect(bundle)
             world.release(allocation_id)
             assert world.inspect(bundle) == before
 
-    def test_a_live_id_is_not_created_again(self, world: BackendHost, allocation_id: str) -> None:
+    def test_a_live_id_is_not_created_again(self, world: World, allocation_id: str) -> None:
         create(world, allocation_id)
         before = world.identities(allocation_id)
         with pytest.raises(CreationFailed, match="alive"):
@@ -146,26 +138,20 @@ class BackendContract:
         ids=["a type twice", "an image without Mount", "an image outside"],
     )
     def test_a_request_that_breaks_a_rule_is_refused(
-        self,
-        world: BackendHost,
-        allocation_id: str,
-        kinds: tuple[NamespaceType, ...],
-        image: str | None,
+        self, world: World, allocation_id: str, kinds: tuple[NamespaceType, ...], image: str | None
     ) -> None:
         with pytest.raises(CreationFailed):
             create(world, allocation_id, kinds, image)
         assert world.leftovers() == []
 
     @pytest.mark.parametrize("bad", ["", "..", "a/b", "cgroup.procs", "a\nb", "x" * 129])
-    def test_an_id_that_is_no_name_is_refused(self, world: BackendHost, bad: str) -> None:
+    def test_an_id_that_is_no_name_is_refused(self, world: World, bad: str) -> None:
         with pytest.raises(CreationFailed):
             create(world, bad)
         assert world.leftovers() == []
 
     @pytest.mark.clause("LIFE-8")
-    def test_a_missing_image_undoes_everything(
-        self, world: BackendHost, allocation_id: str
-    ) -> None:
+    def test_a_missing_image_undoes_everything(self, world: World, allocation_id: str) -> None:
         with pytest.raises(CreationFailed, match=r"missing\.sqfs"):
             create(world, allocation_id, LIGHT, "missing.sqfs")
         assert_never_was(world, allocation_id)
@@ -173,7 +159,7 @@ class BackendContract:
     @pytest.mark.clause("NODE-18")
     @pytest.mark.parametrize("how", OCCUPATIONS)
     def test_a_taken_scope_undoes_everything(
-        self, world: BackendHost, allocation_id: str, how: str
+        self, world: World, allocation_id: str, how: str
     ) -> None:
         world.occupy_scope(allocation_id, how)
         with pytest.raises(CreationFailed, match=r"EEXIST|File exists"):
@@ -184,7 +170,7 @@ class BackendContract:
 
     @pytest.mark.clause("NODE-18", "NODE-19")
     def test_a_scope_that_was_prepared_is_adopted_and_given_back(
-        self, world: BackendHost, allocation_id: str
+        self, world: World, allocation_id: str
     ) -> None:
         world.prepare_scope(allocation_id)
         # The second life begins with a cgroup that has been used.
@@ -202,7 +188,7 @@ class BackendContract:
 
     @pytest.mark.clause("NODE-19")
     def test_an_adopted_scope_is_given_back_by_a_later_program(
-        self, world: BackendHost, allocation_id: str
+        self, world: World, allocation_id: str
     ) -> None:
         world.prepare_scope(allocation_id)
         create(world, allocation_id)
@@ -216,7 +202,7 @@ class BackendContract:
 
     @pytest.mark.clause("NODE-19")
     def test_a_creation_that_fails_gives_back_what_it_adopted(
-        self, world: BackendHost, allocation_id: str
+        self, world: World, allocation_id: str
     ) -> None:
         world.prepare_scope(allocation_id)
         with pytest.raises(CreationFailed, match=r"missing\.sqfs"):
@@ -228,7 +214,7 @@ class BackendContract:
         assert_never_was(world, allocation_id)
 
     def test_an_id_that_failed_is_free_once_its_end_is_over(
-        self, world: BackendHost, allocation_id: str
+        self, world: World, allocation_id: str
     ) -> None:
         with pytest.raises(CreationFailed):
             create(world, allocation_id, LIGHT, "missing.sqfs")
@@ -240,7 +226,7 @@ class BackendContract:
 
     @pytest.mark.parametrize("image", [None, IMAGE])
     def test_the_steps_are_those_of_the_contract_in_its_order(
-        self, world: BackendHost, allocation_id: str, image: str | None
+        self, world: World, allocation_id: str, image: str | None
     ) -> None:
         request = NamespaceRequest(allocation_id, LIGHT, image)
         world.backend.create_namespaces(request)
@@ -254,7 +240,7 @@ class BackendContract:
     @pytest.mark.clause("LIFE-8")
     @pytest.mark.parametrize("step", LEFT_BY_FAILURE, ids=lambda step: step.value)
     def test_a_step_that_fails_leaves_what_the_contract_says(
-        self, world: BackendHost, allocation_id: str, step: Step
+        self, world: World, allocation_id: str, step: Step
     ) -> None:
         request = NamespaceRequest(allocation_id, LIGHT, IMAGE)
         if step in CREATION:
@@ -282,34 +268,28 @@ class BackendContract:
     # --- Releasing ------------------------------------------------------------------------------
 
     @pytest.mark.clause("END-10")
-    def test_what_is_released_is_not_found(self, world: BackendHost, allocation_id: str) -> None:
+    def test_what_is_released_is_not_found(self, world: World, allocation_id: str) -> None:
         create(world, allocation_id)
         world.release(allocation_id)
         assert_never_was(world, allocation_id)
 
     @pytest.mark.parametrize("ask", ["bundle_of", "release_namespaces"])
-    def test_what_never_was_is_not_found(
-        self, world: BackendHost, allocation_id: str, ask: str
-    ) -> None:
+    def test_what_never_was_is_not_found(self, world: World, allocation_id: str, ask: str) -> None:
         with pytest.raises(AllocationNotFound) as caught:
             getattr(world.backend, ask)(allocation_id)
         assert caught.value.allocation_id == allocation_id
 
-    def test_nothing_of_what_never_was_is_alive(
-        self, world: BackendHost, allocation_id: str
-    ) -> None:
+    def test_nothing_of_what_never_was_is_alive(self, world: World, allocation_id: str) -> None:
         assert world.backend.why_alive(allocation_id) is None
         assert not world.backend.is_over(allocation_id)
 
     @pytest.mark.clause("END-8")
-    def test_a_release_ends_the_processes(self, world: BackendHost, name: str) -> None:
+    def test_a_release_ends_the_processes(self, world: World, name: str) -> None:
         world.join(name)
         world.release(name)
         assert world.leftovers() == []
 
-    def test_a_new_incarnation_has_new_namespaces(
-        self, world: BackendHost, allocation_id: str
-    ) -> None:
+    def test_a_new_incarnation_has_new_namespaces(self, world: World, allocation_id: str) -> None:
         create(world, allocation_id)
         with world.backend.bundle_of(allocation_id) as first:
             world.release(allocation_id)
@@ -317,9 +297,7 @@ class BackendContract:
             assert not set(world.inspect(first)) & set(world.identities(allocation_id))
 
     @pytest.mark.clause("END-9")
-    def test_what_cannot_end_yet_is_said_and_goes_later(
-        self, world: BackendHost, name: str
-    ) -> None:
+    def test_what_cannot_end_yet_is_said_and_goes_later(self, world: World, name: str) -> None:
         world.block_release(name)
         for _ in range(10):
             world.backend.release_namespaces(name)
@@ -329,7 +307,7 @@ class BackendContract:
         assert world.leftovers() == []
 
     def test_what_is_being_released_is_not_given_out_and_blocks_no_other(
-        self, world: BackendHost, name: str
+        self, world: World, name: str
     ) -> None:
         world.block_release(name)
         world.backend.release_namespaces(name)
@@ -346,16 +324,16 @@ class BackendContract:
 
     # --- Observing ------------------------------------------------------------------------------
 
-    def test_an_unused_scope_is_not_over(self, world: BackendHost, name: str) -> None:
+    def test_an_unused_scope_is_not_over(self, world: World, name: str) -> None:
         assert set(world.sightings(name)) <= {Sighting.CHANGED}
         assert not world.backend.is_over(name)
 
-    def test_a_process_is_seen(self, world: BackendHost, name: str) -> None:
+    def test_a_process_is_seen(self, world: World, name: str) -> None:
         world.join(name)
         world.sees(name, Sighting.POPULATED)
         assert not world.backend.is_over(name)
 
-    def test_the_last_exit_is_seen(self, world: BackendHost, name: str) -> None:
+    def test_the_last_exit_is_seen(self, world: World, name: str) -> None:
         world.join(name)
         world.join(name)
         world.leave(name)
@@ -364,30 +342,30 @@ class BackendContract:
         world.sees(name, Sighting.EMPTIED)
         assert world.backend.is_over(name)
 
-    def test_a_process_that_was_not_seen_counts(self, world: BackendHost, name: str) -> None:
+    def test_a_process_that_was_not_seen_counts(self, world: World, name: str) -> None:
         world.pass_through(name)
         # The proof may come a moment after the event, which is what CHANGED says.
         wait_until(lambda: Sighting.EMPTIED in world.sightings(name) or world.backend.is_over(name))
 
-    def test_a_zombie_does_not_count(self, world: BackendHost, name: str) -> None:
+    def test_a_zombie_does_not_count(self, world: World, name: str) -> None:
         world.join(name)
         world.leave(name, is_reaped=False)
         world.sees(name, Sighting.EMPTIED)
 
-    def test_freezing_is_not_ending(self, world: BackendHost, name: str) -> None:
+    def test_freezing_is_not_ending(self, world: World, name: str) -> None:
         world.join(name)
         world.sees(name, Sighting.POPULATED)
         world.freeze(name)
         assert Sighting.EMPTIED not in world.sightings(name)
         assert not world.backend.is_over(name)
 
-    def test_freezing_is_not_use(self, world: BackendHost, name: str) -> None:
+    def test_freezing_is_not_use(self, world: World, name: str) -> None:
         world.freeze(name)
         world.freeze(name, is_frozen=False)
         assert set(world.sightings(name)) <= {Sighting.CHANGED}
         assert not world.backend.is_over(name)
 
-    def test_what_is_frozen_can_be_released(self, world: BackendHost, name: str) -> None:
+    def test_what_is_frozen_can_be_released(self, world: World, name: str) -> None:
         world.join(name)
         world.freeze(name)
         world.release(name)
@@ -397,7 +375,7 @@ class BackendContract:
     @pytest.mark.parametrize("is_used", [False, True], ids=["unused", "used"])
     @pytest.mark.parametrize("is_adopted", [False, True], ids=["made here", "adopted"])
     def test_a_scope_that_was_removed_is_over(
-        self, world: BackendHost, allocation_id: str, is_used: bool, is_adopted: bool
+        self, world: World, allocation_id: str, is_used: bool, is_adopted: bool
     ) -> None:
         name = allocation_id
         if is_adopted:
@@ -418,14 +396,14 @@ class BackendContract:
         assert world.leftovers() == []
 
     def test_a_dead_init_is_seen_and_its_descriptors_are_refused(
-        self, world: BackendHost, name: str
+        self, world: World, name: str
     ) -> None:
         world.kill_init(name)
         world.sees(name, Sighting.INIT_DIED)
         with pytest.raises(FdPassing):
             world.backend.bundle_of(name)
 
-    def test_one_allocation_is_seen_and_not_the_other(self, world: BackendHost, name: str) -> None:
+    def test_one_allocation_is_seen_and_not_the_other(self, world: World, name: str) -> None:
         other = f"{name}-other"
         create(world, other)
         world.backend.watch(other)
@@ -444,20 +422,20 @@ class BackendContract:
         ],
     )
     def test_what_happened_before_the_watch_is_seen(
-        self, world: BackendHost, allocation_id: str, happens: str, sighting: Sighting
+        self, world: World, allocation_id: str, happens: str, sighting: Sighting
     ) -> None:
         create(world, allocation_id)
         getattr(world, happens)(allocation_id)
         world.backend.watch(allocation_id)
         world.sees(allocation_id, sighting)
 
-    def test_nothing_is_seen_of_what_is_being_released(self, world: BackendHost, name: str) -> None:
+    def test_nothing_is_seen_of_what_is_being_released(self, world: World, name: str) -> None:
         world.join(name)
         world.sees(name, Sighting.POPULATED)
         world.release(name)
         assert world.sightings(name) == []
 
-    def test_what_is_watched_cannot_be_watched_again(self, world: BackendHost, name: str) -> None:
+    def test_what_is_watched_cannot_be_watched_again(self, world: World, name: str) -> None:
         world.join(name)
         world.sees(name, Sighting.POPULATED)
         with pytest.raises(ValueError, match="watched already"):
@@ -466,22 +444,20 @@ class BackendContract:
         world.leave(name)
         world.sees(name, Sighting.EMPTIED)
 
-    def test_what_is_not_there_cannot_be_watched(
-        self, world: BackendHost, allocation_id: str
-    ) -> None:
+    def test_what_is_not_there_cannot_be_watched(self, world: World, allocation_id: str) -> None:
         with pytest.raises(AllocationNotFound):
             world.backend.watch(allocation_id)
 
     # --- Starting again -------------------------------------------------------------------------
 
-    def test_a_new_machine_has_nothing_to_recover(self, world: BackendHost) -> None:
+    def test_a_new_machine_has_nothing_to_recover(self, world: World) -> None:
         recovery = world.restart()
         assert (recovery.adoptions, recovery.remembered) == ((), ())
 
     @pytest.mark.clause("CRASH-2")
     @pytest.mark.parametrize("state", [AllocationState.CREATED, AllocationState.HANDED_OFF])
     def test_what_is_alive_is_adopted_with_its_namespaces(
-        self, world: BackendHost, allocation_id: str, state: AllocationState
+        self, world: World, allocation_id: str, state: AllocationState
     ) -> None:
         response = create(world, allocation_id, ALL, IMAGE)
         if state is AllocationState.HANDED_OFF:
@@ -492,7 +468,7 @@ class BackendContract:
         assert adoption.request == NamespaceRequest(allocation_id, ALL, IMAGE)
         assert world.identities(allocation_id) == before
 
-    def test_what_was_adopted_is_observed_and_released(self, world: BackendHost, name: str) -> None:
+    def test_what_was_adopted_is_observed_and_released(self, world: World, name: str) -> None:
         world.join(name)
         world.restart()
         world.backend.watch(name)
@@ -504,7 +480,7 @@ class BackendContract:
     @pytest.mark.clause("CRASH-3")
     @pytest.mark.parametrize("step", LEFT_BY_CRASH, ids=lambda step: step.value)
     def test_what_a_crash_leaves_is_released_after_it(
-        self, world: BackendHost, allocation_id: str, step: Step
+        self, world: World, allocation_id: str, step: Step
     ) -> None:
         request = NamespaceRequest(allocation_id, LIGHT, IMAGE)
         world.crash(request, step)
@@ -518,9 +494,7 @@ class BackendContract:
         world.release(allocation_id)
         assert world.leftovers() == []
 
-    def test_what_was_being_released_is_still_to_be_released(
-        self, world: BackendHost, name: str
-    ) -> None:
+    def test_what_was_being_released_is_still_to_be_released(self, world: World, name: str) -> None:
         world.block_release(name)
         world.backend.release_namespaces(name)
         (adoption,) = world.restart().adoptions
@@ -528,7 +502,7 @@ class BackendContract:
         world.unblock_release(name)
         world.release(name)
 
-    def test_what_ended_meanwhile_is_seen_at_once(self, world: BackendHost, name: str) -> None:
+    def test_what_ended_meanwhile_is_seen_at_once(self, world: World, name: str) -> None:
         world.join(name)
         world.backend.close()
         world.leave(name)
@@ -540,7 +514,7 @@ class BackendContract:
     @pytest.mark.clause("CRASH-4")
     @pytest.mark.parametrize("loses", ["kill_init", "remove_scope"])
     def test_what_lost_its_init_or_scope_leaves_remains_and_the_others_are_adopted(
-        self, world: BackendHost, name: str, loses: str
+        self, world: World, name: str, loses: str
     ) -> None:
         other = f"{name}-other"
         create(world, other)
@@ -557,7 +531,7 @@ class BackendContract:
 
     @pytest.mark.clause("CRASH-6")
     def test_what_was_released_is_remembered_in_order(
-        self, world: BackendHost, allocation_id: str
+        self, world: World, allocation_id: str
     ) -> None:
         names = [f"{allocation_id}-{number}" for number in range(3)]
         for name in names:
@@ -568,7 +542,7 @@ class BackendContract:
         assert recovery.adoptions == ()
         assert recovery.remembered == tuple(reversed(names))
 
-    def test_what_failed_is_remembered_too(self, world: BackendHost, allocation_id: str) -> None:
+    def test_what_failed_is_remembered_too(self, world: World, allocation_id: str) -> None:
         # A consumer that ended it meanwhile may send the end again, which is confirmed again.
         with pytest.raises(CreationFailed):
             create(world, allocation_id, LIGHT, "missing.sqfs")
@@ -577,19 +551,19 @@ class BackendContract:
     # --- Images ---------------------------------------------------------------------------------
 
     @pytest.mark.clause("NODE-13")
-    def test_an_image_is_mounted_once_for_all(self, world: BackendHost, allocation_id: str) -> None:
+    def test_an_image_is_mounted_once_for_all(self, world: World, allocation_id: str) -> None:
         for number in range(3):
             create(world, f"{allocation_id}-{number}", (MOUNT,), IMAGE)
         assert world.mounted() == [IMAGE]
 
-    def test_two_images_are_two_mounts(self, world: BackendHost, allocation_id: str) -> None:
+    def test_two_images_are_two_mounts(self, world: World, allocation_id: str) -> None:
         create(world, f"{allocation_id}-a", (MOUNT,), IMAGE)
         create(world, f"{allocation_id}-b", (MOUNT,), OTHER_IMAGE)
         assert world.mounted() == sorted([IMAGE, OTHER_IMAGE])
 
     @pytest.mark.clause("NODE-14")
     def test_an_image_is_held_for_a_while_and_then_gone(
-        self, world: BackendHost, allocation_id: str
+        self, world: World, allocation_id: str
     ) -> None:
         create(world, allocation_id, (MOUNT,), IMAGE)
         world.release(allocation_id)
@@ -599,15 +573,13 @@ class BackendContract:
         assert world.backend.tidy() is None
         wait_until(lambda: world.mounted() == [])
 
-    def test_an_image_in_use_is_not_tidied(self, world: BackendHost, allocation_id: str) -> None:
+    def test_an_image_in_use_is_not_tidied(self, world: World, allocation_id: str) -> None:
         create(world, allocation_id, (MOUNT,), IMAGE)
         world.now_s += 10 * HOLD_TIME_S
         assert world.backend.tidy() is None
         assert world.mounted() == [IMAGE]
 
-    def test_an_image_that_is_held_is_used_again(
-        self, world: BackendHost, allocation_id: str
-    ) -> None:
+    def test_an_image_that_is_held_is_used_again(self, world: World, allocation_id: str) -> None:
         create(world, allocation_id, (MOUNT,), IMAGE)
         world.release(allocation_id)
         world.now_s += HOLD_TIME_S / 2
@@ -617,7 +589,7 @@ class BackendContract:
         assert world.mounted() == [IMAGE]
 
     def test_a_descriptor_that_is_kept_keeps_the_image_mounted(
-        self, world: BackendHost, allocation_id: str
+        self, world: World, allocation_id: str
     ) -> None:
         create(world, allocation_id, (MOUNT,), IMAGE)
         with world.backend.bundle_of(allocation_id):
@@ -630,7 +602,7 @@ class BackendContract:
         wait_until(lambda: world.mounted() == [IMAGE])
 
     def test_an_adopted_image_is_shared_with_the_next_user(
-        self, world: BackendHost, allocation_id: str
+        self, world: World, allocation_id: str
     ) -> None:
         create(world, f"{allocation_id}-a", (MOUNT,), IMAGE)
         world.restart()
@@ -640,7 +612,7 @@ class BackendContract:
     # --- An end that is recorded ----------------------------------------------------------------
 
     def test_an_end_recorded_during_creation_leaves_nothing_alive(
-        self, world: BackendHost, allocation_id: str
+        self, world: World, allocation_id: str
     ) -> None:
         request = NamespaceRequest(allocation_id, (PID, MOUNT))
         # As when the end is performed while the creation still waits in its lane.
@@ -655,7 +627,7 @@ class BackendContract:
 
     @pytest.mark.clause("END-14", "CRASH-5")
     def test_an_end_that_was_recorded_is_found_after_a_crash(
-        self, world: BackendHost, allocation_id: str
+        self, world: World, allocation_id: str
     ) -> None:
         world.backend.create_namespaces(NamespaceRequest(allocation_id, (PID,)))
         world.backend.record_handed_off(allocation_id)

@@ -1,8 +1,8 @@
 """A machine with a backend on it, simulated or real, for tests of any backend.
 
-A `BackendHost` does what happens *to* the backend's program (a crash, a restart, a step that fails)
-and what other programs do on the machine (processes that start, die, freeze, are not reaped). What
-the backend then does is for the tests to judge.
+A `World` does what happens *to* the backend's program (a crash, a restart, a step that fails) and
+what other programs do on the machine (processes that start, die, freeze, are not reaped). What the
+backend then does is for the tests to judge.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ IMAGE: Final = "hello.sqfs"
 OTHER_IMAGE: Final = "deep/other.sqfs"
 
 
-class BackendHost(ABC):
+class World(ABC):
     """A machine with a backend on it. `close` leaves nothing of either."""
 
     backend: Backend
@@ -225,7 +225,7 @@ class BackendHost(ABC):
         return [seen.sighting for seen in self.backend.observe() if seen.allocation_id == name]
 
 
-class SimulatedWorld(BackendHost):
+class SimulatedWorld(World):
     """A machine in memory."""
 
     inspector = SimulatedInspector()
@@ -335,7 +335,7 @@ class HookedBackend(LinuxBackend):
         return super()._perform(step, allocation)
 
 
-class LinuxWorld(BackendHost):
+class LinuxWorld(World):
     """
     This machine.
 
@@ -589,7 +589,7 @@ KINDS_OF_WORLD: Final = ("simulated", "linux", "oldest linux")
 
 
 @contextmanager
-def world_of(kind: str, directory: Path, cgroup2: Path, image_root: Path) -> Iterator[BackendHost]:
+def world_of(kind: str, directory: Path, cgroup2: Path, image_root: Path) -> Iterator[World]:
     if kind == "simulated":
         with simulated() as world:
             yield world

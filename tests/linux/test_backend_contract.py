@@ -12,7 +12,7 @@ from linux.testing.worlds import (
     IMAGE,
     KINDS_OF_WORLD,
     OTHER_IMAGE,
-    BackendHost,
+    World,
     world_of,
 )
 from tests.conftest import MakeImage
@@ -32,6 +32,6 @@ class TestBackend(BackendContract):
     @pytest.fixture(params=KINDS_OF_WORLD)
     def world(
         self, request: pytest.FixtureRequest, tmp_path: Path, cgroup2: Path, two_images: Path
-    ) -> Iterator[BackendHost]:
+    ) -> Iterator[World]:
         with world_of(request.param, tmp_path, cgroup2, two_images) as world:
             yield world

@@ -14,9 +14,9 @@ from .world import (
     SOUND,
     SPENDS,
     Bounds,
+    GlobalState,
     Move,
     Violation,
-    World,
 )
 
 __all__ = [
@@ -31,13 +31,13 @@ __all__ = [
     "Bounds",
     "Counterexample",
     "Explorer",
+    "GlobalState",
     "Limits",
     "Move",
     "NamespaceRequest",
     "NamespaceType",
     "Result",
     "Violation",
-    "World",
     "all_rows",
     "only",
 ]

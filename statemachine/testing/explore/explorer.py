@@ -59,10 +59,10 @@ from .world import (
     BY_ITSELF,
     Bounds,
     Client,
+    GlobalState,
     Move,
     Node,
     ServerState,
-    World,
 )
 
 MOVES = frozenset({*SERVER_MOVES, *CLIENT_MOVES})
@@ -198,7 +198,7 @@ class Explorer:
             is_complete=is_complete,
         )
 
-    def replay(self, script: Iterable[Move]) -> World:
+    def replay(self, script: Iterable[Move]) -> GlobalState:
         """
         Make moves one after the other, from the beginning; here nothing changes its name.
 
@@ -255,14 +255,14 @@ class Explorer:
 # --- One world after the other -----------------------------------------------------------------
 
 
-def _first(setting: Setting) -> World:
+def _first(setting: Setting) -> GlobalState:
     """Make the world in which nothing has happened yet."""
     nodes = (Node(),) * len(setting.bounds.names)
     server = ServerState(setting.kernels.new_provider(), (), nodes)
-    return World(server, (Client(),) * setting.bounds.consumers)
+    return GlobalState(server, (Client(),) * setting.bounds.consumers)
 
 
-def _replay(setting: Setting, script: Iterable[Move]) -> World:
+def _replay(setting: Setting, script: Iterable[Move]) -> GlobalState:
     world = _first(setting)
     for move in script:
         if setting.story is not None:
@@ -273,7 +273,7 @@ def _replay(setting: Setting, script: Iterable[Move]) -> World:
     return world
 
 
-def _moves(setting: Setting, world: World) -> list[Move]:
+def _moves(setting: Setting, world: GlobalState) -> list[Move]:
     """List what may happen now."""
     found = server_moves(setting, world.server)
     for index, client in enumerate(world.clients):
@@ -281,7 +281,7 @@ def _moves(setting: Setting, world: World) -> list[Move]:
     return found
 
 
-def _make(setting: Setting, world: World, move: Move) -> World:
+def _make(setting: Setting, world: GlobalState, move: Move) -> GlobalState:
     """Make a move; raises `Violation` or `InvariantBroken` if it breaks a promise."""
     clients = list(world.clients)
     if move[0] in CLIENT_MOVES:
@@ -297,7 +297,7 @@ def _make(setting: Setting, world: World, move: Move) -> World:
             name = setting.kernels.consumer_views[client.kernel].request.allocation_id
             held = [(index, name)] if is_provided(setting, server, index) else []
             always.require(always.at_most_one_live_set([(index, name)], [], held))
-    return World(server, tuple(clients))
+    return GlobalState(server, tuple(clients))
 
 
 def _make_on_server(setting: Setting, server: ServerState, move: Move) -> ServerDraft:
@@ -307,7 +307,9 @@ def _make_on_server(setting: Setting, server: ServerState, move: Move) -> Server
     return draft
 
 
-def _alike(setting: Setting, world: World, move: Move) -> Iterator[tuple[Move, World | None]]:
+def _alike(
+    setting: Setting, world: GlobalState, move: Move
+) -> Iterator[tuple[Move, GlobalState | None]]:
     """List the moves of the same kind, and where each leads to; None: it breaks a promise."""
     is_cut = move[0] == "crash in"
     kind = move[2] if is_cut else move[0]

@@ -28,13 +28,13 @@ from .world import (
     BY_ITSELF,
     Bounds,
     Client,
+    GlobalState,
     Link,
     Move,
     Node,
     Numbers,
     ServerState,
     Violation,
-    World,
 )
 
 
@@ -116,7 +116,10 @@ class Search:
         return len(self._worlds)
 
     def run(
-        self, first: World, states_max: int | None, progress: Callable[[int, int], None] | None
+        self,
+        first: GlobalState,
+        states_max: int | None,
+        progress: Callable[[int, int], None] | None,
     ) -> bool:
         """
         Visit every world, then look for what is waited for in vain.
@@ -149,7 +152,7 @@ class Search:
             worlds.append(self._worlds[index])
         return tuple(reversed(script)), worlds[::-1]
 
-    def identity(self, world: World) -> int:
+    def identity(self, world: GlobalState) -> int:
         """Say which world one is; those that differ only in names are one."""
         return self._key(*self._enter(world))
 
@@ -245,7 +248,7 @@ class Search:
 
     # --- Server states and clients, by number --------------------------------------------------
 
-    def _enter(self, world: World) -> tuple[int, tuple[int, ...]]:
+    def _enter(self, world: GlobalState) -> tuple[int, tuple[int, ...]]:
         server, permutation = self._settle(world.server)
         clients = tuple(self._number_client(client) for client in world.clients)
         return server, tuple(self._permute_client(client, permutation) for client in clients)

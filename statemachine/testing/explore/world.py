@@ -176,8 +176,8 @@ class ServerState(NamedTuple):
     faults: int = 0
 
 
-class World(NamedTuple):
-    """Everything there is."""
+class GlobalState(NamedTuple):
+    """A world: everything there is."""
 
     server: ServerState
     clients: tuple[Client, ...]

@@ -38,9 +38,9 @@ from linux.testing.worlds import (
     IMAGE,
     LIGHT,
     SCOPE_PREFIX,
-    BackendHost,
     LinuxWorld,
     SimulatedWorld,
+    World,
 )
 from statemachine.errors import NamespaceError
 from statemachine.messages import AllocationEnded, NamespaceRequest
@@ -171,7 +171,7 @@ class FaultSetup(ABC):
     kinds = LIGHT
     neighbour = ""
 
-    def __init__(self, directory: Path, world: BackendHost, patience_s: float) -> None:
+    def __init__(self, directory: Path, world: World, patience_s: float) -> None:
         self.world = world
         self.path = directory / "handoff.sock"
         self.nowhere = directory / "nowhere.sock"

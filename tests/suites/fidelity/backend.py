@@ -20,7 +20,7 @@ from linux.testing.worlds import (
     IMAGE,
     OTHER_IMAGE,
     SCOPE_PREFIX,
-    BackendHost,
+    World,
     real,
     simulated,
 )
@@ -68,7 +68,7 @@ class BackendMachine:
         world: lent, and left empty after every `reset`.
     """
 
-    def __init__(self, world: BackendHost) -> None:
+    def __init__(self, world: World) -> None:
         self._world: Final = world
         self._lives: Final[dict[int, _Seen]] = {}
         self._names: Final[dict[str, int]] = {}

@@ -1,7 +1,7 @@
 """Our own adapters: the model, the kernels, and the provider on a socket over either backend.
 
 All of them can do whatever the machine knows to do. What happens on the node is the business of a
-`BackendHost`; where the provider runs is what tells the adapters apart.
+`World`; where the provider runs is what tells the adapters apart.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from linux.testing.adversary import Counterpart, OnPipes, OnSockets
-from linux.testing.worlds import IMAGE, BackendHost, LinuxWorld, SimulatedWorld
+from linux.testing.worlds import IMAGE, LinuxWorld, SimulatedWorld, World
 from statemachine import events as on
 from statemachine.consumer import ConsumerKernel
 from statemachine.effects import Timer
@@ -48,7 +48,7 @@ class OnWorld(Adapter):
 
     abilities = frozenset(Ability)
 
-    def __init__(self, world: BackendHost, path: Path) -> None:
+    def __init__(self, world: World, path: Path) -> None:
         super().__init__(path, world.inspector, IMAGE)
         self.world = world
         self.past: History = []
@@ -149,7 +149,7 @@ class OnWorld(Adapter):
 class OnSocketOfOurs(OnWorld):
     """The provider as it is, in a thread, on a socket."""
 
-    def __init__(self, world: BackendHost) -> None:
+    def __init__(self, world: World) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="nsh-")
         super().__init__(world, Path(self._folder.name) / "handoff.sock")
 
