@@ -7,7 +7,7 @@ measured in the same run on the same machine, so that a slow machine changes bot
                 against `socket`: the same exchange in C, descriptors made beforehand
     create      request to verified descriptors in hand, a new allocation each time
                 against `create_dress`: three namespaces, /proc, lo and propagation set up in C
-    release     word of the end to its confirmation, everything gone
+    release     `AllocationEnded` to its confirmation, everything gone
                 against the release of `create_dress`
 """
 

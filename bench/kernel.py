@@ -26,20 +26,20 @@ LIFE = (
 )
 
 
-class Model:
+class BenchModel:
     subject = "a model"
     state = ALLOCATION.initial
 
 
 def by_table() -> None:
     for _ in range(LIVES):
-        model = Model()
+        model = BenchModel()
         for event in LIFE:
             ALLOCATION.fire(model, event)
 
 
 def by_stock_machine() -> None:
-    model = Model()
+    model = BenchModel()
     machine = ALLOCATION.machine(model=model)
     triggers = [machine.events[event.__name__] for event in LIFE]
     for _ in range(LIVES):

@@ -83,7 +83,7 @@ def process_figures(pid: int | str) -> dict[str, float]:
 
 
 @dataclass
-class Entry:
+class LedgerEntry:
     """What is known of one allocation that is not over."""
 
     member: int
@@ -105,7 +105,7 @@ class Ledger:
     """
 
     def __init__(self, is_unique: bool = True) -> None:
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, LedgerEntry] = {}
         self.fates: Counter[str] = Counter()
         self.refusals: Counter[str] = Counter()
         self.hand_overs = 0
@@ -135,7 +135,7 @@ class Ledger:
     def has_any(self, member: int) -> bool:
         return any(entry.member == member for entry in self.entries.values())
 
-    def inherit(self, member: int, heir: int) -> list[tuple[str, Entry]]:
+    def inherit(self, member: int, heir: int) -> list[tuple[str, LedgerEntry]]:
         """Give what a consumer had to another one, and say what that is."""
         orphans = [(name, e) for name, e in self.entries.items() if e.member == member]
         for _, entry in orphans:
@@ -150,7 +150,7 @@ class Ledger:
     def on_asked(self, name: str, member: int, request: Any) -> None:
         if name in self.entries:
             self.breaks(f"{name}: asked for, and not over: {self.entries[name]}")
-        self.entries[name] = Entry(member, tuple(request))
+        self.entries[name] = LedgerEntry(member, tuple(request))
 
     def on_got(self, name: str, identities: list[str], took_ms: float | None) -> None:
         """A new allocation is in hand."""

@@ -33,8 +33,8 @@ from statemachine.testing.strategies import ORDERS
 from transport.contract import Backend
 from transport.request import Consumer
 from transport.request.exchange import ANSWER_TIMEOUT_S
-from transport.testing.gated_backend import Reins
-from transport.testing.in_process import Inside, InsideConsumer, InsideVoice, Pipe
+from transport.testing.gated_backend import GatedBackend
+from transport.testing.in_process import InProcessProvider, InsideConsumer, InsideVoice, Pipe
 
 HELD_MAX: Final = 6
 """How many lives a consumer leads at a time."""
@@ -50,7 +50,7 @@ REAP_S: Final = 60.0
 
 
 @dataclass
-class Held:
+class HeldAllocation:
     """An allocation that a consumer holds."""
 
     request: NamespaceRequest
@@ -81,13 +81,13 @@ class Crew:
         self._member, self._place, self._report = member, place, report
         self._rng = random.Random(f"{seed} {member}")
         self._count = 0
-        self._held: list[Held] = []
+        self._held: list[HeldAllocation] = []
         self._former: deque[str] = deque(maxlen=20)
 
     def take_over(self, name: str, request: Any, state: str) -> None:
         """Go on with what a consumer had that was killed."""
         kinds = tuple(map(NamespaceType, request[1]))
-        held = Held(NamespaceRequest(name, kinds, request[2]), is_inherited=True)
+        held = HeldAllocation(NamespaceRequest(name, kinds, request[2]), is_inherited=True)
         if state == "held":
             self._held.append(held)
             self._again(held)
@@ -123,7 +123,7 @@ class Crew:
         kinds = self._rng.choice(ORDERS)
         may_have_image = NamespaceType.MOUNT in kinds and self._rng.random() < 0.5
         image = self._rng.choice((IMAGE, OTHER_IMAGE)) if may_have_image else None
-        held = Held(NamespaceRequest(name, kinds, image))
+        held = HeldAllocation(NamespaceRequest(name, kinds, image))
         self._report("asked", name, self._member, (name, [kind.value for kind in kinds], image))
         started = self._place.clock()
         try:
@@ -135,7 +135,7 @@ class Crew:
         self._report("got", name, identities_of(held.handoff), took_ms)
         self._held.append(held)
 
-    def _again(self, held: Held) -> None:
+    def _again(self, held: HeldAllocation) -> None:
         """Ask for it again; without a connection for it, that is the connection from now on."""
         if held.loose_since is not None and self._place.clock() - held.loose_since > LOOSE_S:
             self._end(held)
@@ -152,18 +152,18 @@ class Crew:
         else:
             handoff.close()
 
-    def _enter(self, held: Held) -> None:
+    def _enter(self, held: HeldAllocation) -> None:
         self._report("entering", held.name)
         held.process = self._place.enter(held.name, held.handoff.bundle, self._rng)
         self._report("entered", held.name)
 
-    def _drop(self, held: Held) -> None:
+    def _drop(self, held: HeldAllocation) -> None:
         held.handoff.close()
         held.handoff = None
         if held.process is None:
             held.loose_since = self._place.clock()
 
-    def _leave(self, held: Held) -> None:
+    def _leave(self, held: HeldAllocation) -> None:
         """Let its last process exit, and wait until it is over."""
         self._report("ending", held.name, "emptied")
         self._place.leave(held.name, held.process)
@@ -175,7 +175,7 @@ class Crew:
                 break
         self._finish(held)
 
-    def _end(self, held: Held, how: str = "message") -> None:
+    def _end(self, held: HeldAllocation, how: str = "message") -> None:
         self._report("ending", held.name, how)
         started = self._place.clock()
         is_over = False
@@ -188,7 +188,7 @@ class Crew:
             self._place.reap(held.name, held.process)
         self._finish(held, took_ms)
 
-    def _finish(self, held: Held, took_ms: float | None = None) -> None:
+    def _finish(self, held: HeldAllocation, took_ms: float | None = None) -> None:
         self._report("over", held.name, took_ms)
         if held.handoff is not None:
             held.handoff.close()
@@ -196,19 +196,19 @@ class Crew:
             self._held.remove(held)
         self._former.append(held.name)
 
-    def _hears_end(self, held: Held) -> bool:
+    def _hears_end(self, held: HeldAllocation) -> bool:
         self._place.rest()
         return held.handoff is not None and held.handoff.wait_ended(0.0)
 
-    def _confirm_end(self, held: Held) -> None:
+    def _confirm_end(self, held: HeldAllocation) -> None:
         """Say the end on a connection of its own; what was over long ago may be forgotten."""
         with suppress(AllocationNotFound):
             self._call(held, lambda: self._place.consumer().end(held.name, ANSWER_TIMEOUT_S))
 
-    def _obtain(self, held: Held, joins: bool) -> tuple[Any, int]:
+    def _obtain(self, held: HeldAllocation, joins: bool) -> tuple[Any, int]:
         return self._call(held, lambda: self._place.consumer(joins).obtain(held.request))
 
-    def _call(self, held: Held, call: Callable[[], Any]) -> tuple[Any, int]:
+    def _call(self, held: HeldAllocation, call: Callable[[], Any]) -> tuple[Any, int]:
         """Call until the provider has answered, which may be killed; say how often it took."""
         started, tries = self._place.clock(), 0
         while True:
@@ -226,7 +226,7 @@ class Crew:
             return result, tries
 
 
-def is_free(held: Held) -> bool:
+def is_free(held: HeldAllocation) -> bool:
     """Say whether no process can be in its scope."""
     return held.process is None and not held.is_inherited
 
@@ -249,7 +249,7 @@ class SimulatedPlace:
 
     clock = staticmethod(time.perf_counter)
 
-    def __init__(self, rng: random.Random, wrap: Callable[[Backend], Any] = Reins) -> None:
+    def __init__(self, rng: random.Random, wrap: Callable[[Backend], Any] = GatedBackend) -> None:
         self._rng, self._wrap = rng, wrap
         self.node = SimulatedNode(frozenset({IMAGE, OTHER_IMAGE}), hook=self._before)
         self.crashes = 0
@@ -257,7 +257,7 @@ class SimulatedPlace:
 
     def start(self) -> None:
         self.backend = SimulatedBackend(self.node, hold_time_s=0.01, clock=time.monotonic)
-        self.provider = Inside(ProviderKernel, Reins(self._wrap(self.backend)))
+        self.provider = InProcessProvider(ProviderKernel, GatedBackend(self._wrap(self.backend)))
         self._is_dead, self._steps_left = False, self._rng.randrange(1, 2 * STEPS_TO_CRASH)
         self.work()
 

@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from bench.fairness import FLOODS, OTHER, STRANGER, start
-from bench.ledger import Entry, Ledger, process_figures
+from bench.ledger import Ledger, LedgerEntry, process_figures
 from bench.lives import CLAIM_S, Crew, RealPlace, SimulatedPlace
 from linux.features import Features
 from linux.simulated import SimulatedCrash
@@ -55,7 +55,7 @@ from tests.support.census import Session
 from tests.support.programs import Daemon
 from transport.contract import Backend
 from transport.request.exchange import ANSWER_TIMEOUT_S
-from transport.testing.gated_backend import Reins
+from transport.testing.gated_backend import GatedBackend
 from transport.testing.peer import Line, frame_of
 
 REAL_GOAL: Final = 200_000
@@ -145,7 +145,9 @@ def counts_of(counts: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items())) or "none"
 
 
-def simulated(seconds: float, seed: int, wrap: Callable[[Backend], Any] = Reins) -> dict[str, Any]:
+def simulated(
+    seconds: float, seed: int, wrap: Callable[[Backend], Any] = GatedBackend
+) -> dict[str, Any]:
     """Lead lives on a simulated node for some time, and say how it went."""
     rng = random.Random(f"{seed} simulated")
     ledger, done = Ledger(), Counter[str]()
@@ -401,7 +403,7 @@ class Soak:
         finally:
             os._exit(status)
 
-    def _be_member(self, member: int, orphans: list[tuple[str, Entry]]) -> None:
+    def _be_member(self, member: int, orphans: list[tuple[str, LedgerEntry]]) -> None:
         told: list[int] = []
         signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
         crew = Crew(member, self._seed, self._place, self._reports.say)

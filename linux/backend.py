@@ -129,7 +129,7 @@ class NodeSettings:
 
 
 @dataclass(slots=True)
-class _Allocation(StepwiseAllocation):
+class _OnLinux(StepwiseAllocation):
     """One incarnation of an allocation, and what it has on this node."""
 
     token: str = field(default_factory=lambda: os.urandom(16).hex())
@@ -153,7 +153,7 @@ _WatchKey: TypeAlias = tuple[Literal["scope", "anchor", "again"], str]
 _AGAIN: Final[_WatchKey] = ("again", "")
 
 
-class LinuxBackend(StepwiseBackend[_Allocation]):
+class LinuxBackend(StepwiseBackend[_OnLinux]):
     """
     Makes, watches and releases allocations on this node; fulfils `transport.contract.Backend`.
 
@@ -308,15 +308,15 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
 
     # --- The steps of a creation ---------------------------------------------------------------
 
-    def _new(self, request: NamespaceRequest) -> _Allocation:
+    def _new(self, request: NamespaceRequest) -> _OnLinux:
         if self._has_journal:
-            return _Allocation(request)
-        return _Allocation(request, token=new_own_token())
+            return _OnLinux(request)
+        return _OnLinux(request, token=new_own_token())
 
-    def _perform(self, step: Step, allocation: _Allocation) -> str | None:
+    def _perform(self, step: Step, allocation: _OnLinux) -> str | None:
         return _WORK[step](self, allocation)
 
-    def _intend(self, allocation: _Allocation) -> None:
+    def _intend(self, allocation: _OnLinux) -> None:
         # Keeps CRASH-3.
         assert self._journal is not None
         name, token, wanted = allocation.name, allocation.token, allocation.request
@@ -327,7 +327,7 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
         path = None if root is None else str(place.path_of(root, name))
         self._journal.intend(Entry(name, token, AllocationState.REQUESTED, wanted, scope_path=path))
 
-    def _make_scope(self, allocation: _Allocation) -> None:
+    def _make_scope(self, allocation: _OnLinux) -> None:
         # Keeps NODE-2.
         root, place = self._settings.cgroup2, self._settings.place
         assert root is not None
@@ -349,12 +349,12 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
                 allocation.scope.remove()
                 raise
 
-    def _mount_image(self, allocation: _Allocation) -> None:
+    def _mount_image(self, allocation: _OnLinux) -> None:
         image = allocation.request.uenv_image
         assert image is not None
         allocation.image = self._images.acquire(image, allocation.token)
 
-    def _make_anchor(self, allocation: _Allocation) -> None:
+    def _make_anchor(self, allocation: _OnLinux) -> None:
         # Keeps NODE-6.
         request = allocation.request
         image, allocation.image = allocation.image, None
@@ -365,7 +365,7 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
         self._hold_instance()
         allocation.anchor = self._forge.make(anchor_plan, image)
 
-    def _publish(self, allocation: _Allocation) -> None:
+    def _publish(self, allocation: _OnLinux) -> None:
         assert self._journal is not None
         assert allocation.anchor is not None
         identity = allocation.anchor.identity(self._features)
@@ -383,7 +383,7 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
             if allocation.scope is not None:
                 allocation.scope.mark(CREATED_MARK)
 
-    def _mark_end(self, allocation: _Allocation) -> None:
+    def _mark_end(self, allocation: _OnLinux) -> None:
         """Record the end on the scope and in the journal; either alone makes it durable."""
         # Keeps END-14.
         if allocation.scope is not None:
@@ -393,14 +393,14 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
 
     # --- The steps of a release ----------------------------------------------------------------
 
-    def _stop(self, allocation: _Allocation) -> None:
+    def _stop(self, allocation: _OnLinux) -> None:
         self._watch.remove(("scope", allocation.name))
         self._watch.remove(("anchor", allocation.name))
         for descriptor in (allocation.events, allocation.image):
             if descriptor is not None:
                 descriptor.close()
 
-    def _end_init(self, allocation: _Allocation) -> str | None:
+    def _end_init(self, allocation: _OnLinux) -> str | None:
         anchor = allocation.anchor
         if anchor is None:
             return None
@@ -416,14 +416,14 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
         allocation.anchor = None
         return None
 
-    def _release_image(self, allocation: _Allocation) -> str | None:
+    def _release_image(self, allocation: _OnLinux) -> str | None:
         # Keeps NODE-14.
         if allocation.anchor is not None:
             return "the image is mounted in the namespace of a living init"
         self._images.release(allocation.token)
         return None
 
-    def _remove_scope(self, allocation: _Allocation) -> str | None:
+    def _remove_scope(self, allocation: _OnLinux) -> str | None:
         scope = allocation.scope
         if scope is not None and not scope.remove_if_empty() and not scope.is_gone():
             scope.kill()
@@ -433,17 +433,17 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
             allocation.hold.close()
         return None
 
-    def _forget(self, allocation: _Allocation) -> None:
+    def _forget(self, allocation: _OnLinux) -> None:
         assert self._journal is not None
         self._journal.forget(allocation.name)
 
     def _note(
-        self, allocation: _Allocation, state: AllocationState, *, why: str | None = None
+        self, allocation: _OnLinux, state: AllocationState, *, why: str | None = None
     ) -> None:
         if self._journal is not None and allocation.is_journaled:
             self._journal.publish(allocation.name, state, why=why)
 
-    def _note_why(self, allocation: _Allocation) -> None:
+    def _note_why(self, allocation: _OnLinux) -> None:
         self._note(allocation, AllocationState.ENDED, why=allocation.why)
 
     # --- The rest of the contract --------------------------------------------------------------
@@ -678,7 +678,7 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
     def _take_over(self, case: Case) -> Adoption:
         """Rebuild an allocation that has an entry."""
         assert case.request is not None
-        allocation = _Allocation(case.request, token=case.token)
+        allocation = _OnLinux(case.request, token=case.token)
         allocation.scope, allocation.anchor = case.scope, case.anchor
         return self._adopt(
             allocation,
@@ -718,7 +718,7 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
             self._instance.make_again()
             return True
 
-    def _adopt_image(self, image: str, allocation: _Allocation) -> None:
+    def _adopt_image(self, image: str, allocation: _OnLinux) -> None:
         # If it cannot be found (deleted, replaced), this allocation has it all the same, and the
         # next one mounts it anew.
         with suppress(*_FAILURES):
@@ -726,7 +726,7 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
 
     # --- Helpers -------------------------------------------------------------------------------
 
-    def _watch_scope(self, allocation: _Allocation) -> None:
+    def _watch_scope(self, allocation: _OnLinux) -> None:
         with self._guard:  # against `_end`, in another thread
             is_due = allocation.events is None and not allocation.is_released
             if allocation.scope is not None and is_due:
@@ -759,7 +759,7 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
             return None  # what has changed is the mark of its end
         return Observation(name, allocation.seen)
 
-    def _state_of_scope(self, allocation: _Allocation, scope: Scope) -> Sighting:
+    def _state_of_scope(self, allocation: _OnLinux, scope: Scope) -> Sighting:
         try:
             use = scope.use()
             if use is Use.OVER:
@@ -786,7 +786,7 @@ class LinuxBackend(StepwiseBackend[_Allocation]):
         return names
 
 
-_WORK: Final[Mapping[Step, Callable[[LinuxBackend, _Allocation], str | None]]] = MappingProxyType(
+_WORK: Final[Mapping[Step, Callable[[LinuxBackend, _OnLinux], str | None]]] = MappingProxyType(
     {
         Step.INTEND: LinuxBackend._intend,
         Step.SCOPE: LinuxBackend._make_scope,
@@ -856,7 +856,7 @@ def _warn(event: str, text: str, **fields: object) -> None:
 
 
 def _create_scope(
-    root: Path, allocation: _Allocation, description: str | None, place: ScopePlace
+    root: Path, allocation: _OnLinux, description: str | None, place: ScopePlace
 ) -> Scope:
     """Create an allocation's scope, if need be in place of one whose consumer is dead."""
     create = partial(Scope.create, root, allocation.name, allocation.token, description, place)

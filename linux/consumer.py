@@ -21,6 +21,7 @@ from transport.contract import SelfService
 from transport.descriptors import Inspector
 from transport.endpoint import begin_connect
 from transport.request import Audit, Patience
+from transport.request.exchange import BaseConsumer, H
 
 from .cgroups import DEFAULT_PLACE, Scope, ScopeError, find_cgroup, find_cgroup2
 from .features import Features
@@ -38,7 +39,28 @@ READY_PAUSE_S: Final = 0.1
 """How long to wait before another look for the socket."""
 
 
-class Consumer(request.Consumer):
+class NodeConsumer(BaseConsumer[H]):
+    """What `Consumer` and `AsyncConsumer` have in common: this node's defaults."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = HANDOFF_SOCKET_PATH,
+        inspector: Inspector | None = None,
+        *,
+        service: SelfService | EllipsisType | None = ...,
+        patience: Patience | None = None,
+        audit: Audit | None = None,
+    ) -> None:
+        features = Features.probe()
+        inspector = inspector or KernelInspector(features)
+        self._own: OwnNamespaces | None = None
+        """The self-service, if it was made here: then it is closed with the consumer."""
+        if isinstance(service, EllipsisType):
+            service = self._own = OwnNamespaces(features)
+        super().__init__(path, inspector, service=service, patience=patience, audit=audit)
+
+
+class Consumer(NodeConsumer[request.Handoff], request.Consumer):
     """
     A blocking consumer that needs no argument; as `transport.request.Consumer`.
 
@@ -54,18 +76,6 @@ class Consumer(request.Consumer):
         patience: how long to wait.
         audit: called with every `Fallback` to self-service.
     """
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str] | None = HANDOFF_SOCKET_PATH,
-        inspector: Inspector | None = None,
-        *,
-        service: SelfService | EllipsisType | None = ...,
-        patience: Patience | None = None,
-        audit: Audit | None = None,
-    ) -> None:
-        inspector, chosen, self._own = node_defaults(inspector, service)
-        super().__init__(path, inspector, service=chosen, patience=patience, audit=audit)
 
     def close(self) -> None:
         """Close every handoff that was not taken, and end what this consumer made itself."""
@@ -133,19 +143,3 @@ def wait_ready(
             raise reason from error
         select.poll().poll(READY_PAUSE_S * 1000)
     raise reason
-
-
-def node_defaults(
-    inspector: Inspector | None, service: SelfService | EllipsisType | None
-) -> tuple[Inspector, SelfService | None, OwnNamespaces | None]:
-    """
-    Choose what a consumer on this node uses where its caller has not chosen.
-
-    Returns:
-        The inspector, the self-service, and that again if it was made here: then the consumer owns
-        it.
-    """
-    features = Features.probe()
-    own = OwnNamespaces(features) if service is ... else None
-    chosen = own if isinstance(service, EllipsisType) else service
-    return inspector or KernelInspector(features), chosen, own

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
-from types import EllipsisType
 
-from statemachine.messages import HANDOFF_SOCKET_PATH
-from transport.contract import SelfService
-from transport.descriptors import Inspector
-from transport.request import Audit, Patience, asynchronous
+from transport.request import AsyncHandoff, asynchronous
 
-from .consumer import node_defaults
+from .consumer import NodeConsumer
 
 
-class AsyncConsumer(asynchronous.AsyncConsumer):
+class AsyncConsumer(NodeConsumer[AsyncHandoff], asynchronous.AsyncConsumer):
     """
     A consumer for asyncio that needs no argument; as `transport.request.AsyncConsumer`.
 
@@ -24,18 +19,6 @@ class AsyncConsumer(asynchronous.AsyncConsumer):
     Args:
         As `Consumer`.
     """
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str] | None = HANDOFF_SOCKET_PATH,
-        inspector: Inspector | None = None,
-        *,
-        service: SelfService | EllipsisType | None = ...,
-        patience: Patience | None = None,
-        audit: Audit | None = None,
-    ) -> None:
-        inspector, chosen, self._own = node_defaults(inspector, service)
-        super().__init__(path, inspector, service=chosen, patience=patience, audit=audit)
 
     async def close(self) -> None:
         """Close every handoff that was not taken, and end what this consumer made itself."""

@@ -794,7 +794,7 @@ def _read_remembered(database: sqlite3.Connection) -> tuple[str, ...]:
     return tuple(str(name) for name, _, _ in rows)
 
 
-_Row: TypeAlias = tuple[
+_EntryRow: TypeAlias = tuple[
     str, str, str, str, str | None, str | None, str | None, str | None, int, int
 ]
 
@@ -803,7 +803,7 @@ class _UnreadableEntry(Exception):
     """A row has a value that this module never writes."""
 
 
-def _encode_entry(entry: Entry, change: int) -> _Row:
+def _encode_entry(entry: Entry, change: int) -> _EntryRow:
     values = (
         entry.allocation_id,
         entry.incarnation,
@@ -818,7 +818,7 @@ def _encode_entry(entry: Entry, change: int) -> _Row:
     return (*values, _checksum(*values))
 
 
-def _decode_entry(row: _Row) -> Entry:
+def _decode_entry(row: _EntryRow) -> Entry:
     allocation_id, incarnation, state, request, mount_path, anchor, scope_path, why, _, checksum = (
         row
     )

@@ -95,7 +95,7 @@ class Action(Enum):
     KEEP = "keep and report"
 
 
-class Row(NamedTuple):
+class RecoveryRow(NamedTuple):
     """One row of the table, for every combination of its facts."""
 
     store: tuple[Store, ...]
@@ -119,7 +119,7 @@ _SEEN: Final = (Init.HERE, Init.ELSEWHERE, Init.DEAD)
 _LIVING: Final = (Init.HERE, Init.ELSEWHERE)
 
 ROWS: Final = (
-    Row(
+    RecoveryRow(
         tuple(Store),
         (Init.UNSEEN,),
         _ANY_SCOPE,
@@ -127,7 +127,7 @@ ROWS: Final = (
         Action.KEEP,
         "its init belongs to another PID namespace; nothing can be proved from this one",
     ),
-    Row(
+    RecoveryRow(
         (Store.ENDED,),
         _SEEN,
         _ANY_SCOPE,
@@ -135,7 +135,7 @@ ROWS: Final = (
         Action.RELEASE,
         "its end was recorded before it was announced",
     ),
-    Row(
+    RecoveryRow(
         (Store.MADE,),
         _SEEN,
         (ScopeSeen.ENDED,),
@@ -143,7 +143,7 @@ ROWS: Final = (
         Action.RELEASE,
         "its end is marked on the scope, though the journal does not have it",
     ),
-    Row(
+    RecoveryRow(
         (Store.MADE,),
         _LIVING,
         (ScopeSeen.NOT_MADE, ScopeSeen.UNMARKED, ScopeSeen.ENTERED, *_CREATED),
@@ -151,7 +151,7 @@ ROWS: Final = (
         Action.ADOPT,
         "init and scope are there; if it is over, the adopting provider sees that",
     ),
-    Row(
+    RecoveryRow(
         (Store.MADE,),
         (Init.HERE,),
         (ScopeSeen.GONE,),
@@ -159,7 +159,7 @@ ROWS: Final = (
         Action.RELEASE,
         "its scope was removed, which the Linux kernel allows only for an empty one",
     ),
-    Row(
+    RecoveryRow(
         (Store.MADE,),
         (Init.ELSEWHERE,),
         (ScopeSeen.GONE,),
@@ -167,7 +167,7 @@ ROWS: Final = (
         Action.KEEP,
         "neither init nor scope is where it was made; the cgroups seen may be others",
     ),
-    Row(
+    RecoveryRow(
         (Store.MADE, Store.REQUESTED),
         (Init.DEAD,),
         _NOT_ENDED,
@@ -175,7 +175,7 @@ ROWS: Final = (
         Action.RELEASE,
         "its init has ended, and with it the allocation",
     ),
-    Row(
+    RecoveryRow(
         (Store.REQUESTED,),
         (Init.HERE, Init.DEAD),
         (ScopeSeen.ENDED,),
@@ -183,7 +183,7 @@ ROWS: Final = (
         Action.RELEASE,
         "its end is marked on the scope, though the journal does not have it",
     ),
-    Row(
+    RecoveryRow(
         (Store.REQUESTED,),
         (Init.HERE,),
         _CREATED,
@@ -191,7 +191,7 @@ ROWS: Final = (
         Action.ADOPT,
         "the scope is marked as created: the journal is older than the allocation",
     ),
-    Row(
+    RecoveryRow(
         (Store.REQUESTED,),
         (Init.HERE,),
         (ScopeSeen.GONE, ScopeSeen.UNMARKED, ScopeSeen.ENTERED),
@@ -199,7 +199,7 @@ ROWS: Final = (
         Action.RELEASE,
         "half made: journal and scope agree that it was never handed over",
     ),
-    Row(
+    RecoveryRow(
         (Store.REQUESTED, Store.NONE),
         (Init.ELSEWHERE,),
         _ANY_SCOPE,
@@ -207,7 +207,7 @@ ROWS: Final = (
         Action.KEEP,
         "a process has its token, and is not where anchors are; nothing proves what it is",
     ),
-    Row(
+    RecoveryRow(
         (Store.NONE,),
         (Init.HERE, Init.DEAD),
         (ScopeSeen.UNDESCRIBED,),
@@ -215,7 +215,7 @@ ROWS: Final = (
         Action.KEEP,
         "its scope does not say what it was made for; another version may have made it",
     ),
-    Row(
+    RecoveryRow(
         (Store.NONE,),
         (Init.HERE,),
         (ScopeSeen.UNUSED, ScopeSeen.BUSY),
@@ -223,7 +223,7 @@ ROWS: Final = (
         Action.ADOPT,
         "init and scope are there, and the journal has lost it; the scope says what was asked for",
     ),
-    Row(
+    RecoveryRow(
         (Store.NONE,),
         (Init.HERE,),
         (ScopeSeen.OVER,),
@@ -231,7 +231,7 @@ ROWS: Final = (
         Action.ADOPT,
         "its scope was used and is empty; the adopting provider ends it, after its grace",
     ),
-    Row(
+    RecoveryRow(
         (Store.NONE,),
         (Init.HERE, Init.DEAD),
         (ScopeSeen.ENDED,),
@@ -239,7 +239,7 @@ ROWS: Final = (
         Action.RELEASE,
         "its end is marked on the scope",
     ),
-    Row(
+    RecoveryRow(
         (Store.NONE,),
         (Init.HERE,),
         (ScopeSeen.UNMARKED,),
@@ -247,7 +247,7 @@ ROWS: Final = (
         Action.RELEASE,
         "half made: its scope was not marked as created, so it was never handed over",
     ),
-    Row(
+    RecoveryRow(
         (Store.NONE,),
         (Init.HERE,),
         (ScopeSeen.GONE,),
@@ -255,7 +255,7 @@ ROWS: Final = (
         Action.RELEASE,
         "its scope, which is made before the init, was removed, and only an empty one can be",
     ),
-    Row(
+    RecoveryRow(
         (Store.NONE,),
         (Init.HERE,),
         (ScopeSeen.ENTERED,),
@@ -263,7 +263,7 @@ ROWS: Final = (
         Action.KEEP,
         "its scope was not marked as created, and processes run in it",
     ),
-    Row(
+    RecoveryRow(
         (Store.NONE,),
         (Init.DEAD,),
         (ScopeSeen.UNMARKED, ScopeSeen.UNUSED, ScopeSeen.OVER),
@@ -271,7 +271,7 @@ ROWS: Final = (
         Action.RELEASE,
         "it has no init, and nothing runs in its scope",
     ),
-    Row(
+    RecoveryRow(
         (Store.NONE,),
         (Init.DEAD,),
         (ScopeSeen.ENTERED, ScopeSeen.BUSY),
@@ -288,7 +288,7 @@ nothing, and what has an entry needs no description: those combinations are not 
 """
 
 
-def decide(store: Store, init: Init, scope: ScopeSeen) -> Row:
+def decide(store: Store, init: Init, scope: ScopeSeen) -> RecoveryRow:
     """
     Find the row for a combination of facts.
 
@@ -323,7 +323,7 @@ class Case:
     """Its scope, if there is one that is its own."""
 
     @property
-    def row(self) -> Row:
+    def row(self) -> RecoveryRow:
         """The row that decides."""
         return decide(self.store, self.init, self.seen)
 
@@ -381,7 +381,7 @@ def find_cases(
     """
     # Keeps CRASH-8, CRASH-16.
     known = tuple(entries)
-    search = _Search(instance, known, root, features)
+    search = _InstanceSearch(instance, known, root, features)
     try:
         return search.run(known)
     except BaseException:
@@ -389,7 +389,7 @@ def find_cases(
         raise
 
 
-class _Search:
+class _InstanceSearch:
     """What was found so far of one instance."""
 
     def __init__(

@@ -34,7 +34,7 @@ SLOW_READER: Final = "what reads it is too slow"
 """Why lines are lost for which the queue has no room."""
 
 
-class _Line(NamedTuple):
+class _QueuedLine(NamedTuple):
     lost_before: int
     """How many lines were lost between the line before it and this one, for want of room."""
     text: bytes
@@ -76,7 +76,7 @@ class Sink:
         self._report: Final = report
         self._changed: Final = threading.Condition()
         # The next five are guarded by it.
-        self._queue: list[_Line] = []
+        self._queue: list[_QueuedLine] = []
         self._bytes = 0
         """Of the lines that are not written yet, those included that the thread has taken."""
         self._lines = 0
@@ -104,7 +104,7 @@ class Sink:
                 self._lost_last += 1
                 is_first = self._lost_last == 1
             else:
-                self._queue.append(_Line(self._lost_last, line))
+                self._queue.append(_QueuedLine(self._lost_last, line))
                 self._bytes += len(line)
                 self._lines += 1
                 self._lost_last, is_first = 0, False
@@ -143,7 +143,7 @@ class Sink:
         if self._lost or self._lost_last:
             self._tell(self._lost + self._lost_last, self._why or SLOW_READER)
 
-    def _take(self) -> list[_Line]:
+    def _take(self) -> list[_QueuedLine]:
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._is_closed)
             if not (self._wait_s or self._is_closed):
@@ -151,7 +151,7 @@ class Sink:
             lines, self._queue = self._queue, []
             return lines
 
-    def _put(self, lines: list[_Line]) -> None:
+    def _put(self, lines: list[_QueuedLine]) -> None:
         """Write lines that belong together; count those that cannot be written."""
         if lines[0].lost_before:
             self._lost += lines[0].lost_before
@@ -195,9 +195,9 @@ class Sink:
             self._report(count, why)
 
 
-def _split(lines: list[_Line]) -> list[list[_Line]]:
+def _split(lines: list[_QueuedLine]) -> list[list[_QueuedLine]]:
     """Split lines into parts; each but the first begins with one that some were lost before."""
-    parts: list[list[_Line]] = []
+    parts: list[list[_QueuedLine]] = []
     for line in lines:
         if line.lost_before or not parts:
             parts.append([])

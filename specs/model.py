@@ -42,7 +42,7 @@ class Impossible(Exception):
 
 # --- The consumer ------------------------------------------------------------------------------
 
-Stage: TypeAlias = Literal[
+ConsumerStage: TypeAlias = Literal[
     "idle", "requested", "held", "refused", "serving_self", "self_held", "failed", "ending", "ended"
 ]
 
@@ -51,7 +51,7 @@ class Consumer(NamedTuple):
     """One allocation at its consumer."""
 
     request: NamespaceRequest
-    stage: Stage = "idle"
+    stage: ConsumerStage = "idle"
     """How far the caller's request has come."""
     connection: Literal["closed", "connecting", "open"] = "closed"
     """The connection to the provider."""
@@ -210,8 +210,8 @@ def _consumer_effects(before: Consumer, event: Event, after: Consumer) -> Iterat
 
 K = TypeVar("K")
 V = TypeVar("V")
-Message: TypeAlias = NamespaceRequest | AllocationEnded
-Outcome: TypeAlias = Literal["waiting", "granted", "ending", "ended", "pushed"] | NamespaceError
+ConsumerMessage: TypeAlias = NamespaceRequest | AllocationEnded
+AnswerState: TypeAlias = Literal["waiting", "granted", "ending", "ended", "pushed"] | NamespaceError
 
 FAILED, UNAVAILABLE, UNREADABLE = CreationFailed(""), SocketUnavailable(""), FdPassing("")
 
@@ -238,9 +238,9 @@ class Limits(NamedTuple):
 class Unanswered(NamedTuple):
     """An entry in a connection's queue of answers; it is sent when it is the oldest. (WIRE-14)"""
 
-    message: Message | None
+    message: ConsumerMessage | None
     """What it answers. None: an unreadable frame, or no message; the connection closes after it."""
-    outcome: Outcome = "waiting"
+    outcome: AnswerState = "waiting"
     """
     What is known of the answer.
 
@@ -291,7 +291,7 @@ class Provider(NamedTuple):
     is_stopping: bool = False
     peers: Map[ConnectionId, Peer] = Map()
     allocations: Map[str, Allocation] = Map()
-    waiting: tuple[tuple[ConnectionId, Message], ...] = ()
+    waiting: tuple[tuple[ConnectionId, ConsumerMessage], ...] = ()
     """Messages that are not judged yet, in the order in which they came. (LIFE-6, LIFE-13)"""
     remembered: tuple[str, ...] = ()
     """Names of released allocations, oldest first. (END-18)"""
@@ -440,7 +440,9 @@ def _change_allocation(provider: Provider, name: str, event: Event) -> Provider:
     raise Impossible("ours")
 
 
-def _receive_message(provider: Provider, number: ConnectionId, message: Message | None) -> Provider:
+def _receive_message(
+    provider: Provider, number: ConnectionId, message: ConsumerMessage | None
+) -> Provider:
     """Queue a message behind its sender's earlier ones; refuse what is over a limit. (LIFE-15)"""
     peer, limits = provider.peers.get(number), provider.limits
     # After an unreadable frame nothing is read from a connection.
@@ -450,7 +452,7 @@ def _receive_message(provider: Provider, number: ConnectionId, message: Message 
     of_uid = sum(len(each.queue) for each in provider.peers.values() if each.uid == peer.uid)
     is_request = isinstance(message, NamespaceRequest)
     is_full = not provider.is_ready and len(provider.waiting) >= limits.waiting
-    outcome: Outcome = "waiting"
+    outcome: AnswerState = "waiting"
     is_flood = message and count >= 2 * limits.open_per_connection
     if message is None:
         outcome = UNREADABLE  # WIRE-11
@@ -496,7 +498,7 @@ def _judge_next_message(provider: Provider) -> Provider | None:
     return provider.with_peer(number, queue=tuple(queue))._replace(waiting=waiting)
 
 
-def _judge(provider: Provider, number: ConnectionId, message: Message) -> Outcome:
+def _judge(provider: Provider, number: ConnectionId, message: ConsumerMessage) -> AnswerState:
     """Decide the outcome of a message now; waiting if it has to wait for a release. (LIFE-6)"""
     name, uid = message.allocation_id, provider.peers[number].uid
     allocation = provider.allocations.get(name)
@@ -515,7 +517,7 @@ def _judge(provider: Provider, number: ConnectionId, message: Message) -> Outcom
 
 
 def _resolve(
-    provider: Provider, outcomes: dict[Outcome, Outcome], name: str | None = None
+    provider: Provider, outcomes: dict[AnswerState, AnswerState], name: str | None = None
 ) -> Provider:
     """Replace outcomes in every queue; with a name, only of messages about that allocation."""
     for number, peer in provider.peers.items():

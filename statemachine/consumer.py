@@ -41,7 +41,7 @@ S = TypeVar("S", ConsumerState, NoticeState)
 
 
 @dataclass(slots=True, eq=False)
-class _Model(Generic[S]):
+class _PlainModel(Generic[S]):
     """What a table moves: what the caller has, or what the provider is to be told."""
 
     state: S
@@ -65,7 +65,7 @@ class ConsumerKernel:
 
     def __init__(self, request: NamespaceRequest) -> None:
         expect("request", request, NamespaceRequest)
-        self._state = _State(request)
+        self._state = _ConsumerData(request)
 
     @property
     def request(self) -> NamespaceRequest:
@@ -197,14 +197,14 @@ def mismatch(request: NamespaceRequest, response: NamespaceResponse) -> str | No
 # --- What it knows -------------------------------------------------------------------------------
 
 
-class _State:
+class _ConsumerData:
     """What a consumer knows, and what it has decided in the step that is under way."""
 
     def __init__(self, request: NamespaceRequest) -> None:
         subject = f"allocation {request.allocation_id}"
         self.request = request
-        self.hold = _Model(ConsumerState.IDLE, subject)
-        self.notice = _Model(NoticeState.SILENT, subject)
+        self.hold = _PlainModel(ConsumerState.IDLE, subject)
+        self.notice = _PlainModel(NoticeState.SILENT, subject)
         self.is_connected = False
         self.is_calling = False
         self.timers: set[Timer] = set()
@@ -218,7 +218,7 @@ class _State:
         """Move what the provider is to be told."""
         self._fire(NOTICE, self.notice, event)
 
-    def _fire(self, table: Table, model: _Model[Any], event: Event) -> None:
+    def _fire(self, table: Table, model: _PlainModel[Any], event: Event) -> None:
         for order in table.fire(model, type(event)):
             if isinstance(order, Timing):
                 self._time(order)
@@ -235,29 +235,29 @@ class _State:
             self.effects.append(do.StopTimer(order.timer, name))
 
 
-_Handler: TypeAlias = Callable[[_State, Any], None]
+_ConsumerHandler: TypeAlias = Callable[[_ConsumerData, Any], None]
 """Carries out an order, because of this event; or notes what the event says."""
 
 # --- What an event says; it is kept before the rows are taken ------------------------------------
 
 
-def _note_connected(state: _State, _: object) -> None:
+def _note_connected(state: _ConsumerData, _: object) -> None:
     state.is_connected, state.is_calling = True, False
 
 
-def _note_unreachable(state: _State, _: object) -> None:
+def _note_unreachable(state: _ConsumerData, _: object) -> None:
     state.is_calling = False
 
 
-def _note_lost(state: _State, _: object) -> None:
+def _note_lost(state: _ConsumerData, _: object) -> None:
     state.is_connected = False
 
 
-def _note_expiry(state: _State, event: Event) -> None:
+def _note_expiry(state: _ConsumerData, event: Event) -> None:
     state.timers.discard(EXPIRIES[type(event)])
 
 
-_NOTES: Final[Mapping[type[Event], _Handler]] = {
+_NOTES: Final[Mapping[type[Event], _ConsumerHandler]] = {
     on.Connected: _note_connected,
     on.ProviderUnreachable: _note_unreachable,
     on.ConnectionLost: _note_lost,
@@ -269,64 +269,64 @@ _NOTES: Final[Mapping[type[Event], _Handler]] = {
 # --- What the rows ask for -----------------------------------------------------------------------
 
 
-def _connect(state: _State, _: object) -> None:
+def _connect(state: _ConsumerData, _: object) -> None:
     state.is_calling = True
     state.effects.append(do.Connect())
 
 
-def _close(state: _State, _: object) -> None:
+def _close(state: _ConsumerData, _: object) -> None:
     # Keeps FD-10.
     if state.is_connected or state.is_calling:
         state.is_connected = state.is_calling = False
         state.effects.append(do.CloseChannel())
 
 
-def _owe_end(state: _State, _: object) -> None:
+def _owe_end(state: _ConsumerData, _: object) -> None:
     state.fire_notice(on.EndOwed() if state.is_connected else on.EndOwedApart())
 
 
-def _send_request(state: _State, _: object) -> None:
+def _send_request(state: _ConsumerData, _: object) -> None:
     state.effects.append(do.SendRequest(state.request))
 
 
-def _send_end(state: _State, _: object) -> None:
+def _send_end(state: _ConsumerData, _: object) -> None:
     state.effects.append(do.SendEnd(state.request.allocation_id))
 
 
-def _send_fault(state: _State, event: Event) -> None:
+def _send_fault(state: _ConsumerData, event: Event) -> None:
     state.effects.append(do.SendFault(_error_of(event).text))
 
 
-def _deliver(state: _State, event: on.ResponseReceived | on.SelfServed) -> None:
+def _deliver(state: _ConsumerData, event: on.ResponseReceived | on.SelfServed) -> None:
     is_degraded = isinstance(event, on.SelfServed)
     state.effects.append(do.DeliverDescriptors(event.response, is_degraded))
 
 
-def _discard(state: _State, _: object) -> None:
+def _discard(state: _ConsumerData, _: object) -> None:
     state.effects.append(do.DiscardDescriptors())
 
 
-def _serve_self(state: _State, _: object) -> None:
+def _serve_self(state: _ConsumerData, _: object) -> None:
     state.effects.append(do.ServeSelf(state.request))
 
 
-def _release_own(state: _State, _: object) -> None:
+def _release_own(state: _ConsumerData, _: object) -> None:
     state.effects.append(do.ReleaseOwn(state.request.allocation_id))
 
 
-def _report_fallback(state: _State, event: Event) -> None:
+def _report_fallback(state: _ConsumerData, event: Event) -> None:
     state.effects.append(do.ReportFallback(state.request.allocation_id, _error_of(event)))
 
 
-def _report_refusal(state: _State, event: Event) -> None:
+def _report_refusal(state: _ConsumerData, event: Event) -> None:
     state.effects.append(do.ReportRefusal(_error_of(event)))
 
 
-def _report_end(state: _State, _: object) -> None:
+def _report_end(state: _ConsumerData, _: object) -> None:
     state.effects.append(do.ReportEnd(state.request.allocation_id))
 
 
-_ORDERS: Final[Mapping[Order, _Handler]] = {
+_ORDERS: Final[Mapping[Order, _ConsumerHandler]] = {
     do.Connect: _connect,
     do.CloseChannel: _close,
     do.OweEnd: _owe_end,

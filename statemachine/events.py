@@ -12,6 +12,9 @@ protocol is a row of a table.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from operator import attrgetter
 from typing import TypeAlias
 
 from .errors import CreationFailed, FdPassing, NamespaceError, SocketUnavailable
@@ -39,6 +42,20 @@ class LocalEvent(Event):
 
 class KernelEvent(LocalEvent):
     """A kernel names it, for one of its tables; a driver cannot feed it. A name, not a value."""
+
+
+def allocation_of(something: Typed) -> str:
+    """Return the id of the allocation that an event or an effect concerns; empty if none."""
+    return _id_in(type(something).__match_args__)(something)
+
+
+@cache
+def _id_in(fields: tuple[str, ...]) -> Callable[[Typed], str]:
+    # Drivers ask it of every event and effect: what only depends on the class is found out once.
+    for path in ("allocation_id", "request.allocation_id", "response.allocation_id"):
+        if path.partition(".")[0] in fields:
+            return attrgetter(path)
+    return lambda _: ""
 
 
 # --- The provider: its peers -------------------------------------------------------------------

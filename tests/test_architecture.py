@@ -218,6 +218,28 @@ def who_acts_is_named(module: Module) -> Iterator[tuple[int, str]]:
             yield line, text.strip()
 
 
+COINED: Final = re.compile(
+    r"(?<![a-z])(dea[f]|farewel[l]|do[o]rs?|do[o]rkeeper|cag[e][sd]?|deb[t]s?|hop[e]s?|dealin[g]s"
+    r"|stumbl[e]\w*|kindl[y]|wis[h](es|ed)?|babbl[e]\w*|circl[e]s?|rein[s]|word of the en[d]"
+    r"|(?-i:THEIR[S]))(?![a-z])",
+    re.IGNORECASE,
+)
+"""Metaphors for what the field has a word for: read_closed, hook, notice, request, cycle."""
+
+AS_IN_ENGLISH: Final = re.compile(
+    # SVG's element.
+    r'"circl[e]"'
+)
+"""Where such a word is not ours."""
+
+
+@rule
+def the_fields_words_are_used(module: Module) -> Iterator[tuple[int, str]]:
+    for line, text in enumerate(module.text.splitlines(), 1):
+        if COINED.search(AS_IN_ENGLISH.sub("", text)):
+            yield line, text.strip()
+
+
 def modules(*folders: str, suffix: str = "py") -> list[Module]:
     return [
         Module(str(path.relative_to(ROOT)), path.read_text(encoding="utf-8"))
@@ -235,13 +257,71 @@ def test_basic_the_packages_keep_the_rule(name: str) -> None:
     assert violations(RULES[name], modules(*PACKAGES)) == []
 
 
-@pytest.mark.parametrize("check", [nothing_is_put_off, who_acts_is_named])
+@pytest.mark.parametrize(
+    "check", [nothing_is_put_off, who_acts_is_named, the_fields_words_are_used]
+)
 def test_the_rules_of_words_are_kept_in_tests_and_specs_too(check: Rule) -> None:
     texts = [Module(path.name, path.read_text(encoding="utf-8")) for path in ROOT.glob("*.md")]
     for suffix in ("py", "md", "[ch]"):
         texts += modules("tests", "specs", "bench", suffix=suffix)
     assert len(texts) > 150
     assert violations(check, texts) == []
+
+
+SHARED_NAMES: Final = {
+    # The reference model has what the chapters name, and takes nothing from the packages.
+    "Allocation": {"specs/model.py", "statemachine/provider/models.py"},
+    "Limits": {"specs/model.py", "statemachine/provider/limits.py"},
+    "Provider": {"specs/model.py", "transport/serve/provider.py"},
+    # And those of `linux` are those of `transport`, with this node's defaults.
+    "Consumer": {"specs/model.py", "transport/request/blocking.py", "linux/consumer.py"},
+    "AsyncConsumer": {"transport/request/asynchronous.py", "linux/consumer_async.py"},
+    # What the table MESSAGE moves is named for the table, as `Service` and `Allocation` are.
+    "Message": {"statemachine/messages.py", "statemachine/provider/models.py"},
+}
+"""Classes of the same thing, and the modules in which each is defined."""
+
+
+def classes_of(module: Module) -> set[str]:
+    """Name the classes and the aliases of types that a module defines, without underscores."""
+    found = set()
+    for node in ast.parse(module.text, module.path).body:
+        match node:
+            case ast.ClassDef(name=name) if not name.startswith("Test"):
+                found.add(name)
+            case ast.AnnAssign(target=ast.Name(id=name), annotation=ast.Name(id="TypeAlias")):
+                found.add(name)
+            case ast.Assign(targets=[ast.Name(id=name)], value=ast.Subscript() | ast.BinOp()):
+                if re.fullmatch(r"_?[A-Z]\w*[a-z]\w*", name):
+                    found.add(name)
+    return {name.lstrip("_") for name in found}
+
+
+def names_of_several(of: list[Module]) -> dict[str, set[str]]:
+    """Say which classes and aliases are defined in more than one module, and in which."""
+    homes: dict[str, set[str]] = {}
+    for module in of:
+        for name in classes_of(module):
+            homes.setdefault(name, set()).add(module.path)
+    return {name: paths for name, paths in homes.items() if len(paths) > 1}
+
+
+def test_a_name_of_a_class_means_one_thing() -> None:
+    assert names_of_several(modules(*PACKAGES, "tests", "specs", "bench")) == SHARED_NAMES
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["class Lamp: ...", "class _Lamp: ...", "Lamp: TypeAlias = int", "Lamp = tuple[int, str]"],
+)
+def test_a_second_class_of_a_name_is_seen(text: str) -> None:
+    lamps = [Module("linux/lamp.py", "class Lamp: ..."), Module("tests/test_lamp.py", text)]
+    assert names_of_several(lamps) == {"Lamp": {"linux/lamp.py", "tests/test_lamp.py"}}
+
+
+def test_tests_constants_and_local_classes_may_have_the_same_name() -> None:
+    text = "class TestLamp: ...\nLAMP = table[1]\ndef f():\n    class Lamp: ..."
+    assert names_of_several([Module("tests/a.py", text), Module("tests/b.py", text)]) == {}
 
 
 VIOLATIONS: Final = [
@@ -289,6 +369,9 @@ VIOLATIONS: Final = [
     (nothing_is_put_off, "linux/a.py", "x = 1  # TO" + "DO: later"),
     (who_acts_is_named, "linux/a.py", "# Some" + "body else's."),
     (who_acts_is_named, "linux/a.py", "# Then no" + "body waits."),
+    (the_fields_words_are_used, "linux/a.py", "is_de" + "af = True"),
+    (the_fields_words_are_used, "linux/a.h", "enum { NO_DE" + "BT, OWED };"),
+    (the_fields_words_are_used, "linux/a.md", "A Do" + "or for each call."),
 ]
 
 

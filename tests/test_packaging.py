@@ -129,7 +129,7 @@ def test_a_clash_with_python_statemachine_would_be_seen(
     assert owners == {PROJECT["name"], "python-statemachine"}
 
 
-THEIRS: Final = {
+OTHER_PACKAGE: Final = {
     "__init__.py": "from .statemachine import StateMachine\n",
     "events.py": "class Events: pass\n",
     "exceptions.py": "",
@@ -146,7 +146,7 @@ def clash(request: pytest.FixtureRequest, wheel: Path, tmp_path: Path) -> Path:
     theirs.mkdir()
 
     def write_theirs() -> None:
-        for name, text in THEIRS.items():
+        for name, text in OTHER_PACKAGE.items():
             (theirs / name).write_text(text)
 
     write_theirs()

@@ -226,6 +226,14 @@ def _add_serve(verbs: Any) -> None:
     _add_span(serve, "claim_timeout", "life of an allocation that is not used or claimed")
     _add_span(serve, "release_deadline", "an end is announced by then")
     _add_span(serve, "empty_grace", "how long a used cgroup must stay empty")
+    _add_users(serve)
+    _add_scopes(serve)
+    _add_reports(serve)
+    _add_backend(serve)
+
+
+def _add_users(serve: argparse.ArgumentParser) -> None:
+    """Who may connect, and how much of the provider each may use."""
     serve.add_argument(
         "--allow-uid",
         metavar="UID",
@@ -252,6 +260,10 @@ def _add_serve(verbs: Any) -> None:
     serve.add_argument(
         "--group", metavar="NAME", type=_group, help="group of the socket, by name or number"
     )
+
+
+def _add_scopes(serve: argparse.ArgumentParser) -> None:
+    """Where the cgroups of allocations are, and what they are called."""
     serve.add_argument(
         "--no-scopes",
         action="store_true",
@@ -262,6 +274,10 @@ def _add_serve(verbs: Any) -> None:
     serve.add_argument("--scope-parent", metavar="CGROUP", default=parent, help=about)
     about = f"what an allocation's cgroup is called, with {{id}} in it (default {name})"
     serve.add_argument("--scope-name", metavar="PATTERN", default=name, help=about)
+
+
+def _add_reports(serve: argparse.ArgumentParser) -> None:
+    """Where the provider tells that it serves, and what it does."""
     about = "exists while requests are served (default: `ready` beside the socket)"
     serve.add_argument("--ready-file", metavar="FILE", type=_path, help=about)
     about = "tells who connects when requests are served (default: `ready.sock` beside the socket)"
@@ -270,7 +286,6 @@ def _add_serve(verbs: Any) -> None:
     serve.add_argument("--trace", metavar="FILE", type=_path, help=about)
     about = "append audit events to this file, in the form of upstream's hpc-audit"
     serve.add_argument("--audit", metavar="FILE", type=_path, help=about)
-    _add_backend(serve)
 
 
 def _add_run(verbs: Any) -> None:
@@ -284,7 +299,7 @@ def _add_run(verbs: Any) -> None:
     )
     run.failure_code = ExitCode.RUN_FAILED
     run.add_argument("--id", metavar="ID", help="the allocation's id (default: a new one)")
-    _add_wishes(run)
+    _add_request_options(run)
     _add_places(run)
     run.add_argument(
         "--tie",
@@ -320,7 +335,7 @@ def _add_request(verbs: Any) -> None:
         "request", help="obtain namespaces, show and hold them", description=about
     )
     request.add_argument("--id", metavar="ID", required=True, help="the allocation's id")
-    _add_wishes(request)
+    _add_request_options(request)
     _add_places(request)
     request.add_argument("--json", action="store_true", help="show one JSON object")
     request.add_argument(
@@ -443,7 +458,7 @@ def _add_path(parser: argparse.ArgumentParser, name: str, what: str, about: str)
     )
 
 
-def _add_wishes(parser: argparse.ArgumentParser) -> None:
+def _add_request_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--namespaces",
         metavar="TYPES",

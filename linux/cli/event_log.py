@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from functools import cache
-from operator import attrgetter
 from typing import Any, Final
 
 from statemachine import effects as do
 from statemachine import events as on
 from statemachine.effects import Effect
-from statemachine.events import ProviderInput
+from statemachine.events import ProviderInput, allocation_of
 from statemachine.lifecycle import ALLOCATION
 from statemachine.provider import ProviderKernel
 from statemachine.record import fields_of
@@ -41,11 +40,11 @@ class EventLog:
 
     def __call__(self, event: ProviderInput, effects: tuple[Effect, ...]) -> None:
         """Log one event."""
-        name = _allocation_of(event)
+        name = allocation_of(event)
         if self._is_repetition(event):
             return
         self._write(event, effects, name)
-        for other in {_allocation_of(effect) for effect in effects} - {name, ""}:
+        for other in {allocation_of(effect) for effect in effects} - {name, ""}:
             if self.kernel.state_of(other) is not self._states.get(other, _UNKNOWN):
                 self._write(event, effects, other)
 
@@ -80,20 +79,6 @@ class EventLog:
 @cache
 def _snake(name: str) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
-
-
-@cache
-def _id_in(fields: tuple[str, ...]) -> Callable[[Any], str]:
-    """Say where an event or effect with these fields has the id of its allocation; or nowhere."""
-    for path in ("allocation_id", "request.allocation_id", "response.allocation_id"):
-        if path.partition(".")[0] in fields:
-            return attrgetter(path)
-    return lambda _: ""
-
-
-def _allocation_of(something: ProviderInput | Effect) -> str:
-    """Name the allocation that an event or an effect concerns; empty if none."""
-    return _id_in(something.__match_args__)(something)
 
 
 def _details_of(event: ProviderInput) -> dict[str, Any]:

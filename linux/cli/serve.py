@@ -130,7 +130,7 @@ def _serve_logged(options: argparse.Namespace, log: LogHandler) -> ExitCode:
 
 
 @record
-class _Service:
+class _StartedProvider:
     """What is made before requests are served."""
 
     provider: Provider
@@ -154,7 +154,7 @@ def _serve(
     asyncio.run(_run(service, signals))
 
 
-def _start(options: argparse.Namespace, log: LogHandler, stack: ExitStack) -> _Service:
+def _start(options: argparse.Namespace, log: LogHandler, stack: ExitStack) -> _StartedProvider:
     descriptors, oom_score_adj = raise_descriptor_limit(), protect_from_oom_killer()
     log_event(
         "starting",
@@ -207,7 +207,7 @@ def _start(options: argparse.Namespace, log: LogHandler, stack: ExitStack) -> _S
     )
     events.kernel = provider.kernel
     stack.callback(readiness.withdraw)
-    return _Service(provider, readiness, ready_socket, trace, place)
+    return _StartedProvider(provider, readiness, ready_socket, trace, place)
 
 
 def _limits(options: argparse.Namespace, descriptors: int) -> Limits:
@@ -249,7 +249,7 @@ def _all(observers: list[Observer]) -> Observer:
     return observe
 
 
-async def _run(service: _Service, signals: Signals) -> None:
+async def _run(service: _StartedProvider, signals: Signals) -> None:
     provider, place, trace = service.provider, service.place, service.trace
     readiness, ready_socket = service.readiness, service.ready_socket
 

@@ -20,15 +20,15 @@ from statemachine.provider import Limits
 from transport.calls import syscall
 from transport.descriptors import Descriptor, Owner
 from transport.trace import (
-    Entry,
-    Recovery,
+    Recovered,
     Start,
+    TraceEntry,
     TraceError,
     Turn,
     encode_line,
     read_lines,
 )
-from transport.trace.check import Impossible, Replay
+from transport.trace.check import ImpossibleLine, Replay
 from transport.trace.diagram import sequence_diagram
 from transport.trace.records import LINE_BYTES_MAX
 
@@ -52,7 +52,7 @@ def check(options: argparse.Namespace) -> ExitCode:
             replay.take_all(lines)
         except TraceError as error:
             print(f"{options.file}:{error.line}: {error.reason}")
-            if isinstance(error, Impossible):
+            if isinstance(error, ImpossibleLine):
                 print(*(f"  {line}" for line in error.instead), sep="\n")
             return ExitCode.NO
     counted = f"{replay.turns} events, {replay.starts} starts, {replay.gaps} gaps"
@@ -132,14 +132,14 @@ class TraceFile(Owner):
 
     def recovered(self, remembered: Iterable[str]) -> None:
         """Write the names that the backend remembers."""
-        self._write(Recovery(tuple(remembered)))
+        self._write(Recovered(tuple(remembered)))
 
     def close(self) -> None:
         """Write what waits, as far as that is possible in a short time, and close the file."""
         if self._sink.close():
             self._file.close()
 
-    def _write(self, entry: Entry) -> None:
+    def _write(self, entry: TraceEntry) -> None:
         self._sink.write(encode_line(self._sequence, entry))
         self._sequence += 1
 

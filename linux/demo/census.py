@@ -34,7 +34,7 @@ class Traces:
 
 
 @dataclass(frozen=True, slots=True)
-class Census:
+class Inventory:
     """What there is at one moment, each a set of names."""
 
     descriptors: frozenset[str]
@@ -45,7 +45,7 @@ class Census:
     cgroups: frozenset[str]
 
     @classmethod
-    def take(cls, traces: Traces) -> Census:
+    def take(cls, traces: Traces) -> Inventory:
         """Count now."""
         return cls(
             descriptors=frozenset(_descriptors()),

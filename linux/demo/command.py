@@ -41,7 +41,7 @@ from typing import Final, TextIO
 from statemachine.errors import NamespaceError
 
 from ..cli.parser import Parser
-from .census import Census, Traces
+from .census import Inventory, Traces
 from .claims import settled
 from .host import (
     OUTSIDE_VARIABLE,
@@ -56,8 +56,8 @@ from .host import (
     why_no_user_namespace,
 )
 from .processes import DemoError
-from .report import Interrupted, Report
-from .scenario import Scenario
+from .report import DemoStopped, Report
+from .scenario import Demonstration
 
 _EXIT_FAILED: Final = 1
 _EXIT_CANNOT: Final = 3
@@ -105,7 +105,7 @@ def main(arguments: list[str], *, overrule: Mapping[str, object] | None = None) 
             report.verdict(seconds)
         except CannotShow as error:
             return _say_cannot(options, str(error))
-        except Interrupted:
+        except DemoStopped:
             return _say_interrupted(caught)
     if options.json:
         print(json.dumps(report.as_json(seconds), indent=2))
@@ -125,14 +125,14 @@ def perform(report: Report, *, is_simulated: bool, why: str | None = None) -> No
 
     Raises:
         CannotShow: this machine cannot show it.
-        Interrupted: the report was told to stop.
+        DemoStopped: the report was told to stop.
     """
     if not is_simulated:
         refuse_chroot()
     with ExitStack() as cleanup:
         folder = Path(tempfile.mkdtemp(prefix=PREFIX))
         cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
-        before = Census.take(Traces(folder))
+        before = Inventory.take(Traces(folder))
         _introduce(report)
         clock = time.monotonic
         try:
@@ -140,7 +140,7 @@ def perform(report: Report, *, is_simulated: bool, why: str | None = None) -> No
         except OSError as error:
             raise CannotShow(str(error)) from error
         cleanup.callback(host.close)
-        scenario = Scenario(host, report, clock)
+        scenario = Demonstration(host, report, clock)
         cleanup.callback(scenario.close)
         try:
             scenario.run()
@@ -163,17 +163,17 @@ def _introduce(report: Report) -> None:
     report.fact("machine", f"{kernel}, {user}")
 
 
-def _compare(report: Report, before: Census, traces: Traces, host: Host) -> None:
+def _compare(report: Report, before: Inventory, traces: Traces, host: Host) -> None:
     """Count again and compare, once the Linux kernel has freed what it frees in the background."""
     report.section("CENSUS", "what was there before, and what is there now")
 
     def grown() -> list[str]:
         _reap_orphans()
-        now = Census.take(traces)
+        now = Inventory.take(traces)
         return [sort for sort in _SORTS if getattr(now, sort) != getattr(before, sort)]
 
     settled(grown)
-    now = Census.take(traces)
+    now = Inventory.take(traces)
     for sort, claim in _SORTS.items():
         is_bare = sort in _BARE and host.is_simulated
         if is_bare or (sort == "cgroups" and host.cgroup2 is None):

@@ -22,7 +22,7 @@ _RED: Final = "1;31"
 _FAINT: Final = "2"
 
 
-class Interrupted(Exception):
+class DemoStopped(Exception):
     """The demonstration is to stop; raised when something is written, never in between."""
 
 
@@ -53,7 +53,7 @@ class Report:
     Args:
         out: Where lines are written; None for none, for `--json`.
         is_coloured: Whether `out` is a terminal that understands colours.
-        is_stopped: Called before anything is written; True raises `Interrupted`.
+        is_stopped: Called before anything is written; True raises `DemoStopped`.
         overrule: Expected values that replace the real ones, by the name of their check.
     """
 
@@ -181,13 +181,13 @@ class Report:
 
     def _write(self, text: str) -> None:
         if self._is_stopped():
-            raise Interrupted
+            raise DemoStopped
         if self._out is None:
             return
         try:
             print(text, end="", file=self._out, flush=True)
         except BrokenPipeError:
-            raise Interrupted from None
+            raise DemoStopped from None
 
     def _paint(self, text: str, colour: str) -> str:
         return f"\x1b[{colour}m{text}\x1b[0m" if self._is_coloured else text

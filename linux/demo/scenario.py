@@ -39,7 +39,7 @@ STATES: Final = [state.value for state in AllocationState if state is not Alloca
 _PID, _NET, _MOUNT = NamespaceType.PID, NamespaceType.NET, NamespaceType.MOUNT
 
 
-class Scenario:
+class Demonstration:
     """
     The whole of it, to be run once and then closed.
 
@@ -126,8 +126,8 @@ class Scenario:
 
     def _ask(self) -> None:
         image = "" if self._host.image is None else f", both with {self._host.image}"
-        wishes = "; ".join(f"{each.subject} wants {each.types()}" for each in self._allocations)
-        self._report.section("ASK", f"{wishes}{image}")
+        requests = "; ".join(f"{each.subject} wants {each.types()}" for each in self._allocations)
+        self._report.section("ASK", f"{requests}{image}")
         for allocation in self._allocations:
             allocation.handoff = self._consumer().obtain(allocation.request)
             self._identities |= set(allocation.handoff.identities)

@@ -27,7 +27,7 @@ from .node import JournalLine, SimulatedFailure, SimulatedNode
 
 
 @dataclass(slots=True)
-class _Allocation(StepwiseAllocation):
+class _OnSimulation(StepwiseAllocation):
     """What a program knows of one allocation."""
 
     image: SimulatedMount | None = None
@@ -45,7 +45,7 @@ class _StoredImage:
     idle_since: float | None = None
 
 
-class SimulatedBackend(StepwiseBackend[_Allocation]):
+class SimulatedBackend(StepwiseBackend[_OnSimulation]):
     """
     A provider's program on a simulated node; fulfils `transport.contract.Backend`.
 
@@ -75,22 +75,22 @@ class SimulatedBackend(StepwiseBackend[_Allocation]):
 
     # The steps of a creation.
 
-    def _new(self, request: NamespaceRequest) -> _Allocation:
-        return _Allocation(request)
+    def _new(self, request: NamespaceRequest) -> _OnSimulation:
+        return _OnSimulation(request)
 
-    def _perform(self, step: Step, allocation: _Allocation) -> str | None:
+    def _perform(self, step: Step, allocation: _OnSimulation) -> str | None:
         self._node.before(step, allocation.name)
         with self._node.lock:
             return _WORK[step](self, allocation)
 
-    def _intend(self, allocation: _Allocation) -> None:
+    def _intend(self, allocation: _OnSimulation) -> None:
         self._node.journal[allocation.name] = JournalLine(allocation.request)
 
-    def _make_scope(self, allocation: _Allocation) -> None:
+    def _make_scope(self, allocation: _OnSimulation) -> None:
         self._node.make_scope(allocation.name)
         allocation.has_scope = True
 
-    def _mount_image(self, allocation: _Allocation) -> None:
+    def _mount_image(self, allocation: _OnSimulation) -> None:
         name = allocation.request.uenv_image
         assert name is not None
         if name not in self._node.images:
@@ -100,21 +100,21 @@ class SimulatedBackend(StepwiseBackend[_Allocation]):
         stored.users.add(allocation.name)
         stored.idle_since = None
 
-    def _make_anchor(self, allocation: _Allocation) -> None:
+    def _make_anchor(self, allocation: _OnSimulation) -> None:
         request = allocation.request
         place = self._response_to(request).uenv_mount_path
         self._node.start_init(allocation.name, request.namespaces, allocation.image, place)
         allocation.image = None
         allocation.has_init = True
 
-    def _publish(self, allocation: _Allocation) -> None:
+    def _publish(self, allocation: _OnSimulation) -> None:
         if allocation.name in self._over:
             raise SimulatedFailure("the allocation has ended meanwhile")
         self._node.journal[allocation.name].state = AllocationState.CREATED
 
     # The steps of a release.
 
-    def _stop(self, allocation: _Allocation) -> None:
+    def _stop(self, allocation: _OnSimulation) -> None:
         with self._node.lock:
             # What was seen of it is not reported any more: its name may be another's by then.
             self._observed = [
@@ -124,13 +124,13 @@ class SimulatedBackend(StepwiseBackend[_Allocation]):
                 allocation.image.end()
                 allocation.image = None
 
-    def _end_init(self, allocation: _Allocation) -> str | None:
+    def _end_init(self, allocation: _OnSimulation) -> str | None:
         if not self._node.end_init(allocation.name):
             return "its init waits for processes that do not die or are not reaped"
         allocation.has_init = False
         return None
 
-    def _release_image(self, allocation: _Allocation) -> str | None:
+    def _release_image(self, allocation: _OnSimulation) -> str | None:
         if allocation.has_init:
             return "the image is mounted in the namespace of a living init"
         stored = self._images.get(allocation.request.uenv_image or "")
@@ -139,7 +139,7 @@ class SimulatedBackend(StepwiseBackend[_Allocation]):
             stored.idle_since = None if stored.users else self._clock()
         return None
 
-    def _remove_scope(self, allocation: _Allocation) -> str | None:
+    def _remove_scope(self, allocation: _OnSimulation) -> str | None:
         there = self._node.find(allocation.name)
         if there.scope is not None:
             # What is killed now has died by the next try, as on Linux, not at once.
@@ -151,13 +151,13 @@ class SimulatedBackend(StepwiseBackend[_Allocation]):
             self._node.drop_scope(allocation.name)
         return None
 
-    def _forget(self, allocation: _Allocation) -> None:
+    def _forget(self, allocation: _OnSimulation) -> None:
         node, name = self._node, allocation.name
         if node.journal.pop(name, None) is not None:
             others = [each for each in node.remembered if each != name]
             node.remembered = [*others, name][-REMEMBERED_MAX:]
 
-    def _note(self, allocation: _Allocation, state: AllocationState) -> None:
+    def _note(self, allocation: _OnSimulation, state: AllocationState) -> None:
         self._node.journal[allocation.name].state = state
 
     # The rest of the contract.
@@ -269,7 +269,7 @@ class SimulatedBackend(StepwiseBackend[_Allocation]):
             os.eventfd_write(self._signal.fileno(), 1)
 
     def _recover(self, entry: JournalLine) -> Adoption:
-        allocation = _Allocation(entry.request)
+        allocation = _OnSimulation(entry.request)
         there = self._node.find(allocation.name)
         allocation.has_scope = there.scope is not None
         allocation.has_init = not there.is_init_gone
@@ -280,7 +280,7 @@ class SimulatedBackend(StepwiseBackend[_Allocation]):
             has_init=allocation.has_init,
         )
 
-    def _adopt_image(self, image: str, allocation: _Allocation) -> None:
+    def _adopt_image(self, image: str, allocation: _OnSimulation) -> None:
         superblock = self._node.find_superblock(image)
         if superblock is not None:
             stored = self._images.setdefault(image, _StoredImage(SimulatedImage(image)))
@@ -291,7 +291,7 @@ class SimulatedBackend(StepwiseBackend[_Allocation]):
 _FAILURES: Final = (SimulatedFailure, OSError)
 """What a step can fail with."""
 
-_WORK: Final[Mapping[Step, Callable[[SimulatedBackend, _Allocation], str | None]]] = (
+_WORK: Final[Mapping[Step, Callable[[SimulatedBackend, _OnSimulation], str | None]]] = (
     MappingProxyType(
         {
             Step.INTEND: SimulatedBackend._intend,

@@ -1,6 +1,6 @@
 """`SimulatedNode`: a machine in memory on which a simulated backend works.
 
-It behaves as the Linux kernel does, never more kindly, by the models beside this module: inode
+It behaves as the Linux kernel does, never more leniently, by the models beside this module: inode
 numbers are reused, a PID namespace outlives its init and is useless then, an init does not end
 before everything in its namespace is reaped, a zombie does not populate a cgroup, freezing is not
 ending, what is killed is not gone at once, what cannot be killed stays, and a descriptor of a mount
@@ -61,7 +61,7 @@ Hook = Callable[[Step, str], None]
 """Called with a step and the allocation before the step is done; may raise, or wait."""
 
 
-class Listener(Protocol):
+class NodeObserver(Protocol):
     """A program that gets reports of what happens on a node."""
 
     def notify(self, observation: Observation) -> None:
@@ -190,7 +190,7 @@ class SimulatedNode:
         self.journal: dict[str, JournalLine] = {}
         self.remembered: list[str] = []
         self.lock = threading.RLock()
-        self._listeners: list[Listener] = []
+        self._listeners: list[NodeObserver] = []
         self._namespaces = SimulatedNamespaces()
         self._forge = self._namespaces.boot()
         """Starts all processes, and returns to the node's namespaces each time."""
@@ -456,12 +456,12 @@ class SimulatedNode:
             for namespace in home:
                 self._forge.setns(namespace, namespace.kind)
 
-    def attach(self, listener: Listener) -> None:
+    def attach(self, listener: NodeObserver) -> None:
         """Report what happens to a program from now on."""
         with self.lock:
             self._listeners.append(listener)
 
-    def detach(self, listener: Listener) -> None:
+    def detach(self, listener: NodeObserver) -> None:
         """Stop reporting to a program."""
         with self.lock:
             self._listeners = [each for each in self._listeners if each is not listener]

@@ -2,8 +2,8 @@
 
 The provider sends the right answer, a wrong one, another one, garbage, or nothing. The consumer
 runs on the driver of `transport.request`, one step at a time, so that every step may be late.
-`Dealings` has the rules and the invariants; a `Counterpart` says what the consumer is connected
-with: pipes, or real sockets and the Linux kernel's namespaces.
+`AdversarialProvider` has the rules and the invariants; a `Counterpart` says what the consumer is
+connected with: pipes, or real sockets and the Linux kernel's namespaces.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ class OnSockets(Counterpart):
             stack.callback(super().close)
 
 
-class Dealings(RuleBasedStateMachine):
+class AdversarialProvider(RuleBasedStateMachine):
     """
     Rules for what may happen to a consumer, and invariants of what must be true meanwhile.
 
@@ -435,6 +435,6 @@ class Dealings(RuleBasedStateMachine):
             self.end = None
 
 
-def dealings(counterpart: Counterpart) -> type[Dealings]:
+def adversary_for(counterpart: Counterpart) -> type[AdversarialProvider]:
     """Make a class for one test; Hypothesis makes its instances."""
-    return type("Machine", (Dealings,), {"counterpart": counterpart})
+    return type("Machine", (AdversarialProvider,), {"counterpart": counterpart})

@@ -297,8 +297,8 @@ def test_answers_come_in_the_order_of_what_they_answer(wire: Wire) -> None:
     first, second = wire.request(PID, NET, MOUNT), wire.request(PID)
     refused = NamespaceRequest(wire.name(), (PID, PID))
     never = AllocationEnded(f"{wire.prefix}-never")
-    wishes: tuple[Message, ...] = (first, refused, never, second, refused, never)
-    line.say(b"".join(map(frame_of, wishes)))
+    messages: tuple[Message, ...] = (first, refused, never, second, refused, never)
+    line.say(b"".join(map(frame_of, messages)))
 
     wire.granted(first, line)
     assert isinstance(line.hear(), CreationFailed)

@@ -72,7 +72,7 @@ def _bytes_unread(line: Line) -> int:
 
 class Wire:
     """
-    One test's dealings with a provider.
+    A provider under test, and the connections of one test to it.
 
     Args:
         provider: whom it tries.
@@ -125,7 +125,7 @@ class Wire:
         """
         End an allocation, and hear that it has ended.
 
-        A line that holds the allocation may hear so twice: the word of the end can cross the wish.
+        A line that holds the allocation may hear so twice: the two `AllocationEnded` can cross.
         """
         line = line or self.call()
         ended, never = AllocationEnded(name), AllocationEnded(f"{self.prefix}-never")
@@ -138,7 +138,7 @@ class Wire:
         )
 
     def call_end(self, name: str) -> Message | None:
-        """Wish an allocation's end on a line of its own; what is said to that."""
+        """Ask for an allocation's end on a line of its own; what is answered."""
         line = self.call()
         line.say(AllocationEnded(name))
         return line.hear()

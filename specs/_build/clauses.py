@@ -28,7 +28,7 @@ CHAPTERS: Final = tuple(sorted((ROOT / "specs").glob("[0-9][0-9]-*.md")))
 LEVELS: Final = re.compile(r"\b(MUST NOT|MUST|SHOULD NOT|SHOULD|MAY)\b")
 """How binding a sentence is: the key words of BCP 14 (RFC 2119, RFC 8174) that are used."""
 
-UNUSED: Final = re.compile(r"\b(SHALL|REQUIRED|RECOMMENDED|OPTIONAL|MAY NOT)\b")
+UNUSED: Final = re.compile(r"\b(SHALL|REQUIRED|RECOMMENDED|OPTIONAL|MAY NOT|NEED NOT)\b")
 """Key words of BCP 14 that are not used, and a form that can be read as two of them."""
 
 ROLES: Final = (
@@ -46,8 +46,16 @@ ID: Final = re.compile(r"\b[A-Z]+-\d+\b")
 """What looks like a clause's id."""
 
 _SUBJECT: Final = re.compile(
-    rf"An? (?:{'|'.join(ROLES)})\b[^.;:]*? {LEVELS.pattern}(?! (?:never|not))"
+    rf"An? (?:{'|'.join(ROLES)})\b[^.;:]*? {LEVELS.pattern}"
 )
+_ASIDE: Final = r"(?:,[^,]*,)?"
+_CLAUSE_ENDS: Final = (
+    r"[,.;:]|\b(?:and|or|that|what|which|who|whose|when|while|where|if|unless|before|after|than|so)\b"
+)
+_NEGATED: Final = re.compile(
+    rf"{LEVELS.pattern}{_ASIDE}(?:(?!{_CLAUSE_ENDS}).)*\b(?:never|not?|none|nothing|nowhere|neither)\b"
+)
+"""A denial in the main clause after a key word: of what is it then that one is obliged?"""
 _FIRST_LINE: Final = re.compile(r'^> <a id="([A-Z]+-\d+)"></a>\*\*([A-Z]+-\d+)\*\* (.*)$')
 
 
@@ -75,6 +83,8 @@ class Clause(NamedTuple):
             found.append("has a key word that is not used here")
         if not _SUBJECT.match(self.text):
             found.append("does not begin with who has to do it and a key word")
+        if _NEGATED.search(self.text):
+            found.append("denies with another word than NOT after its key word")
         return found
 
     @property

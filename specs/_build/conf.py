@@ -91,7 +91,7 @@ class Hex(RegexLexer):
     }
 
 
-class Scenario(RegexLexer):
+class ScenarioLexer(RegexLexer):
     """Commands behind `>`; below each what followed, `who what` or `who → whom what`."""
 
     name = "scenario"
@@ -232,7 +232,7 @@ def setup(app: Any) -> None:
     """Register all of that."""
     app.add_directive("mermaid", Mermaid)
     app.add_lexer("hex", Hex)
-    app.add_lexer("scenario", Scenario)
+    app.add_lexer("scenario", ScenarioLexer)
     app.add_transform(Clauses)
     app.add_transform(Names)
     app.add_transform(Files)

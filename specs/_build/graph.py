@@ -41,7 +41,7 @@ class Drawing(NamedTuple):
 
 
 @dataclass
-class _Place:
+class _LayerNode:
     """Something that takes room in a layer: a state, a label, or a move passing through."""
 
     layer: int
@@ -53,19 +53,19 @@ class _Place:
     top: float = 0.0
     """Of its layer, as is the bottom."""
     bottom: float = 0.0
-    before: list[_Place] = field(default_factory=list)
-    after: list[_Place] = field(default_factory=list)
+    before: list[_LayerNode] = field(default_factory=list)
+    after: list[_LayerNode] = field(default_factory=list)
 
 
 @dataclass
-class _Move:
+class _StateArrow:
     """All rows from one state to another."""
 
     source: Enum
     target: Enum
     rows: list[Row]
-    path: list[_Place] = field(default_factory=list)
-    label: _Place | None = None
+    path: list[_LayerNode] = field(default_factory=list)
+    label: _LayerNode | None = None
     is_back: bool = False
 
 
@@ -88,7 +88,7 @@ def drawing(table: Table, cells: Cells | None = None, heads: str = "head") -> Dr
     moves = _moves_of(table)
     depths = _depths_of(table, moves)
     states = {
-        state: _Place(depths[state] * 2, True, _state_width(table, state, cells), STATE_HEIGHT)
+        state: _LayerNode(depths[state] * 2, True, _state_width(table, state, cells), STATE_HEIGHT)
         for state in table.states
     }
     for move in moves:
@@ -113,17 +113,17 @@ def _id(state: Enum) -> str:
     return str(state.value)
 
 
-def _moves_of(table: Table) -> list[_Move]:
-    moves: dict[tuple[Enum, Enum], _Move] = {}
+def _moves_of(table: Table) -> list[_StateArrow]:
+    moves: dict[tuple[Enum, Enum], _StateArrow] = {}
     for row in table.rows:
         if row.source is not row.target:
             key = (row.source, row.target)
-            moves.setdefault(key, _Move(*key, [])).rows.append(row)
+            moves.setdefault(key, _StateArrow(*key, [])).rows.append(row)
     return list(moves.values())
 
 
-def _depths_of(table: Table, moves: list[_Move]) -> dict[Enum, int]:
-    """Give each state the longest way to it that goes in no circle, and find what leads back."""
+def _depths_of(table: Table, moves: list[_StateArrow]) -> dict[Enum, int]:
+    """Give each state the longest way to it that goes in no cycle, and find what leads back."""
     order: list[Enum] = []
     on_way: list[Enum] = []
 
@@ -146,12 +146,12 @@ def _depths_of(table: Table, moves: list[_Move]) -> dict[Enum, int]:
     return depths
 
 
-def _lay(move: _Move, states: Mapping[Enum, _Place]) -> None:
+def _lay(move: _StateArrow, states: Mapping[Enum, _LayerNode]) -> None:
     """Give a move a place in each layer between its ends; its label is in the middle one."""
     first, last = states[move.source], states[move.target]
     if move.is_back:
         first, last = last, first
-    between = [_Place(layer) for layer in range(first.layer + 1, last.layer)]
+    between = [_LayerNode(layer) for layer in range(first.layer + 1, last.layer)]
     odd = [place for place in between if place.layer % 2]
     move.label = odd[(len(odd) - 1) // 2]
     names = [row.event.__name__ for row in move.rows]
@@ -165,8 +165,8 @@ def _lay(move: _Move, states: Mapping[Enum, _Place]) -> None:
         move.path.reverse()
 
 
-def _layers(states: Mapping[Enum, _Place], moves: list[_Move]) -> list[list[_Place]]:
-    layers: list[list[_Place]] = []
+def _layers(states: Mapping[Enum, _LayerNode], moves: list[_StateArrow]) -> list[list[_LayerNode]]:
+    layers: list[list[_LayerNode]] = []
     places = [*states.values(), *(p for m in moves for p in m.path[1:-1])]
     for place in places:
         while len(layers) <= place.layer:
@@ -178,7 +178,7 @@ def _layers(states: Mapping[Enum, _Place], moves: list[_Move]) -> list[list[_Pla
 # --- Where everything is -----------------------------------------------------------------------
 
 
-def _order(layers: list[list[_Place]]) -> None:
+def _order(layers: list[list[_LayerNode]]) -> None:
     """Sort each layer by the middle of its neighbours; keep the order with fewest crossings."""
     best, fewest = [list(layer) for layer in layers], _crossings(layers)
     for sweep in range(SWEEPS):
@@ -193,12 +193,12 @@ def _order(layers: list[list[_Place]]) -> None:
     layers[:] = best
 
 
-def _middle(place: _Place, positions: Mapping[int, int], is_forward: bool) -> float:
+def _middle(place: _LayerNode, positions: Mapping[int, int], is_forward: bool) -> float:
     neighbours = (place.before if is_forward else place.after) or [place]
     return sum(positions[id(n)] for n in neighbours) / len(neighbours)
 
 
-def _crossings(layers: list[list[_Place]]) -> int:
+def _crossings(layers: list[list[_LayerNode]]) -> int:
     count = 0
     for left, right in pairwise(layers):
         positions = {id(p): i for i, p in enumerate(right)}
@@ -207,7 +207,7 @@ def _crossings(layers: list[list[_Place]]) -> int:
     return count
 
 
-def _place(layers: list[list[_Place]]) -> tuple[float, float]:
+def _place(layers: list[list[_LayerNode]]) -> tuple[float, float]:
     """Give everything its coordinates: near its neighbours, and never over another."""
     y = MARGIN
     for layer in layers:
@@ -218,7 +218,7 @@ def _place(layers: list[list[_Place]]) -> tuple[float, float]:
         _spread(layer, [0.0] * len(layer))
     for sweep in range(RELAXATIONS):
         for layer in layers if sweep % 2 == 0 else reversed(layers):
-            _spread(layer, [_wish(place) for place in layer])
+            _spread(layer, [_preferred(place) for place in layer])
     left = min(p.x - p.width / 2 for layer in layers for p in layer) - MARGIN
     for layer in layers:
         for place in layer:
@@ -227,7 +227,7 @@ def _place(layers: list[list[_Place]]) -> tuple[float, float]:
     return right, y - LAYER_GAP + MARGIN
 
 
-def _wish(place: _Place) -> float:
+def _preferred(place: _LayerNode) -> float:
     """Find the middle of a place's neighbours; long lines would rather be straight."""
     near = [*place.before, *place.after]
     weights = [1.0 if place.is_state or n.is_state else STRAIGHTNESS for n in near]
@@ -235,18 +235,18 @@ def _wish(place: _Place) -> float:
     return sum(n.x * w for n, w in zip(near, weights, strict=True)) / total if near else place.x
 
 
-def _spread(layer: list[_Place], wishes: list[float]) -> None:
-    """Put a layer's places where they wish to be, in their order and apart."""
-    rightward, leftward = list(wishes), list(wishes)
+def _spread(layer: list[_LayerNode], preferred: list[float]) -> None:
+    """Put a layer's places where they are to be, in their order and apart."""
+    rightward, leftward = list(preferred), list(preferred)
     for i in range(1, len(layer)):
-        rightward[i] = max(wishes[i], rightward[i - 1] + _apart(layer[i - 1], layer[i]))
+        rightward[i] = max(preferred[i], rightward[i - 1] + _apart(layer[i - 1], layer[i]))
     for i in reversed(range(len(layer) - 1)):
-        leftward[i] = min(wishes[i], leftward[i + 1] - _apart(layer[i], layer[i + 1]))
+        leftward[i] = min(preferred[i], leftward[i + 1] - _apart(layer[i], layer[i + 1]))
     for place, low, high in zip(layer, leftward, rightward, strict=True):
         place.x = (low + high) / 2
 
 
-def _apart(left: _Place, right: _Place) -> float:
+def _apart(left: _LayerNode, right: _LayerNode) -> float:
     return (left.width + right.width) / 2 + PLACE_GAP
 
 
@@ -257,7 +257,7 @@ def _counted(said: str, count: int, cells: Cells | None) -> str:
     return said if cells is None else f"{said}: {count:,}"
 
 
-def _draw_line(table: Table, move: _Move, cells: Cells | None, heads: str) -> str:
+def _draw_line(table: Table, move: _StateArrow, cells: Cells | None, heads: str) -> str:
     visits = sum(_visits(table, row, cells) for row in move.rows)
     most = max(_visits(table, row, cells) for row in table.rows)
     level = 0 if cells is None else level_of(visits, most)
@@ -272,7 +272,7 @@ def _draw_line(table: Table, move: _Move, cells: Cells | None, heads: str) -> st
     return group([path], _tip(table, move, cells))
 
 
-def _draw_label(table: Table, move: _Move, cells: Cells | None) -> str:
+def _draw_label(table: Table, move: _StateArrow, cells: Cells | None) -> str:
     place = move.label
     assert place is not None
     corner = (place.x - place.width / 2, place.y - place.height / 2)
@@ -286,13 +286,13 @@ def _draw_label(table: Table, move: _Move, cells: Cells | None) -> str:
     return group([box, *words], _tip(table, move, cells))
 
 
-def _tip(table: Table, move: _Move, cells: Cells | None) -> str:
+def _tip(table: Table, move: _StateArrow, cells: Cells | None) -> str:
     lines = [f"{_id(move.source)} to {_id(move.target)}"]
     lines += [_counted(row.event.__name__, _visits(table, row, cells), cells) for row in move.rows]
     return "\n".join(lines)
 
 
-def _curve(move: _Move) -> str:
+def _curve(move: _StateArrow) -> str:
     """Go through a move's places, straight within a layer, from one state's edge to the other's."""
     path = move.path
     way = 1 if path[-1].y > path[0].y else -1
@@ -311,7 +311,7 @@ def _curve(move: _Move) -> str:
     return said
 
 
-def _port(state: _Place, next_one: _Place) -> float:
+def _port(state: _LayerNode, next_one: _LayerNode) -> float:
     """Choose where on a state's edge a move leaves or arrives: in the order of where they go."""
     side = state.after if next_one.layer > state.layer else state.before
     ordered = sorted(side, key=lambda place: place.x)
@@ -341,7 +341,7 @@ def _state_width(table: Table, state: Enum, cells: Cells | None) -> float:
     return max(width_of(_id(state), 14), width_of(second, 10), 60) + 2 * STATE_PAD
 
 
-def _draw_state(table: Table, state: Enum, place: _Place, cells: Cells | None) -> str:
+def _draw_state(table: Table, state: Enum, place: _LayerNode, cells: Cells | None) -> str:
     stays = _stays(table, state, cells)
     second = _second_line(stays, cells)
     arrivals = sum(

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from specs._build import clauses
 from specs._build.golden import frames, invalid, lives, reads, rules
-from specs._build.golden.wire import Case
+from specs._build.golden.wire import VectorCase
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 """The project's folder."""
@@ -35,7 +35,7 @@ VECTORS: Final = ROOT / "specs" / "vectors"
 
 
 @dataclass(frozen=True)
-class Family:
+class VectorFamily:
     """Cases of one kind."""
 
     name: str
@@ -44,7 +44,7 @@ class Family:
     """What an implementation does that passes."""
     fields: Mapping[str, str]
     """What stands in a case, besides its id."""
-    cases: Callable[[], Iterator[Case]]
+    cases: Callable[[], Iterator[VectorCase]]
     words: Mapping[str, str] = field(default_factory=dict)
     """The words that stand for something in a field, and what."""
     clauses: str = ""
@@ -54,7 +54,7 @@ _MESSAGE: Final = "a message as JSON: its name, and its fields in the order of t
 _FRAME: Final = "the whole frame, header included, in hex"
 
 FAMILIES: Final = (
-    Family(
+    VectorFamily(
         "frames",
         "every message in the one form in which it is written",
         "writing `message` gives `frame`, byte for byte; reading `frame` gives `message`",
@@ -62,7 +62,7 @@ FAMILIES: Final = (
         frames.frames,
         clauses="WIRE-3 WIRE-6 WIRE-7",
     ),
-    Family(
+    VectorFamily(
         "accepted",
         "frames that no sender writes and every receiver reads",
         "reading `frame` gives `message`",
@@ -70,7 +70,7 @@ FAMILIES: Final = (
         frames.accepted,
         clauses="WIRE-8",
     ),
-    Family(
+    VectorFamily(
         "invalid",
         "frames that are refused",
         "reading `frame` is refused with `FdPassing`, for one of `faults`, and the connection is "
@@ -80,7 +80,7 @@ FAMILIES: Final = (
         invalid.FAULTS,
         "WIRE-4 WIRE-9 WIRE-11",
     ),
-    Family(
+    VectorFamily(
         "segments",
         "streams of frames, cut into reads at any byte",
         "after read *i*, `whole[i]` of `messages` have come out, in this order; at `refused` the "
@@ -95,7 +95,7 @@ FAMILIES: Final = (
         reads.segments,
         clauses="WIRE-4 WIRE-5",
     ),
-    Family(
+    VectorFamily(
         "descriptors",
         "reads with descriptors, and which frame each descriptor belongs to",
         "exactly `deliveries` come out, each with these descriptors in this order, after this "
@@ -111,7 +111,7 @@ FAMILIES: Final = (
         reads.DESCRIPTOR_FAULTS,
         "FD-3 FD-4 FD-7 FD-9 FD-10 FD-11",
     ),
-    Family(
+    VectorFamily(
         "requests",
         "the first message to a provider that is ready and has nothing, and its answer",
         "the provider answers with `answer` (`NamespaceResponse`: once the namespaces are made); "
@@ -125,7 +125,7 @@ FAMILIES: Final = (
         rules.OBJECTIONS,
         "WIRE-11 LIFE-10 LIFE-11 LIFE-12 END-13 END-19",
     ),
-    Family(
+    VectorFamily(
         "answers",
         "a message to a consumer that has asked, and which event of its lifecycle that is",
         "the consumer takes `message` for `event`",
@@ -134,7 +134,7 @@ FAMILIES: Final = (
         rules.MEANINGS,
         "WIRE-11 WIRE-15 FD-2 ERR-5 ERR-6",
     ),
-    Family(
+    VectorFamily(
         "provider",
         "lives of a provider, event by event",
         "each event has these effects, and leaves each allocation in this state",
@@ -148,7 +148,7 @@ FAMILIES: Final = (
         "END-3 END-12 END-13 END-16 END-17 END-18 CRASH-2 CRASH-3 CRASH-4 CRASH-6 PEER-2 PEER-4 "
         "PEER-5 PEER-6",
     ),
-    Family(
+    VectorFamily(
         "consumer",
         "lives of one allocation at its consumer, event by event",
         "each event has these effects, and leaves both tables in these states; where `effects` is "
@@ -172,7 +172,7 @@ def files() -> dict[Path, bytes]:
     return made
 
 
-def _files_of(family: Family) -> dict[Path, bytes]:
+def _files_of(family: VectorFamily) -> dict[Path, bytes]:
     folder = Path(family.name)
     parts, listed = _parts(family), []
     made: dict[Path, bytes] = {}
@@ -197,7 +197,7 @@ def _files_of(family: Family) -> dict[Path, bytes]:
     return made
 
 
-def _parts(family: Family) -> list[list[bytes]]:
+def _parts(family: VectorFamily) -> list[list[bytes]]:
     """Write the cases as lines, in as many files as they need."""
     parts: list[list[bytes]] = [[]]
     room = FILE_BYTES_MAX

@@ -25,7 +25,7 @@ OPEN_MESSAGES_PER_UID_MAX: Final = 1024
 """Most unanswered messages of all connections of one user."""
 
 ALLOCATIONS_PER_UID_MAX: Final = 4096
-"""Most allocations that are alive at the wish of one user."""
+"""Most allocations of one user that are alive."""
 
 CONNECTIONS_PER_UID_MAX: Final = 4096
 """Most connections of one user."""

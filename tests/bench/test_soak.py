@@ -22,7 +22,7 @@ from statemachine import CreationFailed, FdPassing, NamespaceRequest, NamespaceR
 from tests.support.programs import ROOT, environment
 from transport.contract import Backend
 from transport.descriptors import DescriptorBundle
-from transport.testing.gated_backend import Reins
+from transport.testing.gated_backend import GatedBackend
 
 SOAK: Final = "import sys; from bench.soak import main; sys.exit(main(sys.argv[1:]))"
 SHORT_S: Final = 2.0
@@ -127,7 +127,7 @@ def test_a_provider_that_is_gone_is_said_with_what_was_counted() -> None:
     assert "--seed 7" in ran.stderr
 
 
-class Swapping(Reins):
+class Swapping(GatedBackend):
     """Hands over the namespaces of another allocation to the second request."""
 
     def __init__(self, backend: Backend) -> None:
@@ -146,7 +146,7 @@ class Swapping(Reins):
         return super().bundle_of(name)
 
 
-class Keeping(Reins):
+class Keeping(GatedBackend):
     """Says that something is released which is not."""
 
     def release_namespaces(self, allocation_id: str) -> None:
@@ -158,7 +158,7 @@ def is_chosen(allocation_id: str) -> bool:
     return allocation_id.endswith("3")
 
 
-class Blind(Reins):
+class Blind(GatedBackend):
     """Sees nothing end."""
 
     def observe(self) -> list[Any]:
@@ -166,7 +166,7 @@ class Blind(Reins):
         return []
 
 
-class Slow(Reins):
+class Slow(GatedBackend):
     """Takes longer than a consumer waits."""
 
     def create_namespaces(self, request: NamespaceRequest) -> NamespaceResponse:
@@ -175,7 +175,7 @@ class Slow(Reins):
         return super().create_namespaces(request)
 
 
-class Scarce(Reins):
+class Scarce(GatedBackend):
     """Has no descriptors for some, ever."""
 
     def bundle_of(self, allocation_id: str) -> DescriptorBundle:
@@ -184,7 +184,7 @@ class Scarce(Reins):
         return super().bundle_of(allocation_id)
 
 
-class Leaking(Reins):
+class Leaking(GatedBackend):
     """Opens a descriptor too many with every response."""
 
     def bundle_of(self, allocation_id: str) -> DescriptorBundle:
@@ -209,7 +209,7 @@ LEAKED: Final[list[BinaryIO]] = []
     ],
 )
 def test_a_fault_of_the_provider_is_found(
-    fault: type[Reins], found: str, monkeypatch: pytest.MonkeyPatch
+    fault: type[GatedBackend], found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lives, "ANSWER_TIMEOUT_S", HASTY_S)
     try:
@@ -230,7 +230,7 @@ def test_what_the_provider_complains_of_is_found(tmp_path: Path, line: bytes) ->
     assert len(soak.ledger.broken) == 1
 
 
-Story = list[tuple[Any, ...]]
+SoakEvents = list[tuple[Any, ...]]
 PID, NET = "Pid:(1,)", "Net:(2,)"
 
 
@@ -263,7 +263,7 @@ def asked(name: str, *kinds: str) -> tuple[Any, ...]:
         ([("broken", "a", "unanswered")], "unanswered"),
     ],
 )
-def test_what_a_report_breaks_is_said(story: Story, found: str) -> None:
+def test_what_a_report_breaks_is_said(story: SoakEvents, found: str) -> None:
     ledger = Ledger()
     for report in story:
         ledger.take(*report)

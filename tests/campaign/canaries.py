@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
-from tests.campaign.canaries_tree import Change, Verdict, run_changed
+from tests.campaign.canaries_tree import CanaryResult, Change, run_changed
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Layer:
     is_linux: bool = False
     """Whether it makes real namespaces, cgroups or mounts."""
 
-    def run(self, changes: tuple[Change, ...] = (), seed: int = 0) -> Verdict:
+    def run(self, changes: tuple[Change, ...] = (), seed: int = 0) -> CanaryResult:
         """Run it on a copy of the tree where the source reads otherwise."""
         changed: dict[str, str] = {}
         for change in changes:
@@ -321,7 +321,7 @@ CANARIES: Final = (
     _bug(
         "the claim timer runs on when a consumer asks again",
         "the row that starts a timer and the row that stops it are far apart",
-        _explorer("a crash and another wish"),
+        _explorer("a crash, asked again"),
         _LIFECYCLE,
         "then=(do.AddAsker, stop(Timer.CLAIM), do.GrantAskers),",
         "then=(do.AddAsker, do.GrantAskers),",

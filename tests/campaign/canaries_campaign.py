@@ -6,7 +6,7 @@ import shlex
 from typing import Final
 
 from tests.campaign.canaries import BY_NAME, CANARIES, Canary, Layer
-from tests.campaign.canaries_tree import Verdict
+from tests.campaign.canaries_tree import CanaryResult
 from tests.campaign.outcome import Discovery, Outcome, Task
 
 SEEDS: Final = 20
@@ -44,7 +44,7 @@ def run(seed: int, names: list[str], seeds: int = 0) -> Outcome:
     return outcome
 
 
-def _add(outcome: Outcome, canary: Canary, layer: Layer, found: list[Verdict]) -> bool:
+def _add(outcome: Outcome, canary: Canary, layer: Layer, found: list[CanaryResult]) -> bool:
     """Add what became of a canary, and say whether it survived."""
     caught = [verdict for verdict in found if verdict.finding is not None]
     is_killed = len(caught) == len(found)

@@ -17,7 +17,7 @@ import pytest
 if TYPE_CHECKING:
     from statemachine.testing.explore import Bounds
 
-Layer = Callable[[], object]
+LayerCheck = Callable[[], object]
 
 WALK_STEPS: Final = 4_000
 STATEFUL_EXAMPLES: Final = 1_000
@@ -27,7 +27,7 @@ STATEFUL_EXAMPLES: Final = 1_000
 # --- Exhaustive --------------------------------------------------------------------------------
 
 
-def explorer(space: str) -> Layer:
+def explorer(space: str) -> LayerCheck:
     """Look at every world of a small space."""
     from statemachine.testing.explore import Explorer
 
@@ -45,12 +45,12 @@ def _spaces() -> Mapping[str, Bounds]:
         "a failure": Bounds(faults=1, without=only("want", "end", "fail")),
         "a death": Bounds(faults=1, without=only("want", "die")),
         "a crash": Bounds(crashes=1, without=only("want", "end", "crash")),
-        "a crash and another wish": Bounds(consumers=2, crashes=1, without=only("want", "crash")),
+        "a crash, asked again": Bounds(consumers=2, crashes=1, without=only("want", "crash")),
         "duplicates": Bounds(faults=2, without=only("want", "init dies", "duplicate")),
     }
 
 
-def model(table: str, names: str) -> Layer:
+def model(table: str, names: str) -> LayerCheck:
     """Lead a kernel and the reference model side by side."""
     from statemachine.testing import lockstep
 
@@ -62,7 +62,7 @@ def model(table: str, names: str) -> Layer:
 # --- At random ---------------------------------------------------------------------------------
 
 
-def stateful(seed: int) -> Layer:
+def stateful(seed: int) -> LayerCheck:
     """Let Hypothesis do to two kernels and a link whatever peers and the node may do."""
     import hypothesis
     from hypothesis.stateful import run_state_machine_as_test
@@ -86,7 +86,7 @@ def stateful(seed: int) -> Layer:
 # --- Tests by name -----------------------------------------------------------------------------
 
 
-def tests(*selected: str) -> Layer:
+def tests(*selected: str) -> LayerCheck:
     """Run some tests, until the first that fails."""
     arguments = [f"tests/{name}" for name in selected]
     os.environ["CI"] = "true"

@@ -63,7 +63,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CanaryResult:
     """What came of a run on a changed tree."""
 
     finding: str | None
@@ -76,7 +76,7 @@ class Verdict:
 
 def run_changed(
     changed: dict[str, str], call: str, *arguments: Any, deadline_s: float = DEADLINE_S
-) -> Verdict:
+) -> CanaryResult:
     """
     Have a function run in a process where some files read otherwise.
 
@@ -107,8 +107,8 @@ def run_changed(
         output = said.read().decode("utf-8", "replace")
     assert not left, left
     if report is None:
-        return Verdict(f"no end within {deadline_s:g} s", deadline_s, output)
-    return Verdict(**{**json.loads(report), "account": output})
+        return CanaryResult(f"no end within {deadline_s:g} s", deadline_s, output)
+    return CanaryResult(**{**json.loads(report), "account": output})
 
 
 def _await_report(read_end: int, deadline_s: float) -> bytes | None:
@@ -174,7 +174,7 @@ def _import_from(copy: Path) -> None:
     os.chdir(copy)
 
 
-def _report(call: str, arguments: Any) -> Verdict:
+def _report(call: str, arguments: Any) -> CanaryResult:
     start = time.perf_counter()
     finding = None
     try:
@@ -187,7 +187,7 @@ def _report(call: str, arguments: Any) -> Verdict:
     except BaseException as error:
         traceback.print_exc()
         finding = _one_line(error)
-    return Verdict(finding, time.perf_counter() - start)
+    return CanaryResult(finding, time.perf_counter() - start)
 
 
 def _one_line(error: BaseException) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 
-from statemachine.testing.explore import Broken, Explorer, Result
+from statemachine.testing.explore import Counterexample, Explorer, Result
 from tests.campaign.outcome import Discovery, Outcome, Task
 from tests.campaign.report_summary import EXPLORER
 from tests.explore.spaces import LARGE, SPACES, Space
@@ -28,7 +28,7 @@ def run(seed: int, name: str) -> Outcome:
     started = time.monotonic()
     try:
         result = Explorer(ALL[name].bounds).explore()
-    except Broken as broken:
+    except Counterexample as broken:
         told = f"{broken.test}\n# The provider's trace:\n{_commented(trace_of(broken))}"
         return Outcome(
             discoveries=[Discovery(f"{name}: {broken.finding}", told, _bare(broken.chart))]

@@ -23,17 +23,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests.campaign.outcome import Discovery, Outcome, Task
-from tests.suites.faults.crashes import CONSUMERS, PHASES, Killed, Program, dropped, killed
+from tests.suites.faults.crashes import CONSUMERS, PHASES, DoomableProgram, Killed, dropped, killed
 from tests.suites.faults.faults import (
-    Call,
+    CallSite,
     Fault,
-    Plan,
+    FaultPlan,
     errnos_of,
     faults_of,
     kills_of,
     short_faults_of,
 )
-from tests.suites.faults.lives import LIVES, Stage, linux_stage, simulated_stage
+from tests.suites.faults.lives import LIVES, FaultSetup, linux_stage, simulated_stage
 from tests.suites.test_strace import POINTS, survive
 from tests.support.census import Session
 from tests.support.isolation import find_cgroup2
@@ -113,7 +113,9 @@ def run(
     began = time.monotonic()
     with ExitStack() as stack:
         Session()  # so that processes of ours can be told from others
-        place = _Place(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nsh-test-"))))
+        place = _StageDir(
+            Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nsh-test-")))
+        )
         if kind == "strace":
             outcome = _strace(place, life)
         elif kind == "deaths":
@@ -127,7 +129,7 @@ def run(
     return outcome
 
 
-class _Place:
+class _StageDir:
     """A directory with an image, and room for stages."""
 
     def __init__(self, directory: Path) -> None:
@@ -152,7 +154,7 @@ class _Place:
         return self.images
 
     @contextmanager
-    def stage(self, backend: str) -> Iterator[Stage]:
+    def stage(self, backend: str) -> Iterator[FaultSetup]:
         if backend == "simulated":
             with simulated_stage(self.new()) as stage:
                 yield stage
@@ -161,7 +163,7 @@ class _Place:
                 yield stage
 
     @contextmanager
-    def program(self, backend: str) -> Iterator[Program]:
+    def program(self, backend: str) -> Iterator[DoomableProgram]:
         if backend == "simulated":
             with dropped(self.new()) as program:
                 yield program
@@ -179,7 +181,7 @@ def _cgroup2() -> Path:
 class _Sweep:
     """One life on one backend under many plans; a stage that broke is replaced."""
 
-    def __init__(self, place: _Place, backend: str, life: str) -> None:
+    def __init__(self, place: _StageDir, backend: str, life: str) -> None:
         self._place = place
         self._backend = backend
         self._name = life
@@ -189,8 +191,8 @@ class _Sweep:
         self._found: list[Discovery] = []
 
     def plans(self, kind: str, part: float, count: int, chosen: random.Random) -> Outcome:
-        left: list[Plan] | None = None
-        calls: list[Call] = []
+        left: list[FaultPlan] | None = None
+        calls: list[CallSite] = []
         told = 0
         while left is None or left:
             try:
@@ -219,7 +221,7 @@ class _Sweep:
             discoveries=self._found,
         )
 
-    def _tell(self, stage: Stage, plan: Plan, number: int) -> None:
+    def _tell(self, stage: FaultSetup, plan: FaultPlan, number: int) -> None:
         asks_afterwards = len(plan) == 1 or number % ASKED_AFTERWARDS == 0
         told = stage.tell(self._life, plan, asks_afterwards=asks_afterwards)
         if len(plan) == 1 and not told.fired:
@@ -246,7 +248,7 @@ class _Sweep:
             for name in names
         ]
 
-    def _discovery(self, plan: Plan, error: BaseException) -> Discovery:
+    def _discovery(self, plan: FaultPlan, error: BaseException) -> Discovery:
         said = json.dumps([fault.as_json() for fault in plan])
         return Discovery(
             f"{self._name} on {self._backend}, {'; '.join(map(str, plan))}: {error}",
@@ -263,8 +265,8 @@ _FIGURES: Final = {
 
 
 def _drawn(
-    kind: str, calls: Sequence[Call], part: float, count: int, chosen: random.Random
-) -> list[Plan]:
+    kind: str, calls: Sequence[CallSite], part: float, count: int, chosen: random.Random
+) -> list[FaultPlan]:
     if kind == "short":
         return [(fault,) for call in calls for fault in short_faults_of(call)]
     faults_in = kills_of if kind == "kills" else faults_of
@@ -276,7 +278,7 @@ def _drawn(
     return [tuple(chosen.sample(faults, 2)) for _ in range(count)]
 
 
-def _deaths(place: _Place, backend: str, phase: str, scale: float) -> Outcome:
+def _deaths(place: _StageDir, backend: str, phase: str, scale: float) -> Outcome:
     outcome, k, dead = Outcome(), 1, 0
     step = max(1, round(1 / scale)) if backend == "linux" else 1
     while True:
@@ -299,7 +301,7 @@ def _deaths(place: _Place, backend: str, phase: str, scale: float) -> Outcome:
     return outcome
 
 
-def _kills_at_random(place: _Place, seed: str, count: int) -> Outcome:
+def _kills_at_random(place: _StageDir, seed: str, count: int) -> Outcome:
     outcome = Outcome()
     try:
         with place.program("linux") as program:
@@ -312,7 +314,7 @@ def _kills_at_random(place: _Place, seed: str, count: int) -> Outcome:
     return outcome
 
 
-def _strace(place: _Place, sort: str) -> Outcome:
+def _strace(place: _StageDir, sort: str) -> Outcome:
     outcome = Outcome()
     directory = place.new()
     with warm_daemon_in(directory, place.make_image()) as daemon:
@@ -331,7 +333,7 @@ def _replay(backend: str, name: str, said: str) -> None:
     """What a discovery says: once more, with its traceback."""
     Session()
     with tempfile.TemporaryDirectory(prefix="nsh-test-") as directory:
-        place = _Place(Path(directory))
+        place = _StageDir(Path(directory))
         if said.isdigit():
             with place.program(backend) as program:
                 if name in (*PHASES, *CONSUMERS):

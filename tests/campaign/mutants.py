@@ -45,7 +45,7 @@ from statemachine.testing.lockstep import (
 )
 from statemachine.testing.tables import replaced, watched
 
-Cell: TypeAlias = tuple[type[Event], Any]
+TableCell: TypeAlias = tuple[type[Event], Any]
 
 MOMENTS_MAX: Final = 150
 """How many moments are kept in which a cell was looked up."""
@@ -79,7 +79,7 @@ class Mutant:
     rows: tuple[Row, ...] = field(repr=False)
 
     @property
-    def cell(self) -> Cell:
+    def cell(self) -> TableCell:
         """The event and the state."""
         row = self.before or self.after
         assert row is not None
@@ -162,7 +162,7 @@ def killer_of(mutant: Mutant) -> str | None:
         try:
             _challenge(mutant)
         except Exception as error:
-            # A mutant may also make the kernel stumble over itself.
+            # A mutant may also make the kernel fail in itself.
             return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     return None
 
@@ -228,11 +228,11 @@ class Moment(NamedTuple):
 
 
 @cache
-def moments() -> dict[Cell, list[Moment]]:
+def moments() -> dict[TableCell, list[Moment]]:
     """Lead a provider through random lives; for each cell keep moments when it was looked up."""
-    found: defaultdict[Cell, dict[Any, Moment]] = defaultdict(dict)
+    found: defaultdict[TableCell, dict[Any, Moment]] = defaultdict(dict)
     for seed in range(LIVES_STEPS // LIFE_STEPS):
-        life = _Life(seed)
+        life = _RandomRun(seed)
         for at, cells in enumerate(life.cells):
             shape = (*_shape(life.befores[at][0]), life.limits)
             for cell in cells:
@@ -250,7 +250,7 @@ def _shape(snapshot: ProviderSnapshot) -> Any:
     return lines, tuple((a.allocation_id, a.state) for a in snapshot.allocations)
 
 
-class _Life:
+class _RandomRun:
     """One random life of a provider, from an empty node on."""
 
     def __init__(self, seed: int) -> None:
@@ -259,11 +259,11 @@ class _Life:
         share = IMPOSSIBLE_SHARES[seed % 3]
         self.befores: list[tuple[ProviderSnapshot, model.Provider]] = []
         self.events: list[Event] = []
-        self.cells: list[set[Cell]] = []
+        self.cells: list[set[TableCell]] = []
         beginning = list(_BEGINNINGS[seed % len(_BEGINNINGS)])
         self.limits = _LIMITS_OF.get(tuple(beginning), LIMITS)
         kernel, known = ProviderKernel(self.limits), model.Provider(model_limits(self.limits))
-        lookups: set[Cell] = set()
+        lookups: set[TableCell] = set()
 
         def note(table: str, event: type[Event], state: Any) -> None:
             lookups.add((event, state))

@@ -50,7 +50,7 @@ def run(seed: int, what: str, lives: int) -> Outcome:
     return Outcome(figures={what: count, f"CPU seconds, {what}": seconds}, rows=[row])
 
 
-class _Model:
+class _RateModel:
     __slots__ = ("state",)
     subject = "a model"
 
@@ -59,7 +59,7 @@ def time_rows(lives: int) -> tuple[int, float]:
     """Take rows of the provider's table, and nothing else."""
     started = time.process_time()
     for _ in range(lives):
-        model = _Model()
+        model = _RateModel()
         model.state = ALLOCATION.initial
         for event in LIFE:
             ALLOCATION.fire(model, event)

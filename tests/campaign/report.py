@@ -19,20 +19,20 @@ from tests.campaign.report_goals import (
     RATES_A_SECOND,
     STATES_A_SECOND,
     Goal,
-    Verdict,
+    GoalStatus,
     column,
     goal_of_layer,
     goals_of,
     is_good,
     label_of,
 )
-from tests.campaign.report_summary import Cell, Found, Part, Summary, number_in, plain
+from tests.campaign.report_summary import Cell, FoundBy, Part, Summary, number_in, plain
 from tests.campaign.verify_progress import clock
 from tests.campaign.verify_record import Head
 
 STYLE: Final = Path(__file__).with_name("report.css")
 
-Row = Mapping[str, str]
+ReportRow = Mapping[str, str]
 
 
 def report(head: Head, summary: Summary) -> str:
@@ -59,7 +59,7 @@ def report(head: Head, summary: Summary) -> str:
 
 def _banner(head: Head, summary: Summary) -> str:
     goals = goals_of(summary)
-    reached = sum(goal.verdict is Verdict.REACHED for goal in goals)
+    reached = sum(goal.verdict is GoalStatus.REACHED for goal in goals)
     found = len(summary.found)
     tasks = sum(part.tasks for part in summary.parts.values())
     missed = sum(len(cells) for cells in summary.missed.values())
@@ -93,7 +93,7 @@ def _tiles(figures: Mapping[str, str]) -> str:
     return f'<dl class="tiles">{tiles}</dl>\n'
 
 
-def _table(rows: Sequence[Row], caption: str, marks: Sequence[str] = ()) -> str:
+def _table(rows: Sequence[ReportRow], caption: str, marks: Sequence[str] = ()) -> str:
     """Write rows as a table; `marks` are the classes of its lines."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
@@ -139,16 +139,16 @@ def _goals(goals: Sequence[Goal]) -> str:
     return _table(rows, "Goals, and what this campaign reached of them", marks)
 
 
-_SIGNS: Final = {Verdict.REACHED: "✓", Verdict.NOT_REACHED: "✗", Verdict.NOT_MEASURED: "?"}
+_SIGNS: Final = {GoalStatus.REACHED: "✓", GoalStatus.NOT_REACHED: "✗", GoalStatus.NOT_MEASURED: "?"}
 
 
-def _found(found: Sequence[Found]) -> str:
+def _found(found: Sequence[FoundBy]) -> str:
     if not found:
         return '<p class="nothing">Nothing.</p>\n'
     return "".join(map(_discovery, found))
 
 
-def _discovery(found: Found) -> str:
+def _discovery(found: FoundBy) -> str:
     this = found.discovery
     drawn = ""
     if this.diagram:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from specs._build.graph import Cells
 from specs._build.svg import (
     centred,
     element,
@@ -33,9 +34,6 @@ TITLE_HEIGHT: Final = 26.0
 BAR_HEIGHT: Final = 20.0
 BAR_STEP: Final = 30.0
 BARS_WIDTH: Final = 560.0
-
-Cells = Mapping[tuple[str, str, str], int]
-"""Visits by table, state and event."""
 
 
 # --- Heat map ----------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ ADAPTERS: Final = ("model", "kernels", "simulated", "linux")
 """Those of ours, which are to hit every cell."""
 
 
-class Verdict(Enum):
+class GoalStatus(Enum):
     """What became of a goal."""
 
     REACHED = "reached"
@@ -50,7 +50,7 @@ class Goal:
     figure: str
     goal: str
     reached: str
-    verdict: Verdict
+    verdict: GoalStatus
     is_promise: bool = False
     """Whether the campaign fails with it."""
 
@@ -76,7 +76,7 @@ def goals_of(summary: Summary) -> list[Goal]:
 
 def is_good(summary: Summary) -> bool:
     """Say whether nothing was found and every promise was kept."""
-    broken = [g for g in goals_of(summary) if g.is_promise and g.verdict is Verdict.NOT_REACHED]
+    broken = [g for g in goals_of(summary) if g.is_promise and g.verdict is GoalStatus.NOT_REACHED]
     return not summary.found and not broken
 
 
@@ -110,8 +110,8 @@ def _judge(
     figure: str, goal: str, reached: str, is_reached: bool | None, *, is_promise: bool = False
 ) -> Goal:
     if is_reached is None:
-        return Goal(figure, goal, "", Verdict.NOT_MEASURED, is_promise)
-    verdict = Verdict.REACHED if is_reached else Verdict.NOT_REACHED
+        return Goal(figure, goal, "", GoalStatus.NOT_MEASURED, is_promise)
+    verdict = GoalStatus.REACHED if is_reached else GoalStatus.NOT_REACHED
     return Goal(figure, goal, reached, verdict, is_promise)
 
 
@@ -128,7 +128,7 @@ def _single_faults(faults: Part) -> Goal:
         return _judge(name, goal, "", None)
     if whole is None:
         said = f"{done:,.0f}; how many there are is not said"
-        return Goal(name, goal, said, Verdict.NOT_MEASURED)
+        return Goal(name, goal, said, GoalStatus.NOT_MEASURED)
     return _judge(name, goal, f"{done / whole:.2%}: {done:,.0f} of {whole:,.0f}", done >= whole)
 
 
@@ -149,10 +149,10 @@ def _killed(part: Part, name: str, words: tuple[str, ...], least: float) -> Goal
 def _code_mutants(mutants: Part) -> Goal:
     """Those of an earlier run are no measurement of the sources at hand: they are only said."""
     recorded = _killed(mutants, "code mutants killed", ("code", "recorded"), CODE_MUTANTS_SHARE)
-    if recorded.verdict is Verdict.NOT_MEASURED:
+    if recorded.verdict is GoalStatus.NOT_MEASURED:
         return _killed(mutants, "code mutants killed", ("code",), CODE_MUTANTS_SHARE)
     said = f"mutmut takes half an hour; recorded of an earlier run: {recorded.reached}"
-    return Goal(recorded.figure, recorded.goal, said, Verdict.NOT_MEASURED)
+    return Goal(recorded.figure, recorded.goal, said, GoalStatus.NOT_MEASURED)
 
 
 def _states_in_time(explore: Part) -> Goal:

@@ -49,7 +49,7 @@ OWED: Final = {EXPLORER: LEGAL - BEYOND}
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundBy:
     """A discovery, and what finds it again."""
 
     part: str
@@ -67,7 +67,7 @@ class Part:
     figures: dict[str, float] = field(default_factory=dict)
     rows: list[dict[str, str]] = field(default_factory=list)
     """Of tasks that were done in several rounds, those of the last."""
-    found: list[Found] = field(default_factory=list)
+    found: list[FoundBy] = field(default_factory=list)
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Summary:
     """Visits, by adapter."""
 
     @property
-    def found(self) -> list[Found]:
+    def found(self) -> list[FoundBy]:
         """Everything that was found."""
         return [found for part in self.parts.values() for found in part.found]
 
@@ -118,7 +118,7 @@ def summary_of(done: Iterable[Done]) -> Summary:
         part.seconds += one.outcome.seconds
         for name, count in one.outcome.figures.items():
             part.figures[name] = part.figures.get(name, 0) + count
-        part.found += [Found(one.part, one.seed, found) for found in one.outcome.discoveries]
+        part.found += [FoundBy(one.part, one.seed, found) for found in one.outcome.discoveries]
         for adapter, cells in one.outcome.cells.items():
             hits = summary.cells.setdefault(adapter, {})
             for name, count in cells.items():

@@ -21,14 +21,14 @@ from hypothesis import HealthCheck, settings
 from hypothesis import seed as seeded
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
-from linux.testing.adversary import STEPS as DEALINGS_STEPS
-from linux.testing.adversary import dealings
+from linux.testing.adversary import STEPS as ADVERSARY_STEPS
+from linux.testing.adversary import adversary_for
 from linux.testing.worlds import IMAGE, SCOPE_PREFIX
 from tests.campaign.outcome import Discovery, Outcome, Task
-from tests.campaign.verify_pool import Job
+from tests.campaign.verify_pool import PoolTask
 from tests.suites.stateful.adapters import (
     NAMES,
-    Node,
+    LinuxNode,
     adapter_of,
     counterpart_of,
     machine,
@@ -43,12 +43,12 @@ CHUNKS: Final = 2
 
 EXAMPLES: Final = {
     "handoffs": {"model": 180, "kernels": 240, "simulated": 90, "linux": 14},
-    "dealings": {"model": 120, "kernels": 120, "simulated": 120, "linux": 100},
+    "adversary": {"model": 120, "kernels": 120, "simulated": 120, "linux": 100},
 }
 """How many examples a task has: about three seconds' worth of each."""
 
-TOURS: Final = {"handoffs": PROVIDER_TOUR, "dealings": CONSUMER_TOUR}
-STEPS_OF: Final = {"handoffs": STEPS, "dealings": DEALINGS_STEPS}
+TOURS: Final = {"handoffs": PROVIDER_TOUR, "adversary": CONSUMER_TOUR}
+STEPS_OF: Final = {"handoffs": STEPS, "adversary": ADVERSARY_STEPS}
 
 
 def tasks(scale: float) -> list[Task]:
@@ -86,7 +86,7 @@ def run(seed: int, adapter: str, kind: str, examples: int) -> Outcome:
             run_state_machine_as_test(seeded(seed)(counting), settings=wanted)
         except Exception as error:
             arguments = {"adapter": adapter, "kind": kind, "examples": examples}
-            again = Job("stateful", Task("", arguments), 0, seed, False, 0.0).command
+            again = PoolTask("stateful", Task("", arguments), 0, seed, False, 0.0).command
             outcome.discoveries += discoveries(error, adapter, kind, again)
     outcome.seconds = time.monotonic() - begin
     outcome.figures = {**done, "seconds": outcome.seconds}
@@ -109,11 +109,11 @@ def opened(adapter: str, kind: str) -> Iterator[type[RuleBasedStateMachine]]:
             return
         counterpart = counterpart_of(adapter, prefix, node)
         stack.callback(counterpart.close)
-        yield dealings(counterpart)
+        yield adversary_for(counterpart)
 
 
 @contextmanager
-def _node() -> Iterator[Node]:
+def _node() -> Iterator[LinuxNode]:
     cgroup2, mksquashfs = find_cgroup2(), shutil.which("mksquashfs")
     assert cgroup2 is not None
     assert mksquashfs is not None
@@ -124,7 +124,7 @@ def _node() -> Iterator[Node]:
         (tree / "hello.txt").write_text("hello from the image\n")
         options = ["-noappend", "-all-root", "-no-progress", "-quiet"]
         subprocess.run([mksquashfs, tree, images / IMAGE, *options], check=True)
-        yield Node(worlds, cgroup2, images)
+        yield LinuxNode(worlds, cgroup2, images)
 
 
 def _counting(

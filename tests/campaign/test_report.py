@@ -20,11 +20,11 @@ from statemachine import events as on
 from statemachine.lifecycle import TABLES
 from statemachine.provider import Limits
 from statemachine.table import Table
-from statemachine.testing.explore import Bounds, Broken, Explorer
+from statemachine.testing.explore import Bounds, Counterexample, Explorer
 from tests.campaign.outcome import Discovery, Outcome
 from tests.campaign.report import report
 from tests.campaign.report_charts import Bar, Dots, bars, dots, heat_map, stacks
-from tests.campaign.report_goals import ADAPTERS, Goal, Verdict, goals_of, is_good
+from tests.campaign.report_goals import ADAPTERS, Goal, GoalStatus, goals_of, is_good
 from tests.campaign.report_summary import LEGAL, Cell, Summary, number_in, plain, summary_of
 from tests.campaign.verify_record import Done, Head
 from transport.trace import Start, Turn
@@ -145,8 +145,8 @@ def test_a_missed_cell_is_a_promise_not_kept() -> None:
     assert not is_good(summary)
     assert is_good(summary_of(done[:3]))
     verdicts = {goal.figure: goal.verdict for goal in goals_of(summary)}
-    assert verdicts["cells hit: kernels"] is Verdict.REACHED
-    assert verdicts["cells hit: linux"] is Verdict.NOT_REACHED
+    assert verdicts["cells hit: kernels"] is GoalStatus.REACHED
+    assert verdicts["cells hit: linux"] is GoalStatus.NOT_REACHED
 
 
 @pytest.mark.parametrize(
@@ -177,26 +177,26 @@ def explored(states: int, seconds: float) -> Done:
 @pytest.mark.parametrize(
     ("done", "verdict"),
     [
-        ((), Verdict.NOT_MEASURED),
-        ((explored(200_000, 60.0),), Verdict.REACHED),
-        ((explored(400_000, 119.0),), Verdict.REACHED),
-        ((explored(400_000, 121.0),), Verdict.NOT_REACHED),
-        ((explored(199_999, 1.0),), Verdict.NOT_REACHED),
+        ((), GoalStatus.NOT_MEASURED),
+        ((explored(200_000, 60.0),), GoalStatus.REACHED),
+        ((explored(400_000, 119.0),), GoalStatus.REACHED),
+        ((explored(400_000, 121.0),), GoalStatus.NOT_REACHED),
+        ((explored(199_999, 1.0),), GoalStatus.NOT_REACHED),
     ],
 )
-def test_states_are_held_to_their_minute(done: tuple[Done, ...], verdict: Verdict) -> None:
+def test_states_are_held_to_their_minute(done: tuple[Done, ...], verdict: GoalStatus) -> None:
     assert goal("distinct states of the kernels, in lock-step", *done).verdict is verdict
 
 
 @pytest.mark.parametrize(
     ("complete", "verdict"),
     [
-        (["yes"], Verdict.REACHED),
-        (["yes", "no, up to 7"], Verdict.NOT_REACHED),
-        ([], Verdict.NOT_MEASURED),
+        (["yes"], GoalStatus.REACHED),
+        (["yes", "no, up to 7"], GoalStatus.NOT_REACHED),
+        ([], GoalStatus.NOT_MEASURED),
     ],
 )
-def test_the_full_space_is_finished_or_not(complete: list[str], verdict: Verdict) -> None:
+def test_the_full_space_is_finished_or_not(complete: list[str], verdict: GoalStatus) -> None:
     name = "two consumers, two allocations, two connections, crashes"
     done = [
         of("explore", f"{number}", Outcome(rows=[{"space": name, "states": "7", "complete": said}]))
@@ -213,8 +213,8 @@ def test_a_rate_is_the_count_of_all_rounds_by_the_time_of_all() -> None:
         of("rates", name, Outcome({name: 50_000, f"CPU seconds, {name}": 1.5}), 1),
     ]
     assert goal(name, *done).reached == "80,000"
-    assert goal(name, *done).verdict is Verdict.NOT_REACHED
-    assert goal(name, done[0]).verdict is Verdict.REACHED
+    assert goal(name, *done).verdict is GoalStatus.NOT_REACHED
+    assert goal(name, done[0]).verdict is GoalStatus.REACHED
 
 
 def test_numbers_are_read_as_they_are_written() -> None:
@@ -256,12 +256,12 @@ def test_the_pictures_of_the_parts_show_what_their_rows_say() -> None:
     faults = of("faults", "t", Outcome({"single faults": 7, "single faults there are": 8}))
     assert goal(figure, faults).reached == "87.50%: 7 of 8"
     mutants = of("mutants", "t", Outcome({"code mutants": 200, "code mutants killed": 197}))
-    assert goal("code mutants killed", mutants).verdict is Verdict.REACHED
+    assert goal("code mutants killed", mutants).verdict is GoalStatus.REACHED
     figures = {"mutants of code (recorded)": 200, "mutants of code killed (recorded)": 197}
     recorded = goal("code mutants killed", of("mutants", "t", Outcome(figures)))
-    assert recorded.verdict is Verdict.NOT_MEASURED
+    assert recorded.verdict is GoalStatus.NOT_MEASURED
     assert recorded.reached.endswith("98.50%: 197 of 200")
-    assert goal("table mutants killed", mutants).verdict is Verdict.NOT_MEASURED
+    assert goal("table mutants killed", mutants).verdict is GoalStatus.NOT_MEASURED
 
 
 # --- Pictures ----------------------------------------------------------------------------------
@@ -361,7 +361,7 @@ def test_a_counterexample_of_the_explorer_is_drawn() -> None:
             effects = super().receive(event)
             return tuple(effect for effect in effects if not isinstance(effect, do.AnnounceEnd))
 
-    with pytest.raises(Broken) as caught:
+    with pytest.raises(Counterexample) as caught:
         Explorer(Bounds(), provider=Mute, lockstep=False).explore()
     whole = read(caught.value.chart)
     assert list(whole.lanes.values()) == ["consumer 0", "provider", "node"]

@@ -20,8 +20,8 @@ from linux.cli import command as cli
 from linux.cli import verify as cli_verify
 from tests.campaign import long_campaign, verify, verify_record
 from tests.campaign.outcome import Outcome, Task
-from tests.campaign.verify_pool import Job
-from tests.campaign.verify_record import Head, Record
+from tests.campaign.verify_pool import PoolTask
+from tests.campaign.verify_record import CampaignRecord, Head
 from tests.support.programs import DEADLINE_S, ROOT, environment, nshandoff, wait_until
 
 MINE: Final = ("verify*.py", "report*.py", "report.css", "outcome.py", "__init__.py")
@@ -366,9 +366,9 @@ def test_on_a_terminal_progress_is_one_line_that_is_redrawn(tree: Tree) -> None:
 # --- The record ----------------------------------------------------------------------------------
 
 
-def job(name: str = "a task", number: int = 0) -> Job:
+def job(name: str = "a task", number: int = 0) -> PoolTask:
     seed = verify_record.seed_of(1, number, "part", name)
-    return Job("part", Task(name, {"n": 1}), number, seed, is_alone=False, timeout_s=1.0)
+    return PoolTask("part", Task(name, {"n": 1}), number, seed, is_alone=False, timeout_s=1.0)
 
 
 def test_seeds_depend_on_the_campaigns_and_on_which_task_it_is() -> None:
@@ -380,7 +380,7 @@ def test_seeds_depend_on_the_campaigns_and_on_which_task_it_is() -> None:
 
 
 def test_a_record_that_was_cut_off_is_read_up_to_there(tmp_path: Path) -> None:
-    record = Record(tmp_path)
+    record = CampaignRecord(tmp_path)
     record.begin(Head("tree", 1, "now", {}))
     record.add(job("whole"), Outcome(figures={"a": 1}))
     record.add(job("cut off"), Outcome())
@@ -388,12 +388,12 @@ def test_a_record_that_was_cut_off_is_read_up_to_there(tmp_path: Path) -> None:
     file = tmp_path / "outcomes.ndjson"
     file.write_bytes(file.read_bytes()[:-9])
 
-    record = Record(tmp_path)
+    record = CampaignRecord(tmp_path)
     assert record.head == Head("tree", 1, "now", {})
     assert list(record.done) == [job("whole").key]
     record.add(job("after"), Outcome())
     record.close()
-    record = Record(tmp_path)
+    record = CampaignRecord(tmp_path)
     assert list(record.done) == [job("whole").key, job("after").key]
     record.close()
 

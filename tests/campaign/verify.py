@@ -32,12 +32,12 @@ from tests.campaign.outcome import Task  # noqa: E402
 from tests.campaign.report import report  # noqa: E402
 from tests.campaign.report_goals import goals_of, is_good  # noqa: E402
 from tests.campaign.report_summary import Summary, plain, summary_of, text_table  # noqa: E402
-from tests.campaign.verify_pool import Job, Pool, failure_of  # noqa: E402
+from tests.campaign.verify_pool import Pool, PoolTask, failure_of  # noqa: E402
 from tests.campaign.verify_progress import Progress, clock  # noqa: E402
 from tests.campaign.verify_record import (  # noqa: E402
     Busy,
+    CampaignRecord,
     Head,
-    Record,
     environment,
     fingerprint,
     fresh_seed,
@@ -56,7 +56,7 @@ SCALE_PER_HOUR: Final = 3.0
 def main(words: list[str] | None = None) -> int:
     options = _parse(words)
     try:
-        record = Record(options.output)
+        record = CampaignRecord(options.output)
         try:
             return _campaign(options, record)
         finally:
@@ -102,7 +102,7 @@ def _count(text: str) -> int:
     return count
 
 
-def _campaign(options: argparse.Namespace, record: Record) -> int:
+def _campaign(options: argparse.Namespace, record: CampaignRecord) -> int:
     _begin(options, record)
     assert record.head is not None
     progress = Progress(sys.stderr)
@@ -149,7 +149,7 @@ def _show(summary: Summary) -> None:
         print(found.discovery.script)
 
 
-def _begin(options: argparse.Namespace, record: Record) -> None:
+def _begin(options: argparse.Namespace, record: CampaignRecord) -> None:
     """Go on with the campaign that is written down, or begin another and say why."""
     before, sources = record.head, fingerprint()
     if before is not None:
@@ -200,7 +200,7 @@ class _Stop:
 class Campaign:
     """Has tasks done, and what they have to show written down; `stop` may end it at any time."""
 
-    def __init__(self, record: Record, progress: Progress, stop: _Stop, pool: Pool) -> None:
+    def __init__(self, record: CampaignRecord, progress: Progress, stop: _Stop, pool: Pool) -> None:
         self._record = record
         self._progress = progress
         self._stop = stop
@@ -231,7 +231,7 @@ class Campaign:
         self._pool.stop()
         self._progress.clear()
 
-    def _jobs_of(self, part: str, number: int, scale: float) -> list[Job]:
+    def _jobs_of(self, part: str, number: int, scale: float) -> list[PoolTask]:
         """List the work of a part; one that cannot say what its work is has found itself."""
         assert self._record.head is not None
         seed = self._record.head.seed
@@ -239,7 +239,7 @@ class Campaign:
             module = importlib.import_module(f"tests.campaign.{part}_campaign")
             tasks = module.tasks(scale)
         except Exception as error:
-            job = Job(part, Task("tasks"), number, seed, is_alone=False, timeout_s=0.0)
+            job = PoolTask(part, Task("tasks"), number, seed, is_alone=False, timeout_s=0.0)
             outcome = failure_of(job, f"cannot be listed: {error!r}", [])
             self._record.add(job, outcome)
             self._progress.finished(job, outcome)
@@ -247,7 +247,9 @@ class Campaign:
         is_alone = getattr(module, "alone", False)
         timeout_s = getattr(module, "timeout_s", TASK_TIMEOUT_S) * max(1.0, scale)
         return [
-            Job(part, task, number, seed_of(seed, number, part, task.name), is_alone, timeout_s)
+            PoolTask(
+                part, task, number, seed_of(seed, number, part, task.name), is_alone, timeout_s
+            )
             for task in tasks
         ]
 

@@ -32,7 +32,7 @@ GRACE_S: Final = 10.0
 
 
 @dataclass(frozen=True)
-class Job:
+class PoolTask:
     """A task, and how it is to be run."""
 
     part: str
@@ -71,20 +71,20 @@ class Pool:
         self._running: list[_Process] = []
 
     @property
-    def jobs(self) -> list[Job]:
+    def jobs(self) -> list[PoolTask]:
         """Those that are running."""
         return [process.job for process in self._running]
 
-    def has_room_for(self, job: Job) -> bool:
+    def has_room_for(self, job: PoolTask) -> bool:
         """Say whether a job can be started now."""
         is_taken = job.is_alone and any(other.is_alone for other in self.jobs)
         return len(self._running) < self._jobs_max and not is_taken
 
-    def start(self, job: Job) -> None:
+    def start(self, job: PoolTask) -> None:
         """Start a job for which there is room."""
         self._running.append(_Process(job, self._logs))
 
-    def wait(self, timeout_s: float) -> Iterator[tuple[Job, Outcome]]:
+    def wait(self, timeout_s: float) -> Iterator[tuple[PoolTask, Outcome]]:
         """Wait for one that ends, and take what has; those that hang are ended."""
         poll = select.poll()
         for process in self._running:
@@ -109,7 +109,7 @@ class Pool:
 class _Process:
     """One task's process; it must be finished, which also takes it off the system's table."""
 
-    def __init__(self, job: Job, logs: Path) -> None:
+    def __init__(self, job: PoolTask, logs: Path) -> None:
         self.job = job
         name = re.sub(r"[^\w.-]+", "-", f"{job.round}-{job.part}-{job.task.name}")[:100]
         self._log = logs / f"{name}.log"
@@ -179,7 +179,7 @@ class _Process:
             os.killpg(self._program.pid, number)
 
 
-def failure_of(job: Job, how: str, log: list[str], seconds: float = 0.0) -> Outcome:
+def failure_of(job: PoolTask, how: str, log: list[str], seconds: float = 0.0) -> Outcome:
     """Make the outcome of a task that came to no end of its own."""
     script = "\n".join([job.command, "", *(f"# {line}".rstrip() for line in log)])
     return Outcome(discoveries=[Discovery(f"{job.task.name}: {how}", script)], seconds=seconds)

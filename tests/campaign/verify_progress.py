@@ -7,7 +7,7 @@ import time
 from typing import Final, TextIO
 
 from tests.campaign.outcome import Outcome
-from tests.campaign.verify_pool import Job
+from tests.campaign.verify_pool import PoolTask
 
 BAR_COLUMNS: Final = 24
 _ERASE: Final = "\r\x1b[2K"
@@ -33,7 +33,7 @@ class Progress:
         """Say something that stays to be read."""
         print(f"{_ERASE if self._is_terminal else ''}{text}", file=self._out, flush=True)
 
-    def finished(self, job: Job, outcome: Outcome) -> None:
+    def finished(self, job: PoolTask, outcome: Outcome) -> None:
         """Say that a task is done; what it found is said with the seed that finds it again."""
         self.done += 1
         self.found += len(outcome.discoveries)
@@ -43,7 +43,7 @@ class Progress:
         for discovery in outcome.discoveries:
             self.note(f"FOUND {job.part}: {discovery.title} (seed {job.seed})")
 
-    def draw(self, running: list[Job]) -> None:
+    def draw(self, running: list[PoolTask]) -> None:
         """Redraw the line; elsewhere than on a terminal, nothing."""
         if not self._is_terminal:
             return

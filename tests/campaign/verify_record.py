@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests.campaign.outcome import Outcome
-from tests.campaign.verify_pool import Job
+from tests.campaign.verify_pool import PoolTask
 
 ROOT: Final = Path(__file__).parents[2]
 FOLDERS: Final = ("statemachine", "transport", "linux", "specs", "tests", "bench")
@@ -56,7 +56,7 @@ class Busy(Exception):
     """Another campaign writes there."""
 
 
-class Record:
+class CampaignRecord:
     """Outcomes in a file of a directory; raises `Busy` while another campaign writes there."""
 
     def __init__(self, directory: Path) -> None:
@@ -79,7 +79,7 @@ class Record:
         self.head, self.done = head, {}
         self._append({"campaign": asdict(head)})
 
-    def add(self, job: Job, outcome: Outcome) -> None:
+    def add(self, job: PoolTask, outcome: Outcome) -> None:
         """Write down what a task has to show."""
         done = Done(job.key, job.part, job.task.name, job.round, job.seed, outcome)
         self.done[done.key] = done

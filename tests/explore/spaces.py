@@ -49,8 +49,8 @@ class Space:
 
 
 SPACES: Final[dict[str, Space]] = {
-    "any number of wishes and crashes": Space(
-        Bounds(wishes=None, crashes=None, has_losses_first=False), 270_000, 20
+    "any number of requests and crashes": Space(
+        Bounds(requests_each=None, crashes=None, has_losses_first=False), 270_000, 20
     ),
     "a fault of any kind": Space(Bounds(faults=1, spoils=LIES), 88_000, 7),
     "two strangers, two allocations, two connections, crashes": Space(
@@ -64,8 +64,8 @@ SPACES: Final[dict[str, Space]] = {
     "a stranger, one fault, any number of crashes": Space(
         Bounds(consumers=0, strangers=1, in_flight=1, crashes=None, faults=1), 10_000, 3
     ),
-    "two strangers who babble, and crashes": Space(
-        strangers(2, "babble", "crash", crashes=None),
+    "two strangers that send what is unreadable, and crashes": Space(
+        strangers(2, "send unreadable", "crash", crashes=None),
         4_000,
         2,
     ),
@@ -104,7 +104,10 @@ SPACES: Final[dict[str, Space]] = {
     ),
     "adopted, and asked for and ended before it is ready": Space(
         Bounds(
-            wishes=2, crashes=1, faults=2, without=only("want", "end", "die", "init dies", "crash")
+            requests_each=2,
+            crashes=1,
+            faults=2,
+            without=only("want", "end", "die", "init dies", "crash"),
         ),
         400,
         1,
@@ -146,7 +149,7 @@ SPACES: Final[dict[str, Space]] = {
     "a stranger who floods, among few": Space(
         strangers(
             2,
-            "babble",
+            "send unreadable",
             "crash",
             requests=(A, A_BAD),
             in_flight=3,
@@ -162,7 +165,7 @@ SPACES: Final[dict[str, Space]] = {
 TWO_BY_TWO: Final = Bounds(
     consumers=2,
     requests=(A, B),
-    wishes=None,
+    requests_each=None,
     crashes=None,
     without=only("want", "end", "crash"),
     has_losses_first=False,

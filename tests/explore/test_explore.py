@@ -25,11 +25,11 @@ from statemachine.states import AllocationState, NoticeState
 from statemachine.table import Row, Table, compile_table
 from statemachine.testing.explore import (
     Bounds,
-    Broken,
+    Counterexample,
     Explorer,
-    Finding,
     Move,
     Result,
+    Violation,
     all_rows,
     only,
 )
@@ -39,7 +39,7 @@ from tests.campaign.report_summary import BEYOND
 from tests.explore.spaces import LARGE, SPACES, TWO_BY_TWO, A, B
 from transport.testing.explored import trace_of
 from transport.trace import read_lines
-from transport.trace.check import Impossible, Replay
+from transport.trace.check import ImpossibleLine, Replay
 from transport.trace.diagram import sequence_diagram
 
 SITUATIONS: Final = {
@@ -50,7 +50,7 @@ SITUATIONS: Final = {
     "a creation is overtaken by the end",
     "an answer after the fallback",
     "an end is pushed",
-    "another wish",
+    "another request",
     "descriptors cannot be had",
     "ends cross",
     "fallback: FdPassing",
@@ -323,7 +323,7 @@ MUTANTS: Final[dict[str, tuple[Bounds, dict[str, Any], str, int]]] = {
     "no consumer calls again": (
         replace(ONE, crashes=1),
         edited(NOTICE, on.ProviderUnreachable, without=do.start(Timer.REDIAL)),
-        "in debt|consumer is ending",
+        "owes an end|consumer is ending",
         9,
     ),
     "a confirmation is not taken": (
@@ -342,10 +342,10 @@ MUTANTS: Final[dict[str, tuple[Bounds, dict[str, Any], str, int]]] = {
 }
 
 
-def broken(name: str, **more: Any) -> Broken:
+def broken(name: str, **more: Any) -> Counterexample:
     """A mutant's counterexample."""
     bounds, mutation, finding, _ = MUTANTS[name]
-    with pytest.raises(Broken, match=finding if more else None) as caught:
+    with pytest.raises(Counterexample, match=finding if more else None) as caught:
         Explorer(bounds, **mutation, **more).explore()
     return caught.value
 
@@ -358,7 +358,7 @@ def test_a_mutant_breaks_a_promise_by_a_shortest_script(name: str) -> None:
     assert "sequenceDiagram" in caught.chart
     # The script does it again, if it ends with something that must not be.
     if "comes to rest" not in caught.finding:
-        with pytest.raises((Finding, InvariantBroken)):
+        with pytest.raises((Violation, InvariantBroken)):
             Explorer(bounds, lockstep=False, **mutation).replay(caught.script)
 
 
@@ -375,17 +375,17 @@ def test_a_counterexample_is_a_test_that_fails() -> None:
     program = broken(name).test.replace("Explorer(", "Mutant(")
     told: dict[str, Any] = {"Mutant": partial(Explorer, **MUTANTS[name][1])}
     exec(program, told)
-    with pytest.raises((Finding, InvariantBroken)):
+    with pytest.raises((Violation, InvariantBroken)):
         told["test_counterexample"]()
 
 
 def test_a_counterexample_calls_each_by_one_name() -> None:
     """The search numbers connections anew and changes names; who reads a script must not see it."""
-    with pytest.raises(Broken) as caught:
+    with pytest.raises(Counterexample) as caught:
         Explorer(SMALL, provider=TellsAStranger).explore()
     assert {move[1] for move in caught.value.script if move[0] == "read"} == {1, 2}
     assert {move[1] for move in caught.value.script if move[0] == "want"} == {0, 1}
-    with pytest.raises((Finding, InvariantBroken)):
+    with pytest.raises((Violation, InvariantBroken)):
         Explorer(SMALL, provider=TellsAStranger).replay(caught.value.script)
 
 
@@ -401,7 +401,7 @@ BY_THE_PROVIDER: Final = [
 @pytest.mark.parametrize("name", BY_THE_PROVIDER)
 def test_the_trace_of_a_counterexample_is_refused_at_its_last_event(name: str) -> None:
     lines = trace_of(broken(name)).splitlines(keepends=True)
-    with pytest.raises(Impossible, match="has other effects") as refusal:
+    with pytest.raises(ImpossibleLine, match="has other effects") as refusal:
         Replay().take_all(lines)
     assert refusal.value.line == len(lines)
 

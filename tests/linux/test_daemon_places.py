@@ -29,7 +29,7 @@ NOBODY: Final = 65534
 
 
 @dataclass
-class Place:
+class Site:
     """A file system of its own for what is to be spoilt, and a daemon that does not run yet."""
 
     disk: Path
@@ -68,8 +68,8 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path, image_root: Path, small_disk: Path) -> Iterator[Place]:
-    place = Place(small_disk, Daemon(tmp_path, image_root))
+def place(tmp_path: Path, image_root: Path, small_disk: Path) -> Iterator[Site]:
+    place = Site(small_disk, Daemon(tmp_path, image_root))
     yield place
     program = place.daemon.program
     if program is not None and program.poll() is None:
@@ -77,7 +77,7 @@ def place(tmp_path: Path, image_root: Path, small_disk: Path) -> Iterator[Place]
         program.wait()
 
 
-Spoil = Callable[[Place], Path]
+Spoil = Callable[[Site], Path]
 """Spoils a place; returns the path that has to be named."""
 
 
@@ -94,86 +94,86 @@ def a_file(path: Path) -> Path:
 # --- At the start ------------------------------------------------------------------------------
 
 
-def state_on_full_disk(place: Place) -> Path:
+def state_on_full_disk(place: Site) -> Path:
     place.state_on_disk()
     return place.fill()
 
 
-def state_without_room_for_a_journal(place: Place) -> Path:
+def state_without_room_for_a_journal(place: Site) -> Path:
     place.state_on_disk().mkdir()
     a_file(place.daemon.state_dir / "lock")
     return place.fill()
 
 
-def state_on_read_only_disk(place: Place) -> Path:
+def state_on_read_only_disk(place: Site) -> Path:
     place.state_on_disk()
     return place.make_read_only()
 
 
-def state_is_a_file(place: Place) -> Path:
+def state_is_a_file(place: Site) -> Path:
     return a_file(place.state_on_disk())
 
 
-def above_state_is_a_file(place: Place) -> Path:
+def above_state_is_a_file(place: Site) -> Path:
     place.daemon.state_dir = place.disk / "file" / "state"
     return a_file(place.disk / "file")
 
 
-def state_is_of_another_user(place: Place) -> Path:
+def state_is_of_another_user(place: Site) -> Path:
     place.state_on_disk().mkdir()
     os.chown(place.daemon.state_dir, NOBODY, -1)
     return place.daemon.state_dir
 
 
-def state_is_writable_by_all(place: Place) -> Path:
+def state_is_writable_by_all(place: Site) -> Path:
     place.state_on_disk().mkdir()
     place.daemon.state_dir.chmod(0o1777)
     return place.daemon.state_dir
 
 
-def socket_on_full_disk(place: Place) -> Path:
+def socket_on_full_disk(place: Site) -> Path:
     place.socket_on_disk().parent.mkdir()
     place.fill()
     return place.daemon.socket
 
 
-def socket_on_read_only_disk(place: Place) -> Path:
+def socket_on_read_only_disk(place: Site) -> Path:
     place.socket_on_disk()
     place.make_read_only()
     return place.daemon.socket.parent
 
 
-def socket_is_a_file(place: Place) -> Path:
+def socket_is_a_file(place: Site) -> Path:
     return a_file(place.socket_on_disk())
 
 
-def above_socket_is_a_file(place: Place) -> Path:
+def above_socket_is_a_file(place: Site) -> Path:
     return a_file(place.socket_on_disk().parent)
 
 
-def trace_is_a_directory(place: Place) -> Path:
+def trace_is_a_directory(place: Site) -> Path:
     return place.option("--trace", place.disk)
 
 
-def trace_in_no_directory(place: Place) -> Path:
+def trace_in_no_directory(place: Site) -> Path:
     return place.option("--trace", place.disk / "absent" / "trace")
 
 
-def trace_on_full_disk(place: Place) -> Path:
+def trace_on_full_disk(place: Site) -> Path:
     place.fill()
     return place.option("--trace", place.disk / "trace")
 
 
-def trace_on_read_only_disk(place: Place) -> Path:
+def trace_on_read_only_disk(place: Site) -> Path:
     place.make_read_only()
     return place.option("--trace", place.disk / "trace")
 
 
-def uenv_base_is_a_file(place: Place) -> Path:
+def uenv_base_is_a_file(place: Site) -> Path:
     return place.option("--uenv-base", a_file(place.disk / "file"))
 
 
-def cgroup_is_read_only(place: Place) -> Path:
+def cgroup_is_read_only(place: Site) -> Path:
     script = 'mount -o remount,bind,ro "$0" && exec "$@"'
     place.daemon.prefix = ("unshare", "--mount", "sh", "-c", script, str(find_cgroup2()))
     return Path("cgroup2 mount")
@@ -204,7 +204,7 @@ START: Final = [
 @pytest.mark.sample(3)
 @pytest.mark.clause("DAEMON-9")
 @pytest.mark.parametrize(("spoil", "words"), START, ids=name_of)
-def test_basic_what_keeps_it_from_starting_is_named(place: Place, spoil: Spoil, words: str) -> None:
+def test_basic_what_keeps_it_from_starting_is_named(place: Site, spoil: Spoil, words: str) -> None:
     path = spoil(place)
     place.daemon.begin()
     assert place.daemon.program is not None
@@ -216,15 +216,15 @@ def test_basic_what_keeps_it_from_starting_is_named(place: Place, spoil: Spoil, 
     assert "[Errno" not in last["message"]
 
 
-def images_are_absent(place: Place) -> Path:
+def images_are_absent(place: Site) -> Path:
     return place.option("--image-root", place.disk / "absent")
 
 
-def images_are_a_file(place: Place) -> Path:
+def images_are_a_file(place: Site) -> Path:
     return place.option("--image-root", a_file(place.disk / "file"))
 
 
-def ready_is_a_directory(place: Place) -> Path:
+def ready_is_a_directory(place: Site) -> Path:
     place.daemon.ready.mkdir(parents=True)
     return place.daemon.ready
 
@@ -240,7 +240,7 @@ ANYWAY: Final = [
 @pytest.mark.clause("DAEMON-5")
 @pytest.mark.parametrize(("spoil", "event"), ANYWAY, ids=name_of)
 def test_it_serves_without_what_it_can_do_without(
-    place: Place, allocation_id: str, spoil: Spoil, event: str
+    place: Site, allocation_id: str, spoil: Spoil, event: str
 ) -> None:
     path = spoil(place)
     place.start()
@@ -253,7 +253,7 @@ def test_it_serves_without_what_it_can_do_without(
 @pytest.mark.clause("DAEMON-9")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_living_allocations_are_watched_though_the_disk_is_full(
-    place: Place, allocation_id: str, number: signal.Signals
+    place: Site, allocation_id: str, number: signal.Signals
 ) -> None:
     """It fills up while a provider runs; that one stops, and the next one starts all the same."""
     daemon = place.daemon
@@ -280,17 +280,17 @@ def test_living_allocations_are_watched_though_the_disk_is_full(
 # --- While it runs -----------------------------------------------------------------------------
 
 
-def state_fills_up(place: Place) -> tuple[Path, list[str]]:
+def state_fills_up(place: Site) -> tuple[Path, list[str]]:
     return place.daemon.state_dir, ["rm", "-r", str(fill_disk(place.disk))]
 
 
-def images_go(place: Place) -> tuple[Path, list[str]]:
+def images_go(place: Site) -> tuple[Path, list[str]]:
     there, away = place.disk / "images", place.disk / "away"
     there.rename(away)
     return there, ["mv", str(away), str(there)]
 
 
-def cgroup_becomes_read_only(place: Place) -> tuple[Path, list[str]]:
+def cgroup_becomes_read_only(place: Site) -> tuple[Path, list[str]]:
     remount = ["nsenter", f"--target={place.daemon.pid}", "--mount", "mount", "-o"]
     cgroup2 = find_cgroup2()
     subprocess.run([*remount, "remount,bind,ro", str(cgroup2)], check=True)
@@ -308,10 +308,10 @@ RUNNING: Final = [
 @pytest.mark.clause("DAEMON-8")
 @pytest.mark.parametrize(("spoil", "words"), RUNNING, ids=name_of)
 def test_what_goes_wrong_while_it_runs_is_named_in_the_refusal(
-    place: Place,
+    place: Site,
     allocation_id: str,
     image_root: Path,
-    spoil: Callable[[Place], tuple[Path, list[str]]],
+    spoil: Callable[[Site], tuple[Path, list[str]]],
     words: str,
 ) -> None:
     daemon = place.daemon
@@ -339,23 +339,23 @@ def test_what_goes_wrong_while_it_runs_is_named_in_the_refusal(
 # --- While it stops ----------------------------------------------------------------------------
 
 
-def ready_is_removed(place: Place) -> Path:
+def ready_is_removed(place: Site) -> Path:
     place.daemon.ready.unlink()
     return Path()
 
 
-def ready_becomes_a_directory(place: Place) -> Path:
+def ready_becomes_a_directory(place: Site) -> Path:
     place.daemon.ready.unlink()
     place.daemon.ready.mkdir()
     return place.daemon.ready
 
 
-def socket_is_removed(place: Place) -> Path:
+def socket_is_removed(place: Site) -> Path:
     place.daemon.socket.unlink()
     return Path()
 
 
-def state_is_removed(place: Place) -> Path:
+def state_is_removed(place: Site) -> Path:
     shutil.rmtree(place.daemon.state_dir)
     return Path()
 
@@ -365,7 +365,7 @@ STOP: Final = [ready_is_removed, ready_becomes_a_directory, socket_is_removed, s
 
 @pytest.mark.clause("DAEMON-4")
 @pytest.mark.parametrize("spoil", STOP, ids=name_of)
-def test_it_stops_clean_whatever_has_become_of_its_files(place: Place, spoil: Spoil) -> None:
+def test_it_stops_clean_whatever_has_become_of_its_files(place: Site, spoil: Spoil) -> None:
     place.start()
     path = spoil(place)
     stop_in_time(place.daemon)

@@ -19,7 +19,7 @@ import pytest
 
 from linux.demo import command as demo
 from linux.demo.host import PREFIX
-from linux.demo.report import COLUMNS_MAX, Interrupted, Report
+from linux.demo.report import COLUMNS_MAX, DemoStopped, Report
 from tests.support.programs import environment, nshandoff
 
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -119,7 +119,7 @@ def test_a_check_that_does_not_hold_is_shown_and_decides_the_exit(
 def test_a_stop_in_any_chapter_leaves_nothing(cgroup2: Path, chapter: str) -> None:
     said = io.StringIO()
     report = Report(said, is_stopped=lambda: f"\n{chapter}  " in said.getvalue())
-    with pytest.raises(Interrupted):
+    with pytest.raises(DemoStopped):
         demo.perform(report, is_simulated=False)
     assert f"\n{chapter}  " in said.getvalue()
 

@@ -8,7 +8,7 @@ import os
 import random
 import struct
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,7 @@ from linux.features import OLDEST, Features
 from linux.mounts import ImageError, ImageStore, resolve_image
 from linux.syscalls import Ioctl, ioctl
 from linux.testing.hostile import IMAGES, BadImage, spoil
+from tests.conftest import MakeImage
 from transport.descriptors import Descriptor
 from transport.testing.peer import DEADLINE_S, wait_until
 
@@ -29,8 +30,6 @@ pytestmark = pytest.mark.needs_root
 
 HOLD_TIME_S: Final = 60.0
 TEXT: Final = "hello from the image\n"
-
-MakeImage = Callable[[Path, Mapping[str, str]], Path]
 
 
 @dataclass

@@ -22,23 +22,23 @@ from tests.support.programs import ROOT, environment, wait_until
 
 pytestmark = pytest.mark.needs_root
 
-Table = Mapping[str, tuple[int, str]]
+ExpectedOutcomes = Mapping[str, tuple[int, str]]
 """By verb: exit status, and a pattern of what it prints."""
 
-SERVES: Final[Table] = {
+SERVES: Final[ExpectedOutcomes] = {
     "serve": (0, r'"event": "ready"'),
     "request": (0, r"(?s)has ended.*0: provider .*handed_off.*0: ALIVE.*nothing needs attention"),
 }
-WORKS: Final[Table] = {
+WORKS: Final[ExpectedOutcomes] = {
     **SERVES,
     "image": (0, r"^pid 2\nhello from the image\n$"),
     "alone": (0, r"pid 2\n"),
 }
-DEMONSTRATES: Final[Table] = {**WORKS, "demo": (0, r"37 checks, every one held")}
+DEMONSTRATES: Final[ExpectedOutcomes] = {**WORKS, "demo": (0, r"37 checks, every one held")}
 NO_IMAGE: Final = (
     r"/dev/loop-control; a loop device is missing: modprobe loop, and give a container"
 )
-WITHOUT_LOOP: Final[Table] = {
+WITHOUT_LOOP: Final[ExpectedOutcomes] = {
     **WORKS,
     "serve": (0, rf"no image can be mounted: open.2.: ENOENT .*{NO_IMAGE}"),
     "run": (0, r"^pid 2\n$"),
@@ -47,7 +47,7 @@ WITHOUT_LOOP: Final[Table] = {
 }
 
 
-def refused(words: str) -> Table:
+def refused(words: str) -> ExpectedOutcomes:
     """No provider starts; a consumer without one says that it cannot, either."""
     return {
         "serve": (ExitCode.ENVIRONMENT, rf'"event": "start_failed".*{words}'),
@@ -96,8 +96,8 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 @dataclass(frozen=True)
-class Node:
-    outcomes: Table
+class NodeCase:
+    outcomes: ExpectedOutcomes
     namespaces: tuple[str, ...] = ()
     """Of its own, besides the mount namespace: words for unshare(1)."""
     script: str = ""
@@ -114,7 +114,7 @@ def seccomp(errno: int) -> tuple[str, ...]:
     return (sys.executable, "-c", SECCOMP, str(errno))
 
 
-def some(outcomes: Table, *verbs: str) -> Table:
+def some(outcomes: ExpectedOutcomes, *verbs: str) -> ExpectedOutcomes:
     return {verb: outcomes[verb] for verb in verbs}
 
 
@@ -123,25 +123,25 @@ DOCKER: Final = (
 )
 """What container runtimes leave to root by default."""
 
-NODES: Final[Mapping[str, Node]] = {
-    "cgroup v2 alone": Node(WORKS, (), CGROUP2),
-    "cgroup v1 beside v2": Node(DEMONSTRATES, (), HYBRID),
-    "a cgroup namespace": Node(WORKS, ("--cgroup",), CGROUP2),
-    "no loop devices": Node(WITHOUT_LOOP, (), DEV),
-    "hidepid=1": Node(WORKS, OWN_PIDS, PROC.format(",hidepid=1"), without("sys_ptrace")),
-    "hidepid=2": Node(DEMONSTRATES, OWN_PIDS, PROC.format(",hidepid=2"), without("sys_ptrace")),
-    "subset=pid": Node(
+NODES: Final[Mapping[str, NodeCase]] = {
+    "cgroup v2 alone": NodeCase(WORKS, (), CGROUP2),
+    "cgroup v1 beside v2": NodeCase(DEMONSTRATES, (), HYBRID),
+    "a cgroup namespace": NodeCase(WORKS, ("--cgroup",), CGROUP2),
+    "no loop devices": NodeCase(WITHOUT_LOOP, (), DEV),
+    "hidepid=1": NodeCase(WORKS, OWN_PIDS, PROC.format(",hidepid=1"), without("sys_ptrace")),
+    "hidepid=2": NodeCase(DEMONSTRATES, OWN_PIDS, PROC.format(",hidepid=2"), without("sys_ptrace")),
+    "subset=pid": NodeCase(
         some(refused("a part of /proc is missing: .*without subset=pid"), "serve", "demo"),
         OWN_PIDS,
         PROC.format(",subset=pid"),
     ),
-    "no /proc": Node(
+    "no /proc": NodeCase(
         dict.fromkeys(("serve", "demo"), (3, "there is no /proc here: mount -t proc")),
         (),
         "umount -R -l /proc",
     ),
-    "read-only /sys": Node(WORKS, (), ELSEWHERE),
-    "read-only cgroups": Node(
+    "read-only /sys": NodeCase(WORKS, (), ELSEWHERE),
+    "read-only cgroups": NodeCase(
         {
             **some(refused("no writable cgroup2 mount"), "serve", "request"),
             "alone": (0, "(?s)pid 2\n.*there will be no cgroup"),
@@ -150,10 +150,10 @@ NODES: Final[Mapping[str, Node]] = {
         (),
         f"{CGROUP2}; mount -o remount,bind,ro /sys/fs/cgroup",
     ),
-    "privileged container": Node(
+    "privileged container": NodeCase(
         WITHOUT_LOOP, CONTAINER, f"{PROC.format('')}; {SYS.format('', '')}; {DEV}"
     ),
-    "container": Node(
+    "container": NodeCase(
         {
             **some(refused("no writable cgroup2 mount"), "serve", "request"),
             "alone": (125, "CreationFailed: .*unshare.2.: EPERM .*it needs CAP_SYS_ADMIN"),
@@ -163,17 +163,17 @@ NODES: Final[Mapping[str, Node]] = {
         f"{PROC.format('')}; {SYS.format(' -o ro', ' -o ro')}; {DEV}",
         ("setpriv", f"--bounding-set=-all,+{',+'.join(DOCKER.split())}"),
     ),
-    "no CAP_SYS_ADMIN": Node(
+    "no CAP_SYS_ADMIN": NodeCase(
         some(refused("unshare.2.: EPERM .*it needs CAP_SYS_ADMIN"), "serve", "request", "alone"),
         rights=without("sys_admin"),
     ),
-    "no CAP_SYS_CHROOT": Node(
+    "no CAP_SYS_CHROOT": NodeCase(
         some(refused("setns.2.: EPERM .*CAP_SYS_CHROOT"), "serve"), rights=without("sys_chroot")
     ),
-    "no CAP_NET_ADMIN": Node(
+    "no CAP_NET_ADMIN": NodeCase(
         refused("bring up lo: .*it needs CAP_NET_ADMIN"), rights=without("net_admin")
     ),
-    "no namespace left": Node(  # which may pass: what is alive is watched meanwhile
+    "no namespace left": NodeCase(  # which may pass: what is alive is watched meanwhile
         {
             "serve": SERVES["serve"],
             "run": (125, "unshare.2.: ENOSPC .*raise .*user.max_net_namespaces"),
@@ -181,8 +181,8 @@ NODES: Final[Mapping[str, Node]] = {
         ("--user", "--map-root-user", *CONTAINER),
         f"{PROC.format('')}; echo 0 >/proc/sys/user/max_net_namespaces",
     ),
-    "seccomp, EPERM": Node(refused("unshare.2.: EPERM .*no seccomp filter"), rights=seccomp(1)),
-    "seccomp, ENOSYS": Node(
+    "seccomp, EPERM": NodeCase(refused("unshare.2.: EPERM .*no seccomp filter"), rights=seccomp(1)),
+    "seccomp, ENOSYS": NodeCase(
         some(refused("unshare.2.: ENOSYS"), "serve", "demo"), rights=seccomp(38)
     ),
 }

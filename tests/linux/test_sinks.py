@@ -22,7 +22,7 @@ from transport.descriptors import Descriptor
 
 LINE = b"x" * 99 + b"\n"
 
-Pipe = tuple[Descriptor, Descriptor]
+PipeEnds = tuple[Descriptor, Descriptor]
 
 
 class Reports(list[tuple[int, str]]):
@@ -37,7 +37,7 @@ def preface(count: int, why: str) -> bytes:
 
 
 @pytest.fixture
-def pipe() -> Iterator[Pipe]:
+def pipe() -> Iterator[PipeEnds]:
     """A pipe: its reading end, which does not block, and its writing end."""
     reading, writing = map(Descriptor, os.pipe())
     os.set_blocking(reading.fileno(), False)
@@ -57,7 +57,7 @@ def drain(reading: Descriptor) -> bytes:
     return bytes(found).lstrip(b"\0")
 
 
-def test_basic_lines_arrive_in_order(pipe: Pipe) -> None:
+def test_basic_lines_arrive_in_order(pipe: PipeEnds) -> None:
     reading, writing = pipe
     sink = Sink(writing)
     for number in range(100):
@@ -70,7 +70,7 @@ def test_basic_lines_arrive_in_order(pipe: Pipe) -> None:
 
 
 @pytest.mark.clause("DAEMON-6")
-def test_full_pipe_blocks_no_writer_and_its_losses_are_told_in_their_place(pipe: Pipe) -> None:
+def test_full_pipe_blocks_no_writer_and_its_losses_are_told_in_their_place(pipe: PipeEnds) -> None:
     reading, writing = pipe
     fill_pipe(writing.fileno())
     reports = Reports()
@@ -89,7 +89,7 @@ def test_full_pipe_blocks_no_writer_and_its_losses_are_told_in_their_place(pipe:
     assert reports == [(0, SLOW_READER), (7, SLOW_READER)]
 
 
-def test_a_line_longer_than_the_queue_goes_through_alone(pipe: Pipe) -> None:
+def test_a_line_longer_than_the_queue_goes_through_alone(pipe: PipeEnds) -> None:
     reading, writing = pipe
     sink = Sink(writing)
     long = b"y" * (QUEUE_BYTES_MAX + 1) + b"\n"
@@ -101,7 +101,7 @@ def test_a_line_longer_than_the_queue_goes_through_alone(pipe: Pipe) -> None:
     assert sink.close()
 
 
-def test_close_does_not_wait_for_a_reader_that_does_not_read(pipe: Pipe) -> None:
+def test_close_does_not_wait_for_a_reader_that_does_not_read(pipe: PipeEnds) -> None:
     reading, writing = pipe
     fill_pipe(writing.fileno())
     reports = Reports()
@@ -115,7 +115,7 @@ def test_close_does_not_wait_for_a_reader_that_does_not_read(pipe: Pipe) -> None
     assert sink.close()
 
 
-def test_closed_pipe_loses_lines_and_raises_nothing(pipe: Pipe) -> None:
+def test_closed_pipe_loses_lines_and_raises_nothing(pipe: PipeEnds) -> None:
     reading, writing = pipe
     reading.close()
     reports = Reports()
@@ -128,7 +128,7 @@ def test_closed_pipe_loses_lines_and_raises_nothing(pipe: Pipe) -> None:
     assert all("EPIPE" in why for _, why in reports)
 
 
-def test_non_blocking_file_is_waited_for(pipe: Pipe) -> None:
+def test_non_blocking_file_is_waited_for(pipe: PipeEnds) -> None:
     reading, writing = pipe
     fill_pipe(writing.fileno())
     os.set_blocking(writing.fileno(), False)
@@ -176,7 +176,7 @@ def test_what_was_cut_before_is_ended_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.clause("DAEMON-7")
-def test_one_that_waits_has_written_when_it_returns_and_waits_once_only(pipe: Pipe) -> None:
+def test_one_that_waits_has_written_when_it_returns_and_waits_once_only(pipe: PipeEnds) -> None:
     reading, writing = pipe
     sink = Sink(writing, wait_s=5.0)
     for _ in range(50):
@@ -193,7 +193,7 @@ def test_one_that_waits_has_written_when_it_returns_and_waits_once_only(pipe: Pi
     assert slow.close()
 
 
-def test_report_may_write_to_another_sink(pipe: Pipe) -> None:
+def test_report_may_write_to_another_sink(pipe: PipeEnds) -> None:
     reading, writing = pipe
     log = Sink(writing)
     tell: Callable[[int, str], None] = lambda count, why: log.write(b"%d\n" % count)  # noqa: E731

@@ -17,7 +17,7 @@ from linux.syscalls import SyscallError
 from linux.threads import call_in_thread
 
 
-class Interrupted(Exception):
+class RaisedByHandler(Exception):
     """Raised by a signal's handler."""
 
 
@@ -29,7 +29,7 @@ def test_basic_what_it_returns_and_raises_is_the_callers() -> None:
 
 def test_what_interrupts_the_caller_waits_for_the_function() -> None:
     def interrupt(*_: int | FrameType | None) -> None:
-        raise Interrupted
+        raise RaisedByHandler
 
     def function() -> None:
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
@@ -39,7 +39,7 @@ def test_what_interrupts_the_caller_waits_for_the_function() -> None:
     done: list[bool] = []
     before = signal.signal(signal.SIGUSR1, interrupt)
     try:
-        with pytest.raises(Interrupted):
+        with pytest.raises(RaisedByHandler):
             call_in_thread(function)
         assert done
     finally:
@@ -57,7 +57,7 @@ class RaisingLock:
         self._lock.acquire()
         self._count += 1
         if self._count == 2:
-            raise Interrupted
+            raise RaisedByHandler
 
     def release(self) -> None:
         self._lock.release()
@@ -65,7 +65,7 @@ class RaisingLock:
 
 def start_and_raise(function: Callable[[], None], arguments: tuple[()]) -> None:
     _thread.start_new_thread(function, arguments)
-    raise Interrupted
+    raise RaisedByHandler
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_what_interrupts_between_two_instructions_waits_for_the_function_and_no_
     done: list[bool] = []
     now = {"allocate_lock": _thread.allocate_lock, "start_new_thread": _thread.start_new_thread}
     monkeypatch.setattr(threads, "_thread", SimpleNamespace(**{**now, **replaced}))
-    with pytest.raises(Interrupted):
+    with pytest.raises(RaisedByHandler):
         call_in_thread(function)
     assert done
 

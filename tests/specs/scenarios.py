@@ -6,9 +6,10 @@ A scenario is a Markdown file. In its blocks of kind `scenario`, a line after `>
     > first wants job-1: Net Mount
     first → provider    NamespaceRequest job-1 Net Mount
 
-Who plays is a `Stage`: the bare kernels over a simulated node, or `nshandoff serve` as a program of
-its own over the Linux kernel. Each party keeps its own account of what it did; the accounts are put
-in one order by the messages that tie them together, so the text does not depend on who was faster.
+Each is played in an `Environment`: the bare kernels over a simulated node, or `nshandoff serve` as
+a program of its own over the Linux kernel. Each party keeps its own account of what it did; the
+accounts are put in one order by the messages that tie them together, so the text does not depend
+on who was faster.
 Nothing that differs from one run to the next is printed: a set of namespaces is known by the
 number in which it was first seen.
 """
@@ -36,12 +37,12 @@ from statemachine.events import Event
 from statemachine.messages import NamespaceRequest, NamespaceType
 from statemachine.states import ConsumerState
 from tests.specs.scenarios_accounts import Item, ProviderAccount, arrow, column, names_of, words_of
-from tests.specs.scenarios_stages import PATIENCE_S, Sight, Stage
+from tests.specs.scenarios_stages import PATIENCE_S, Environment, Sight
 from transport.channel import Channel
 from transport.request import Fallback
 from transport.request.blocking import perform
 from transport.request.exchange import Exchange
-from transport.testing.machine import Work
+from transport.testing.machine import StalledWork
 
 FOLDER: Final = Path(__file__).resolve().parents[2] / "specs" / "scenarios"
 SCENARIOS: Final = tuple(sorted(FOLDER.glob("[0-9][0-9]-*.md")))
@@ -122,10 +123,10 @@ def _steps(block: str) -> Iterator[tuple[str, list[str]]]:
 # --- Consumers -----------------------------------------------------------------------------------
 
 
-class _Recorder(ConsumerKernel):
+class _ConsumerRecorder(ConsumerKernel):
     """A consumer's kernel that tells what it takes in and decides."""
 
-    def __init__(self, request: NamespaceRequest, call: Call) -> None:
+    def __init__(self, request: NamespaceRequest, call: Dialogue) -> None:
         super().__init__(request)
         self._call = call
 
@@ -147,10 +148,10 @@ _PEERS: Final = (
 _OWN_TIME: Final = (on.AnswerOverdue, on.NoticeDue, on.NoticeOverdue)
 
 
-class Call:
+class Dialogue:
     """One allocation that a consumer deals with, and the connection that it does so on."""
 
-    def __init__(self, consumer: Consumer, request: NamespaceRequest, name: str) -> None:
+    def __init__(self, consumer: AskingParty, request: NamespaceRequest, name: str) -> None:
         self.consumer = consumer
         self.name = name
         """As the scenario has it."""
@@ -160,7 +161,7 @@ class Call:
         self._audit: list[Fallback] = []
         player = consumer.player
         self.exchange = Exchange(
-            _Recorder(request, self),
+            _ConsumerRecorder(request, self),
             player.stage.inspector,
             consumer.service,
             FOREVER,
@@ -257,24 +258,24 @@ class Call:
             exchange.close()
 
 
-class Consumer:
+class AskingParty:
     """A party that asks."""
 
     def __init__(self, player: Player, name: str) -> None:
         self.player = player
         self.name = name
-        self.calls: dict[str, Call] = {}
+        self.calls: dict[str, Dialogue] = {}
         self.items: list[Item] = []
         self.service = player.stage.self_service(name)
         self.is_gone = False
         self.is_looking_away = False
 
-    def call(self, name: str, request: NamespaceRequest) -> Call:
+    def call(self, name: str, request: NamespaceRequest) -> Dialogue:
         """Begin to deal with an allocation."""
         before = self.calls.pop(name, None)
         if before is not None:
             before.exchange.close()
-        call = self.calls[name] = Call(self, request, name)
+        call = self.calls[name] = Dialogue(self, request, name)
         return call
 
     def close(self) -> None:
@@ -301,8 +302,8 @@ def unread(channel: Channel) -> int:
 class Player:
     """Plays commands on a stage, and tells what every party did."""
 
-    stage: Stage
-    consumers: dict[str, Consumer] = field(default_factory=dict)
+    stage: Environment
+    consumers: dict[str, AskingParty] = field(default_factory=dict)
     patience_s: float = PATIENCE_S
 
     def __post_init__(self) -> None:
@@ -415,12 +416,12 @@ class Player:
         self._provider.moves.clear()
         self._node = self._seen()
 
-    def _consumer(self, who: str) -> Consumer:
+    def _consumer(self, who: str) -> AskingParty:
         if who not in self.consumers:
-            self.consumers[who] = Consumer(self, who)
+            self.consumers[who] = AskingParty(self, who)
         return self.consumers[who]
 
-    def _holder(self, job: str) -> Call:
+    def _holder(self, job: str) -> Dialogue:
         calls = [c.calls[job] for c in self.consumers.values() if job in c.calls]
         return next(call for call in reversed(calls) if call.exchange.bundle is not None)
 
@@ -456,7 +457,7 @@ class Player:
 
 
 _OVER: Final = (ConsumerState.ENDED, ConsumerState.REFUSED, ConsumerState.FAILED)
-_WORK: Final = {"creating": Work.CREATE, "releasing": Work.RELEASE}
+_WORK: Final = {"creating": StalledWork.CREATE, "releasing": StalledWork.RELEASE}
 _SPANS: Final = {
     "claim timeout": Timer.CLAIM,
     "release deadline": Timer.RELEASE,
@@ -470,7 +471,7 @@ _HELD: Final = "(?P<work>creating|releasing)"
 _COMMANDS: Final[dict[str, Callable[..., None]]] = {
     "the provider starts": lambda p: p.stage.start(is_held=False),
     "the provider starts and is not ready yet": lambda p: p.stage.start(is_held=True),
-    "the provider gets ready": lambda p: p.stage.let_go(Work.RECOVER),
+    "the provider gets ready": lambda p: p.stage.let_go(StalledWork.RECOVER),
     "the provider is killed": lambda p: p.stage.kill(),
     rf"{_WHO} wants {_JOB}: (?P<kinds>[A-Z][A-Za-z ]*?)(?: with (?P<image>\S+))?": Player.want,
     f"{_WHO} ends {_JOB}": Player.end,
@@ -505,7 +506,7 @@ def _in_words(sight: Sight) -> str:
     return f"{kinds}, {cgroup}"
 
 
-def play(scenario: Scenario, stage: Stage, patience_s: float = PATIENCE_S) -> str:
+def play(scenario: Scenario, stage: Environment, patience_s: float = PATIENCE_S) -> str:
     """Play a scenario; return its text as it should be. The stage is closed."""
     player = Player(stage, patience_s=patience_s)
     try:

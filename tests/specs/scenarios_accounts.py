@@ -15,7 +15,7 @@ from statemachine.events import Event
 from statemachine.messages import Message, NamespaceRequest, NamespaceResponse, NamespaceType
 from statemachine.provider import ProviderKernel
 from statemachine.states import AllocationState
-from transport.trace import Entry, Recovery, Start, Turn
+from transport.trace import Recovered, Start, TraceEntry, Turn
 
 UENV_BASE: Final = "/run/pact/uenv"
 COLUMN: Final = 21
@@ -91,13 +91,13 @@ class ProviderAccount:
         self._noted: set[tuple[str, str]] = set()
         """What was told of an incarnation and is not told again."""
 
-    def take(self, entry: Entry) -> None:
+    def take(self, entry: TraceEntry) -> None:
         match entry:
             case Start(limits=limits):
                 self._kernel = ProviderKernel(limits)
                 self.life += 1
                 self._noted.clear()
-            case Recovery(remembered=names):
+            case Recovered(remembered=names):
                 self._kernel.remember(names)
             case Turn(event=event, effects=effects):
                 before = self._kernel.states

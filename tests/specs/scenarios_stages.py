@@ -34,12 +34,12 @@ from transport.descriptors import DescriptorBundle, Inspector
 from transport.request.blocking import perform
 from transport.request.exchange import Exchange
 from transport.testing.in_process import put_through
-from transport.testing.machine import Work
+from transport.testing.machine import StalledWork
 from transport.testing.peer import wait_until
-from transport.trace import Entry, Recovery, Start, Turn, decode_line
+from transport.trace import Recovered, Start, TraceEntry, Turn, decode_line
 
 if TYPE_CHECKING:
-    from tests.specs.scenarios import Call
+    from tests.specs.scenarios import Dialogue
 
 HOLD_TIME_S: Final = 60.0
 PATIENCE_S: Final = 10.0
@@ -95,7 +95,7 @@ class OnKernels(_Callers):
         self._adapter = InProcess(self._world, ProviderKernel, ConsumerKernel)
         self._own: dict[str, SimulatedNode] = {}
         self._seen = 0
-        self._fresh: list[Entry] = []
+        self._fresh: list[TraceEntry] = []
         self._is_there = True
         # The adapter has served once already; the node has not noticed.
         self.kill()
@@ -103,9 +103,9 @@ class OnKernels(_Callers):
 
     def start(self, *, is_held: bool) -> None:
         if is_held:
-            self._adapter.hold(Work.RECOVER)
+            self._adapter.hold(StalledWork.RECOVER)
         limits = Limits(frozenset({os.geteuid()}))
-        self._fresh += [Start(limits), Recovery(tuple(self._world.node.remembered))]
+        self._fresh += [Start(limits), Recovered(tuple(self._world.node.remembered))]
         self.callers.append([])
         self._seen, self._is_there = 0, True
         self._adapter.start()
@@ -115,13 +115,13 @@ class OnKernels(_Callers):
         self._adapter.stop()
         self._world.backend.close()
         self._is_there = False
-        for work in (Work.CREATE, Work.RELEASE):
+        for work in (StalledWork.CREATE, StalledWork.RELEASE):
             self._adapter.let_go(work)
 
-    def hold(self, work: Work) -> None:
+    def hold(self, work: StalledWork) -> None:
         self._adapter.hold(work)
 
-    def let_go(self, work: Work) -> None:
+    def let_go(self, work: StalledWork) -> None:
         self._adapter.let_go(work)
 
     def expire(self, timer: Timer, name: str) -> None:
@@ -140,7 +140,7 @@ class OnKernels(_Callers):
         else:
             exchange.not_connected(SocketUnavailable("no provider is there"))
 
-    def enter(self, name: str, call: Call) -> None:
+    def enter(self, name: str, call: Dialogue) -> None:
         is_inside = NamespaceType.PID in call.exchange.kernel.request.namespaces
         self._node_of(call).start_process(name, is_inside=is_inside)
 
@@ -151,13 +151,13 @@ class OnKernels(_Callers):
     def kill_init(self, name: str) -> None:
         self._world.kill_init(name)
 
-    def block_release(self, name: str, call: Call) -> None:
+    def block_release(self, name: str, call: Dialogue) -> None:
         self._node_of(call).leave_unreaped(name)
 
     def unblock_release(self, name: str) -> None:
         self._world.node.reap(name)
 
-    def _node_of(self, call: Call) -> SimulatedNode:
+    def _node_of(self, call: Dialogue) -> SimulatedNode:
         own = self._own[call.consumer.name]
         return own if call.name in own.allocations else self._world.node
 
@@ -179,7 +179,7 @@ class OnKernels(_Callers):
         self._seen += len(turns)
         return turns
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[TraceEntry]:
         """What the provider has traced since it was last asked."""
         fresh, self._fresh = self._fresh, []
         return [*fresh, *(self._turns() if self._is_there else [])]
@@ -188,7 +188,7 @@ class OnKernels(_Callers):
         """What is on the node of each allocation of the provider's."""
         return {name: self._sight(life) for name, life in self._world.node.allocations.items()}
 
-    def own_sight(self, name: str, call: Call) -> Sight | None:
+    def own_sight(self, name: str, call: Dialogue) -> Sight | None:
         """What is on the node that a consumer made by itself."""
         life = self._own[call.consumer.name].allocations.get(name)
         return None if life is None else self._sight(life)
@@ -210,7 +210,7 @@ class OnKernels(_Callers):
         self._adapter.close()
 
 
-class _Program(Daemon):
+class _DaemonProgram(Daemon):
     """`scenarios_daemon`, between two lives or in one."""
 
     def __init__(self, directory: Path, image_root: Path) -> None:
@@ -274,7 +274,7 @@ class OnDaemon(_Callers):
         super().__init__()
         self._features = Features.probe()
         self.inspector: Inspector = KernelInspector(self._features)
-        self._daemon = _Program(directory, image_root)
+        self._daemon = _DaemonProgram(directory, image_root)
         self.path = self._daemon.socket
         self._settings = NodeSettings(cgroup2, image_root, self._daemon.uenv_base)
         self._image_root = image_root
@@ -294,7 +294,7 @@ class OnDaemon(_Callers):
     def start(self, *, is_held: bool) -> None:
         self.callers.append([])
         if is_held:
-            self._daemon.launch(Work.RECOVER.name)
+            self._daemon.launch(StalledWork.RECOVER.name)
             wait_until(self._is_listening, "the provider's socket")
         else:
             self._daemon.start()
@@ -307,10 +307,10 @@ class OnDaemon(_Callers):
     def kill(self) -> None:
         self._daemon.stop(signal.SIGKILL)
 
-    def hold(self, work: Work) -> None:
+    def hold(self, work: StalledWork) -> None:
         self._daemon.tell("hold", work.name)
 
-    def let_go(self, work: Work) -> None:
+    def let_go(self, work: StalledWork) -> None:
         self._daemon.tell("let_go", work.name)
 
     def expire(self, timer: Timer, name: str) -> None:
@@ -325,7 +325,7 @@ class OnDaemon(_Callers):
     def connect(self, exchange: Exchange) -> None:
         perform(exchange, do.Connect())
 
-    def enter(self, name: str, call: Call) -> None:
+    def enter(self, name: str, call: Dialogue) -> None:
         exchange = call.exchange
         assert exchange.bundle is not None
         scope = self._cgroup2 / "workload.slice" / f"{name}.scope"
@@ -358,7 +358,7 @@ class OnDaemon(_Callers):
         assert init is not None
         os.kill(init, signal.SIGKILL)
 
-    def block_release(self, name: str, call: Call) -> None:
+    def block_release(self, name: str, call: Dialogue) -> None:
         assert call.exchange.bundle is not None
         process = spawn_within(["sleep", "infinity"], call.exchange.bundle)
         self._entangled[name] = process
@@ -384,8 +384,8 @@ class OnDaemon(_Callers):
             for process in processes:
                 process.poll()
 
-    def entries(self) -> list[Entry]:
-        found: list[Entry] = []
+    def entries(self) -> list[TraceEntry]:
+        found: list[TraceEntry] = []
         if self._daemon.trace.exists():
             data = self._daemon.trace.read_bytes()[self._read :]
             whole = data[: data.rfind(b"\n") + 1]
@@ -403,7 +403,7 @@ class OnDaemon(_Callers):
                 found[seen.entry.allocation_id] = sight
         return found
 
-    def own_sight(self, name: str, call: Call) -> Sight | None:
+    def own_sight(self, name: str, call: Dialogue) -> Sight | None:
         own = self._own[call.consumer.name]
         try:
             scope = own.scope_of(name)
@@ -436,13 +436,13 @@ class OnDaemon(_Callers):
         if not self.callers:
             return
         if self._daemon.program is not None:
-            for work in Work:
+            for work in StalledWork:
                 self._daemon.tell("let_go", work.name)
         self._daemon.clear()
         self._daemon.stop()
 
 
-Stage: TypeAlias = OnKernels | OnDaemon
+Environment: TypeAlias = OnKernels | OnDaemon
 """Where a scenario is played: a node, and a provider that comes and goes on it."""
 
 _LINKS: Final = {NamespaceType.PID: "pid", NamespaceType.NET: "net", NamespaceType.MOUNT: "mnt"}

@@ -121,6 +121,16 @@ def test_an_id_that_is_not_its_own_is_refused(tree: Path, second: str) -> None:
         "A provider SHOULD never wait.",
         "A provider MAY NOT wait.",
         "A provider MAY not wait.",
+        "A provider NEED NOT wait.",
+        "A provider NEED NOT MUST wait.",
+        "A provider MUST, then, never wait.",
+        "A provider MUST under no circumstances wait.",
+        "A provider MUST in its own time never wait.",
+        "A provider MUST kill nothing that is not its own.",
+        "A provider MUST give two users neither the same id nor the same scope.",
+        "A consumer MUST run no code of its own.",
+        "A consumer SHOULD leave none of its processes behind.",
+        "A consumer MUST NOT never wait.",
         # None, two, or another key word.
         "A provider waits.",
         "A provider MUST wait and SHOULD hurry.",
@@ -130,6 +140,19 @@ def test_an_id_that_is_not_its_own_is_refused(tree: Path, second: str) -> None:
 )
 def test_a_clause_that_can_be_misread_is_refused(text: str) -> None:
     assert Clause("T-1", text, Path("x.md"), 1).objections != []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A provider MUST wait, and not hurry.",
+        "A provider MUST refuse what has no row, or not begin.",
+        "A provider MUST, if it is not ready, wait.",
+        "A provider MUST NOT change anything when nothing was asked.",
+    ],
+)
+def test_what_else_is_denied_than_the_obligation_can_be_said(text: str) -> None:
+    assert Clause("T-1", text, Path("x.md"), 1).objections == []
 
 
 @pytest.mark.parametrize("level", ["MUST", "MUST NOT", "SHOULD", "SHOULD NOT", "MAY"])

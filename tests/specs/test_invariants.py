@@ -144,7 +144,7 @@ PROPERTIES: Final[Mapping[str, tuple[str, ...]]] = {
     "L06 after a crash, everything is served again or released": (
         "test_explore::test_basic_every_world_keeps_every_promise",
     ),
-    "L07 no circle in which each waits for ever": (
+    "L07 no cycle in which each waits for ever": (
         "test_explore::test_basic_every_world_keeps_every_promise",
     ),
     "L08 who waits for the provider to be ready is served": (

@@ -20,7 +20,7 @@ from statemachine.messages import NamespaceRequest
 from tests.specs import scenarios
 from tests.specs.scenarios import DAEMON, FOLDER, KERNELS, SCENARIOS, Scenario
 from tests.specs.scenarios_accounts import column
-from tests.specs.scenarios_stages import PATIENCE_S, OnDaemon, OnKernels, Stage
+from tests.specs.scenarios_stages import PATIENCE_S, Environment, OnDaemon, OnKernels
 from tests.support.census import Census
 
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
@@ -59,7 +59,7 @@ def stem(path: Path) -> str:
     return path.stem
 
 
-def difference(scenario: Scenario, stage: Stage, patience_s: float = PATIENCE_S) -> str:
+def difference(scenario: Scenario, stage: Environment, patience_s: float = PATIENCE_S) -> str:
     """Play a scenario; say where its text is not what was done."""
     played = scenarios.play(scenario, stage, patience_s)
     lines = difflib.unified_diff(

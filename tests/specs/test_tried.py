@@ -17,7 +17,7 @@ COLUMNS: Final = ["kind", "smallest input", "today", "answer", "test"]
 ANSWERS: Final = re.compile(r"works|refused in words|decided no: \[.+\]\(.+\)|open: .+")
 
 
-class Row(NamedTuple):
+class TriedCase(NamedTuple):
     """A case."""
 
     kind: str
@@ -27,14 +27,14 @@ class Row(NamedTuple):
     tests: str
 
 
-def rows_of(text: str) -> list[Row]:
+def rows_of(text: str) -> list[TriedCase]:
     """Read the tables; a row with more or fewer cells is an error."""
     lines = [line for line in text.splitlines() if line.startswith("|")]
     cells = [re.split(r" *(?<!\\)\| *", line)[1:-1] for line in lines]
-    return [Row(*row) for row in cells if row != COLUMNS and row[0].strip("-")]
+    return [TriedCase(*row) for row in cells if row != COLUMNS and row[0].strip("-")]
 
 
-def faults_of(row: Row) -> list[str]:
+def faults_of(row: TriedCase) -> list[str]:
     """Say what is wrong with a row."""
     faults = [] if ANSWERS.fullmatch(row.answer) else [f"no answer: {row.answer}"]
     named = re.findall(r"`([^`]+)`", row.tests)
@@ -72,7 +72,7 @@ def test_basic_there_are_tables() -> None:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.kind)
-def test_a_row_has_an_answer_and_the_test_that_shows_it(row: Row) -> None:
+def test_a_row_has_an_answer_and_the_test_that_shows_it(row: TriedCase) -> None:
     assert faults_of(row) == []
 
 

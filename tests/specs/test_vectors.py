@@ -19,6 +19,7 @@ import pytest
 from specs import model, vectors
 from specs._build import clauses, make_vectors
 from specs._build.golden.lives import plain_effect
+from specs._build.golden.wire import VectorCase
 from statemachine import consumer as consumer_module
 from statemachine import lifecycle
 from statemachine import provider as provider_module
@@ -48,10 +49,8 @@ from transport.trace import records as trace
 VECTORS = vectors.FOLDER
 NAMES = [family.name for family in make_vectors.FAMILIES]
 
-Case = dict[str, Any]
 
-
-def failing(name: str, check: Callable[[Case], bool]) -> list[str]:
+def failing(name: str, check: Callable[[VectorCase], bool]) -> list[str]:
     """The ids of the cases of a family of which something is not true."""
     return [case["id"] for case in vectors.cases(name) if not check(case)]
 
@@ -182,7 +181,7 @@ def word_for(reason: str, words: Mapping[str, str]) -> str:
     return next(word for pattern, word in words.items() if re.search(pattern, reason))
 
 
-def body_of(case: Case) -> bytes:
+def body_of(case: VectorCase) -> bytes:
     frame = bytes.fromhex(case["frame"])
     reader = FrameReader()
     reader.feed(frame)
@@ -192,17 +191,17 @@ def body_of(case: Case) -> bytes:
     return whole.body
 
 
-def is_written_and_read(case: Case) -> bool:
+def is_written_and_read(case: VectorCase) -> bool:
     message, body = message_of(case["message"]), body_of(case)
     return encode_message(message) == body and decode_message(body) == message
 
 
-def is_read_only(case: Case) -> bool:
+def is_read_only(case: VectorCase) -> bool:
     message, body = message_of(case["message"]), body_of(case)
     return encode_message(message) != body and decode_message(body) == message
 
 
-def is_refused(case: Case) -> bool:
+def is_refused(case: VectorCase) -> bool:
     try:
         decode_message(body_of(case))
     except FdPassing as error:
@@ -210,7 +209,7 @@ def is_refused(case: Case) -> bool:
     return False
 
 
-def comes_out_in_time(case: Case) -> bool:
+def comes_out_in_time(case: VectorCase) -> bool:
     reader, messages, whole, refused = FrameReader(), [], [], None
     for index, read in enumerate(case["reads"]):
         reader.feed(bytes.fromhex(read))
@@ -230,7 +229,7 @@ def comes_out_in_time(case: Case) -> bool:
     )
 
 
-class Script:
+class ScriptedReads:
     """Reads that are not made but told, one for each call of `Channel.receive`."""
 
     def __init__(self, reads: Sequence[Any]) -> None:
@@ -246,8 +245,8 @@ class Script:
         return Reception(bytes.fromhex(read["bytes"]), brought, read["cut_off"])
 
 
-def is_attributed(case: Case) -> bool:
-    script = Script(case["reads"])
+def is_attributed(case: VectorCase) -> bool:
+    script = ScriptedReads(case["reads"])
     deliveries: list[Any] = []
     refused = None
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -316,12 +315,12 @@ def objection_to(event: Event) -> str | None:
     raise AssertionError(event)
 
 
-def is_answered(case: Case) -> bool:
+def is_answered(case: VectorCase) -> bool:
     event = provider_module.event_of(1, message_of(case["message"]))
     return (first_answer(event), objection_to(event)) == (case["answer"], case["objection"])
 
 
-def is_understood(case: Case) -> bool:
+def is_understood(case: VectorCase) -> bool:
     request = message_of(case["request"])
     assert isinstance(request, NamespaceRequest)
     event = consumer_module.event_of(request, message_of(case["message"]))
@@ -368,7 +367,7 @@ def plain(effects: Sequence[Effect]) -> list[Any]:
     return [plain_effect(effect) for effect in effects]
 
 
-def kernel_lives_so(case: Case) -> bool:
+def kernel_lives_so(case: VectorCase) -> bool:
     kernel = ProviderKernel(Limits(**limits_from(case["limits"])))
     kernel.remember(case["remembered"])
     return all(
@@ -378,7 +377,7 @@ def kernel_lives_so(case: Case) -> bool:
     )
 
 
-def model_lives_so(case: Case) -> bool:
+def model_lives_so(case: VectorCase) -> bool:
     limits = model.Limits(**limits_from(case["limits"]))
     now = model.Provider(limits, remembered=tuple(case["remembered"][-limits.remembered :]))
     for step in case["steps"]:
@@ -390,7 +389,7 @@ def model_lives_so(case: Case) -> bool:
     return True
 
 
-def consumer_lives_so(case: Case) -> bool:
+def consumer_lives_so(case: VectorCase) -> bool:
     kernel = ConsumerKernel(request_from(case["request"]))
     for step in case["steps"]:
         try:
@@ -403,7 +402,7 @@ def consumer_lives_so(case: Case) -> bool:
     return True
 
 
-def consumer_model_lives_so(case: Case) -> bool:
+def consumer_model_lives_so(case: VectorCase) -> bool:
     now = model.Consumer(request_from(case["request"]))
     for step in case["steps"]:
         try:
@@ -435,7 +434,7 @@ def consumer_model_lives_so(case: Case) -> bool:
         ("consumer", consumer_model_lives_so),
     ],
 )
-def test_our_code_and_the_model_agree(name: str, check: Callable[[Case], bool]) -> None:
+def test_our_code_and_the_model_agree(name: str, check: Callable[[VectorCase], bool]) -> None:
     assert failing(name, check) == []
 
 

@@ -1,4 +1,4 @@
-"""What a consumer decides: from its caller's wish to the last word that it owes."""
+"""What a consumer decides: from its caller's request to the end that it must report."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def turn(error: NamespaceError) -> tuple[Effect, ...]:
     return (do.ReportFallback("a", error), do.ServeSelf(REQUEST))
 
 
-def test_basic_one_life_from_the_wish_to_the_end() -> None:
+def test_basic_one_life_from_the_request_to_the_end() -> None:
     kernel = ConsumerKernel(REQUEST)
     assert kernel.request == REQUEST
     assert (kernel.state, kernel.notice) == (ConsumerState.IDLE, NoticeState.SILENT)

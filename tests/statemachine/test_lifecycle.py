@@ -62,7 +62,7 @@ RemainsFound          ended       local       local       local       local     
 
 
 @dataclass(slots=True)
-class Model:
+class StateHolder:
     state: Any
     subject: str = "it"
 
@@ -119,7 +119,7 @@ CELLS: Final = [
 def test_every_cell_is_a_row_or_a_refusal_with_a_culprit(
     table: Table, event: type[Event], state: Enum
 ) -> None:
-    model = Model(state)
+    model = StateHolder(state)
     row = table.row(event, state)
     if row is not None:
         assert table.fire(model, event) == row.effects
@@ -267,12 +267,12 @@ def test_the_caller_is_told_of_the_end_once() -> None:
         assert (do.ReportEnd in row.effects) == is_entry, row
 
 
-def test_a_debt_is_paid_only_by_the_providers_word() -> None:
+def test_an_owed_end_is_confirmed_only_by_the_provider() -> None:
     assert named(rows_into(NOTICE, NoticeState.HEARD)) == {"EndAnnounced", "NotFoundReceived"}
     assert rows_out_of(NOTICE, NoticeState.HEARD) == []
 
 
-def test_a_debt_that_is_not_confirmed_is_tried_again() -> None:
+def test_an_owed_end_that_is_not_confirmed_is_sent_again() -> None:
     assert named(rows_into(NOTICE, NoticeState.OWED)) == {
         "ProviderUnreachable",
         "ConnectionLost",

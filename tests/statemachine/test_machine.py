@@ -35,7 +35,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name
 every_table = pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
 
 
-class Model:
+class AnyModel:
     """It has whatever `transitions` adds, and notes the orders of each move."""
 
     state: Enum
@@ -58,9 +58,9 @@ async def _awaited(outcome: Any) -> Any:
     return await outcome
 
 
-def made(table: Table, kind: Any, **options: Any) -> tuple[Any, Model]:
+def made(table: Table, kind: Any, **options: Any) -> tuple[Any, AnyModel]:
     """Make a machine of this kind, and a model that it moves."""
-    model = Model()
+    model = AnyModel()
     options |= {"send_event": True, "after_state_change": "note", **OPTIONS.get(kind, {})}
     return table.machine(kind, model=model, **options), model
 

@@ -64,7 +64,7 @@ def answer_to(request: NamespaceRequest) -> NamespaceResponse:
     return NamespaceResponse(request.allocation_id, request.namespaces)
 
 
-class Script:
+class FedKernel:
     """A kernel to be fed line by line; connection 9 is open and asks for nothing by itself."""
 
     def __init__(self, limits: Limits | None = None, *, is_ready: bool = True) -> None:
@@ -117,7 +117,7 @@ class Script:
 
 
 def test_what_a_driver_may_ask_a_kernel() -> None:
-    script = Script(Limits(frozenset({0, 7}), connections_per_uid=1))
+    script = FedKernel(Limits(frozenset({0, 7}), connections_per_uid=1))
     script.open(1, uid=7)
     kernel = script.kernel
     assert (kernel.user_of("a"), kernel.response_of("a")) == (None, None)
@@ -145,7 +145,7 @@ def test_what_a_driver_may_ask_a_kernel() -> None:
 def test_who_asks_is_told_why_when_the_release_takes_too_long(
     failure: CreationFailed | None,
 ) -> None:
-    script = Script()
+    script = FedKernel()
     script.open(1)
     script.ask(1, A)
     if failure is None:
@@ -159,7 +159,7 @@ def test_who_asks_is_told_why_when_the_release_takes_too_long(
 def test_losing_a_connection_looks_at_what_it_has_to_do_with_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    script = Script(Limits(open_per_connection=1000))
+    script = FedKernel(Limits(open_per_connection=1000))
     script.open(1, 2)
     for number in range(500):
         script.hand_over(1, NamespaceRequest(f"a{number}", A.namespaces))
@@ -182,7 +182,7 @@ def test_losing_a_connection_looks_at_what_it_has_to_do_with_only(
 
 
 def test_what_is_released_is_no_concern_of_a_connection_any_more() -> None:
-    script = Script()
+    script = FedKernel()
     script.open(1)
     for number in range(3):
         request = NamespaceRequest(f"a{number}", A.namespaces)
@@ -193,7 +193,7 @@ def test_what_is_released_is_no_concern_of_a_connection_any_more() -> None:
 
 
 def test_who_was_handed_what_it_never_asked_for_can_be_lost_after_the_release() -> None:
-    script = Script()
+    script = FedKernel()
     script.open(1, 2)
     script.hand_over(1)
     script.feed(on.ResponseSent("a", 2))
@@ -203,8 +203,8 @@ def test_who_was_handed_what_it_never_asked_for_can_be_lost_after_the_release() 
 
 
 @pytest.fixture
-def script() -> Script:
-    script = Script()
+def script() -> FedKernel:
+    script = FedKernel()
     script.open(1, 2, 3)
     return script
 
@@ -307,10 +307,10 @@ UNRELEASED: Final = "the allocation before it has ended but is not released: "
 DRAINING: Final = CreationFailed(f"{UNRELEASED}its release takes long")
 STUCK: Final = CreationFailed(f"{UNRELEASED}1 process does not die")
 
-Step: TypeAlias = tuple[tuple[Event, ...], Event, tuple[Effect, ...]]
+Example: TypeAlias = tuple[tuple[Event, ...], Event, tuple[Effect, ...]]
 """What happened before; what happens now, and what is done about it."""
 
-STEPS: Final[list[Step]] = [
+STEPS: Final[list[Example]] = [
     # The same request gets the same namespaces, and creates nothing. (LIFE-3, LIFE-4)
     (HELD, ask(2), (granted(2),)),
     (HELD, ask(1), (granted(1),)),
@@ -438,7 +438,7 @@ STEPS: Final[list[Step]] = [
     ((*OVER, ask(2), STOPPING), FREED, (IN_TIME, told(1))),
     ((ask(1), STOPPING), made(), (WATCHED, granted(1))),
 ]
-STARTING_STEPS: Final[list[Step]] = [
+STARTING_STEPS: Final[list[Example]] = [
     # The readiness timer stops with the last that waits.
     ((ask(1), ask(2)), lost(1), ()),
     ((ask(1), ask(2), lost(1)), lost(2), (WAIT_OFF,)),
@@ -477,7 +477,7 @@ STARTING_STEPS: Final[list[Step]] = [
 def test_a_step_is_as_written(
     is_ready: bool, before: tuple[Event, ...], event: Event, effects: tuple[Effect, ...]
 ) -> None:
-    script = Script(is_ready=is_ready)
+    script = FedKernel(is_ready=is_ready)
     script.open(1, 2, 3)
     for earlier in before:
         script.feed(earlier)
@@ -498,7 +498,7 @@ def test_a_step_is_as_written(
     ],
 )
 def test_a_request_that_breaks_a_rule_is_refused_without_any_effect(
-    script: Script, request_: NamespaceRequest
+    script: FedKernel, request_: NamespaceRequest
 ) -> None:
     before = script.kernel.snapshot()
     (refusal,) = script.ask(1, request_)
@@ -507,7 +507,7 @@ def test_a_request_that_breaks_a_rule_is_refused_without_any_effect(
     assert script.kernel.snapshot() == before
 
 
-def test_what_is_released_before_its_turn_is_not_handed_over(script: Script) -> None:
+def test_what_is_released_before_its_turn_is_not_handed_over(script: FedKernel) -> None:
     script.ask(1, B)
     script.ask(1, A)
     script.create(A)
@@ -543,7 +543,7 @@ def test_a_message_is_named_as_what_it_means(message: Any, event: Event) -> None
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("is_handed", [False, True], ids=["created", "handed off"])
 def test_whichever_reason_comes_first_ends_it(
-    script: Script, ending: Event, is_handed: bool
+    script: FedKernel, ending: Event, is_handed: bool
 ) -> None:
     script.ask(1, A)
     script.feed(on.NamespacesCreated("a", answer_to(A)))
@@ -558,7 +558,7 @@ def test_whichever_reason_comes_first_ends_it(
 
 @pytest.mark.clause("END-2")
 @pytest.mark.parametrize("first", ENDINGS)
-def test_the_later_reasons_to_end_have_no_effect(script: Script, first: Event) -> None:
+def test_the_later_reasons_to_end_have_no_effect(script: FedKernel, first: Event) -> None:
     script.hand_over(1)
     if isinstance(first, on.ClaimExpired):
         script.lose(1)
@@ -575,7 +575,7 @@ def test_the_later_reasons_to_end_have_no_effect(script: Script, first: Event) -
 
 @pytest.mark.clause("END-20")
 def test_an_end_is_taken_however_many_messages_are_unanswered() -> None:
-    script = Script(Limits(open_per_connection=2, open_per_uid=2))
+    script = FedKernel(Limits(open_per_connection=2, open_per_uid=2))
     script.open(1)
     script.ask(1, A)
     script.ask(1, B)
@@ -583,7 +583,7 @@ def test_an_end_is_taken_however_many_messages_are_unanswered() -> None:
     assert script.state("a") is ENDED
 
 
-def live_and_end(script: Script, *names: str) -> None:
+def live_and_end(script: FedKernel, *names: str) -> None:
     for name in names:
         script.hand_over(9, NamespaceRequest(name, ()))
         script.end(9, name)
@@ -592,7 +592,7 @@ def live_and_end(script: Script, *names: str) -> None:
 
 @pytest.mark.clause("END-18")
 def test_the_oldest_name_is_forgotten_first() -> None:
-    script = Script(Limits(remembered=2))
+    script = FedKernel(Limits(remembered=2))
     live_and_end(script, "x", "y", "z")
     assert script.end(9, "x") == (do.Refuse(9, AllocationNotFound("x")),)
     assert script.end(9, "y") == (do.AnnounceEnd(9, "y"),)
@@ -600,13 +600,13 @@ def test_the_oldest_name_is_forgotten_first() -> None:
 
 
 def test_a_name_that_is_used_again_is_remembered_as_of_its_last_end() -> None:
-    script = Script(Limits(remembered=2))
+    script = FedKernel(Limits(remembered=2))
     live_and_end(script, "x", "y", "x", "z")
     assert (script.state("x"), script.state("y")) == (RELEASED, UNKNOWN)
 
 
 def test_a_name_that_is_used_again_takes_no_place_among_the_remembered() -> None:
-    script = Script(Limits(remembered=2))
+    script = FedKernel(Limits(remembered=2))
     live_and_end(script, "x", "y")
     script.hand_over(9, NamespaceRequest("y", ()))
     live_and_end(script, "b")
@@ -632,7 +632,7 @@ def test_about_a_thousand_names_are_remembered() -> None:
 # --- Releasing takes its time ------------------------------------------------------------------
 
 
-def test_a_release_that_is_delayed_is_tried_again_until_it_is_done(script: Script) -> None:
+def test_a_release_that_is_delayed_is_tried_again_until_it_is_done(script: FedKernel) -> None:
     script.hand_over(1)
     script.end(1)
     for _ in range(3):
@@ -650,7 +650,7 @@ def test_a_release_that_is_delayed_is_tried_again_until_it_is_done(script: Scrip
 @pytest.mark.clause("LIFE-15")
 @pytest.mark.clause("LIFE-13")
 def test_before_it_is_ready_messages_wait_in_order() -> None:
-    script = Script(is_ready=False)
+    script = FedKernel(is_ready=False)
     script.open(1, 2)
     assert script.ask(2, A) == (do.StartTimer(Timer.READINESS, ""),)
     assert script.ask(1, A_OTHERWISE) == ()
@@ -663,7 +663,7 @@ def test_before_it_is_ready_messages_wait_in_order() -> None:
 
 @pytest.mark.clause("LIFE-14")
 def test_no_more_wait_than_the_limit_allows() -> None:
-    script = Script(Limits(open_per_connection=1000), is_ready=False)
+    script = FedKernel(Limits(open_per_connection=1000), is_ready=False)
     for number in range(WAITING_MAX):
         script.ask(9, NamespaceRequest(f"job-{number}", ()))
     script.open(1)
@@ -675,7 +675,7 @@ def test_no_more_wait_than_the_limit_allows() -> None:
 
 @pytest.mark.clause("LIFE-14")
 def test_who_waited_too_long_is_told_that_it_is_unavailable() -> None:
-    script = Script(is_ready=False)
+    script = FedKernel(is_ready=False)
     script.open(1, 2)
     script.ask(1, A)
     script.ask(2, B)
@@ -698,14 +698,14 @@ def test_who_waited_too_long_is_told_that_it_is_unavailable() -> None:
     ids=lambda event: type(event).__name__,
 )
 def test_a_name_that_is_remembered_may_be_found_in_use_again(event: Event) -> None:
-    script = Script(is_ready=False)
+    script = FedKernel(is_ready=False)
     script.kernel.remember(["a"])
     script.feed(event)
     assert "a" in script.kernel.states
 
 
 def test_a_restart_adopts_for_no_user_and_counts_for_no_limit() -> None:
-    script = Script(Limits(allocations_per_uid=1), is_ready=False)
+    script = FedKernel(Limits(allocations_per_uid=1), is_ready=False)
     script.feed(on.CreatedAdopted("a", A, answer_to(A)))
     script.feed(on.ProviderReady())
     assert script.ask(9, B) == (do.CreateNamespaces(B),)
@@ -722,7 +722,7 @@ def refused(effects: tuple[Effect, ...], naming: str) -> NamespaceError:
 
 @pytest.mark.clause("ERR-3", "PEER-1")
 def test_a_user_who_is_not_allowed_is_turned_away_before_anything_is_read() -> None:
-    script = Script(Limits(allowed_uids=frozenset({0, 1000})))
+    script = FedKernel(Limits(allowed_uids=frozenset({0, 1000})))
     effects = script.feed(on.ConnectionOpened(1, 1001))
     assert effects == (
         do.Refuse(1, SocketUnavailable("user 1001 may not use this provider")),
@@ -739,7 +739,7 @@ def test_by_default_only_root_is_allowed() -> None:
 
 @pytest.mark.clause("ERR-4")
 def test_a_connection_too_many_is_refused_by_the_name_of_the_limit() -> None:
-    script = Script(Limits(connections_per_uid=2, allowed_uids=frozenset({0, 1})))
+    script = FedKernel(Limits(connections_per_uid=2, allowed_uids=frozenset({0, 1})))
     script.open(1)
     effects = script.feed(on.ConnectionOpened(2, 0))
     assert isinstance(refused(effects, "connections of one user, at most 2"), CreationFailed)
@@ -755,7 +755,7 @@ def test_a_connection_too_many_is_refused_by_the_name_of_the_limit() -> None:
 
 @pytest.mark.clause("PEER-5")
 def test_messages_too_many_on_one_connection_are_refused_and_no_other_is_held_up() -> None:
-    script = Script(Limits(open_per_connection=2))
+    script = FedKernel(Limits(open_per_connection=2))
     script.open(1)
     script.ask(9, A)
     script.ask(9, B)
@@ -770,7 +770,7 @@ def test_messages_too_many_on_one_connection_are_refused_and_no_other_is_held_up
 
 @pytest.mark.clause("PEER-6")
 def test_a_connection_that_goes_on_beyond_its_limit_is_closed() -> None:
-    script = Script(Limits(open_per_connection=2))
+    script = FedKernel(Limits(open_per_connection=2))
     script.ask(9, A)
     for _ in range(3):
         assert script.ask(9, A) == ()
@@ -782,7 +782,7 @@ def test_a_connection_that_goes_on_beyond_its_limit_is_closed() -> None:
 
 @pytest.mark.clause("LIFE-15")
 def test_messages_too_many_of_one_user_are_refused() -> None:
-    script = Script(Limits(open_per_uid=2, allowed_uids=frozenset({0, 1})))
+    script = FedKernel(Limits(open_per_uid=2, allowed_uids=frozenset({0, 1})))
     script.open(1, 2)
     script.ask(1, A)
     script.ask(2, A)
@@ -795,7 +795,7 @@ def test_messages_too_many_of_one_user_are_refused() -> None:
 
 
 def test_allocations_too_many_of_one_user_are_refused_until_one_is_released() -> None:
-    script = Script(Limits(allocations_per_uid=1, allowed_uids=frozenset({0, 1})))
+    script = FedKernel(Limits(allocations_per_uid=1, allowed_uids=frozenset({0, 1})))
     script.hand_over(9)
     error = refused(script.ask(9, B), "live allocations of one user, at most 1")
     assert isinstance(error, CreationFailed)
@@ -814,7 +814,7 @@ def test_allocations_too_many_of_one_user_are_refused_until_one_is_released() ->
 def test_a_restored_kernel_counts_on() -> None:
     limits = Limits(connections_per_uid=3, open_per_uid=4, allocations_per_uid=3)
     c, d = NamespaceRequest("c", ()), NamespaceRequest("d", ())
-    script = Script(limits)
+    script = FedKernel(limits)
     script.open(1)
     for connection in (1, 9):
         script.ask(connection, A)
@@ -830,7 +830,7 @@ def test_a_restored_kernel_counts_on() -> None:
 
 
 def test_the_limit_counts_what_has_ended_until_it_is_released() -> None:
-    script = Script(Limits(allocations_per_uid=1))
+    script = FedKernel(Limits(allocations_per_uid=1))
     script.hand_over(9)
     script.feed(on.InitDied("a"))
     refused(script.ask(9, B), "live allocations of one user")
@@ -882,7 +882,7 @@ IMPOSSIBLE: Final[list[Event]] = [
 
 @pytest.mark.clause("LIFE-1")
 @pytest.mark.parametrize("event", IMPOSSIBLE, ids=lambda event: type(event).__name__)
-def test_an_impossible_event_raises_and_changes_nothing(script: Script, event: Event) -> None:
+def test_an_impossible_event_raises_and_changes_nothing(script: FedKernel, event: Event) -> None:
     script.hand_over(1)
     error = script.refuses(event)
     assert error.event == type(event).__name__
@@ -932,7 +932,7 @@ MISUSES: Final[list[tuple[tuple[Event, ...], Event, str]]] = [
 @pytest.mark.clause("LIFE-1")
 @pytest.mark.parametrize(("before", "event", "where"), MISUSES)
 def test_a_misuse_is_named_with_whose_it_is_and_where_that_stands(
-    script: Script, before: tuple[Event, ...], event: Event, where: str
+    script: FedKernel, before: tuple[Event, ...], event: Event, where: str
 ) -> None:
     for earlier in before:
         script.feed(earlier)

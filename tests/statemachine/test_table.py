@@ -41,7 +41,7 @@ class Expired(LocalEvent):
 
 
 @dataclass(frozen=True, slots=True)
-class Broken(LocalEvent):
+class LampFailed(LocalEvent):
     """Our own lamp did it."""
 
 
@@ -60,7 +60,7 @@ ROWS = (
     Row(Pressed, Light.RED, Light.GREEN, (do.Connect, start(Timer.ANSWER))),
     Row(Expired, Light.GREEN, Light.RED, (stop(Timer.ANSWER),)),
     Row(Pressed, Light.GREEN, Light.GREEN),
-    Row(Broken, Light.GREEN, Light.DARK),
+    Row(LampFailed, Light.GREEN, Light.DARK),
 )
 
 
@@ -82,9 +82,9 @@ def test_basic_a_row_moves_the_model_and_gives_its_effects() -> None:
 def test_a_table_shows_its_rows_states_and_events() -> None:
     sound = lights()
     assert sound.states == (Light.RED, Light.GREEN, Light.DARK)
-    assert sound.events == (Pressed, Expired, Broken)
+    assert sound.events == (Pressed, Expired, LampFailed)
     assert sound.row(Pressed, Light.RED) is ROWS[0]
-    assert sound.row(Broken, Light.RED) is None
+    assert sound.row(LampFailed, Light.RED) is None
     assert sound.finals == {Light.DARK}
     assert sound.name == "lights"
 
@@ -197,18 +197,18 @@ UNSOUND: Final[dict[str, tuple[tuple[Row, ...], Enum, str]]] = {
     "the same row again": ((*ROWS, ROWS[0]), Light.DARK, "two rows for Pressed"),
     "no blame": ((*ROWS, to_dark(Orphan)), Light.DARK, "lights: Orphan is neither"),
     "two blames": ((*ROWS, to_dark(Both)), Light.DARK, "lights: Both is neither"),
-    "a class": ((*ROWS, to_dark(Broken, Lamp)), Light.DARK, NO_ORDER),
-    "a text": ((*ROWS, to_dark(Broken, "Connect")), Light.DARK, NO_ORDER),
-    "an effect itself": ((*ROWS, to_dark(Broken, do.Connect())), Light.DARK, NO_ORDER),
+    "a class": ((*ROWS, to_dark(LampFailed, Lamp)), Light.DARK, NO_ORDER),
+    "a text": ((*ROWS, to_dark(LampFailed, "Connect")), Light.DARK, NO_ORDER),
+    "an effect itself": ((*ROWS, to_dark(LampFailed, do.Connect())), Light.DARK, NO_ORDER),
     "never reached": (LOST_STATE, Light.GREEN, "lights: never reached: dark"),
     "no way to an end": (DEAD_END, Light.DARK, "lights: no way to an end from: green"),
     "a source of another enum": (
-        (*ROWS, Row(Broken, Elsewhere.NOWHERE, Light.DARK)),
+        (*ROWS, Row(LampFailed, Elsewhere.NOWHERE, Light.DARK)),
         Light.DARK,
         r"^lights: no state of this table: nowhere$",
     ),
     "a target of another enum": (
-        (*ROWS, Row(Broken, Light.RED, Elsewhere.NOWHERE)),
+        (*ROWS, Row(LampFailed, Light.RED, Elsewhere.NOWHERE)),
         Light.DARK,
         r"^lights: no state of this table: nowhere$",
     ),
@@ -240,7 +240,7 @@ def test_invalid_an_effect_that_no_table_asks_for() -> None:
 
 def test_a_vocabulary_that_is_all_used_is_sound() -> None:
     orders: list[do.Order] = [do.Connect, start(Timer.ANSWER), stop(Timer.ANSWER)]
-    check_vocabulary([lights()], events=[Pressed, Expired, Broken], orders=orders)
+    check_vocabulary([lights()], events=[Pressed, Expired, LampFailed], orders=orders)
 
 
 def test_every_timer_that_is_started_anywhere_is_one_of_the_timers() -> None:

@@ -7,7 +7,7 @@ import errno
 import fcntl
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
@@ -16,13 +16,13 @@ import pytest
 
 from statemachine.errors import CreationFailed
 from statemachine.messages import AllocationEnded, NamespaceRequest, NamespaceResponse
+from tests.conftest import MakeImage
 from tests.support.programs import MOUNT, PID, Daemon, daemon_in, wait_until
 from transport.serve.work import THREADS_MAX
 from transport.testing.peer import Line
 
 pytestmark = pytest.mark.needs_root
 
-MakeImage = Callable[[Path, Mapping[str, str]], Path]
 
 HANGING: Final = THREADS_MAX + 2
 """More images that hang than the daemon has threads of any kind."""

@@ -182,7 +182,7 @@ Heard: TypeAlias = type[Message] | None
 """The type of a message, or None for the end of the connection."""
 
 
-class Case(NamedTuple):
+class Talk(NamedTuple):
     """What a peer says and does, in this order, and what it must hear; then it is served on."""
 
     says: Sequence[bytes | Act]
@@ -296,88 +296,88 @@ FILES: Final = {
 }
 
 
-def _cases() -> Iterator[tuple[str, Case]]:
+def _cases() -> Iterator[tuple[str, Talk]]:
     for name, body in BODIES.items():
-        yield f"body: {name}", Case([encode_frame(body), polite], REJECTED)
+        yield f"body: {name}", Talk([encode_frame(body), polite], REJECTED)
     for name, text in IDS.items():
         asked = frame_of(NamespaceRequest(text, (PID,)))
-        yield f"id: {name}", Case([asked, polite], REFUSED)
+        yield f"id: {name}", Talk([asked, polite], REFUSED)
     for name, text in ODD_IDS.items():
 
         def ask(target: Target, line: Line, text: str = text) -> None:
             line.say(NamespaceRequest(text.format(target.name()), (PID,)))
 
-        yield f"odd id: {name}", Case([ask, polite], (NamespaceResponse,))
+        yield f"odd id: {name}", Talk([ask, polite], (NamespaceResponse,))
     for name, bad in IMAGES.items():
         if bad.path.isascii():  # the rest is no message
-            yield f"image: {name}", Case([requests("", MOUNT, image=bad.path), polite], REFUSED)
+            yield f"image: {name}", Talk([requests("", MOUNT, image=bad.path), polite], REFUSED)
     for name, opens in FILES.items():
-        yield f"descriptor: {name}", Case([descriptors(NEVER, 1, opens), polite], REJECTED)
+        yield f"descriptor: {name}", Talk([descriptors(NEVER, 1, opens), polite], REJECTED)
     yield from STREAMS.items()
     yield from STRANGERS.items()
 
 
 STREAMS: Final = {
-    "stream: nothing": Case([polite]),
-    "stream: nothing, and the end": Case([half_closes, polite], GONE),
-    "stream: a byte": Case([b"\0", polite, hangs_up]),
-    "stream: half a length, and the end": Case([b"\0\0", half_closes, polite], GONE),
-    "stream: a length, and the end": Case([NEVER[:4], half_closes, polite], GONE),
-    "stream: half a frame, and the end": Case([HALF, half_closes, polite], GONE),
-    "stream: half a frame, and gone": Case([HALF, polite, hangs_up]),
-    "stream: a frame but for a byte": Case([NEVER[:-1], polite, NEVER[-1:]], NOT_FOUND),
-    "stream: a length of nothing": Case([b"\0\0\0\0", polite], REJECTED),
-    "stream: a length of one too many": Case([b"\0\1\0\1", polite], REJECTED),
-    "stream: a length of 4 G": Case([b"\xff\xff\xff\xff", polite], REJECTED),
-    "stream: a length in little endian": Case([b"\x10\0\0\0", polite], REJECTED),
-    "stream: a TLS hello": Case([bytes.fromhex("1603010200010001fc0303"), polite], REJECTED),
-    "stream: text": Case([b"AllocationEnded\n", polite], REJECTED),
-    "stream: 64 KiB of zeros": Case([bytes(FRAME_BYTES_MAX), polite], REJECTED),
-    "stream: 1 MiB behind a refusal": Case([b"\0\0\0\0", bytes(1 << 20), polite], REJECTED),
-    "stream: a frame byte by byte": Case([*byte_by_byte(NEVER), polite], NOT_FOUND),
-    "stream: a bad frame byte by byte": Case(
+    "stream: nothing": Talk([polite]),
+    "stream: nothing, and the end": Talk([half_closes, polite], GONE),
+    "stream: a byte": Talk([b"\0", polite, hangs_up]),
+    "stream: half a length, and the end": Talk([b"\0\0", half_closes, polite], GONE),
+    "stream: a length, and the end": Talk([NEVER[:4], half_closes, polite], GONE),
+    "stream: half a frame, and the end": Talk([HALF, half_closes, polite], GONE),
+    "stream: half a frame, and gone": Talk([HALF, polite, hangs_up]),
+    "stream: a frame but for a byte": Talk([NEVER[:-1], polite, NEVER[-1:]], NOT_FOUND),
+    "stream: a length of nothing": Talk([b"\0\0\0\0", polite], REJECTED),
+    "stream: a length of one too many": Talk([b"\0\1\0\1", polite], REJECTED),
+    "stream: a length of 4 G": Talk([b"\xff\xff\xff\xff", polite], REJECTED),
+    "stream: a length in little endian": Talk([b"\x10\0\0\0", polite], REJECTED),
+    "stream: a TLS hello": Talk([bytes.fromhex("1603010200010001fc0303"), polite], REJECTED),
+    "stream: text": Talk([b"AllocationEnded\n", polite], REJECTED),
+    "stream: 64 KiB of zeros": Talk([bytes(FRAME_BYTES_MAX), polite], REJECTED),
+    "stream: 1 MiB behind a refusal": Talk([b"\0\0\0\0", bytes(1 << 20), polite], REJECTED),
+    "stream: a frame byte by byte": Talk([*byte_by_byte(NEVER), polite], NOT_FOUND),
+    "stream: a bad frame byte by byte": Talk(
         [*byte_by_byte(encode_frame(b"\xc1")), polite], REJECTED
     ),
-    "stream: half a frame, and no more": Case([HALF, polite], REJECTED),
-    "stream: a frame in the middle of another": Case([HALF, NEVER, polite], REJECTED),
-    "stream: one and a half": Case([NEVER + HALF, polite, REST], NOT_FOUND * 2),
-    "stream: a good one behind a bad one": Case([encode_frame(b"\xc1") + NEVER, polite], REJECTED),
-    "stream: a bad one behind good ones": Case(
+    "stream: half a frame, and no more": Talk([HALF, polite], REJECTED),
+    "stream: a frame in the middle of another": Talk([HALF, NEVER, polite], REJECTED),
+    "stream: one and a half": Talk([NEVER + HALF, polite, REST], NOT_FOUND * 2),
+    "stream: a good one behind a bad one": Talk([encode_frame(b"\xc1") + NEVER, polite], REJECTED),
+    "stream: a bad one behind good ones": Talk(
         [NEVER * 3 + encode_frame(b"\xc1"), polite], NOT_FOUND * 3 + REJECTED
     ),
-    "stream: a message that is a provider's": Case(
+    "stream: a message that is a provider's": Talk(
         [frame_of(NamespaceResponse("nsh-test-x", ())), polite], REJECTED
     ),
-    "stream: an error": Case([frame_of(FdPassing("no")), polite], REJECTED),
-    "stream: a request, and the end": Case([requests("", PID), half_closes, polite, hangs_up]),
-    "stream: a request, and gone": Case([requests("", PID, NET, MOUNT), hangs_up, polite]),
-    "stream: a request, not listening": Case(
+    "stream: an error": Talk([frame_of(FdPassing("no")), polite], REJECTED),
+    "stream: a request, and the end": Talk([requests("", PID), half_closes, polite, hangs_up]),
+    "stream: a request, and gone": Talk([requests("", PID, NET, MOUNT), hangs_up, polite]),
+    "stream: a request, not listening": Talk(
         [stops_listening, requests("", PID), polite, hangs_up]
     ),
-    "stream: an answer, not read": Case([NEVER, hangs_up_unread, polite]),
-    "stream: namespaces, not taken": Case([requests("", PID), hangs_up_unread, polite]),
-    "stream: a byte out of band": Case([out_of_band, NEVER, polite], NOT_FOUND),
-    "stream: out of band in a frame": Case([HALF, out_of_band, REST, polite], NOT_FOUND),
-    "stream: out of band, and gone": Case([HALF, out_of_band, hangs_up, polite]),
-    "stream: credentials of another": Case([forged_credentials, polite], NOT_FOUND),
-    "stream: 129 messages at once": Case([NEVER * 128, polite], NOT_FOUND * 128),
-    "request: types twice": Case([requests("", PID, PID), polite], REFUSED),
-    "request: sixteen types": Case([requests("", *(MOUNT,) * 16), polite], REFUSED),
-    "request: an image without a mount": Case([requests("", PID, image="a.sqfs"), polite], REFUSED),
-    "request: an image of 60,000 bytes": Case(
+    "stream: an answer, not read": Talk([NEVER, hangs_up_unread, polite]),
+    "stream: namespaces, not taken": Talk([requests("", PID), hangs_up_unread, polite]),
+    "stream: a byte out of band": Talk([out_of_band, NEVER, polite], NOT_FOUND),
+    "stream: out of band in a frame": Talk([HALF, out_of_band, REST, polite], NOT_FOUND),
+    "stream: out of band, and gone": Talk([HALF, out_of_band, hangs_up, polite]),
+    "stream: credentials of another": Talk([forged_credentials, polite], NOT_FOUND),
+    "stream: 129 messages at once": Talk([NEVER * 128, polite], NOT_FOUND * 128),
+    "request: types twice": Talk([requests("", PID, PID), polite], REFUSED),
+    "request: sixteen types": Talk([requests("", *(MOUNT,) * 16), polite], REFUSED),
+    "request: an image without a mount": Talk([requests("", PID, image="a.sqfs"), polite], REFUSED),
+    "request: an image of 60,000 bytes": Talk(
         [requests("", MOUNT, image="x" * 60_000), polite], REFUSED
     ),
-    "request: no namespaces": Case([requests(), polite], (NamespaceResponse,)),
-    "end: an id of no bytes": Case([frame_of(AllocationEnded("")), polite], REJECTED),
-    "end: an id of 65,000 bytes": Case([frame_of(AllocationEnded("x" * 65_000)), polite], REJECTED),
-    "end: a path": Case([frame_of(AllocationEnded("../../pact.slice")), polite], NOT_FOUND),
-    "descriptor: as many as can be sent": Case(
+    "request: no namespaces": Talk([requests(), polite], (NamespaceResponse,)),
+    "end: an id of no bytes": Talk([frame_of(AllocationEnded("")), polite], REJECTED),
+    "end: an id of 65,000 bytes": Talk([frame_of(AllocationEnded("x" * 65_000)), polite], REJECTED),
+    "end: a path": Talk([frame_of(AllocationEnded("../../pact.slice")), polite], NOT_FOUND),
+    "descriptor: as many as can be sent": Talk(
         [descriptors(NEVER, SENDMSG_DESCRIPTORS_MAX, _devnull), polite], REJECTED
     ),
-    "descriptor: in the middle of a frame": Case(
+    "descriptor: in the middle of a frame": Talk(
         [HALF, descriptors(REST, 1, _devnull), polite], REJECTED
     ),
-    "descriptor: with a length alone": Case(
+    "descriptor: with a length alone": Talk(
         [descriptors(NEVER[:4], 3, _devnull), polite], REJECTED
     ),
 }
@@ -386,14 +386,14 @@ STREAMS: Final = {
 TURNED_AWAY: Final[tuple[Heard, ...]] = (SocketUnavailable, None)
 
 STRANGERS: Final = {
-    "stranger: says nothing": Case([polite], TURNED_AWAY, OTHER),
-    "stranger: a request": Case([requests("", PID), polite], TURNED_AWAY, OTHER),
-    "stranger: an end": Case([NEVER, polite], TURNED_AWAY, OTHER),
-    "stranger: garbage": Case([b"\xff" * 4096, polite], TURNED_AWAY, OTHER),
-    "stranger: says to be root": Case([forged_credentials, polite], TURNED_AWAY, OTHER),
-    "stranger: descriptors": Case([descriptors(NEVER, 3, _devnull), polite], TURNED_AWAY, OTHER),
-    "stranger: hangs up": Case([hangs_up, polite], (), OTHER),
-    "stranger: uid 65534": Case([NEVER, polite], TURNED_AWAY, 65_534),
+    "stranger: says nothing": Talk([polite], TURNED_AWAY, OTHER),
+    "stranger: a request": Talk([requests("", PID), polite], TURNED_AWAY, OTHER),
+    "stranger: an end": Talk([NEVER, polite], TURNED_AWAY, OTHER),
+    "stranger: garbage": Talk([b"\xff" * 4096, polite], TURNED_AWAY, OTHER),
+    "stranger: says to be root": Talk([forged_credentials, polite], TURNED_AWAY, OTHER),
+    "stranger: descriptors": Talk([descriptors(NEVER, 3, _devnull), polite], TURNED_AWAY, OTHER),
+    "stranger: hangs up": Talk([hangs_up, polite], (), OTHER),
+    "stranger: uid 65534": Talk([NEVER, polite], TURNED_AWAY, 65_534),
 }
 
 CASES: Final = dict(_cases())

@@ -61,7 +61,7 @@ LONG_S: Final = DEADLINE_S
 """Longer than anything here takes."""
 
 
-class Life:
+class LiveNode:
     """A provider on this machine, and a consumer of it."""
 
     def __init__(self, world: LinuxWorld, directory: Path) -> None:
@@ -120,10 +120,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.fixture
-def idle_life(tmp_path: Path, cgroup2: Path, image_root: Path) -> Iterator[Life]:
+def idle_life(tmp_path: Path, cgroup2: Path, image_root: Path) -> Iterator[LiveNode]:
     """A provider that is not started yet."""
     with real(tmp_path, cgroup2, image_root) as world:
-        life = Life(world, tmp_path)
+        life = LiveNode(world, tmp_path)
         try:
             yield life
         finally:
@@ -131,7 +131,7 @@ def idle_life(tmp_path: Path, cgroup2: Path, image_root: Path) -> Iterator[Life]
 
 
 @pytest.fixture
-def life(idle_life: Life) -> Life:
+def life(idle_life: LiveNode) -> LiveNode:
     idle_life.start()
     return idle_life
 
@@ -140,7 +140,7 @@ def life(idle_life: Life) -> Life:
 
 
 @pytest.mark.clause("NODE-2")
-def test_basic_life_of_an_allocation(life: Life, allocation_id: str) -> None:
+def test_basic_life_of_an_allocation(life: LiveNode, allocation_id: str) -> None:
     handoff = life.obtain(allocation_id, ALL, IMAGE)
     assert life.state_of(allocation_id) is AllocationState.HANDED_OFF
     assert life.spawn(handoff, "true").wait() == 0
@@ -150,7 +150,7 @@ def test_basic_life_of_an_allocation(life: Life, allocation_id: str) -> None:
 
 
 @pytest.mark.clause("FD-2")
-def test_descriptors_come_in_the_order_of_fd_types(life: Life, allocation_id: str) -> None:
+def test_descriptors_come_in_the_order_of_fd_types(life: LiveNode, allocation_id: str) -> None:
     """Read off the socket byte by byte, with nothing of ours in between."""
     for number, order in enumerate(ORDERS):
         request = NamespaceRequest(f"{allocation_id}-{number}", order)
@@ -169,13 +169,13 @@ def test_descriptors_come_in_the_order_of_fd_types(life: Life, allocation_id: st
 
 
 @pytest.mark.clause("LIFE-3")
-def test_the_same_request_gets_the_same_namespaces(life: Life, allocation_id: str) -> None:
+def test_the_same_request_gets_the_same_namespaces(life: LiveNode, allocation_id: str) -> None:
     first = life.obtain(allocation_id, ALL)
     assert life.obtain(allocation_id, ALL).identities == first.identities
 
 
 @pytest.mark.clause("LIFE-4")
-def test_concurrent_requests_get_one_set(life: Life, allocation_id: str) -> None:
+def test_concurrent_requests_get_one_set(life: LiveNode, allocation_id: str) -> None:
     with ExitStack() as stack:
         wires = [stack.enter_context(Line.to(life.path)) for _ in range(5)]
         for wire in wires:
@@ -186,14 +186,14 @@ def test_concurrent_requests_get_one_set(life: Life, allocation_id: str) -> None
 
 
 @pytest.mark.clause("LIFE-5")
-def test_another_request_for_a_live_id_is_refused(life: Life, allocation_id: str) -> None:
+def test_another_request_for_a_live_id_is_refused(life: LiveNode, allocation_id: str) -> None:
     handoff = life.obtain(allocation_id, (PID, MOUNT))
     with pytest.raises(CreationFailed, match="another request"):
         life.obtain(allocation_id, (MOUNT, PID))
     assert life.obtain(allocation_id, (PID, MOUNT)).identities == handoff.identities
 
 
-def test_every_holder_is_notified_of_the_end(life: Life, allocation_id: str) -> None:
+def test_every_holder_is_notified_of_the_end(life: LiveNode, allocation_id: str) -> None:
     holders = [life.obtain(allocation_id) for _ in range(3)]
     assert holders[0].end(LONG_S)
     assert all(holder.wait_ended(LONG_S) for holder in holders)
@@ -202,31 +202,33 @@ def test_every_holder_is_notified_of_the_end(life: Life, allocation_id: str) -> 
 
 
 @pytest.mark.clause("LIFE-8", "ERR-1")
-def test_a_failed_creation_is_answered_and_leaves_nothing(life: Life, allocation_id: str) -> None:
+def test_a_failed_creation_is_answered_and_leaves_nothing(
+    life: LiveNode, allocation_id: str
+) -> None:
     with pytest.raises(CreationFailed, match=r"openat2\(2\): ENOENT .*missing\.sqfs"):
         life.obtain(allocation_id, LIGHT, "missing.sqfs")
     assert life.world.leftovers() == []
 
 
-def test_an_id_that_failed_can_be_requested_again(life: Life, allocation_id: str) -> None:
+def test_an_id_that_failed_can_be_requested_again(life: LiveNode, allocation_id: str) -> None:
     with pytest.raises(CreationFailed):
         life.obtain(allocation_id, LIGHT, "missing.sqfs")
     assert life.obtain(allocation_id).identities
 
 
 @pytest.mark.clause("LIFE-6")
-def test_an_id_that_was_released_begins_anew(life: Life, allocation_id: str) -> None:
+def test_an_id_that_was_released_begins_anew(life: LiveNode, allocation_id: str) -> None:
     first = life.obtain(allocation_id)
     assert first.end(LONG_S)
     assert not set(life.obtain(allocation_id).identities) & set(first.identities)
 
 
-def test_the_end_of_what_has_ended_is_confirmed_again(life: Life, allocation_id: str) -> None:
+def test_the_end_of_what_has_ended_is_confirmed_again(life: LiveNode, allocation_id: str) -> None:
     assert life.obtain(allocation_id).end(LONG_S)
     life.consumer.end(allocation_id)
 
 
-def test_the_end_of_what_never_was_is_not_found(life: Life, allocation_id: str) -> None:
+def test_the_end_of_what_never_was_is_not_found(life: LiveNode, allocation_id: str) -> None:
     with pytest.raises(AllocationNotFound):
         life.consumer.end(allocation_id)
 
@@ -234,7 +236,7 @@ def test_the_end_of_what_never_was_is_not_found(life: Life, allocation_id: str) 
 # --- Inside ------------------------------------------------------------------------------------
 
 
-def output_of(life: Life, handoff: Handoff, script: str) -> list[str]:
+def output_of(life: LiveNode, handoff: Handoff, script: str) -> list[str]:
     """What a shell prints in an allocation, while something keeps its cgroup populated."""
     process = life.spawn(handoff, "sh", "-c", script, stdout=subprocess.PIPE)
     output, _ = process.communicate(timeout=LONG_S)
@@ -242,54 +244,54 @@ def output_of(life: Life, handoff: Handoff, script: str) -> list[str]:
 
 
 @pytest.fixture
-def inside(life: Life, allocation_id: str) -> Handoff:
+def inside(life: LiveNode, allocation_id: str) -> Handoff:
     """An allocation with everything, kept alive by a process."""
     handoff = life.obtain(allocation_id, ALL, IMAGE)
     life.spawn(handoff, "sleep", "infinity")
     return handoff
 
 
-def test_the_first_process_is_the_init(life: Life, inside: Handoff) -> None:
+def test_the_first_process_is_the_init(life: LiveNode, inside: Handoff) -> None:
     assert output_of(life, inside, "cat /proc/1/comm") == ["sleep"]
 
 
 @pytest.mark.clause("NODE-10")
-def test_proc_shows_the_allocation_alone(life: Life, inside: Handoff) -> None:
+def test_proc_shows_the_allocation_alone(life: LiveNode, inside: Handoff) -> None:
     pids = output_of(life, inside, "cd /proc; echo [0-9]*")[0].split()
     assert len(pids) == 3  # the init, the process that keeps it alive, the shell itself
     assert max(map(int, pids)) < 10
 
 
 @pytest.mark.clause("NODE-7")
-def test_orphans_are_reaped(life: Life, inside: Handoff) -> None:
+def test_orphans_are_reaped(life: LiveNode, inside: Handoff) -> None:
     output_of(life, inside, "sleep 0.01 & exit")
     wait_until(lambda: len(output_of(life, inside, "cd /proc; echo [0-9]*")[0].split()) == 3)
 
 
 @pytest.mark.clause("NODE-7")
-def test_the_init_ignores_signals_from_inside(life: Life, inside: Handoff) -> None:
+def test_the_init_ignores_signals_from_inside(life: LiveNode, inside: Handoff) -> None:
     output_of(life, inside, "kill -TERM 1; kill -KILL 1; kill -STOP 1")
     assert output_of(life, inside, "grep State /proc/1/status") == ["State:\tS (sleeping)"]
 
 
 @pytest.mark.clause("NODE-8")
-def test_lo_is_up_and_alone(life: Life, inside: Handoff) -> None:
+def test_lo_is_up_and_alone(life: LiveNode, inside: Handoff) -> None:
     (link,) = output_of(life, inside, "ip -o link")
     assert " lo: <LOOPBACK,UP,LOWER_UP>" in link
 
 
 @pytest.mark.clause("NODE-12")
-def test_the_image_is_at_its_mount_point(life: Life, inside: Handoff) -> None:
+def test_the_image_is_at_its_mount_point(life: LiveNode, inside: Handoff) -> None:
     path = inside.response.uenv_mount_path
     assert output_of(life, inside, f"cat {path}/hello.txt") == ["hello from the image"]
 
 
-def test_programs_of_the_image_run(life: Life, inside: Handoff) -> None:
+def test_programs_of_the_image_run(life: LiveNode, inside: Handoff) -> None:
     path = inside.response.uenv_mount_path
     assert output_of(life, inside, f"{path}/bin/marker") == ["marker"]
 
 
-def test_the_image_is_read_only_without_setuid_and_devices(life: Life, inside: Handoff) -> None:
+def test_the_image_is_read_only_without_setuid_and_devices(life: LiveNode, inside: Handoff) -> None:
     path = inside.response.uenv_mount_path
     (line,) = output_of(life, inside, f"grep ' {path} ' /proc/mounts")
     options = line.split()[3].split(",")
@@ -297,7 +299,7 @@ def test_the_image_is_read_only_without_setuid_and_devices(life: Life, inside: H
 
 
 @pytest.mark.clause("NODE-12")
-def test_the_image_is_not_on_the_node(life: Life, allocation_id: str) -> None:
+def test_the_image_is_not_on_the_node(life: LiveNode, allocation_id: str) -> None:
     before = Path("/proc/self/mountinfo").read_text()
     handoff = life.obtain(allocation_id, ALL, IMAGE)
     assert handoff.response.uenv_mount_path is not None
@@ -319,7 +321,7 @@ def shared_mount(path: Path) -> Iterator[Path]:
 
 @pytest.mark.clause("NODE-9")
 def test_what_the_node_mounts_later_is_seen_inside(
-    life: Life, tmp_path: Path, allocation_id: str
+    life: LiveNode, tmp_path: Path, allocation_id: str
 ) -> None:
     with shared_mount(tmp_path / "shared") as shared:
         handoff = life.obtain(allocation_id)
@@ -332,7 +334,7 @@ def test_what_the_node_mounts_later_is_seen_inside(
 
 @pytest.mark.clause("NODE-9")
 def test_what_is_mounted_inside_is_not_seen_on_the_node(
-    life: Life, tmp_path: Path, allocation_id: str
+    life: LiveNode, tmp_path: Path, allocation_id: str
 ) -> None:
     with shared_mount(tmp_path / "shared") as shared:
         handoff = life.obtain(allocation_id)
@@ -348,22 +350,22 @@ def test_what_is_mounted_inside_is_not_seen_on_the_node(
 # --- Ends --------------------------------------------------------------------------------------
 
 
-def by_its_cgroup(life: Life, handoff: Handoff) -> None:
+def by_its_cgroup(life: LiveNode, handoff: Handoff) -> None:
     life.spawn(handoff, "true").wait()
 
 
-def by_message(life: Life, handoff: Handoff) -> None:
+def by_message(life: LiveNode, handoff: Handoff) -> None:
     life.spawn(handoff, "sleep", "infinity")
     assert handoff.end(LONG_S)
 
 
-def by_the_death_of_its_init(life: Life, handoff: Handoff) -> None:
+def by_the_death_of_its_init(life: LiveNode, handoff: Handoff) -> None:
     process = life.spawn(handoff, "sleep", "infinity")
     life.world.kill_init(handoff.request.allocation_id)
     process.wait(LONG_S)
 
 
-def by_an_operator(life: Life, handoff: Handoff) -> None:
+def by_an_operator(life: LiveNode, handoff: Handoff) -> None:
     process = life.spawn(handoff, "sleep", "infinity")
     # The process is this test's child, and keeps its namespace until it is reaped.
     reaper = threading.Thread(target=process.wait)
@@ -372,7 +374,7 @@ def by_an_operator(life: Life, handoff: Handoff) -> None:
     reaper.join()
 
 
-def by_removal_of_the_cgroup(life: Life, handoff: Handoff) -> None:
+def by_removal_of_the_cgroup(life: LiveNode, handoff: Handoff) -> None:
     life.world.remove_scope(handoff.request.allocation_id)
 
 
@@ -387,7 +389,7 @@ ENDS: Final = (
 @pytest.mark.clause("END-1", "END-10")
 @pytest.mark.parametrize("end", ENDS)
 def test_one_end_is_announced_once_and_everything_released(
-    life: Life, allocation_id: str, end: Callable[[Life, Handoff], None]
+    life: LiveNode, allocation_id: str, end: Callable[[LiveNode, Handoff], None]
 ) -> None:
     with Line.to(life.path) as other:
         other.say(NamespaceRequest(allocation_id, LIGHT, IMAGE))
@@ -401,7 +403,7 @@ def test_one_end_is_announced_once_and_everything_released(
         assert other.hears_nothing()
 
 
-def test_a_requested_end_is_answered_once(life: Life, allocation_id: str) -> None:
+def test_a_requested_end_is_answered_once(life: LiveNode, allocation_id: str) -> None:
     with Line.to(life.path) as wire:
         wire.say(NamespaceRequest(allocation_id, LIGHT))
         wire.hear()
@@ -414,7 +416,7 @@ def test_a_requested_end_is_answered_once(life: Life, allocation_id: str) -> Non
 
 
 @pytest.mark.clause("END-8")
-def test_an_end_kills_what_runs(life: Life, allocation_id: str) -> None:
+def test_an_end_kills_what_runs(life: LiveNode, allocation_id: str) -> None:
     handoff = life.obtain(allocation_id, (NET, MOUNT))  # no PID namespace takes it along
     process = life.spawn(handoff, "sleep", "infinity")
     assert handoff.end(LONG_S)
@@ -423,7 +425,7 @@ def test_an_end_kills_what_runs(life: Life, allocation_id: str) -> None:
 
 
 @pytest.mark.clause("END-2")
-def test_many_reasons_to_end_are_one_end(life: Life, allocation_id: str) -> None:
+def test_many_reasons_to_end_are_one_end(life: LiveNode, allocation_id: str) -> None:
     handoff = life.obtain(allocation_id)
     with life.spawn(handoff, "sleep", "infinity") as process, ExitStack() as stack:
         wires = [stack.enter_context(Line.to(life.path)) for _ in range(3)]
@@ -438,7 +440,7 @@ def test_many_reasons_to_end_are_one_end(life: Life, allocation_id: str) -> None
     assert released == [on.NamespacesReleased(allocation_id)]
 
 
-def test_the_last_of_several_processes_counts(life: Life, allocation_id: str) -> None:
+def test_the_last_of_several_processes_counts(life: LiveNode, allocation_id: str) -> None:
     handoff = life.obtain(allocation_id)
     last = life.spawn(handoff, "sleep", "infinity")
     life.spawn(handoff, "true").wait()
@@ -449,7 +451,7 @@ def test_the_last_of_several_processes_counts(life: Life, allocation_id: str) ->
 
 
 @pytest.mark.clause("END-6")
-def test_a_process_further_down_keeps_it_alive(life: Life, allocation_id: str) -> None:
+def test_a_process_further_down_keeps_it_alive(life: LiveNode, allocation_id: str) -> None:
     handoff = life.obtain(allocation_id)
     below = life.world.scope(allocation_id) / "a" / "b"
     below.mkdir(parents=True)
@@ -460,14 +462,14 @@ def test_a_process_further_down_keeps_it_alive(life: Life, allocation_id: str) -
     assert handoff.wait_ended(LONG_S)
 
 
-def assert_still_alive(life: Life, name: str) -> None:
+def assert_still_alive(life: LiveNode, name: str) -> None:
     """Say so once the provider has seen all there is to see by now."""
     life.provider.ask(life.provider.provider._watcher.observe)
     assert life.state_of(name) is AllocationState.HANDED_OFF
 
 
 @pytest.mark.clause("END-5")
-def test_a_frozen_process_keeps_it_alive(life: Life, allocation_id: str) -> None:
+def test_a_frozen_process_keeps_it_alive(life: LiveNode, allocation_id: str) -> None:
     handoff = life.obtain(allocation_id)
     life.spawn(handoff, "sleep", "infinity")
     life.world.freeze(allocation_id)
@@ -476,7 +478,7 @@ def test_a_frozen_process_keeps_it_alive(life: Life, allocation_id: str) -> None
     assert_still_alive(life, allocation_id)
 
 
-def test_what_is_frozen_can_be_ended(life: Life, allocation_id: str) -> None:
+def test_what_is_frozen_can_be_ended(life: LiveNode, allocation_id: str) -> None:
     handoff = life.obtain(allocation_id, (MOUNT,))
     process = life.spawn(handoff, "sleep", "infinity")
     life.world.freeze(allocation_id)
@@ -493,7 +495,7 @@ SYS_EXIT: Final = {"x86_64": 60, "aarch64": 93}[platform.machine()]
 
 
 @pytest.fixture
-def leaderless(life: Life, allocation_id: str) -> tuple[Handoff, subprocess.Popen[bytes]]:
+def leaderless(life: LiveNode, allocation_id: str) -> tuple[Handoff, subprocess.Popen[bytes]]:
     """A process whose first thread has gone, and whose second one lives."""
     handoff = life.obtain(allocation_id, (MOUNT,))
     program = LEADERLESS.format(exit=SYS_EXIT)
@@ -504,7 +506,7 @@ def leaderless(life: Life, allocation_id: str) -> tuple[Handoff, subprocess.Pope
 
 
 def test_a_thread_keeps_it_alive(
-    life: Life, allocation_id: str, leaderless: tuple[Handoff, subprocess.Popen[bytes]]
+    life: LiveNode, allocation_id: str, leaderless: tuple[Handoff, subprocess.Popen[bytes]]
 ) -> None:
     handoff, process = leaderless
     assert_still_alive(life, allocation_id)
@@ -514,14 +516,14 @@ def test_a_thread_keeps_it_alive(
 
 
 def test_a_thread_without_its_leader_is_killed(
-    life: Life, leaderless: tuple[Handoff, subprocess.Popen[bytes]]
+    life: LiveNode, leaderless: tuple[Handoff, subprocess.Popen[bytes]]
 ) -> None:
     handoff, _ = leaderless
     assert handoff.end(LONG_S)
     assert life.world.leftovers() == []
 
 
-def test_a_zombie_in_the_cgroup_alone_does_not_keep_it(life: Life, allocation_id: str) -> None:
+def test_a_zombie_in_the_cgroup_alone_does_not_keep_it(life: LiveNode, allocation_id: str) -> None:
     handoff = life.obtain(allocation_id, (MOUNT,))
     process = life.spawn(handoff, "true")
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
@@ -530,7 +532,7 @@ def test_a_zombie_in_the_cgroup_alone_does_not_keep_it(life: Life, allocation_id
 
 
 @pytest.mark.clause("END-16")
-def test_an_end_that_overtakes_the_creation_undoes_it(life: Life, allocation_id: str) -> None:
+def test_an_end_that_overtakes_the_creation_undoes_it(life: LiveNode, allocation_id: str) -> None:
     with Line.to(life.path) as asker, Line.to(life.path) as ender:
         asker.say(NamespaceRequest(allocation_id, ALL, IMAGE))
         wait_until(lambda: life.state_of(allocation_id) is not AllocationState.UNKNOWN)
@@ -543,7 +545,7 @@ def test_an_end_that_overtakes_the_creation_undoes_it(life: Life, allocation_id:
 # --- It is not used ----------------------------------------------------------------------------
 
 
-def test_an_unclaimed_allocation_is_ended(idle_life: Life, allocation_id: str) -> None:
+def test_an_unclaimed_allocation_is_ended(idle_life: LiveNode, allocation_id: str) -> None:
     idle_life.start(claim_s=0.01)
     idle_life.obtain(allocation_id).close()
     wait_until(lambda: idle_life.is_released(allocation_id))
@@ -551,7 +553,7 @@ def test_an_unclaimed_allocation_is_ended(idle_life: Life, allocation_id: str) -
 
 
 @pytest.mark.clause("END-3")
-def test_a_connection_claims_it(idle_life: Life, allocation_id: str) -> None:
+def test_a_connection_claims_it(idle_life: LiveNode, allocation_id: str) -> None:
     idle_life.start(claim_s=0.01)
     handoff = idle_life.obtain(allocation_id)
     idle_life.obtain(f"{allocation_id}-unclaimed").close()
@@ -559,7 +561,7 @@ def test_a_connection_claims_it(idle_life: Life, allocation_id: str) -> None:
     assert not handoff.wait_ended(0.0)
 
 
-def test_a_process_in_it_claims_it(idle_life: Life, allocation_id: str) -> None:
+def test_a_process_in_it_claims_it(idle_life: LiveNode, allocation_id: str) -> None:
     idle_life.start(claim_s=0.01)
     handoff = idle_life.obtain(allocation_id)
     idle_life.spawn(handoff, "sleep", "infinity")
@@ -570,25 +572,25 @@ def test_a_process_in_it_claims_it(idle_life: Life, allocation_id: str) -> None:
     assert_still_alive(idle_life, allocation_id)
 
 
-def history_of(life: Life) -> list[tuple[on.Event, tuple[do.Effect, ...]]]:
+def history_of(life: LiveNode) -> list[tuple[on.Event, tuple[do.Effect, ...]]]:
     return list(life.provider.turns)
 
 
 # --- The grace ---------------------------------------------------------------------------------
 
 
-def test_without_a_grace_a_first_helper_is_the_end(life: Life, allocation_id: str) -> None:
+def test_without_a_grace_a_first_helper_is_the_end(life: LiveNode, allocation_id: str) -> None:
     handoff = life.obtain(allocation_id)
     life.spawn(handoff, "true").wait()
     assert handoff.wait_ended(LONG_S)
 
 
-def graces_of(life: Life) -> list[str]:
+def graces_of(life: LiveNode) -> list[str]:
     return life.provider.ask(lambda: list(life.provider.provider._watcher._graces))
 
 
 @pytest.mark.clause("END-7")
-def test_within_the_grace_the_next_process_goes_on(idle_life: Life, allocation_id: str) -> None:
+def test_within_the_grace_the_next_process_goes_on(idle_life: LiveNode, allocation_id: str) -> None:
     idle_life.start(empty_grace_s=LONG_S)
     handoff = idle_life.obtain(allocation_id)
     idle_life.spawn(handoff, "true").wait()
@@ -598,7 +600,7 @@ def test_within_the_grace_the_next_process_goes_on(idle_life: Life, allocation_i
     assert_still_alive(idle_life, allocation_id)
 
 
-def test_after_the_grace_it_is_over(idle_life: Life, allocation_id: str) -> None:
+def test_after_the_grace_it_is_over(idle_life: LiveNode, allocation_id: str) -> None:
     idle_life.start(empty_grace_s=0.05)
     handoff = idle_life.obtain(allocation_id)
     idle_life.spawn(handoff, "true").wait()
@@ -609,7 +611,7 @@ def test_after_the_grace_it_is_over(idle_life: Life, allocation_id: str) -> None
 
 
 @pytest.fixture
-def draining(idle_life: Life, allocation_id: str) -> Iterator[Handoff]:
+def draining(idle_life: LiveNode, allocation_id: str) -> Iterator[Handoff]:
     """An allocation that is ended, and has a dead process that its parent has not reaped."""
     idle_life.start(release_s=0.1)
     handoff = idle_life.obtain(allocation_id)
@@ -623,14 +625,16 @@ def draining(idle_life: Life, allocation_id: str) -> Iterator[Handoff]:
     assert idle_life.world.leftovers() == []
 
 
-def entry_of(life: Life, name: str) -> Entry:
+def entry_of(life: LiveNode, name: str) -> Entry:
     journal = life.world.program_now._journal
     assert journal is not None
     return next(entry for entry in journal.entries() if entry.allocation_id == name)
 
 
 @pytest.mark.clause("END-9")
-def test_what_does_not_die_is_named(idle_life: Life, draining: Handoff, allocation_id: str) -> None:
+def test_what_does_not_die_is_named(
+    idle_life: LiveNode, draining: Handoff, allocation_id: str
+) -> None:
     zombie = str(idle_life.world._entangled[allocation_id].pid)
     ask, kernel = idle_life.provider.ask, idle_life.provider.provider.kernel
     wait_until(lambda: zombie in ask(lambda: kernel.drain_of(allocation_id)))
@@ -638,27 +642,31 @@ def test_what_does_not_die_is_named(idle_life: Life, draining: Handoff, allocati
 
 
 def test_its_end_is_announced_at_the_deadline(
-    idle_life: Life, draining: Handoff, allocation_id: str
+    idle_life: LiveNode, draining: Handoff, allocation_id: str
 ) -> None:
     assert draining.wait_ended(LONG_S)
     assert idle_life.state_of(allocation_id) is AllocationState.ENDED
 
 
-def test_it_does_not_delay_others(idle_life: Life, draining: Handoff, allocation_id: str) -> None:
+def test_it_does_not_delay_others(
+    idle_life: LiveNode, draining: Handoff, allocation_id: str
+) -> None:
     other = idle_life.obtain(f"{allocation_id}-other")
     assert other.end(LONG_S)
     assert idle_life.state_of(allocation_id) is AllocationState.ENDED
 
 
 @pytest.mark.clause("LIFE-7")
-def test_its_id_is_not_given_again(idle_life: Life, draining: Handoff, allocation_id: str) -> None:
+def test_its_id_is_not_given_again(
+    idle_life: LiveNode, draining: Handoff, allocation_id: str
+) -> None:
     assert draining.wait_ended(LONG_S)
     with pytest.raises(CreationFailed, match="not released"):
         idle_life.obtain(allocation_id)
 
 
 def test_it_is_found_again_by_the_next_provider(
-    idle_life: Life, draining: Handoff, allocation_id: str
+    idle_life: LiveNode, draining: Handoff, allocation_id: str
 ) -> None:
     idle_life.drop()
     idle_life.restart()
@@ -669,7 +677,7 @@ def test_it_is_found_again_by_the_next_provider(
 
 
 @pytest.mark.clause("CRASH-2")
-def test_the_next_provider_hands_over_the_same(life: Life, allocation_id: str) -> None:
+def test_the_next_provider_hands_over_the_same(life: LiveNode, allocation_id: str) -> None:
     first = life.obtain(allocation_id, ALL, IMAGE)
     life.drop()
     life.restart()
@@ -678,7 +686,7 @@ def test_the_next_provider_hands_over_the_same(life: Life, allocation_id: str) -
     assert (again.identities, again.response) == (first.identities, first.response)
 
 
-def test_the_next_provider_sees_the_end(life: Life, allocation_id: str) -> None:
+def test_the_next_provider_sees_the_end(life: LiveNode, allocation_id: str) -> None:
     process = life.spawn(life.obtain(allocation_id), "sleep", "infinity")
     life.drop()
     life.restart()
@@ -689,7 +697,7 @@ def test_the_next_provider_sees_the_end(life: Life, allocation_id: str) -> None:
 
 
 @pytest.mark.clause("CRASH-4")
-def test_what_ended_meanwhile_is_released_at_the_start(life: Life, allocation_id: str) -> None:
+def test_what_ended_meanwhile_is_released_at_the_start(life: LiveNode, allocation_id: str) -> None:
     process = life.spawn(life.obtain(allocation_id), "sleep", "infinity")
     life.drop()
     process.kill()
@@ -698,7 +706,7 @@ def test_what_ended_meanwhile_is_released_at_the_start(life: Life, allocation_id
     wait_until(lambda: life.is_released(allocation_id))
 
 
-def test_what_is_not_claimed_after_a_restart_is_ended(life: Life, allocation_id: str) -> None:
+def test_what_is_not_claimed_after_a_restart_is_ended(life: LiveNode, allocation_id: str) -> None:
     life.obtain(allocation_id)
     life.drop()
     life.restart(claim_s=0.01)
@@ -706,7 +714,9 @@ def test_what_is_not_claimed_after_a_restart_is_ended(life: Life, allocation_id:
 
 
 @pytest.mark.clause("CRASH-6")
-def test_what_was_released_is_still_known_after_a_restart(life: Life, allocation_id: str) -> None:
+def test_what_was_released_is_still_known_after_a_restart(
+    life: LiveNode, allocation_id: str
+) -> None:
     assert life.obtain(allocation_id).end(LONG_S)
     life.drop()
     life.restart()
@@ -714,7 +724,7 @@ def test_what_was_released_is_still_known_after_a_restart(life: Life, allocation
 
 
 @pytest.mark.clause("LIFE-2", "CRASH-1")
-def test_a_process_survives_the_provider(life: Life, allocation_id: str) -> None:
+def test_a_process_survives_the_provider(life: LiveNode, allocation_id: str) -> None:
     process = life.spawn(life.obtain(allocation_id), "sleep", "infinity")
     life.drop()
     assert process.poll() is None

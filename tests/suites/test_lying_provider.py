@@ -29,7 +29,7 @@ from tests.support.consumers import FORMS, Form
 from tests.support.programs import run_program
 from transport.descriptors import DescriptorBundle
 from transport.request import Patience
-from transport.testing.lies import ALL, LIES, NET, Lie, Stage, after_a_request, telling
+from transport.testing.lies import ALL, LIES, NET, LiarSetup, Lie, after_a_request, telling
 from transport.testing.peer import Liar, Line, Script, confirm_ends, copies_of, wait_until
 
 pytestmark = pytest.mark.needs_root
@@ -50,7 +50,7 @@ def service() -> Iterator[LinuxBackend]:
         yield backend
 
 
-class Rig(Stage):
+class LiarRig(LiarSetup):
     """What a lying provider has at hand, and the consumers that it is tried on."""
 
     def __init__(self, form: Form, path: Path, name: str, bundle: DescriptorBundle) -> None:
@@ -77,9 +77,9 @@ class Rig(Stage):
 @pytest.fixture(params=FORMS, ids=lambda form: form.__name__.lower())
 def rig(
     request: pytest.FixtureRequest, tmp_path: Path, service: LinuxBackend, allocation_id: str
-) -> Iterator[Rig]:
+) -> Iterator[LiarRig]:
     with service.bundle_of(TRUTH) as bundle:
-        made = Rig(request.param, tmp_path / "s", allocation_id, bundle)
+        made = LiarRig(request.param, tmp_path / "s", allocation_id, bundle)
         with made.stack:
             yield made
 
@@ -90,7 +90,7 @@ lies = pytest.mark.parametrize(("reason", "lie"), LIES.values(), ids=LIES.keys()
 @pytest.mark.clause("FD-8", "FD-9", "ERR-6")
 @lies
 def test_a_lie_is_caught_and_the_consumer_serves_itself(
-    rig: Rig, service: LinuxBackend, reason: str, lie: Lie
+    rig: LiarRig, service: LinuxBackend, reason: str, lie: Lie
 ) -> None:
     rig.lie(telling(rig, lie))
     with rig.obtain(service=service) as handoff:
@@ -104,7 +104,7 @@ def test_a_lie_is_caught_and_the_consumer_serves_itself(
 @pytest.mark.clause("FD-10", "SELF-8")
 @lies
 def test_a_lie_is_raised_told_to_the_liar_and_followed_by_the_end(
-    rig: Rig, reason: str, lie: Lie
+    rig: LiarRig, reason: str, lie: Lie
 ) -> None:
     before = rig.copies()
     liar = rig.lie(telling(rig, lie))
@@ -116,7 +116,7 @@ def test_a_lie_is_raised_told_to_the_liar_and_followed_by_the_end(
     assert liar.told(1) == [rig.ended]
 
 
-def test_one_descriptor_too_many_is_noticed_below_the_limit(rig: Rig) -> None:
+def test_one_descriptor_too_many_is_noticed_below_the_limit(rig: LiarRig) -> None:
     before = rig.copies()
     rig.lie(lambda line: line.say(replace(rig.honest, fd_types=(NET,)), rig.fds[1:]))
     with pytest.raises(FdPassing, match=r"announces 1 .* came with 2"):
@@ -124,7 +124,7 @@ def test_one_descriptor_too_many_is_noticed_below_the_limit(rig: Rig) -> None:
     assert rig.copies() == before
 
 
-def test_a_mount_path_that_is_missing_is_noticed(rig: Rig) -> None:
+def test_a_mount_path_that_is_missing_is_noticed(rig: LiarRig) -> None:
     rig.lie(lambda line: line.say(rig.honest, rig.fds))
     with pytest.raises(FdPassing, match="uenv_mount_path must be there"):
         rig.consumer().obtain(replace(rig.request, uenv_image="hello.sqfs"))
@@ -132,7 +132,7 @@ def test_a_mount_path_that_is_missing_is_noticed(rig: Rig) -> None:
 
 @pytest.mark.parametrize("descriptors", [1, 2, 3])
 def test_descriptors_that_the_consumer_has_no_number_for_are_missed(
-    rig: Rig, descriptors: int
+    rig: LiarRig, descriptors: int
 ) -> None:
     script = """
 import os, resource, sys
@@ -161,7 +161,9 @@ assert os.listdir("/proc/self/fd") == before
     assert result.returncode == 0, result.stderr
 
 
-def test_an_answer_that_stalls_is_given_up_at_the_deadline(rig: Rig, service: LinuxBackend) -> None:
+def test_an_answer_that_stalls_is_given_up_at_the_deadline(
+    rig: LiarRig, service: LinuxBackend
+) -> None:
     def stall(line: Line) -> None:
         line.say(rig.frame[:-1], rig.fds)
         confirm_ends(line)
@@ -176,7 +178,7 @@ def test_an_answer_that_stalls_is_given_up_at_the_deadline(rig: Rig, service: Li
 
 
 def test_a_stalled_answer_that_goes_on_as_an_end_is_no_confirmation(
-    rig: Rig, service: LinuxBackend
+    rig: LiarRig, service: LinuxBackend
 ) -> None:
     def stall(line: Line) -> None:
         line.say(rig.frame[:-1], rig.fds)
@@ -194,7 +196,7 @@ def test_a_stalled_answer_that_goes_on_as_an_end_is_no_confirmation(
 # --- Lies once the answer is there ---------------------------------------------------------------
 
 
-def test_a_second_answer_is_closed_and_the_first_is_kept(rig: Rig) -> None:
+def test_a_second_answer_is_closed_and_the_first_is_kept(rig: LiarRig) -> None:
     def answer_twice(line: Line) -> None:
         line.say(rig.honest, rig.fds)
         line.say(rig.honest, rig.fds)
@@ -208,7 +210,7 @@ def test_a_second_answer_is_closed_and_the_first_is_kept(rig: Rig) -> None:
         assert handoff.identities == tuple(map(INSPECTOR.inspect, handoff.bundle.filenos()))
 
 
-def test_a_response_is_no_confirmation_of_an_end(rig: Rig) -> None:
+def test_a_response_is_no_confirmation_of_an_end(rig: LiarRig) -> None:
     def answer_ends_with_responses(line: Line) -> None:
         line.say(rig.honest, rig.fds)
         while line.hear() is not None:
@@ -227,7 +229,7 @@ def test_a_response_is_no_confirmation_of_an_end(rig: Rig) -> None:
     "error", [CreationFailed("no"), SocketUnavailable("no"), FdPassing("no")], ids=repr
 )
 def test_an_error_that_answers_nothing_costs_the_connection_only(
-    rig: Rig, error: NamespaceError
+    rig: LiarRig, error: NamespaceError
 ) -> None:
     def err(line: Line) -> None:
         line.say(rig.honest, rig.fds)
@@ -240,7 +242,7 @@ def test_an_error_that_answers_nothing_costs_the_connection_only(
         assert not handoff.bundle.closed
 
 
-def test_pushes_without_end_are_one_end(rig: Rig) -> None:
+def test_pushes_without_end_are_one_end(rig: LiarRig) -> None:
     def push(line: Line) -> None:
         line.say(rig.honest, rig.fds)
         while True:
@@ -253,7 +255,7 @@ def test_pushes_without_end_are_one_end(rig: Rig) -> None:
         assert handoff.end()
 
 
-def test_errors_without_end_do_not_keep_an_end_waiting(rig: Rig) -> None:
+def test_errors_without_end_do_not_keep_an_end_waiting(rig: LiarRig) -> None:
     def err(line: Line) -> None:
         line.say(rig.honest, rig.fds)
         line.hear()
@@ -268,7 +270,7 @@ def test_errors_without_end_do_not_keep_an_end_waiting(rig: Rig) -> None:
 # --- Odd, and true -----------------------------------------------------------------------------
 
 
-def test_an_answer_byte_by_byte_is_an_answer(rig: Rig) -> None:
+def test_an_answer_byte_by_byte_is_an_answer(rig: LiarRig) -> None:
     def dribble(line: Line) -> None:
         line.say(rig.frame[:1], rig.fds)
         for byte in rig.frame[1:]:
@@ -307,7 +309,7 @@ def _hang_up(line: Line) -> None:
     ids=["closes", "stops writing", "stops reading"],
 )
 def test_an_answer_whose_sender_leaves_at_once_is_an_answer(
-    rig: Rig, leave: Callable[[Line], None]
+    rig: LiarRig, leave: Callable[[Line], None]
 ) -> None:
     def answer(line: Line) -> None:
         line.say(rig.honest, rig.fds)
@@ -319,13 +321,13 @@ def test_an_answer_whose_sender_leaves_at_once_is_an_answer(
         assert not handoff.wait_ended(0.02)
 
 
-def test_a_provider_that_stops_writing_has_not_answered(rig: Rig) -> None:
+def test_a_provider_that_stops_writing_has_not_answered(rig: LiarRig) -> None:
     rig.lie(lambda line: line.sock.shutdown(socket.SHUT_WR))
     with pytest.raises(SocketUnavailable, match="closed the connection"):
         rig.obtain()
 
 
-def test_a_provider_that_stops_reading_can_still_answer(rig: Rig) -> None:
+def test_a_provider_that_stops_reading_can_still_answer(rig: LiarRig) -> None:
     def stop_reading(line: Line) -> None:
         line.sock.shutdown(socket.SHUT_RD)
         line.say(rig.honest, rig.fds)
@@ -335,7 +337,7 @@ def test_a_provider_that_stops_reading_can_still_answer(rig: Rig) -> None:
         assert not handoff.is_degraded
 
 
-def test_an_answer_in_the_compact_form_is_an_answer(rig: Rig) -> None:
+def test_an_answer_in_the_compact_form_is_an_answer(rig: LiarRig) -> None:
     name = rig.request.allocation_id.encode()
     body = (
         b"\x81\xb1NamespaceResponse\x93"

@@ -40,7 +40,7 @@ NEWCOMER: Final[ConnectionId] = 1_000_000
 
 ALIVE: Final = (AllocationState.CREATED, AllocationState.HANDED_OFF)
 
-Turn: TypeAlias = tuple[Event, tuple[Effect, ...]]
+Decision: TypeAlias = tuple[Event, tuple[Effect, ...]]
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Recording:
     """All that one kernel took in and decided, from its start on."""
 
     remembered: tuple[str, ...]
-    turns: list[Turn]
+    turns: list[Decision]
 
     def kernel(self, turns: int = 0) -> ProviderKernel:
         """Have a kernel that has come so far."""
@@ -66,7 +66,7 @@ class Recorder(ProviderKernel):
 
     def __init__(self, limits: Limits) -> None:
         super().__init__(LIMITS)
-        self._turns: list[Turn] = []
+        self._turns: list[Decision] = []
 
     def remember(self, names: Iterable[str]) -> None:
         super().remember(names := tuple(names))
@@ -121,7 +121,7 @@ anything_asked_in_time: Final = st.deferred(
 
 
 @dataclass(frozen=True)
-class Form:
+class Rewriting:
     """How to say the same in another way."""
 
     name: Callable[[str], str] = str
@@ -143,7 +143,7 @@ class Form:
             return replace(thing, **{name: self.of(value, name) for name, value in values.items()})
         return thing
 
-    def of_turns(self, turns: Iterable[Turn]) -> list[Turn]:
+    def of_turns(self, turns: Iterable[Decision]) -> list[Decision]:
         return [(self.of(event), tuple(self.of_all(effects))) for event, effects in turns]
 
     def of_all(self, effects: Iterable[Effect]) -> list[Effect]:
@@ -160,7 +160,7 @@ def same(one: Sequence[Effect], other: Sequence[Effect]) -> bool:
     )
 
 
-def check_form(recording: Recording, form: Form) -> None:
+def check_form(recording: Recording, form: Rewriting) -> None:
     """Play a recording in another form, and hold every decision to that form."""
     kernel = ProviderKernel(LIMITS)
     kernel.remember([form.of(name) for name in recording.remembered])
@@ -175,7 +175,9 @@ SHUFFLED: Final = dict(zip("abcdn", "zyxwv", strict=True))
 @given(anything_recorded)
 def test_names_mean_nothing(recording: Recording) -> None:
     """M3, with names that sort the other way."""
-    check_form(recording, Form(name=lambda name: f"{PREFIX}-{SHUFFLED[name[len(PREFIX) + 1]]}x"))
+    check_form(
+        recording, Rewriting(name=lambda name: f"{PREFIX}-{SHUFFLED[name[len(PREFIX) + 1]]}x")
+    )
 
 
 @given(anything_recorded, st.permutations(range(3)))
@@ -187,7 +189,7 @@ def test_namespaces_asked_for_in_another_order_come_in_that_order(
     def permuted(kinds: tuple[NamespaceType, ...]) -> tuple[NamespaceType, ...]:
         return tuple(kinds[index] for index in order if index < len(kinds))
 
-    check_form(recording, Form(kinds=permuted))
+    check_form(recording, Rewriting(kinds=permuted))
 
 
 @given(anything_asked_in_time, anything_asked_in_time, st.randoms(use_true_random=False))
@@ -195,7 +197,7 @@ def test_lives_that_share_nothing_do_not_notice_each_other(
     one: Recording, other: Recording, rng: Any
 ) -> None:
     """M1: in whatever order the steps of both come, each decides what it decides alone."""
-    apart = Form(name=lambda name: f"{name}-apart", connection=lambda number: number + 1000)
+    apart = Rewriting(name=lambda name: f"{name}-apart", connection=lambda number: number + 1000)
     begins, others = start_of(one), start_of(other)
     assert begins is not None
     assert others is not None
@@ -235,7 +237,7 @@ def ask(kernel: ProviderKernel, request: NamespaceRequest) -> list[Effect]:
     return list(effects)
 
 
-def requests_alive(kernel: ProviderKernel, turns: Iterable[Turn]) -> list[NamespaceRequest]:
+def requests_alive(kernel: ProviderKernel, turns: Iterable[Decision]) -> list[NamespaceRequest]:
     """Under which requests the living allocations are alive."""
     found: dict[str, NamespaceRequest] = {}
     for event, effects in turns:
@@ -287,7 +289,7 @@ def test_a_crash_at_rest_is_not_noticed(recording: Recording, where: float) -> N
         assert kernel.receive(end) == recovered.receive(end)
 
 
-def _is_sending(past: list[Turn]) -> bool:
+def _is_sending(past: list[Decision]) -> bool:
     """Whether a response has been asked for that is not reported yet."""
     asked = sum(isinstance(effect, do.HandOver) for _, effects in past for effect in effects)
     said = sum(isinstance(event, on.ResponseSent | on.ResponseNotSent) for event, _ in past)
@@ -298,12 +300,12 @@ def _is_release(event: Event) -> bool:
     return isinstance(event, on.NamespacesReleased)
 
 
-def _response(past: list[Turn], name: str) -> Any:
+def _response(past: list[Decision], name: str) -> Any:
     answers = (on.NamespacesCreated, on.CreatedAdopted, on.HandedOffAdopted)
     return [e.response for e, _ in past if isinstance(e, answers) and e.allocation_id == name][-1]
 
 
-def _open(past: list[Turn]) -> list[ConnectionId]:
+def _open(past: list[Decision]) -> list[ConnectionId]:
     opened = [event.connection for event, _ in past if isinstance(event, on.ConnectionOpened)]
     lost = [event.connection for event, _ in past if isinstance(event, on.ConnectionLost)]
     return sorted(set(opened) - set(lost))

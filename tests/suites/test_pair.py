@@ -26,8 +26,8 @@ from statemachine.messages import (
 from statemachine.states import ConsumerState, NoticeState
 from statemachine.testing.explore import BY_ITSELF, Bounds, Explorer, Move
 from statemachine.testing.explore.explorer import _first, _make, _moves
-from statemachine.testing.explore.ground import may_crash
 from statemachine.testing.explore.liveness import check_at_rest
+from statemachine.testing.explore.server import may_crash
 from statemachine.testing.explore.world import NOTHING
 
 PID, NET, MOUNT = NamespaceType.PID, NamespaceType.NET, NamespaceType.MOUNT
@@ -42,7 +42,7 @@ REQUESTS: Final = (
 WIDE: Final = Bounds(
     consumers=3,
     requests=REQUESTS,
-    wishes=None,
+    requests_each=None,
     connections=6,
     crashes=None,
     faults=None,
@@ -91,7 +91,7 @@ class Pair(RuleBasedStateMachine):
         moves = self.moves(kinds[pick % len(kinds)])
         self.make(moves[pick // len(kinds) % len(moves)])
 
-    @precondition(lambda self: may_crash(self.setting, self.world.ground) and self.moves("read"))
+    @precondition(lambda self: may_crash(self.setting, self.world.server) and self.moves("read"))
     @rule(pick=_pick, effects=st.integers(0, 3))
     def the_provider_dies_on_the_way(self, pick: int, effects: int) -> None:
         reads = self.moves("read")
@@ -105,7 +105,7 @@ class Pair(RuleBasedStateMachine):
                 break
             self.make(moves[0])
         assert not moves, "it never comes to rest"
-        check_at_rest(self.setting, self.world.ground, self.world.clients)
+        check_at_rest(self.setting, self.world.server, self.world.clients)
 
     def clear(self) -> None:
         """Let every consumer go and nothing be claimed; afterwards nothing is left."""
@@ -115,7 +115,7 @@ class Pair(RuleBasedStateMachine):
         while moves := self.moves("expire"):
             self.make(moves[0])
         self.settle()
-        assert not any(node.life or node.jobs or node.timers for node in self.world.ground.nodes)
+        assert not any(node.life or node.jobs or node.timers for node in self.world.server.nodes)
 
     def teardown(self) -> None:
         self.settle()
@@ -148,7 +148,7 @@ def replay(*moves: Move) -> tuple[ConsumerState, NoticeState, list[int]]:
     world = explorer.replay(moves)
     views = [explorer._setting.kernels.consumer_views[client.kernel] for client in world.clients]
     *_, view = [view for view in views if view is not None]
-    return view.hold, view.notice, [node.life for node in world.ground.nodes]
+    return view.hold, view.notice, [node.life for node in world.server.nodes]
 
 
 @pytest.mark.clause("SELF-7")
@@ -190,7 +190,7 @@ BROKEN: Final[list[tuple[str, list[str]]]] = [
     ("pushed astray", always.end_is_told_only_to_whom_it_concerns([(9, 1)], [(8, 1)])),
     ("never heard", always.every_holder_has_heard([(9, 1)], [(8, 1)], [1], [9])),
     ("two sets", always.at_most_one_live_set([("c", "a")], [], [("c", "a")])),
-    ("swapped", always.answers_come_in_order([("read", OVER), ("sent", GIVEN)], is_closed=False)),
+    ("permuted", always.answers_come_in_order([("read", OVER), ("sent", GIVEN)], is_closed=False)),
     (
         "answered twice",
         always.answers_come_in_order(
@@ -230,10 +230,10 @@ def test_no_invariant_forbids_what_is_right() -> None:
     ]
     assert always.told_unasked(history) == ["a"]
     assert always.unanswered(history) == []
-    farewell: list[always.Spoken] = [("sent", SocketUnavailable("user 7 may not"))]
+    closing: list[always.Spoken] = [("sent", SocketUnavailable("user 7 may not"))]
     always.require(
         always.answers_come_in_order(history, is_closed=True),
-        always.answers_come_in_order(farewell, is_closed=True),
+        always.answers_come_in_order(closing, is_closed=True),
         always.every_message_is_answered(history),
         always.nothing_follows_a_close(["sent", "closed"]),
         always.response_answers_its_request(ASKED, GIVEN),

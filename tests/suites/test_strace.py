@@ -1,8 +1,8 @@
 """The real daemon while the kernel refuses it something: failures made below Python, by strace.
 
-What `test_faults.py` does at the door of the program, this does at the kernel's, to the program as
-it is started on a node, with its threads and its forge: also what never passes the door, because
-the interpreter asks for it, and also EINTR, which the interpreter repeats.
+`test_faults.py` makes calls fail in the program's own hook; this makes the kernel refuse them, to
+the program as it is started on a node, with its threads and its forge: also calls that the
+interpreter makes past the hook, and also EINTR, which the interpreter repeats.
 """
 
 from __future__ import annotations

@@ -208,7 +208,7 @@ ATTEMPTS: Final[Mapping[str, Attempt]] = {
 """The rows of chapter 18."""
 
 
-class Node:
+class SharedNode:
     """A daemon whose places can be reached by every user, and an allocation that is alive."""
 
     def __init__(self, daemon: Daemon, cgroup2: Path, image: Path, stack: ExitStack) -> None:
@@ -317,7 +317,7 @@ def make_tempting_image(image: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def node(cgroup2: Path) -> Iterator[Node]:
+def node(cgroup2: Path) -> Iterator[SharedNode]:
     # Below pytest's own directories no other user could reach anything.
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         directory, images = Path(folder), Path(folder) / "images"
@@ -330,7 +330,7 @@ def node(cgroup2: Path) -> Iterator[Node]:
         daemon.start()
         try:
             with stack:
-                yield Node(daemon, cgroup2, image, stack)
+                yield SharedNode(daemon, cgroup2, image, stack)
         finally:
             daemon.clear()
             daemon.stop()
@@ -347,7 +347,9 @@ TRIED: Final = [
 @pytest.mark.sample(2)
 @pytest.mark.clause("PEER-18")
 @pytest.mark.parametrize(("name", "who"), TRIED)
-def test_what_is_tried_comes_to_what_the_chapter_says(node: Node, name: str, who: str) -> None:
+def test_what_is_tried_comes_to_what_the_chapter_says(
+    node: SharedNode, name: str, who: str
+) -> None:
     attempt, before = ATTEMPTS[name], node.standing()
     expected = getattr(attempt, who)
     assert node.comes_of(attempt, who) == (CAN if expected == IN_VAIN else expected)
@@ -358,7 +360,9 @@ def test_what_is_tried_comes_to_what_the_chapter_says(node: Node, name: str, who
 
 
 @pytest.mark.clause("PEER-19")
-def test_a_launcher_in_an_allocation_may_have_another_one(node: Node, allocation_id: str) -> None:
+def test_a_launcher_in_an_allocation_may_have_another_one(
+    node: SharedNode, allocation_id: str
+) -> None:
     places = ("--socket", str(node.daemon.socket), "--id", allocation_id, "--fallback", "never")
     words = ("run", "--namespaces", "net,mount", *places, "--", "echo", "nested")
     with node.obtain(*BESIDE) as handoff:
@@ -389,7 +393,9 @@ signal.pause()
 LEAVING: Final = "write(here['top'] + '/cgroup.procs', b'0')"
 
 
-def left_behind(node: Node, kinds: tuple[NamespaceType, ...], uid: int, before: str = "") -> Path:
+def left_behind(
+    node: SharedNode, kinds: tuple[NamespaceType, ...], uid: int, before: str = ""
+) -> Path:
     """End an allocation in which a process was left; where the process is, or was, in /proc."""
     with node.obtain(*kinds) as handoff:
         # What leaves its scope must not be what ends the allocation.
@@ -424,18 +430,18 @@ def place_of(inner: int, words: tuple[str, ...]) -> Path:
 @pytest.mark.parametrize("uid", [0, USER])
 @pytest.mark.parametrize("kinds", [INSIDE, BESIDE], ids=["with a PID namespace", "without"])
 def test_a_process_without_parent_and_session_ends_with_its_allocation(
-    node: Node, kinds: tuple[NamespaceType, ...], uid: int
+    node: SharedNode, kinds: tuple[NamespaceType, ...], uid: int
 ) -> None:
     assert is_over(left_behind(node, kinds, uid))
 
 
 @pytest.mark.clause("END-8")
-def test_root_that_has_left_its_scope_ends_with_its_pid_namespace(node: Node) -> None:
+def test_root_that_has_left_its_scope_ends_with_its_pid_namespace(node: SharedNode) -> None:
     assert is_over(left_behind(node, INSIDE, 0, LEAVING))
 
 
 def test_root_that_has_left_its_scope_outlives_its_allocation_without_a_pid_namespace(
-    node: Node,
+    node: SharedNode,
 ) -> None:
     place = left_behind(node, BESIDE, 0, LEAVING)
     assert not is_over(place)
@@ -450,7 +456,7 @@ def test_root_that_has_left_its_scope_outlives_its_allocation_without_a_pid_name
 
 @pytest.mark.clause("PEER-18", "RUN-7")
 def test_a_user_who_locks_all_that_can_be_opened_of_a_scope_does_not_mislead_run(
-    node: Node, allocation_id: str
+    node: SharedNode, allocation_id: str
 ) -> None:
     scope = node.scope_of(allocation_id)
     scope.mkdir()
@@ -479,7 +485,7 @@ def test_a_user_who_locks_all_that_can_be_opened_of_a_scope_does_not_mislead_run
         scope.rmdir()
 
 
-def test_a_user_can_pretend_to_be_an_anchor_that_was_lost(node: Node) -> None:
+def test_a_user_can_pretend_to_be_an_anchor_that_was_lost(node: SharedNode) -> None:
     """It only keeps what has ended from being released, until that user's process ends."""
     token = os.getxattr(node.scope_of(node.victim.request.allocation_id), OWNER_ATTRIBUTE).decode()
     with subprocess.Popen(

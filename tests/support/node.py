@@ -14,7 +14,7 @@ from subprocess import CompletedProcess
 
 from tests.support.programs import Daemon, nshandoff, running, wait_until
 
-Outcome = tuple[int, str]
+CommandResult = tuple[int, str]
 """Exit status, and all that was printed."""
 
 
@@ -25,13 +25,13 @@ class Verbs:
         self.name = name
         self.daemon = Daemon(directory, image_root)
 
-    def serve(self) -> Outcome:
+    def serve(self) -> CommandResult:
         daemon = self.daemon
         daemon.begin()
         wait_until(lambda: not daemon.is_running() or '"event": "ready"' in daemon.log.read_text())
         return 0 if daemon.is_running() else daemon.stop(), daemon.log.read_text()
 
-    def request(self) -> Outcome:
+    def request(self) -> CommandResult:
         """With `list` and `doctor` while the allocation is alive."""
         words = ("--socket", self.daemon.socket, "--fallback", "never", "--namespaces", "pid,net")
         with running("request", *words, "--id", f"{self.name}-request", "--end") as program:
@@ -51,27 +51,27 @@ class Verbs:
             ]
         )
 
-    def run(self) -> Outcome:
+    def run(self) -> CommandResult:
         return self._run(self.daemon.socket, "--fallback", "never")
 
-    def image(self) -> Outcome:
+    def image(self) -> CommandResult:
         return self._run(self.daemon.socket, "--fallback", "never", "--uenv", "hello.sqfs")
 
-    def alone(self) -> Outcome:
+    def alone(self) -> CommandResult:
         """`run` without a provider."""
         return self._run(self.daemon.socket.with_name("absent"))
 
-    def demo(self) -> Outcome:
+    def demo(self) -> CommandResult:
         return outcome(nshandoff("demo"))
 
-    def _run(self, socket: Path, *words: str) -> Outcome:
+    def _run(self, socket: Path, *words: str) -> CommandResult:
         look = ("sh", "-c", 'echo "pid $$"; cat "$0" 2>/dev/null; true')
         text = self.daemon.uenv_base / "hello" / "hello.txt"
         kinds = ("--namespaces", "pid,net,mount", "--id", f"{self.name}-run")
         return outcome(nshandoff("run", "--socket", socket, *kinds, *words, "--", *look, text))
 
 
-def outcome(done: CompletedProcess[str]) -> Outcome:
+def outcome(done: CompletedProcess[str]) -> CommandResult:
     return done.returncode, done.stdout + done.stderr
 
 

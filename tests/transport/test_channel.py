@@ -72,7 +72,7 @@ def response(*types: NamespaceType, path: str | None = None) -> NamespaceRespons
     return NamespaceResponse("a", types, path)
 
 
-class Wire(NamedTuple):
+class RawPeer(NamedTuple):
     """A raw socket, and the channel at its other end."""
 
     sock: socket.socket
@@ -107,10 +107,10 @@ class Wire(NamedTuple):
 
 
 @contextmanager
-def wire_to(*, accepts_descriptors: bool = True, takes_one: bool = False) -> Iterator[Wire]:
+def wire_to(*, accepts_descriptors: bool = True, takes_one: bool = False) -> Iterator[RawPeer]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours, Channel(theirs, accepts_descriptors=accepts_descriptors) as channel:
-        yield Wire(ours, channel, takes_one)
+        yield RawPeer(ours, channel, takes_one)
 
 
 @pytest.fixture(params=[False, True], ids=["all", "one"])
@@ -119,20 +119,20 @@ def takes_one(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture
-def consumer(takes_one: bool) -> Iterator[Wire]:
+def consumer(takes_one: bool) -> Iterator[RawPeer]:
     """A consumer's channel, and the raw socket in place of its provider's."""
     with wire_to(takes_one=takes_one) as wire:
         yield wire
 
 
 @pytest.fixture
-def provider(takes_one: bool) -> Iterator[Wire]:
+def provider(takes_one: bool) -> Iterator[RawPeer]:
     """A provider's channel, and the raw socket in place of its consumer's."""
     with wire_to(accepts_descriptors=False, takes_one=takes_one) as wire:
         yield wire
 
 
-class Pair(NamedTuple):
+class ChannelPair(NamedTuple):
     """Two channels, connected."""
 
     provider: Channel
@@ -140,13 +140,13 @@ class Pair(NamedTuple):
 
 
 @pytest.fixture
-def pair() -> Iterator[Pair]:
+def pair() -> Iterator[ChannelPair]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with (
         Channel(ours, accepts_descriptors=False) as provider,
         Channel(theirs, accepts_descriptors=True) as consumer,
     ):
-        yield Pair(provider, consumer)
+        yield ChannelPair(provider, consumer)
 
 
 Handed = tuple[Message, list[int]]
@@ -177,7 +177,7 @@ def rejection(received: Sequence[Received]) -> str:
     return rejected.error.reason
 
 
-def test_basic_handoff(pair: Pair) -> None:
+def test_basic_handoff(pair: ChannelPair) -> None:
     request = NamespaceRequest("a", (MOUNT, PID))
     pair.consumer.send(request)
     assert taken(pair.provider.receive()) == [(request, [])]
@@ -250,7 +250,7 @@ class Plan:
         return next((group for first, group in groups if group and start <= first < end), ())
 
 
-def deliver(plan: Plan, wire: Wire, ways: Iterable[Sequence[int]]) -> None:
+def deliver(plan: Plan, wire: RawPeer, ways: Iterable[Sequence[int]]) -> None:
     expected = plan.expected
     for cuts in ways:
         for chunk in plan.chunks(cuts):
@@ -358,7 +358,7 @@ def test_any_messages_survive_any_cuts(messages: list[Message], data: st.DataObj
 
 
 @pytest.mark.parametrize("bytes_ahead", [1, 4, 20])
-def test_descriptors_that_come_late_are_rejected(consumer: Wire, bytes_ahead: int) -> None:
+def test_descriptors_that_come_late_are_rejected(consumer: RawPeer, bytes_ahead: int) -> None:
     frame = frame_of(response(NET))
     with Plan([response(NET)]) as plan:
         consumer.send(frame[:bytes_ahead])
@@ -368,7 +368,7 @@ def test_descriptors_that_come_late_are_rejected(consumer: Wire, bytes_ahead: in
         assert rejection(consumer.receive()) == reason
 
 
-def test_descriptors_that_come_late_in_one_read_cannot_be_told_apart(consumer: Wire) -> None:
+def test_descriptors_that_come_late_in_one_read_cannot_be_told_apart(consumer: RawPeer) -> None:
     # Linux joins both writes into one read, and says nothing of where the second began.
     frame = frame_of(response(NET))
     with Plan([response(NET)]) as plan:
@@ -377,7 +377,7 @@ def test_descriptors_that_come_late_in_one_read_cannot_be_told_apart(consumer: W
         assert taken(consumer.receive()) == plan.expected
 
 
-def test_a_peer_with_much_to_say_is_read_in_turns(provider: Wire) -> None:
+def test_a_peer_with_much_to_say_is_read_in_turns(provider: RawPeer) -> None:
     frame = frame_of(AllocationEnded("x" * 100))
     count = 2 * RECEIVE_BYTES_MAX // len(frame)
     provider.send(frame * count)
@@ -387,7 +387,7 @@ def test_a_peer_with_much_to_say_is_read_in_turns(provider: Wire) -> None:
     assert len(first) + len(provider.receive()) == count
 
 
-def test_a_peer_with_many_descriptors_is_read_in_turns(consumer: Wire) -> None:
+def test_a_peer_with_many_descriptors_is_read_in_turns(consumer: RawPeer) -> None:
     with Plan([response(NET)] * (RECEIVE_READS_MAX + 1)) as plan:
         for chunk in plan.chunks([]):
             consumer.send(*chunk)
@@ -396,7 +396,7 @@ def test_a_peer_with_many_descriptors_is_read_in_turns(consumer: Wire) -> None:
         assert taken(first + consumer.receive()) == plan.expected
 
 
-def test_is_mid_frame_from_the_first_byte_to_the_last(provider: Wire) -> None:
+def test_is_mid_frame_from_the_first_byte_to_the_last(provider: RawPeer) -> None:
     frame = frame_of(ENDED)
     assert not provider.channel.is_mid_frame
     for byte in frame[:-1]:
@@ -431,7 +431,7 @@ def test_is_mid_frame_from_the_first_byte_to_the_last(provider: Wire) -> None:
     ],
 )
 def test_a_wrong_number_of_descriptors_is_rejected(
-    consumer: Wire, message: Message, count: int, reason: str
+    consumer: RawPeer, message: Message, count: int, reason: str
 ) -> None:
     before = descriptors_open()
     consumer.give(frame_of(message), count)
@@ -442,7 +442,7 @@ def test_a_wrong_number_of_descriptors_is_rejected(
 
 @pytest.mark.parametrize("left", [0, 1, 2])
 def test_a_receiver_without_descriptors_left_rejects_and_keeps_none(
-    consumer: Wire, left: int
+    consumer: RawPeer, left: int
 ) -> None:
     with Plan([response(PID, NET, MOUNT)]) as plan:
         consumer.send(plan.stream, plan.descriptors[0])
@@ -456,7 +456,7 @@ def test_a_receiver_without_descriptors_left_rejects_and_keeps_none(
         )
 
 
-def test_with_exactly_enough_descriptors_left_all_are_delivered(consumer: Wire) -> None:
+def test_with_exactly_enough_descriptors_left_all_are_delivered(consumer: RawPeer) -> None:
     with Plan([response(PID, NET, MOUNT)]) as plan:
         consumer.send(plan.stream, plan.descriptors[0])
         with descriptors_left(3):
@@ -465,26 +465,26 @@ def test_with_exactly_enough_descriptors_left_all_are_delivered(consumer: Wire) 
 
 
 @pytest.mark.clause("FD-11")
-def test_a_provider_never_opens_what_a_consumer_sends(provider: Wire) -> None:
+def test_a_provider_never_opens_what_a_consumer_sends(provider: RawPeer) -> None:
     provider.give(frame_of(NamespaceRequest("a", (PID,))), SENDMSG_DESCRIPTORS_MAX)
     with descriptors_left(0):
         received = provider.receive()
     assert rejection(received) == "descriptors came with a frame; none are accepted here"
 
 
-def test_a_provider_takes_no_response(provider: Wire) -> None:
+def test_a_provider_takes_no_response(provider: RawPeer) -> None:
     provider.send(frame_of(response(PID)))
     assert rejection(provider.receive()).startswith("NamespaceResponse announces 1")
 
 
-def test_descriptors_that_come_twice_with_a_frame_are_rejected(consumer: Wire) -> None:
+def test_descriptors_that_come_twice_with_a_frame_are_rejected(consumer: RawPeer) -> None:
     frame = frame_of(response(PID, NET))
     consumer.give(frame[:10], 1)
     consumer.give(frame[10:], 1)
     assert rejection(consumer.receive()) == "descriptors came twice with one frame"
 
 
-def test_a_frame_that_never_ends_cannot_pile_up_descriptors(consumer: Wire) -> None:
+def test_a_frame_that_never_ends_cannot_pile_up_descriptors(consumer: RawPeer) -> None:
     frame = frame_of(response(PID, path="x" * 1000))
     before = descriptors_open()
     consumer.give(frame[:1], 3)
@@ -495,7 +495,7 @@ def test_a_frame_that_never_ends_cannot_pile_up_descriptors(consumer: Wire) -> N
     assert descriptors_open() == before
 
 
-def test_a_provider_rejects_descriptors_before_their_frame_is_whole(provider: Wire) -> None:
+def test_a_provider_rejects_descriptors_before_their_frame_is_whole(provider: RawPeer) -> None:
     provider.give(frame_of(ENDED)[:1], 1)
     assert rejection(provider.receive()).startswith("descriptors came with a frame")
 
@@ -513,7 +513,7 @@ each_garbage = pytest.mark.parametrize(("garbage", "reason"), GARBAGE.values(), 
 
 @each_garbage
 def test_garbage_is_rejected_after_what_came_before_it(
-    consumer: Wire, garbage: bytes, reason: str
+    consumer: RawPeer, garbage: bytes, reason: str
 ) -> None:
     with Plan([ENDED, response(MOUNT)]) as plan:
         for chunk in plan.chunks([]):
@@ -526,13 +526,13 @@ def test_garbage_is_rejected_after_what_came_before_it(
 
 @each_garbage
 def test_garbage_with_descriptors_leaves_none_open(
-    consumer: Wire, garbage: bytes, reason: str
+    consumer: RawPeer, garbage: bytes, reason: str
 ) -> None:
     consumer.give(garbage, 2)
     assert rejection(consumer.receive())
 
 
-def test_after_a_rejection_nothing_follows(consumer: Wire) -> None:
+def test_after_a_rejection_nothing_follows(consumer: RawPeer) -> None:
     consumer.send(encode_frame(b"\xc0"))
     assert rejection(consumer.receive())
     consumer.send(frame_of(ENDED))
@@ -542,7 +542,7 @@ def test_after_a_rejection_nothing_follows(consumer: Wire) -> None:
     assert consumer.receive() == []
 
 
-def test_the_rejected_can_read_why(provider: Wire) -> None:
+def test_the_rejected_can_read_why(provider: RawPeer) -> None:
     # What the peer sent meanwhile is unread when the channel closes, which resets the connection;
     # the answer is read before the reset is.
     provider.send(encode_frame(b"\xc0"))
@@ -556,7 +556,7 @@ def test_the_rejected_can_read_why(provider: Wire) -> None:
         provider.sock.recv(65_536)
 
 
-def test_a_reset_connection_is_lost(pair: Pair, takes_one: bool) -> None:
+def test_a_reset_connection_is_lost(pair: ChannelPair, takes_one: bool) -> None:
     pair.consumer.send(ENDED)
     pair.provider.close()
     lost = Lost("the connection broke: Connection reset by peer")
@@ -566,7 +566,7 @@ def test_a_reset_connection_is_lost(pair: Pair, takes_one: bool) -> None:
         assert pair.consumer.receive() == [lost]
 
 
-def test_the_end_of_the_stream_is_told_once(consumer: Wire) -> None:
+def test_the_end_of_the_stream_is_told_once(consumer: RawPeer) -> None:
     consumer.send(frame_of(ENDED))
     consumer.sock.close()
     delivery, lost = consumer.receive()
@@ -576,7 +576,7 @@ def test_the_end_of_the_stream_is_told_once(consumer: Wire) -> None:
 
 
 @pytest.mark.clause("FD-6")
-def test_a_frame_cut_short_is_lost_and_its_descriptors_closed(consumer: Wire) -> None:
+def test_a_frame_cut_short_is_lost_and_its_descriptors_closed(consumer: RawPeer) -> None:
     consumer.give(frame_of(response(PID, NET, MOUNT))[:-1], 3)
     before = descriptors_open()
     assert consumer.receive() == []
@@ -586,7 +586,7 @@ def test_a_frame_cut_short_is_lost_and_its_descriptors_closed(consumer: Wire) ->
     assert descriptors_open() == before
 
 
-def test_closing_a_channel_closes_what_it_holds(consumer: Wire) -> None:
+def test_closing_a_channel_closes_what_it_holds(consumer: RawPeer) -> None:
     consumer.give(frame_of(response(PID, NET, MOUNT))[:-1], 3)
     before = descriptors_open()
     assert consumer.receive() == []
@@ -647,7 +647,7 @@ def fill(channel: Channel) -> int:
 
 
 @pytest.fixture
-def narrow() -> Iterator[Wire]:
+def narrow() -> Iterator[RawPeer]:
     """A provider's channel with the smallest send buffer, and the raw socket it sends to."""
     with wire_to(accepts_descriptors=False) as wire:
         with socket.fromfd(wire.channel.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as sock:
@@ -667,7 +667,7 @@ def send_until_refused(channel: Channel, message: Message) -> tuple[int, str]:
     raise AssertionError
 
 
-def drain(wire: Wire) -> list[tuple[bytes, int]]:
+def drain(wire: RawPeer) -> list[tuple[bytes, int]]:
     """Read what has been sent so far: each read's bytes, and how many descriptors came."""
     reads: list[tuple[bytes, int]] = []
     while True:
@@ -681,7 +681,7 @@ def drain(wire: Wire) -> list[tuple[bytes, int]]:
 
 
 @pytest.mark.clause("FD-3")
-def test_descriptors_leave_once_however_often_the_rest_is_sent(narrow: Wire) -> None:
+def test_descriptors_leave_once_however_often_the_rest_is_sent(narrow: RawPeer) -> None:
     message = response(PID, NET, MOUNT, path="x" * 60_000)
     descriptors = memfds(3)
     narrow.channel.send(message, DescriptorBundle(message.fd_types, descriptors))
@@ -701,7 +701,7 @@ def test_descriptors_leave_once_however_often_the_rest_is_sent(narrow: Wire) -> 
 
 
 @pytest.mark.clause("PEER-14")
-def test_what_is_offered_while_there_is_no_room_is_not_kept(narrow: Wire) -> None:
+def test_what_is_offered_while_there_is_no_room_is_not_kept(narrow: RawPeer) -> None:
     message = response(NET)
     filled = fill(narrow.channel)
     refused = memfds(1)
@@ -716,7 +716,7 @@ def test_what_is_offered_while_there_is_no_room_is_not_kept(narrow: Wire) -> Non
 
 
 @pytest.mark.clause("PEER-14")
-def test_offers_that_found_no_room_do_not_count_among_what_waits(narrow: Wire) -> None:
+def test_offers_that_found_no_room_do_not_count_among_what_waits(narrow: RawPeer) -> None:
     fill(narrow.channel)
     before = repr(narrow.channel)
     for _ in range(OUTGOING_BUNDLES_MAX + 1):
@@ -725,7 +725,7 @@ def test_offers_that_found_no_room_do_not_count_among_what_waits(narrow: Wire) -
     assert send_until_refused(narrow.channel, response(NET))[0] == OUTGOING_BUNDLES_MAX
 
 
-def test_after_stop_sending_nothing_leaves_and_the_reason_is_said(narrow: Wire) -> None:
+def test_after_stop_sending_nothing_leaves_and_the_reason_is_said(narrow: RawPeer) -> None:
     filled = fill(narrow.channel)
     narrow.channel.send(ENDED)
     narrow.channel.stop_sending("enough")
@@ -736,7 +736,7 @@ def test_after_stop_sending_nothing_leaves_and_the_reason_is_said(narrow: Wire) 
 
 
 @pytest.mark.clause("FD-1")
-def test_descriptors_wait_while_there_is_no_room(narrow: Wire) -> None:
+def test_descriptors_wait_while_there_is_no_room(narrow: RawPeer) -> None:
     descriptors = memfds(1)
     filled = fill(narrow.channel)
     narrow.channel.send(response(NET), DescriptorBundle((NET,), descriptors))
@@ -750,7 +750,7 @@ def test_descriptors_wait_while_there_is_no_room(narrow: Wire) -> None:
     assert drain(narrow) == [(frame_of(response(NET)), 1)]
 
 
-def test_messages_leave_in_order_each_with_its_own_descriptors(narrow: Wire) -> None:
+def test_messages_leave_in_order_each_with_its_own_descriptors(narrow: RawPeer) -> None:
     large = response(PID, path="x" * 30_000)
     messages: list[Message] = [ENDED, large, response(NET, MOUNT), ENDED]
     with ExitStack() as stack:
@@ -768,7 +768,7 @@ def test_messages_leave_in_order_each_with_its_own_descriptors(narrow: Wire) -> 
         assert taken(received) == expected
 
 
-def test_the_longest_frame_goes_through(pair: Pair) -> None:
+def test_the_longest_frame_goes_through(pair: ChannelPair) -> None:
     overhead = len(encode_message(AllocationEnded("x" * 60_000))) - 60_000
     longest = AllocationEnded("x" * (FRAME_BYTES_MAX - overhead))
     for _ in range(5):
@@ -794,7 +794,7 @@ def test_the_longest_frame_goes_through(pair: Pair) -> None:
     ],
 )
 def test_a_bundle_that_the_message_does_not_announce_is_misuse(
-    pair: Pair, message: Message, types: tuple[NamespaceType, ...]
+    pair: ChannelPair, message: Message, types: tuple[NamespaceType, ...]
 ) -> None:
     bundle = DescriptorBundle(types, memfds(len(types)))
     name = type(message).__name__
@@ -806,7 +806,7 @@ def test_a_bundle_that_the_message_does_not_announce_is_misuse(
     assert taken(pair.consumer.receive()) == [(ENDED, [])]
 
 
-def test_a_message_that_cannot_be_encoded_closes_its_bundle(pair: Pair) -> None:
+def test_a_message_that_cannot_be_encoded_closes_its_bundle(pair: ChannelPair) -> None:
     for message in (response(PID, path="\ud800"), response(PID, path="x" * FRAME_BYTES_MAX)):
         bundle = DescriptorBundle((PID,), memfds(1))
         with pytest.raises(ValueError, match="NamespaceResponse"):
@@ -814,7 +814,7 @@ def test_a_message_that_cannot_be_encoded_closes_its_bundle(pair: Pair) -> None:
         assert bundle.closed
 
 
-def test_a_closed_channel_or_bundle_is_misuse(pair: Pair) -> None:
+def test_a_closed_channel_or_bundle_is_misuse(pair: ChannelPair) -> None:
     bundle = DescriptorBundle((PID, NET), memfds(2))
     bundle[NET].close()
     with pytest.raises(ValueError, match="closed"):
@@ -827,7 +827,7 @@ def test_a_closed_channel_or_bundle_is_misuse(pair: Pair) -> None:
     assert bundle.closed
 
 
-def test_a_channel_shows_how_it_stands(narrow: Wire) -> None:
+def test_a_channel_shows_how_it_stands(narrow: RawPeer) -> None:
     number = narrow.channel.fileno()
     assert repr(narrow.channel) == f"<Channel {number}: reading, 0 bytes wait to be sent>"
     fill(narrow.channel)
@@ -844,7 +844,7 @@ def test_a_channel_shows_how_it_stands(narrow: Wire) -> None:
     assert repr(narrow.channel) == "<Channel closed>"
 
 
-def test_a_lost_peer_closes_everything_that_waits(narrow: Wire) -> None:
+def test_a_lost_peer_closes_everything_that_waits(narrow: RawPeer) -> None:
     bundles = [DescriptorBundle((PID,), memfds(1)) for _ in range(3)]
     fill(narrow.channel)
     for bundle in bundles[:2]:
@@ -859,7 +859,7 @@ def test_a_lost_peer_closes_everything_that_waits(narrow: Wire) -> None:
     assert all(bundle.closed for bundle in bundles)
 
 
-def test_what_a_lost_peer_had_sent_is_still_received(provider: Wire) -> None:
+def test_what_a_lost_peer_had_sent_is_still_received(provider: RawPeer) -> None:
     provider.send(frame_of(ENDED))
     provider.sock.close()
     with pytest.raises(FdPassing, match="sending failed: Broken pipe"):
@@ -869,7 +869,7 @@ def test_what_a_lost_peer_had_sent_is_still_received(provider: Wire) -> None:
     assert isinstance(lost, Lost)
 
 
-def test_closing_a_channel_closes_what_waits_to_be_sent(narrow: Wire) -> None:
+def test_closing_a_channel_closes_what_waits_to_be_sent(narrow: RawPeer) -> None:
     fill(narrow.channel)
     bundle = DescriptorBundle((PID,), memfds(1))
     narrow.channel.send(response(PID), bundle)
@@ -879,14 +879,14 @@ def test_closing_a_channel_closes_what_waits_to_be_sent(narrow: Wire) -> None:
 
 
 @pytest.mark.clause("PEER-9")
-def test_a_peer_that_does_not_read_cannot_pile_up_bytes(narrow: Wire) -> None:
+def test_a_peer_that_does_not_read_cannot_pile_up_bytes(narrow: RawPeer) -> None:
     _, reason = send_until_refused(narrow.channel, AllocationEnded("x" * 60_000))
     assert re.search(r"the peer does not read: \d+ bytes wait", reason)
     assert not narrow.channel.wants_write
 
 
 @pytest.mark.clause("PEER-9")
-def test_a_peer_that_does_not_read_cannot_pile_up_descriptors(narrow: Wire) -> None:
+def test_a_peer_that_does_not_read_cannot_pile_up_descriptors(narrow: RawPeer) -> None:
     before = descriptors_open()
     fill(narrow.channel)
     for _ in range(OUTGOING_BUNDLES_MAX):
@@ -899,7 +899,7 @@ def test_a_peer_that_does_not_read_cannot_pile_up_descriptors(narrow: Wire) -> N
         narrow.channel.send(ENDED)
 
 
-def test_bundles_that_have_left_make_room_for_as_many(narrow: Wire) -> None:
+def test_bundles_that_have_left_make_room_for_as_many(narrow: RawPeer) -> None:
     fill(narrow.channel)
     for _ in range(OUTGOING_BUNDLES_MAX):
         narrow.channel.send(response(PID), DescriptorBundle((PID,), memfds(1)))
@@ -911,7 +911,7 @@ def test_bundles_that_have_left_make_room_for_as_many(narrow: Wire) -> None:
     assert sent == arrived > 0
 
 
-def test_exactly_as_much_may_wait_as_the_limit_says(narrow: Wire) -> None:
+def test_exactly_as_much_may_wait_as_the_limit_says(narrow: RawPeer) -> None:
     fill(narrow.channel)
     frame_bytes = OUTGOING_BYTES_MAX // 16
     padding = frame_bytes - len(frame_of(AllocationEnded("x" * 60_000)))
@@ -921,7 +921,7 @@ def test_exactly_as_much_may_wait_as_the_limit_says(narrow: Wire) -> None:
         narrow.channel.send(ENDED)
 
 
-def test_what_has_left_does_not_wait_any_more(narrow: Wire) -> None:
+def test_what_has_left_does_not_wait_any_more(narrow: RawPeer) -> None:
     message = response(PID, path="x" * 30_000)
     arrived = 0
     for _ in range(2 * OUTGOING_BUNDLES_MAX):
@@ -990,7 +990,7 @@ class DenyingSocket(socket.socket):
         return data, ancillary, flags, address
 
 
-def test_a_descriptor_may_get_the_number_of_a_stream_that_is_closed(consumer: Wire) -> None:
+def test_a_descriptor_may_get_the_number_of_a_stream_that_is_closed(consumer: RawPeer) -> None:
     stdin = os.dup(0)
     os.close(0)
     try:
@@ -1062,7 +1062,7 @@ def test_credentials_that_come_with_bytes_are_no_descriptors() -> None:
         assert receive_once(theirs, 1, SENDMSG_DESCRIPTORS_MAX) == (b"x", [], False, ())
 
 
-def test_a_peer_that_refuses_descriptors_is_told_by_the_sender(narrow: Wire) -> None:
+def test_a_peer_that_refuses_descriptors_is_told_by_the_sender(narrow: RawPeer) -> None:
     try:
         narrow.sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
     except OSError as error:

@@ -69,7 +69,7 @@ HASTY: Final = Patience(connect_s=0.05, answer_s=0.1, redial_s=0.02)
 """For providers that will not answer."""
 
 
-class Rig:
+class Bench:
     """Two nodes, a path, and the consumers and providers that a test starts; closed after it."""
 
     def __init__(self, form: Form, path: Path, name: str, stack: ExitStack) -> None:
@@ -133,17 +133,17 @@ class Rig:
 
 
 @pytest.fixture(params=FORMS, ids=lambda form: form.__name__.lower())
-def rig(request: pytest.FixtureRequest, tmp_path: Path, allocation_id: str) -> Iterator[Rig]:
+def rig(request: pytest.FixtureRequest, tmp_path: Path, allocation_id: str) -> Iterator[Bench]:
     """For either form of the consumer."""
     with ExitStack() as stack:
-        yield Rig(request.param, tmp_path / "s", allocation_id, stack)
+        yield Bench(request.param, tmp_path / "s", allocation_id, stack)
 
 
 @pytest.fixture
-def plain(tmp_path: Path, allocation_id: str) -> Iterator[Rig]:
+def plain(tmp_path: Path, allocation_id: str) -> Iterator[Bench]:
     """For tests of one form, or of both at once."""
     with ExitStack() as stack:
-        yield Rig(Consumer, tmp_path / "s", allocation_id, stack)
+        yield Bench(Consumer, tmp_path / "s", allocation_id, stack)
 
 
 class AtAnchor:
@@ -166,7 +166,7 @@ ORDERS: Final = [order for count in range(4) for order in permutations(ALL, coun
 @pytest.mark.clause("FD-5", "FD-12")
 @pytest.mark.parametrize("order", ORDERS, ids=str)
 def test_basic_a_handoff_has_what_was_asked_for_in_that_order(
-    rig: Rig, order: tuple[NamespaceType, ...]
+    rig: Bench, order: tuple[NamespaceType, ...]
 ) -> None:
     rig.provide()
     name = rig.wanted.allocation_id
@@ -181,14 +181,14 @@ def test_basic_a_handoff_has_what_was_asked_for_in_that_order(
     handoff.close()
 
 
-def test_the_mount_path_is_the_providers(rig: Rig) -> None:
+def test_the_mount_path_is_the_providers(rig: Bench) -> None:
     rig.provide()
     request = NamespaceRequest(rig.wanted.allocation_id, (MOUNT,), "hello.sqfs")
     with rig.consumer().obtain(request) as handoff:
         assert handoff.response.uenv_mount_path == "/run/pact/uenv/hello"
 
 
-def test_detached_descriptors_survive_the_handoff(rig: Rig) -> None:
+def test_detached_descriptors_survive_the_handoff(rig: Bench) -> None:
     rig.provide()
     with rig.obtain() as handoff:
         mine = [Descriptor(fd) for fd in handoff.bundle.detach()]
@@ -196,7 +196,7 @@ def test_detached_descriptors_survive_the_handoff(rig: Rig) -> None:
         assert rig.identities(bundle) == handoff.identities
 
 
-def test_the_seeds_method_keeps_the_handoff_to_be_taken(rig: Rig) -> None:
+def test_the_seeds_method_keeps_the_handoff_to_be_taken(rig: Bench) -> None:
     rig.provide()
     consumer = rig.consumer()
     response = consumer.request_namespaces(rig.wanted)
@@ -207,7 +207,7 @@ def test_the_seeds_method_keeps_the_handoff_to_be_taken(rig: Rig) -> None:
 
 
 def test_a_handoff_that_is_not_taken_is_closed_when_replaced_and_with_its_consumer(
-    rig: Rig,
+    rig: Bench,
 ) -> None:
     rig.provide()
     consumer, kept = rig.consumer(), []
@@ -253,7 +253,7 @@ def _surface(kind: type) -> dict[str, list[str] | None]:
     }
 
 
-def test_what_they_are_is_shown(rig: Rig) -> None:
+def test_what_they_are_is_shown(rig: Bench) -> None:
     rig.provide()
     consumer = rig.consumer()
     assert repr(consumer).endswith(f"onsumer of {str(rig.path)!r}, without self-service>")
@@ -409,7 +409,7 @@ unreachable = pytest.mark.parametrize(
 @pytest.mark.needs_root
 @unreachable
 def test_without_a_provider_the_consumer_serves_itself_loudly_and_in_time(
-    rig: Rig,
+    rig: Bench,
     caplog: pytest.LogCaptureFixture,
     situation: Callable[[Path], AbstractContextManager[object]],
     reason: str,
@@ -437,7 +437,7 @@ def test_without_a_provider_the_consumer_serves_itself_loudly_and_in_time(
 
 @pytest.mark.clause("SELF-16")
 def test_a_consumer_without_a_path_asks_no_provider_and_complains_of_none(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    rig: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     rig.path, audited = None, []  # type: ignore[assignment]
     monkeypatch.setattr(exchange, "begin_connect", None)  # a call would raise
@@ -455,14 +455,14 @@ def test_a_consumer_without_a_path_asks_no_provider_and_complains_of_none(
 @pytest.mark.needs_root
 @unreachable
 def test_without_self_service_the_original_error_is_raised(
-    rig: Rig, situation: Callable[[Path], AbstractContextManager[object]], reason: str
+    rig: Bench, situation: Callable[[Path], AbstractContextManager[object]], reason: str
 ) -> None:
     with situation(rig.path), pytest.raises((SocketUnavailable, FdPassing), match=reason):
         rig.obtain(patience=HASTY)
 
 
 @pytest.mark.clause("ERR-6")
-def test_an_answer_cut_off_at_any_byte_is_no_answer(rig: Rig) -> None:
+def test_an_answer_cut_off_at_any_byte_is_no_answer(rig: Bench) -> None:
     frame = frame_of(rig.answer)
     cuts = iter(range(len(frame)))
 
@@ -512,7 +512,7 @@ except SocketUnavailable as error:
 
 
 @pytest.mark.clause("SELF-3")
-def test_only_this_allocation_is_self_served(rig: Rig) -> None:
+def test_only_this_allocation_is_self_served(rig: Bench) -> None:
     consumer = rig.consumer(service=rig.service)
     with consumer.obtain(rig.wanted) as degraded:
         rig.provide()
@@ -524,7 +524,7 @@ def test_only_this_allocation_is_self_served(rig: Rig) -> None:
 
 @pytest.mark.clause("SELF-1")
 @pytest.mark.parametrize("connect_s", [1.0, 0.0])
-def test_a_full_backlog_that_empties_in_time_is_waited_for(rig: Rig, connect_s: float) -> None:
+def test_a_full_backlog_that_empties_in_time_is_waited_for(rig: Bench, connect_s: float) -> None:
     with closing(SimulatedBackend(rig.node)) as backend, ExitStack() as stack:
         serving = Serving(rig.path, backend, backlog=0)
         _fill(rig.path, stack)
@@ -537,7 +537,7 @@ def test_a_full_backlog_that_empties_in_time_is_waited_for(rig: Rig, connect_s: 
             serving.__exit__(None, None, None)
 
 
-def test_self_service_does_not_wait_until_the_provider_can_be_told(rig: Rig) -> None:
+def test_self_service_does_not_wait_until_the_provider_can_be_told(rig: Bench) -> None:
     with ExitStack() as stack:
 
         def fill_and_hang_up(line: Line) -> None:
@@ -556,7 +556,7 @@ def test_self_service_does_not_wait_until_the_provider_can_be_told(rig: Rig) -> 
         handoff.close()
 
 
-class Broken(SimulatedBackend):
+class BuggyBackend(SimulatedBackend):
     """Has a bug."""
 
     def create_namespaces(self, request: NamespaceRequest) -> NamespaceResponse:
@@ -575,13 +575,13 @@ class Closed(SimulatedBackend):
     ("kind", "image", "reason"),
     [
         (SimulatedBackend, "missing.sqfs", r"failed too: .*missing\.sqfs.*does not exist"),
-        (Broken, None, "failed too: RuntimeError: a bug .*does not exist"),
+        (BuggyBackend, None, "failed too: RuntimeError: a bug .*does not exist"),
         (Closed, None, "failed too: no descriptor is left .*does not exist"),
     ],
     ids=["refuses", "has a bug", "cannot open"],
 )
 def test_self_service_that_fails_too_says_both_reasons_and_leaves_nothing(
-    rig: Rig, kind: type[SimulatedBackend], image: str | None, reason: str
+    rig: Bench, kind: type[SimulatedBackend], image: str | None, reason: str
 ) -> None:
     request = NamespaceRequest(rig.wanted.allocation_id, ALL, image)
     with closing(kind(rig.own)) as service:
@@ -595,7 +595,7 @@ def test_self_service_that_fails_too_says_both_reasons_and_leaves_nothing(
 
 @pytest.mark.clause("ERR-5")
 @pytest.mark.parametrize("error", [CreationFailed("no room"), AllocationNotFound("a")], ids=repr)
-def test_what_the_provider_refuses_is_reported(rig: Rig, error: NamespaceError) -> None:
+def test_what_the_provider_refuses_is_reported(rig: Bench, error: NamespaceError) -> None:
     audited: list[Fallback] = []
     rig.lie(_say(error))
     with pytest.raises(type(error)) as raised:
@@ -619,7 +619,7 @@ def test_what_the_provider_refuses_is_reported(rig: Rig, error: NamespaceError) 
     ids=["empty", "slash", "long", "surrogate", "repeated", "no mount", "escape"],
 )
 def test_an_invalid_request_is_refused_before_any_connection(
-    rig: Rig, request_: NamespaceRequest
+    rig: Bench, request_: NamespaceRequest
 ) -> None:
     liar = rig.lie()
     with pytest.raises(CreationFailed):
@@ -631,7 +631,7 @@ def test_an_invalid_request_is_refused_before_any_connection(
 
 
 @pytest.mark.clause("SELF-7", "SELF-9")
-def test_a_late_answer_is_closed_answered_with_the_end_and_changes_nothing(rig: Rig) -> None:
+def test_a_late_answer_is_closed_answered_with_the_end_and_changes_nothing(rig: Bench) -> None:
     def answer_late(line: Line) -> None:
         line.hear()
         assert line.hear() == rig.ended
@@ -647,7 +647,7 @@ def test_a_late_answer_is_closed_answered_with_the_end_and_changes_nothing(rig: 
         handoff.end()
 
 
-def test_a_real_providers_late_set_is_ended(rig: Rig) -> None:
+def test_a_real_providers_late_set_is_ended(rig: Bench) -> None:
     hook = rig.node.hook = AtAnchor()
     rig.provide()
     with rig.obtain(service=rig.service, patience=HASTY) as handoff:
@@ -659,7 +659,7 @@ def test_a_real_providers_late_set_is_ended(rig: Rig) -> None:
 
 
 @pytest.mark.clause("SELF-8")
-def test_the_end_is_told_on_a_new_connection_when_the_old_one_is_lost(rig: Rig) -> None:
+def test_the_end_is_told_on_a_new_connection_when_the_old_one_is_lost(rig: Bench) -> None:
     liar = rig.lie(_hang_up)
     with rig.obtain(service=rig.service, patience=HASTY) as handoff:
         assert handoff.settle()
@@ -667,7 +667,7 @@ def test_the_end_is_told_on_a_new_connection_when_the_old_one_is_lost(rig: Rig) 
         handoff.end()
 
 
-def lie_and_die(rig: Rig) -> None:
+def lie_and_die(rig: Bench) -> None:
     """Start a provider that may make a set, and is gone."""
 
     def die(line: Line) -> None:
@@ -690,7 +690,7 @@ def _leave(handoff: Any) -> None:
     ids=["settling", "leaving the context", "closing"],
 )
 def test_an_end_that_is_owed_is_told_when_the_provider_is_back(
-    rig: Rig, tell: Callable[[Any], object], redial_s: float
+    rig: Bench, tell: Callable[[Any], object], redial_s: float
 ) -> None:
     lie_and_die(rig)
     handoff = rig.obtain(service=rig.service, patience=HASTY._replace(redial_s=redial_s))
@@ -701,7 +701,7 @@ def test_an_end_that_is_owed_is_told_when_the_provider_is_back(
         assert liar.told(0) == [rig.ended]
 
 
-def test_an_end_that_is_owed_is_told_in_the_background_of_an_event_loop(plain: Rig) -> None:
+def test_an_end_that_is_owed_is_told_in_the_background_of_an_event_loop(plain: Bench) -> None:
     lie_and_die(plain)
 
     async def main() -> None:
@@ -719,7 +719,7 @@ def test_an_end_that_is_owed_is_told_in_the_background_of_an_event_loop(plain: R
     asyncio.run(asyncio.wait_for(main(), 10))
 
 
-def test_an_end_that_cannot_be_told_does_not_hold_up_the_caller(rig: Rig) -> None:
+def test_an_end_that_cannot_be_told_does_not_hold_up_the_caller(rig: Bench) -> None:
     lie_and_die(rig)
     handoff = rig.obtain(service=rig.service, patience=HASTY)
     with Stopwatch() as watch:
@@ -733,7 +733,7 @@ def test_an_end_that_cannot_be_told_does_not_hold_up_the_caller(rig: Rig) -> Non
 
 @pytest.mark.clause("SELF-11")
 @pytest.mark.parametrize("is_own", [False, True], ids=["the provider's", "its own"])
-def test_an_end_has_released_the_set_when_it_returns(rig: Rig, is_own: bool) -> None:
+def test_an_end_has_released_the_set_when_it_returns(rig: Bench, is_own: bool) -> None:
     node = rig.own if is_own else rig.node
     if not is_own:
         rig.provide()
@@ -746,7 +746,7 @@ def test_an_end_has_released_the_set_when_it_returns(rig: Rig, is_own: bool) -> 
 
 
 @pytest.mark.parametrize("is_own", [False, True], ids=["the provider's", "its own"])
-def test_an_end_can_be_said_after_the_context_was_left(rig: Rig, is_own: bool) -> None:
+def test_an_end_can_be_said_after_the_context_was_left(rig: Bench, is_own: bool) -> None:
     if not is_own:
         rig.provide()
     with rig.obtain(service=rig.service) as handoff:
@@ -757,7 +757,7 @@ def test_an_end_can_be_said_after_the_context_was_left(rig: Rig, is_own: bool) -
 
 
 def test_an_own_set_that_does_not_die_is_reported(
-    rig: Rig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    rig: Bench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exchange, "OWN_RELEASE_PAUSE_MAX_S", 0.005)
     with rig.obtain(service=rig.service) as handoff:
@@ -767,7 +767,7 @@ def test_an_own_set_that_does_not_die_is_reported(
         assert "remove the scope: 1 processes do not die" in caplog.text
 
 
-def test_an_end_after_the_connection_was_lost_goes_over_a_new_one(rig: Rig) -> None:
+def test_an_end_after_the_connection_was_lost_goes_over_a_new_one(rig: Bench) -> None:
     first = rig.provide()
     with rig.obtain(patience=HASTY) as handoff:
         first.end()
@@ -777,7 +777,7 @@ def test_an_end_after_the_connection_was_lost_goes_over_a_new_one(rig: Rig) -> N
         assert rig.node.is_clean
 
 
-def test_an_end_that_is_not_confirmed_returns_in_time_and_goes_on_later(rig: Rig) -> None:
+def test_an_end_that_is_not_confirmed_returns_in_time_and_goes_on_later(rig: Bench) -> None:
     may_confirm = threading.Event()
 
     def confirm_late(line: Line) -> None:
@@ -793,7 +793,7 @@ def test_an_end_that_is_not_confirmed_returns_in_time_and_goes_on_later(rig: Rig
         assert handoff.end(5.0)
 
 
-def test_an_end_the_provider_does_not_know_is_an_end(rig: Rig) -> None:
+def test_an_end_the_provider_does_not_know_is_an_end(rig: Bench) -> None:
     def forget(line: Line) -> None:
         rig.hand_over(line)
         line.hear()
@@ -805,7 +805,7 @@ def test_an_end_the_provider_does_not_know_is_an_end(rig: Rig) -> None:
 
 
 @pytest.mark.clause("WIRE-15")
-def test_a_pushed_end_is_noticed(rig: Rig) -> None:
+def test_a_pushed_end_is_noticed(rig: Bench) -> None:
     rig.provide()
     with rig.obtain() as handoff:
         assert not handoff.wait_ended(0.0)
@@ -816,7 +816,7 @@ def test_a_pushed_end_is_noticed(rig: Rig) -> None:
 
 
 @pytest.mark.clause("END-15")
-def test_a_push_and_an_end_may_cross(rig: Rig) -> None:
+def test_a_push_and_an_end_may_cross(rig: Bench) -> None:
     def cross(line: Line) -> None:
         rig.hand_over(line)
         line.say(rig.ended)
@@ -830,7 +830,7 @@ def test_a_push_and_an_end_may_cross(rig: Rig) -> None:
 
 
 @pytest.mark.clause("CRASH-13")
-def test_losing_the_provider_is_no_end(rig: Rig) -> None:
+def test_losing_the_provider_is_no_end(rig: Bench) -> None:
     def hand_over_and_die(line: Line) -> None:
         rig.hand_over(line)
         line.hang_up()
@@ -844,7 +844,7 @@ def test_losing_the_provider_is_no_end(rig: Rig) -> None:
 # --- Ending what one does not hold ---------------------------------------------------------------
 
 
-def test_an_allocation_can_be_ended_by_its_id_and_again(rig: Rig) -> None:
+def test_an_allocation_can_be_ended_by_its_id_and_again(rig: Bench) -> None:
     rig.provide()
     consumer = rig.consumer()
     with consumer.obtain(rig.wanted) as handoff:
@@ -854,14 +854,14 @@ def test_an_allocation_can_be_ended_by_its_id_and_again(rig: Rig) -> None:
         consumer.end(rig.wanted.allocation_id)
 
 
-def test_an_end_of_an_unknown_id_says_so(rig: Rig) -> None:
+def test_an_end_of_an_unknown_id_says_so(rig: Bench) -> None:
     rig.provide()
     with pytest.raises(AllocationNotFound, match="unknown"):
         rig.consumer().end("unknown")
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "\ud800", "x" * 70_000], ids=range(4))
-def test_an_end_of_an_impossible_id_says_so_without_asking(rig: Rig, name: str) -> None:
+def test_an_end_of_an_impossible_id_says_so_without_asking(rig: Bench, name: str) -> None:
     liar = rig.lie()
     with pytest.raises(AllocationNotFound):
         rig.consumer().end(name)
@@ -874,13 +874,13 @@ def test_an_end_of_an_impossible_id_says_so_without_asking(rig: Rig, name: str) 
     ids=["not reached", "not confirmed"],
 )
 def test_an_end_by_id_that_does_not_come_about_says_so(
-    rig: Rig, situation: Callable[[Path], AbstractContextManager[object]], reason: str
+    rig: Bench, situation: Callable[[Path], AbstractContextManager[object]], reason: str
 ) -> None:
     with situation(rig.path), pytest.raises(SocketUnavailable, match=reason):
         rig.consumer(patience=HASTY).end("a", timeout_s=0.05)
 
 
-def test_an_end_is_repeated_on_a_new_connection(rig: Rig) -> None:
+def test_an_end_is_repeated_on_a_new_connection(rig: Bench) -> None:
     liar = rig.lie(_hang_up)
     rig.consumer(patience=HASTY).end("a")
     assert liar.told(1) == [AllocationEnded("a")]
@@ -904,13 +904,13 @@ async def _cancel_when(
         await task
 
 
-def _obtaining(rig: Rig, inspector: Any = None, **options: Any) -> asyncio.Task[AsyncHandoff]:
+def _obtaining(rig: Bench, inspector: Any = None, **options: Any) -> asyncio.Task[AsyncHandoff]:
     consumer = AsyncConsumer(rig.path, inspector or SimulatedInspector(), **options)
     return asyncio.create_task(consumer.obtain(rig.wanted))
 
 
 @pytest.mark.parametrize("times", [1, 3])
-def test_cancelled_while_connecting(plain: Rig, times: int) -> None:
+def test_cancelled_while_connecting(plain: Bench, times: int) -> None:
     async def main() -> None:
         task = _obtaining(plain, service=plain.service, patience=Patience(connect_s=30.0))
         await asyncio.sleep(0)
@@ -923,7 +923,7 @@ def test_cancelled_while_connecting(plain: Rig, times: int) -> None:
 
 
 @pytest.mark.parametrize("times", [1, 3])
-def test_cancelled_while_asking_the_provider_is_told(plain: Rig, times: int) -> None:
+def test_cancelled_while_asking_the_provider_is_told(plain: Bench, times: int) -> None:
     async def main() -> None:
         task = _obtaining(plain, service=plain.service)
         await _cancel_when(task, lambda: liar.lines and liar.lines[0].heard, times)
@@ -933,7 +933,7 @@ def test_cancelled_while_asking_the_provider_is_told(plain: Rig, times: int) -> 
     assert liar.told(0) == [plain.wanted, plain.ended]
 
 
-def test_cancelled_with_the_answer_unread_nothing_stays_open(plain: Rig) -> None:
+def test_cancelled_with_the_answer_unread_nothing_stays_open(plain: Bench) -> None:
     answered = threading.Event()
 
     def answer(line: Line) -> None:
@@ -958,7 +958,7 @@ def test_cancelled_with_the_answer_unread_nothing_stays_open(plain: Rig) -> None
 
 @pytest.mark.parametrize("times", [1, 3])
 def test_cancelled_during_self_service_its_set_is_released_and_the_provider_told(
-    plain: Rig, times: int
+    plain: Bench, times: int
 ) -> None:
     hook = plain.own.hook = AtAnchor()
 
@@ -973,7 +973,7 @@ def test_cancelled_during_self_service_its_set_is_released_and_the_provider_told
     assert liar.told(1) == [plain.ended]
 
 
-def test_cancelled_when_the_answer_is_in_hand_the_provider_is_told(plain: Rig) -> None:
+def test_cancelled_when_the_answer_is_in_hand_the_provider_is_told(plain: Bench) -> None:
     class Cancelling(SimulatedInspector):
         """Asked while the answer is being looked at, in the very turn of the loop."""
 
@@ -993,7 +993,7 @@ def test_cancelled_when_the_answer_is_in_hand_the_provider_is_told(plain: Rig) -
     assert liar.told(0) == [plain.wanted, plain.ended]
 
 
-def test_cancelled_while_leaving_the_context_everything_is_closed(plain: Rig) -> None:
+def test_cancelled_while_leaving_the_context_everything_is_closed(plain: Bench) -> None:
     lie_and_die(plain)
 
     async def main() -> None:
@@ -1008,7 +1008,7 @@ def test_cancelled_while_leaving_the_context_everything_is_closed(plain: Rig) ->
     asyncio.run(main())
 
 
-def test_a_wait_that_is_cancelled_can_be_begun_again(plain: Rig) -> None:
+def test_a_wait_that_is_cancelled_can_be_begun_again(plain: Bench) -> None:
     async def main() -> None:
         async with await _obtaining(plain) as handoff:
             with pytest.raises(asyncio.TimeoutError):
@@ -1021,7 +1021,7 @@ def test_a_wait_that_is_cancelled_can_be_begun_again(plain: Rig) -> None:
     asyncio.run(main())
 
 
-def test_an_interrupted_caller_tells_the_provider(plain: Rig) -> None:
+def test_an_interrupted_caller_tells_the_provider(plain: Bench) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -1041,7 +1041,7 @@ def test_an_interrupted_caller_tells_the_provider(plain: Rig) -> None:
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_a_cancelled_wait_ends_and_leaves_the_allocation(plain: Rig) -> None:
+def test_a_cancelled_wait_ends_and_leaves_the_allocation(plain: Bench) -> None:
     plain.provide()
     with plain.obtain() as handoff, Descriptor(os.eventfd(1)) as cancel:
         with pytest.raises(Cancelled):
@@ -1050,7 +1050,7 @@ def test_a_cancelled_wait_ends_and_leaves_the_allocation(plain: Rig) -> None:
         assert not handoff.wait_ended(0.0)
 
 
-def test_a_cancelled_request_is_withdrawn(plain: Rig) -> None:
+def test_a_cancelled_request_is_withdrawn(plain: Bench) -> None:
     with Descriptor(os.eventfd(0)) as cancel:
 
         def silent(line: Line) -> None:
@@ -1063,7 +1063,7 @@ def test_a_cancelled_request_is_withdrawn(plain: Rig) -> None:
         assert liar.told(0) == [plain.wanted, plain.ended]
 
 
-def test_what_is_cancelled_while_the_backlog_is_full_waits_no_longer(plain: Rig) -> None:
+def test_what_is_cancelled_while_the_backlog_is_full_waits_no_longer(plain: Bench) -> None:
     with Descriptor(os.eventfd(0)) as cancel, _full_backlog(plain.path):
         later = threading.Timer(0.05, os.eventfd_write, (cancel.fileno(), 1))
         later.start()
@@ -1073,7 +1073,7 @@ def test_what_is_cancelled_while_the_backlog_is_full_waits_no_longer(plain: Rig)
     assert watch.seconds < Patience().answer_s
 
 
-def test_self_service_that_has_begun_is_not_cancelled(plain: Rig) -> None:
+def test_self_service_that_has_begun_is_not_cancelled(plain: Bench) -> None:
     with Descriptor(os.eventfd(0)) as cancel:
 
         class Cancelling(SimulatedBackend):
@@ -1089,14 +1089,14 @@ def test_self_service_that_has_begun_is_not_cancelled(plain: Rig) -> None:
 
 
 @pytest.mark.clause("RUN-6")
-def test_who_joins_an_allocation_and_gives_up_does_not_end_it(rig: Rig) -> None:
+def test_who_joins_an_allocation_and_gives_up_does_not_end_it(rig: Bench) -> None:
     liar = rig.lie(_say_nothing)
     with pytest.raises(SocketUnavailable, match="no whole answer"):
         rig.obtain(patience=HASTY, joins=True)
     assert liar.told(0) == [rig.wanted]
 
 
-def test_a_consumer_that_joins_an_allocation_can_end_it(rig: Rig) -> None:
+def test_a_consumer_that_joins_an_allocation_can_end_it(rig: Bench) -> None:
     provider = rig.provide()
     with rig.obtain() as first, rig.obtain(joins=True) as joined:
         assert joined.end(5.0)
@@ -1108,7 +1108,7 @@ def test_a_consumer_that_joins_an_allocation_can_end_it(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("is_own", [False, True], ids=["the provider's", "its own"])
-def test_many_allocations_in_one_loop(plain: Rig, is_own: bool) -> None:
+def test_many_allocations_in_one_loop(plain: Bench, is_own: bool) -> None:
     async def one(consumer: AsyncConsumer, number: int) -> object:
         request = NamespaceRequest(f"{plain.wanted.allocation_id}-{number}", ALL)
         async with await consumer.obtain(request) as handoff:
@@ -1128,7 +1128,7 @@ def test_many_allocations_in_one_loop(plain: Rig, is_own: bool) -> None:
     assert plain.own.is_clean
 
 
-def test_many_consumers_of_one_allocation_get_the_same(plain: Rig) -> None:
+def test_many_consumers_of_one_allocation_get_the_same(plain: Bench) -> None:
     async def main() -> None:
         consumer = AsyncConsumer(plain.path, SimulatedInspector())
         async with asyncio.timeout(10):
@@ -1142,7 +1142,7 @@ def test_many_consumers_of_one_allocation_get_the_same(plain: Rig) -> None:
 
 
 @pytest.mark.parametrize("wrong", [None, 5, b"x"])
-def test_what_is_no_request_or_no_id_is_said_to_be_none(rig: Rig, wrong: Any) -> None:
+def test_what_is_no_request_or_no_id_is_said_to_be_none(rig: Bench, wrong: Any) -> None:
     kind = type(wrong).__name__
     for asked in (rig.consumer().obtain, rig.consumer().request_namespaces):
         with pytest.raises(TypeError, match=f"^request must be NamespaceRequest, not {kind}$"):
@@ -1163,13 +1163,13 @@ def test_the_path_of_a_consumer_is_text(form: Any, path: Any) -> None:
         form(path, SimulatedInspector())
 
 
-def test_a_consumer_shows_its_path_so_that_it_can_be_read(rig: Rig, tmp_path: Path) -> None:
+def test_a_consumer_shows_its_path_so_that_it_can_be_read(rig: Bench, tmp_path: Path) -> None:
     for path, shown in (("", "''"), ("a\0b", r"'a\x00b'"), (None, "no provider")):
         rig.path = path  # type: ignore[misc, assignment]
         assert f" of {shown}, " in repr(rig.consumer())
 
 
-def test_a_closed_consumer_says_so(rig: Rig) -> None:
+def test_a_closed_consumer_says_so(rig: Bench) -> None:
     rig.provide()
     with rig.consumer() as consumer:
         consumer.request_namespaces(rig.wanted)
@@ -1195,7 +1195,7 @@ class Closing(SimulatedInspector):
         return super().inspect(fd)
 
 
-def test_what_arrives_after_closing_from_a_callback_is_not_kept(plain: Rig) -> None:
+def test_what_arrives_after_closing_from_a_callback_is_not_kept(plain: Bench) -> None:
     plain.lie(plain.hand_over)
     inspector = Closing()
     inspector.consumer = plain.consumer(inspector)
@@ -1204,7 +1204,7 @@ def test_what_arrives_after_closing_from_a_callback_is_not_kept(plain: Rig) -> N
     assert copies_of(plain.lent) == len(plain.lent)
 
 
-def test_what_arrives_after_closing_is_not_kept(plain: Rig) -> None:
+def test_what_arrives_after_closing_is_not_kept(plain: Bench) -> None:
     """The census would find its descriptors."""
     closed: list[Any] = []
 
@@ -1240,7 +1240,7 @@ class Failing(SimulatedInspector):
 
 
 @pytest.mark.timeout(30)
-def test_an_audit_that_raises_is_not_waited_for(rig: Rig) -> None:
+def test_an_audit_that_raises_is_not_waited_for(rig: Bench) -> None:
     """While connecting, and when the time for an answer is over."""
     for scripts in ((), (lambda line: None,)):
         if scripts:
@@ -1250,7 +1250,7 @@ def test_an_audit_that_raises_is_not_waited_for(rig: Rig) -> None:
 
 
 @pytest.mark.timeout(30)
-def test_an_inspector_that_raises_has_the_allocation_ended(rig: Rig) -> None:
+def test_an_inspector_that_raises_has_the_allocation_ended(rig: Bench) -> None:
     provider = rig.lie(rig.hand_over)
     with pytest.raises(RuntimeError, match="the caller's own"):
         rig.obtain(inspector=Failing())
@@ -1260,7 +1260,7 @@ def test_an_inspector_that_raises_has_the_allocation_ended(rig: Rig) -> None:
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize("step", ["withdraw", "hurry"])
 def test_what_was_raised_first_is_what_the_caller_gets(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch, step: str
+    rig: Bench, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     def fail_again(_: object) -> None:
         raise LookupError
@@ -1272,7 +1272,7 @@ def test_what_was_raised_first_is_what_the_caller_gets(
 
 
 @pytest.mark.timeout(30)
-def test_a_send_that_raises_is_not_waited_for(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_send_that_raises_is_not_waited_for(rig: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     rig.lie()
     monkeypatch.setattr(exchange.Exchange, "write", fail)
     monkeypatch.setattr(exchange.Channel, "wants_write", True)
@@ -1293,7 +1293,7 @@ def fails_once(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 
 @pytest.mark.timeout(30)
-def test_a_handoff_goes_on_after_an_exception(rig: Rig, fails_once: Callable[[], None]) -> None:
+def test_a_handoff_goes_on_after_an_exception(rig: Bench, fails_once: Callable[[], None]) -> None:
     is_held = threading.Event()
 
     def hand_over_and_end(line: Line) -> None:
@@ -1311,7 +1311,7 @@ def test_a_handoff_goes_on_after_an_exception(rig: Rig, fails_once: Callable[[],
 
 
 def test_an_exception_that_nothing_awaited_is_reported(
-    plain: Rig, fails_once: Callable[[], None]
+    plain: Bench, fails_once: Callable[[], None]
 ) -> None:
     reported: list[Any] = []
     is_held = threading.Event()

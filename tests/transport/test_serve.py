@@ -69,7 +69,7 @@ def ended(name: str) -> AllocationEnded:
     return AllocationEnded(name)
 
 
-class Gate:
+class StepGate:
     """A hook that lets every step pass but one, which waits until it is let go."""
 
     def __init__(self, step: Step, *names: str) -> None:
@@ -116,7 +116,7 @@ class Rig:
         self.path: Final = path
         self.node: Final = stack.enter_context(closing(SimulatedNode(IMAGES)))
         self._stack: Final = stack
-        self.held: Final[list[Gate | Recovering]] = []
+        self.held: Final[list[StepGate | Recovering]] = []
 
     def serve(self, backend: Any = SimulatedBackend, **options: Any) -> Serving:
         """Start a provider on the node, with a backend of this kind."""
@@ -138,9 +138,9 @@ class Rig:
         self.node.start_process(name)
         self.node.end_process(name)
 
-    def gate(self, *names: str, step: Step = Step.ANCHOR) -> Gate:
+    def gate(self, *names: str, step: Step = Step.ANCHOR) -> StepGate:
         """Hold up one step, of some allocations or of all."""
-        made = self.node.hook = Gate(step, *names)
+        made = self.node.hook = StepGate(step, *names)
         self.held.append(made)
         return made
 

@@ -22,9 +22,9 @@ from statemachine.messages import NamespaceRequest, NamespaceResponse
 from statemachine.provider import Limits, ProviderKernel
 from statemachine.testing.strategies import EFFECTS, PROVIDER_INPUTS, values_of
 from tests.support.programs import NET, PID, daemon_in, nshandoff, wait_until
-from transport.trace import Recovery, Start, TraceError, Turn, decode_line, encode_line, read_lines
+from transport.trace import Recovered, Start, TraceError, Turn, decode_line, encode_line, read_lines
 from transport.trace import records as trace
-from transport.trace.check import Impossible, Replay
+from transport.trace.check import ImpossibleLine, Replay
 from transport.trace.diagram import sequence_diagram
 
 A: Final = NamespaceRequest("a", (PID, NET), None)
@@ -49,8 +49,8 @@ def test_basic_every_event_and_effect_comes_back_as_it_was(kind: type) -> None:
     comes_back()
 
 
-@given(st.one_of(values_of(Start), values_of(Recovery)), st.integers())
-def test_starts_and_recoveries_come_back_too(entry: Start | Recovery, sequence: int) -> None:
+@given(st.one_of(values_of(Start), values_of(Recovered)), st.integers())
+def test_starts_and_recoveries_come_back_too(entry: Start | Recovered, sequence: int) -> None:
     assert decode_line(1, encode_line(sequence, entry)) == (sequence, entry)
 
 
@@ -71,7 +71,7 @@ def test_what_a_path_brings_along_that_is_no_unicode_comes_back() -> None:
         (b'{"schema":1,"seq":true,"recovery":{"remembered":[]}}', "True is no int"),
         (b'{"schema":1,"seq":0,"recovery":{"remembered":[1]}}', "1 is no str"),
         (b'{"schema":1,"seq":0,"recovery":{"remembered":{}}}', "{} is no list"),
-        (b'{"schema":1,"seq":0,"recovery":{}}', "{} is no Recovery"),
+        (b'{"schema":1,"seq":0,"recovery":{}}', "{} is no Recovered"),
         (b'{"schema":1,"seq":0,"recovery":{"remembered":[]},"effects":[]}', "is no Turn"),
         (b'{"schema":1,"seq":0,"event":{"Nonsense":{}},"effects":[]}', "is none of"),
         (b'{"schema":1,"seq":0,"event":{"ProviderReady":[]},"effects":[]}', "no ProviderReady"),
@@ -100,10 +100,10 @@ def written(*events: Event, start: Start | None = None) -> list[bytes]:
     start = start or Start(Limits())
     kernel = ProviderKernel(start.limits)
     turns = [Turn(event, kernel.receive(event)) for event in events]
-    return numbered(start, Recovery(()), *turns)
+    return numbered(start, Recovered(()), *turns)
 
 
-def numbered(*entries: trace.Entry) -> list[bytes]:
+def numbered(*entries: trace.TraceEntry) -> list[bytes]:
     return [encode_line(number, entry) for number, entry in enumerate(entries)]
 
 
@@ -115,8 +115,8 @@ def lines_in(path: Path) -> list[bytes]:
     return path.read_bytes().splitlines(keepends=True)
 
 
-def refusal_of(lines: list[bytes]) -> Impossible:
-    with pytest.raises(Impossible) as refusal:
+def refusal_of(lines: list[bytes]) -> ImpossibleLine:
+    with pytest.raises(ImpossibleLine) as refusal:
         Replay().take_all(lines)
     return refusal.value
 
@@ -254,7 +254,7 @@ INVENTED: Final = [
 def test_invented_event_is_named_with_what_was_allowed(
     after: type[Event], event: Event, says: str, allowed: str
 ) -> None:
-    entries: list[trace.Entry] = [entry for _, _, entry in read_lines(written(*LIFE))]
+    entries: list[trace.TraceEntry] = [entry for _, _, entry in read_lines(written(*LIFE))]
     at = line_of(after) + 1
     entries.insert(at - 1, Turn(event, ()))
     refusal = refusal_of(numbered(*entries))
@@ -269,7 +269,7 @@ def after_a_crash(*before: Event, remembered: tuple[str, ...] = (), found: list[
     """A provider is killed, and the next one finds this."""
     start, _, *turns = (entry for _, _, entry in read_lines(written(*found)))
     replay = Replay()
-    replay.take_all([*written(*before), *numbered(start, Recovery(remembered), *turns)])
+    replay.take_all([*written(*before), *numbered(start, Recovered(remembered), *turns)])
     return replay
 
 
@@ -325,7 +325,7 @@ def test_what_a_crash_cannot_leave_is_found_out(
     life = [*LIFE[:10], on.ReleaseOverdue("a"), *LIFE[10:]]
     life = life[: [type(event) for event in life].index(last) + 1]
     events = [*([found] if found else []), on.ProviderReady()]
-    with pytest.raises(Impossible) as refusal:
+    with pytest.raises(ImpossibleLine) as refusal:
         after_a_crash(*life, found=events)
     assert says in refusal.value.reason
     assert refusal.value.line == 2 + len(life) + FIRST
@@ -345,13 +345,13 @@ def test_a_provider_killed_while_it_looked_around_takes_nothing_away() -> None:
 
 def test_recovery_is_only_at_the_start() -> None:
     entries = [entry for _, _, entry in read_lines(written(*LIFE))]
-    assert refusal_of(numbered(*entries, Recovery(()))).line == len(entries) + 1
+    assert refusal_of(numbered(*entries, Recovered(()))).line == len(entries) + 1
 
 
 def test_what_the_backend_remembers_counts() -> None:
     events = (on.ConnectionOpened(1, 0), on.ProviderReady(), on.EndReceived(1, "old"))
     start, _, *turns = (entry for _, _, entry in read_lines(written(*events)))
-    refusal = refusal_of(numbered(start, Recovery(("old",)), *turns))
+    refusal = refusal_of(numbered(start, Recovered(("old",)), *turns))
     assert (refusal.line, "AnnounceEnd" in refusal.instead[1]) == (5, True)
 
 
@@ -442,7 +442,7 @@ def test_real_lives_of_a_real_provider_are_possible(
     assert kinds[-1] in (on.ProviderStopping, on.ConnectionLost)
 
 
-def is_turn(entry: trace.Entry) -> bool:
+def is_turn(entry: trace.TraceEntry) -> bool:
     return isinstance(entry, Turn)
 
 

@@ -121,7 +121,7 @@ class Budget:
         return self._used[uid] <= self._per_user and self._sum <= self._in_sum
 
 
-class Connection:
+class ServedConnection:
     """
     One connection, as the event loop serves it.
 
@@ -466,12 +466,12 @@ class Connections:
         self._objection_to: Final = objection_to
         self._feed: Final = feed
         self._stopping: Final = stopping
-        self._open: Final[dict[int, Connection]] = {}
-        self._by_fd: Final[dict[int, Connection]] = {}
+        self._open: Final[dict[int, ServedConnection]] = {}
+        self._by_fd: Final[dict[int, ServedConnection]] = {}
         self._epoll: Final = syscall(select.epoll)
-        self._turns: Final[Turns[Connection]] = Turns()
+        self._turns: Final[Turns[ServedConnection]] = Turns()
         self._is_turn_due = False
-        self._in_order: Final[defaultdict[int, deque[Connection]]] = defaultdict(deque)
+        self._in_order: Final[defaultdict[int, deque[ServedConnection]]] = defaultdict(deque)
         """Of each user: connections that are lost and not read to the end, and later ones."""
         self._refusals: Final = Refusals()
         self._next_number = 1
@@ -485,7 +485,7 @@ class Connections:
         loop.add_reader(self._epoll.fileno(), self._notice)
         loop.add_reader(self._listener.fileno(), self._accept)
 
-    def get(self, number: int) -> Connection | None:
+    def get(self, number: int) -> ServedConnection | None:
         """Find a connection by its number; None if it is closed."""
         return self._open.get(number)
 
@@ -518,7 +518,7 @@ class Connections:
 
     # For a connection.
 
-    def watch(self, connection: Connection, what: int) -> None:
+    def watch(self, connection: ServedConnection, what: int) -> None:
         """
         Have it written to, too, when there is room, or only read.
 
@@ -528,7 +528,7 @@ class Connections:
         if connection.number in self._open:
             self._epoll.modify(connection.channel.fileno(), what)
 
-    def enqueue(self, connection: Connection) -> None:
+    def enqueue(self, connection: ServedConnection) -> None:
         """Read a connection when it is its turn."""
         if connection.read_closed or connection.is_waiting:
             return
@@ -538,7 +538,7 @@ class Connections:
             self._is_turn_due = True
             asyncio.get_running_loop().call_soon(self._take_turns)
 
-    def remove(self, connection: Connection) -> bool:
+    def remove(self, connection: ServedConnection) -> bool:
         """Find a connection no more; say whether it could be found."""
         if self._open.pop(connection.number, None) is None:
             return False
@@ -596,7 +596,7 @@ class Connections:
     def _take_up(self, accepted: Accepted) -> None:
         # Numbers are never used twice: an effect for a connection that is gone finds none.
         number = self._next_number
-        connection = Connection(number, accepted, self, self._spans, self._feed)
+        connection = ServedConnection(number, accepted, self, self._spans, self._feed)
         # What was lost before this one was opened is noticed before this one is read.
         self._notice()
         must_wait = bool(self._in_order[connection.uid])
@@ -612,12 +612,12 @@ class Connections:
             self._keep_in_order(connection)
         self._feed(on.ConnectionOpened(number, connection.uid))
 
-    def _keep_in_order(self, connection: Connection) -> None:
+    def _keep_in_order(self, connection: ServedConnection) -> None:
         if not connection.is_in_order:
             connection.is_in_order = True
             self._in_order[connection.uid].append(connection)
 
-    def _register(self, connection: Connection) -> None:
+    def _register(self, connection: ServedConnection) -> None:
         fd = connection.channel.fileno()
         syscall(self._epoll.register, fd, _IN)
         self._by_fd[fd] = connection
@@ -638,7 +638,7 @@ class Connections:
             first.is_in_order = False
             in_order.popleft()
 
-    def _begin_reading(self, connection: Connection) -> bool:
+    def _begin_reading(self, connection: ServedConnection) -> bool:
         try:
             self._register(connection)
         except OSError as error:

@@ -30,7 +30,7 @@ from .peers import Connections
 from .timers import Spans, Timers
 from .turns import Lane
 from .watch import Watcher
-from .work import BackendWork, Outcome
+from .work import BackendWork, WorkReport
 
 Observer: TypeAlias = Callable[[ProviderInput, tuple[Effect, ...]], None]
 """Told of every event and of what the kernel decided; must not raise."""
@@ -228,7 +228,7 @@ class Provider:
         for effect in effects:
             self._performers[type(effect)](effect)
 
-    def _report(self, event: Outcome) -> None:
+    def _report(self, event: WorkReport) -> None:
         """Feed the outcome of backend work."""
         self._feed(event)
         name = event.allocation_id

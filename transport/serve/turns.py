@@ -16,7 +16,7 @@ from typing import Any, Final, Generic, Protocol, TypeAlias, TypeVar
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 K = TypeVar("K")
-W = TypeVar("W", bound="_Waiting[Any]")
+W = TypeVar("W", bound="_InTurn[Any]")
 
 Lane: TypeAlias = tuple[int | None, int]
 """A user and one of its connections. None is no user's, 0 no connection's."""
@@ -89,7 +89,7 @@ class Turns(Generic[T]):
             self._users = _Round()
 
 
-class _Waiting(Protocol[T_co]):
+class _InTurn(Protocol[T_co]):
     def __len__(self) -> int: ...
 
     def take(self, may: Callable[[T_co], bool]) -> T_co | None: ...

@@ -45,7 +45,7 @@ STOP_TIMEOUT_S: Final = 1.0
 HANG_TIMEOUT_S: Final = 0.5
 """How long it waits after that for work that has begun; what takes longer hangs."""
 
-Outcome: TypeAlias = (
+WorkReport: TypeAlias = (
     on.NamespacesCreated | on.NamespacesNotCreated | on.NamespacesReleased | on.ReleaseDelayed
 )
 """What becomes of a piece of work for an allocation."""
@@ -187,7 +187,7 @@ class BackendWork:
         self,
         backend: Backend,
         image_s: float,
-        report: Callable[[Outcome], None],
+        report: Callable[[WorkReport], None],
         stopping: asyncio.Event,
     ) -> None:
         self._backend: Final = backend
@@ -382,7 +382,7 @@ class BackendWork:
             self._tidy_timer = None
 
 
-def try_to_create(backend: Backend, effect: do.CreateNamespaces) -> Outcome:
+def try_to_create(backend: Backend, effect: do.CreateNamespaces) -> WorkReport:
     """Have a backend make namespaces; whatever it raises becomes an event."""
     # Keeps ERR-7.
     name = effect.request.allocation_id
@@ -396,7 +396,7 @@ def try_to_create(backend: Backend, effect: do.CreateNamespaces) -> Outcome:
         return on.NamespacesNotCreated(name, CreationFailed(f"{type(error).__name__}: {error}"))
 
 
-def try_to_release(backend: Backend, effect: do.ReleaseNamespaces) -> Outcome:
+def try_to_release(backend: Backend, effect: do.ReleaseNamespaces) -> WorkReport:
     """Have a backend try to release an allocation; whatever it raises becomes an event."""
     # Keeps ERR-7.
     name = effect.allocation_id

@@ -12,11 +12,11 @@ from statemachine.messages import NamespaceRequest, NamespaceResponse
 
 from ..contract import Backend, Recovery
 from ..descriptors import DescriptorBundle
-from .machine import Work
+from .machine import StalledWork
 from .peer import DEADLINE_S
 
 
-class Reins:
+class GatedBackend:
     """
     A backend, and a hand on it; fulfils `transport.contract.Backend`.
 
@@ -29,24 +29,24 @@ class Reins:
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
-        self._held: set[Work] = set()
-        self._waiting: list[Work] = []
+        self._held: set[StalledWork] = set()
+        self._waiting: list[StalledWork] = []
         self._changed = threading.Condition()
         self._has_descriptors = True
 
-    def hold(self, work: Work) -> None:
+    def hold(self, work: StalledWork) -> None:
         with self._changed:
             self._held.add(work)
 
-    def is_held(self, work: Work) -> bool:
+    def is_held(self, work: StalledWork) -> bool:
         return work in self._held
 
-    def let_go(self, work: Work) -> None:
+    def let_go(self, work: StalledWork) -> None:
         with self._changed:
             self._held.discard(work)
             self._changed.notify_all()
 
-    def wait_held(self, work: Work) -> None:
+    def wait_held(self, work: StalledWork) -> None:
         with self._changed:
             arrived = self._changed.wait_for(lambda: work in self._waiting, DEADLINE_S)
         assert arrived, f"{work} does not begin"
@@ -61,17 +61,17 @@ class Reins:
             self._has_descriptors = True
 
     def recover(self) -> Recovery:
-        self._pass(Work.RECOVER)
+        self._pass(StalledWork.RECOVER)
         return self.backend.recover()
 
     def create_namespaces(self, request: NamespaceRequest) -> NamespaceResponse:
-        self._pass(Work.CREATE)
+        self._pass(StalledWork.CREATE)
         response = self.backend.create_namespaces(request)
-        self._pass(Work.REPORT)
+        self._pass(StalledWork.REPORT)
         return response
 
     def release_namespaces(self, allocation_id: str) -> None:
-        self._pass(Work.RELEASE)
+        self._pass(StalledWork.RELEASE)
         self.backend.release_namespaces(allocation_id)
 
     def bundle_of(self, allocation_id: str) -> DescriptorBundle:
@@ -82,7 +82,7 @@ class Reins:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.backend, name)
 
-    def _pass(self, work: Work) -> None:
+    def _pass(self, work: StalledWork) -> None:
         with self._changed:
             self._waiting.append(work)
             self._changed.notify_all()

@@ -39,8 +39,8 @@ from ..request.exchange import Exchange, Patience
 from ..serve import event_of_adoption
 from ..serve.watch import OBSERVED_STATES
 from ..serve.work import try_to_create, try_to_release
-from .gated_backend import Reins
-from .machine import History, Work
+from .gated_backend import GatedBackend
+from .machine import History, StalledWork
 
 RETRIES_AT_ONCE: Final = 3
 """How often a release is tried again before that counts as time passing: dying takes two tries."""
@@ -127,12 +127,12 @@ class Pipe:
         self._arrived: deque[Received] = deque()
         self.other: Pipe = self
         self.closed = False
-        self._is_deaf = False
+        self._is_read_closed = False
 
     @property
     def has_news(self) -> bool:
         """Whether anything is to be received, if only that the other end is gone."""
-        is_lost = self.other.closed and not self._is_deaf
+        is_lost = self.other.closed and not self._is_read_closed
         return not self.closed and bool(self._arrived or is_lost)
 
     def send(self, message: Message, bundle: DescriptorBundle | None = None) -> None:
@@ -149,7 +149,7 @@ class Pipe:
         """Take what arrived first, or that the other end is gone."""
         if self._arrived:
             return self._arrived.popleft()
-        self._is_deaf = True
+        self._is_read_closed = True
         return Lost("the other end is closed")
 
     def receive(self) -> list[Received]:
@@ -179,25 +179,25 @@ def pipe() -> tuple[Pipe, Pipe]:
 # --- The provider ------------------------------------------------------------------------------
 
 
-class Inside:
+class InProcessProvider:
     """
     A provider's program that works in the thread that asks it to.
 
     Args:
         brain: decides.
-        reins: the backend, and what of its work is held up.
+        gate: the backend, and what of its work is held up.
     """
 
-    def __init__(self, brain: Callable[[Limits], ProviderBrain], reins: Reins) -> None:
+    def __init__(self, brain: Callable[[Limits], ProviderBrain], gate: GatedBackend) -> None:
         self.brain = brain(Limits(frozenset({os.geteuid()})))
         self.turns: History = []
         self.timers: set[tuple[Timer, str]] = set()
-        self._reins = reins
-        self._backend = reins.backend
+        self._gate = gate
+        self._backend = gate.backend
         self._numbers = count(1)
         self._pipes: dict[int, Pipe] = {}
         self._opened: deque[int] = deque()
-        self._deaf: set[int] = set()
+        self._read_closed: set[int] = set()
         self._lanes: dict[str, deque[Effect]] = {}
         self._made: dict[str, ProviderInput] = {}
         self._events: deque[ProviderInput] = deque()
@@ -244,7 +244,7 @@ class Inside:
         return self._get_ready() or self._read() or self._observe() or self._do_job()
 
     def _get_ready(self) -> bool:
-        if self._is_ready or self._reins.is_held(Work.RECOVER):
+        if self._is_ready or self._gate.is_held(StalledWork.RECOVER):
             return False
         self._is_ready = True
         recovery = self._backend.recover()
@@ -259,7 +259,7 @@ class Inside:
             self._feed(on.ConnectionOpened(self._opened.popleft(), os.geteuid()))
             return True
         for number, end in tuple(self._pipes.items()):
-            if number not in self._deaf and end.has_news:
+            if number not in self._read_closed and end.has_news:
                 self._hear(number, end.receive_one())
                 return True
         return False
@@ -270,10 +270,10 @@ class Inside:
                 bundle.close()
                 event = event_of(number, message)
                 if isinstance(event, on.FrameRejected):
-                    self._deaf.add(number)
+                    self._read_closed.add(number)
                 self._feed(event)
             case Rejected(error=error):
-                self._deaf.add(number)
+                self._read_closed.add(number)
                 self._feed(on.FrameRejected(error.reason, number))
             case Lost(reason=reason):
                 self._drop(number, reason)
@@ -305,11 +305,11 @@ class Inside:
                     self._feed(on.ScopeEmptied(name))
 
     def _do_job(self) -> bool:
-        if self._made and not self._reins.is_held(Work.REPORT):
+        if self._made and not self._gate.is_held(StalledWork.REPORT):
             self._feed(self._made.pop(min(self._made)))
             return True
         for name, lane in self._lanes.items():
-            if name in self._made or not lane or self._reins.is_held(_WORK[type(lane[0])]):
+            if name in self._made or not lane or self._gate.is_held(_WORK[type(lane[0])]):
                 continue
             job = lane.popleft()
             if isinstance(job, do.CreateNamespaces):
@@ -320,10 +320,10 @@ class Inside:
         return False
 
     @property
-    def held_up(self) -> set[Work]:
-        """What waits for the reins."""
+    def held_up(self) -> set[StalledWork]:
+        """What waits behind the gate."""
         heads = [_WORK[type(lane[0])] for lane in self._lanes.values() if lane]
-        return {Work.REPORT} if self._made else set(heads)
+        return {StalledWork.REPORT} if self._made else set(heads)
 
     # What the brain wants.
 
@@ -368,7 +368,7 @@ class Inside:
     def _hand_over(self, effect: do.HandOver) -> None:
         name, number = effect.response.allocation_id, effect.connection
         try:
-            bundle = self._reins.bundle_of(name)
+            bundle = self._gate.bundle_of(name)
         except FdPassing as error:
             self._send(number, error)
             self._feed(on.ResponseNotSent(name, number, error))
@@ -386,7 +386,7 @@ class Inside:
         self._drop(effect.connection, "closed")
 
 
-_WORK: Final = {do.CreateNamespaces: Work.CREATE, do.ReleaseNamespaces: Work.RELEASE}
+_WORK: Final = {do.CreateNamespaces: StalledWork.CREATE, do.ReleaseNamespaces: StalledWork.RELEASE}
 
 _EXPIRIES: Final[dict[Timer, Callable[[str], ProviderInput]]] = {
     Timer.CLAIM: on.ClaimExpired,
@@ -394,17 +394,17 @@ _EXPIRIES: Final[dict[Timer, Callable[[str], ProviderInput]]] = {
     Timer.RETRY: on.RetryDue,
 }
 
-_PERFORMERS: Final[dict[type[Effect], Callable[[Inside, Any], None]]] = {
-    do.StartTimer: Inside._start_timer,
-    do.StopTimer: Inside._stop_timer,
-    do.CreateNamespaces: Inside._create,
-    do.ReleaseNamespaces: Inside._release,
-    do.Watch: Inside._watch,
-    do.RecordHandoff: Inside._record,
-    do.HandOver: Inside._hand_over,
-    do.Refuse: Inside._refuse,
-    do.AnnounceEnd: Inside._announce,
-    do.CloseConnection: Inside._close,
+_PERFORMERS: Final[dict[type[Effect], Callable[[InProcessProvider, Any], None]]] = {
+    do.StartTimer: InProcessProvider._start_timer,
+    do.StopTimer: InProcessProvider._stop_timer,
+    do.CreateNamespaces: InProcessProvider._create,
+    do.ReleaseNamespaces: InProcessProvider._release,
+    do.Watch: InProcessProvider._watch,
+    do.RecordHandoff: InProcessProvider._record,
+    do.HandOver: InProcessProvider._hand_over,
+    do.Refuse: InProcessProvider._refuse,
+    do.AnnounceEnd: InProcessProvider._announce,
+    do.CloseConnection: InProcessProvider._close,
 }
 
 

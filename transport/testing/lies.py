@@ -32,7 +32,7 @@ PID, NET, MOUNT = NamespaceType.PID, NamespaceType.NET, NamespaceType.MOUNT
 ALL: Final = (PID, NET, MOUNT)
 
 
-class Stage:
+class LiarSetup:
     """
     What a lying provider has at hand; `stack` closes what it opened.
 
@@ -73,7 +73,7 @@ class Stage:
         }
 
 
-Lie: TypeAlias = Callable[[Stage], Iterable[tuple[Any, Sequence[int]]]]
+Lie: TypeAlias = Callable[[LiarSetup], Iterable[tuple[Any, Sequence[int]]]]
 """What is sent after a request was heard: messages or bytes, each with descriptors."""
 
 
@@ -83,7 +83,7 @@ def _with(*positions: int) -> Lie:
 
 
 def _substitute(name: str, position: int) -> Lie:
-    def lie(stage: Stage) -> Iterable[tuple[Any, Sequence[int]]]:
+    def lie(stage: LiarSetup) -> Iterable[tuple[Any, Sequence[int]]]:
         fds = list(stage.fds)
         fds[position] = stage.strangers[name]
         return [(stage.honest, fds)]
@@ -100,7 +100,7 @@ def _saying(what: Any, *, comes_with: bool = True) -> Lie:
     return lambda stage: [(what, stage.fds if comes_with else ())]
 
 
-def _longer(stage: Stage) -> Iterable[tuple[Any, Sequence[int]]]:
+def _longer(stage: LiarSetup) -> Iterable[tuple[Any, Sequence[int]]]:
     body = stage.frame[4:] + b"\xc0"
     return [(len(body).to_bytes(4, "big") + body, stage.fds)]
 
@@ -202,7 +202,7 @@ LIES: Final[dict[str, tuple[str, Lie]]] = {
 """Each with what the reason must say. The connection is closed at once, with that reason."""
 
 
-def telling(stage: Stage, lie: Lie) -> Script:
+def telling(stage: LiarSetup, lie: Lie) -> Script:
     """Make a script that sends a lie."""
 
     def script(line: Line) -> None:

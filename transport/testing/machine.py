@@ -115,7 +115,7 @@ class Ability(Enum):
     """Let a span that the provider measures run out."""
 
 
-class Work(Enum):
+class StalledWork(Enum):
     """What can be held up."""
 
     RECOVER = auto()
@@ -256,7 +256,7 @@ class Adapter:
     def start(self) -> None:
         """Have another serve, on the state of the one before; return when it is ready.
 
-        If `Work.RECOVER` is held: when it listens.
+        If `StalledWork.RECOVER` is held: when it listens.
         """
         raise NotImplementedError
 
@@ -268,15 +268,15 @@ class Adapter:
 
     # For HOLD.
 
-    def hold(self, work: Work) -> None:
+    def hold(self, work: StalledWork) -> None:
         """Hold up all work of a kind from now on."""
         raise NotImplementedError
 
-    def wait_held(self, work: Work) -> None:
+    def wait_held(self, work: StalledWork) -> None:
         """Wait until such work is held up."""
         raise NotImplementedError
 
-    def let_go(self, work: Work) -> None:
+    def let_go(self, work: StalledWork) -> None:
         """Let it go on."""
         raise NotImplementedError
 
@@ -337,7 +337,7 @@ def another(request: NamespaceRequest) -> NamespaceRequest:
 
 
 @dataclass(slots=True)
-class Life:
+class Incarnation:
     """What the model knows of one incarnation."""
 
     number: int
@@ -419,14 +419,14 @@ class Handoffs(RuleBasedStateMachine):
         self.before = open_namespaces(self.adapter.inspector)
         self.requests = requests_of(self.prefix, self.adapter.image)
         self.numbers = count(1)
-        self.lives: dict[str, Life] = {}
+        self.lives: dict[str, Incarnation] = {}
         self.hand_overs: list[tuple[int, tuple[object, ...]]] = []
         self.over: set[str] = set()
         self.talkers: list[Talker] = []
         self.handed: set[tuple[int, int]] = set()
         """Which talker was handed which incarnation."""
         self.told: list[tuple[int, int]] = []
-        """Which talker was told of the end of which incarnation, unless it had wished for it."""
+        """Which talker was told of the end of which incarnation, unless it had asked for it."""
         self.ended: set[int] = set()
 
     # Consumers.
@@ -451,7 +451,7 @@ class Handoffs(RuleBasedStateMachine):
         request: NamespaceRequest,
         response: NamespaceResponse,
         identities: tuple[NamespaceIdentity, ...],
-    ) -> Life:
+    ) -> Incarnation:
         """Note what a consumer was handed; it begins an incarnation if none was alive."""
         life = self.begins(request)
         if life.identities is None:
@@ -467,11 +467,11 @@ class Handoffs(RuleBasedStateMachine):
         )
         return life
 
-    def begins(self, request: NamespaceRequest) -> Life:
+    def begins(self, request: NamespaceRequest) -> Incarnation:
         """Note that an allocation is alive."""
         name = request.allocation_id
         if name not in self.lives:
-            self.lives[name] = Life(next(self.numbers), request)
+            self.lives[name] = Incarnation(next(self.numbers), request)
             self.over.discard(name)
         return self.lives[name]
 
@@ -531,8 +531,8 @@ class Handoffs(RuleBasedStateMachine):
     @rule(who=_pick, picks=st.lists(_pick, min_size=1, max_size=5))
     def a_line_asks_many_things_at_once(self, who: int, picks: list[int]) -> None:
         talker = self.talkers[who % len(self.talkers)]
-        wishes: list[NamespaceRequest | AllocationEnded] = [*self.requests, self.never]
-        questions = [wishes[pick % len(wishes)] for pick in picks]
+        messages: list[NamespaceRequest | AllocationEnded] = [*self.requests, self.never]
+        questions = [messages[pick % len(messages)] for pick in picks]
         talker.say(*questions)
         for question in questions:
             if isinstance(question, NamespaceRequest):
@@ -551,7 +551,7 @@ class Handoffs(RuleBasedStateMachine):
 
     def is_taken(
         self, talker: Talker, request: NamespaceRequest, response: NamespaceResponse
-    ) -> Life:
+    ) -> Incarnation:
         """Look at what a line was handed, and close it."""
         with talker.voice.take() as bundle:
             inspect = self.adapter.inspector.inspect
@@ -612,14 +612,14 @@ class Handoffs(RuleBasedStateMachine):
             self.has_ended(life, is_last=False)
             self.is_taken(talker, life.request, answer)
 
-    def hears_of_the_end(self, talker: Talker, life: Life, *, has_wished: bool) -> None:
+    def hears_of_the_end(self, talker: Talker, life: Incarnation, *, has_asked: bool) -> None:
         """Each holder is told once; the push may still cross an end that a consumer sends."""
         talker.say(self.never)
         heard = talker.hear_until(AllocationNotFound(self.never.allocation_id))
         assert set(heard) <= {AllocationEnded(life.name)}, heard
         words = [(talker.number, life.number)] * len(heard)
         self.told += words
-        if has_wished and not words:
+        if has_asked and not words:
             self.handed.discard((talker.number, life.number))
 
     # Processes.
@@ -629,7 +629,7 @@ class Handoffs(RuleBasedStateMachine):
     def a_process_joins(self, pick: int) -> None:
         self.joins(self.one(pick))
 
-    def joins(self, life: Life) -> None:
+    def joins(self, life: Incarnation) -> None:
         # The second one changes nothing that a provider could see.
         is_first = not life.processes
         name = life.name
@@ -721,7 +721,7 @@ class Handoffs(RuleBasedStateMachine):
         name = request.allocation_id
         if fate == "released" and not self.can(Ability.OPERATOR):
             fate = "made"
-        work = Work.REPORT if is_made else Work.CREATE
+        work = StalledWork.REPORT if is_made else StalledWork.CREATE
         seeing = self.adapter.seeing(on.NamespacesCreated, name)
         with ExitStack() as calls:
             first, ender = calls.enter_context(self.calling()), calls.enter_context(self.calling())
@@ -770,11 +770,14 @@ class Handoffs(RuleBasedStateMachine):
         life = self.one(pick)
         with ExitStack() as calls:
             # Only what is released has been announced; with requests waiting, nothing else tells.
-            with self.adapter.seeing(on.NamespacesReleased, life.name), self.held(Work.RELEASE):
+            with (
+                self.adapter.seeing(on.NamespacesReleased, life.name),
+                self.held(StalledWork.RELEASE),
+            ):
                 ending = _Ending(self, life, calls)
                 if how == "word" or not ending.is_disturbed(how):
                     ending.is_disturbed("end")
-                self.adapter.wait_held(Work.RELEASE)
+                self.adapter.wait_held(StalledWork.RELEASE)
                 for disturbance in meanwhile:
                     ending.is_disturbed(disturbance)
             ending.is_over()
@@ -842,7 +845,7 @@ class Handoffs(RuleBasedStateMachine):
         ended = AllocationEnded(life.name)
         self.the_provider_stops()
         with ExitStack() as calls:
-            with self.held(Work.RECOVER):
+            with self.held(StalledWork.RECOVER):
                 self.adapter.start()
                 talker = calls.enter_context(self.calling())
                 with self.adapter.seeing(on.EndReceived, life.name):
@@ -964,7 +967,7 @@ class Handoffs(RuleBasedStateMachine):
         self.is_noticed()  # connections take turns: this one's second message before a newer one's
 
     @contextmanager
-    def held(self, work: Work) -> Iterator[None]:
+    def held(self, work: StalledWork) -> Iterator[None]:
         """Hold up work for the length of a block."""
         self.adapter.hold(work)
         try:
@@ -972,16 +975,16 @@ class Handoffs(RuleBasedStateMachine):
         finally:
             self.adapter.let_go(work)
 
-    def one(self, pick: int) -> Life:
+    def one(self, pick: int) -> Incarnation:
         names = sorted(self.lives)
         return self.lives[names[pick % len(names)]]
 
     def one_to_ask_for(self, pick: int) -> NamespaceRequest:
         """One of the requests that the provider must grant."""
         lives = self.lives
-        return [r for r in self.requests if lives.get(r.allocation_id, Life(0, r)).request == r][
-            pick % 3
-        ]
+        return [
+            r for r in self.requests if lives.get(r.allocation_id, Incarnation(0, r)).request == r
+        ][pick % 3]
 
     def one_free(self, pick: int) -> NamespaceRequest | None:
         """One of the requests whose allocation is not alive."""
@@ -993,7 +996,9 @@ class Handoffs(RuleBasedStateMachine):
         """The end of what never was: its answer tells that everything before it was heard."""
         return AllocationEnded(f"{self.prefix}-never")
 
-    def has_ended(self, life: Life, by: Talker | None = None, *, is_last: bool = True) -> None:
+    def has_ended(
+        self, life: Incarnation, by: Talker | None = None, *, is_last: bool = True
+    ) -> None:
         """Everyone who holds it hears of it; then it is released, and its name is remembered."""
         for handoff in life.holders:
             assert handoff.wait_ended(WAIT_S), f"{life.name}: a holder was not told of the end"
@@ -1002,7 +1007,7 @@ class Handoffs(RuleBasedStateMachine):
             self.adapter.wait_released(life.name)
         self.ended.add(life.number)
         for talker in self.talkers:
-            self.hears_of_the_end(talker, life, has_wished=talker is by)
+            self.hears_of_the_end(talker, life, has_asked=talker is by)
         del self.lives[life.name]
         self.over.add(life.name)
         self.adapter.reap_killed(life.name)
@@ -1016,7 +1021,7 @@ class Handoffs(RuleBasedStateMachine):
 class _Ending:
     """An allocation that has ended and is not released, and what is done to it."""
 
-    def __init__(self, machine: Handoffs, life: Life, calls: ExitStack) -> None:
+    def __init__(self, machine: Handoffs, life: Incarnation, calls: ExitStack) -> None:
         self.machine = machine
         self.life = life
         self.ended = AllocationEnded(life.name)
@@ -1112,15 +1117,15 @@ class _Ending:
         return self._calls.enter_context(self.machine.calling())
 
 
-Incarnation = tuple[str, int]
+IncarnationKey = tuple[str, int]
 """An allocation's name, and how often it had been created by then."""
 
 
-def ends_and_releases(history: History) -> tuple[list[Incarnation], list[Incarnation]]:
+def ends_and_releases(history: History) -> tuple[list[IncarnationKey], list[IncarnationKey]]:
     """Find every decision that an incarnation is over, and every report that nothing is left."""
     created: Counter[str] = Counter()
-    ends: list[Incarnation] = []
-    releases: list[Incarnation] = []
+    ends: list[IncarnationKey] = []
+    releases: list[IncarnationKey] = []
     for event, effects in history:
         if isinstance(event, on.NamespacesReleased):
             releases.append((event.allocation_id, created[event.allocation_id]))

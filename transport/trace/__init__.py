@@ -8,9 +8,9 @@ diagram    a trace as a sequence diagram
 from __future__ import annotations
 
 from .records import (
-    Entry,
-    Recovery,
+    Recovered,
     Start,
+    TraceEntry,
     TraceError,
     Turn,
     decode_effect,
@@ -23,9 +23,9 @@ from .records import (
 )
 
 __all__ = [
-    "Entry",
-    "Recovery",
+    "Recovered",
     "Start",
+    "TraceEntry",
     "TraceError",
     "Turn",
     "decode_effect",

@@ -22,10 +22,10 @@ from statemachine.messages import NamespaceRequest, NamespaceResponse
 from statemachine.provider import REMEMBERED_MAX, Limits, ProviderKernel
 from statemachine.states import AllocationState, ServiceState
 
-from . import Entry, Recovery, Start, TraceError, Turn, encode_effect, read_lines
+from . import Recovered, Start, TraceEntry, TraceError, Turn, encode_effect, read_lines
 
 
-class Impossible(TraceError):
+class ImpossibleLine(TraceError):
     """
     A line that cannot have happened after those before it.
 
@@ -64,7 +64,7 @@ class Replay:
 
         Raises:
             TraceError: a line cannot be read.
-            Impossible: a line cannot have happened.
+            ImpossibleLine: a line cannot have happened.
         """
         for number, sequence, entry in read_lines(lines):
             self._take(number, sequence, entry)
@@ -73,11 +73,11 @@ class Replay:
         self._limits = limits
         self._kernel = ProviderKernel(limits)
         self._owed = _Owed()
-        self._lives: dict[str, _Life] = {}
+        self._lives: dict[str, _TracedAllocation] = {}
         self._knows_all = False
         self._is_after_gap = False
 
-    def _take(self, number: int, sequence: int, entry: Entry) -> None:
+    def _take(self, number: int, sequence: int, entry: TraceEntry) -> None:
         if isinstance(entry, Start):
             if self._knows_all:
                 self._left = _Left()
@@ -95,9 +95,9 @@ class Replay:
             self._check_place(number, entry.event)
             self._turn(number, entry)
             self.turns += 1
-        elif isinstance(entry, Recovery):
+        elif isinstance(entry, Recovered):
             if self._kernel.service is not ServiceState.STARTING:
-                raise Impossible(number, "a recovery, but the provider is ready")
+                raise ImpossibleLine(number, "a recovery, but the provider is ready")
             self._kernel.remember(entry.remembered)
             if self._left is not None:
                 self._left.strike_off(entry.remembered)
@@ -107,13 +107,13 @@ class Replay:
         is_adoption = isinstance(event, _ADOPTIONS)
         if is_adoption and self._kernel.service is not ServiceState.STARTING:
             reason = f"{_name(event)}, but the provider is {self._kernel.service.value}"
-            raise Impossible(number, reason, self._allowed_for(event))
+            raise ImpossibleLine(number, reason, self._allowed_for(event))
         if self._left is not None:
             self._left.check(number, event)
         if self._is_after_gap and not is_adoption:
             if not isinstance(event, on.ProviderReady):
                 reason = f"lines are missing before this {_name(event)}; then there was a crash"
-                raise Impossible(number, reason, _allowed([*_ADOPTIONS, on.ProviderReady]))
+                raise ImpossibleLine(number, reason, _allowed([*_ADOPTIONS, on.ProviderReady]))
             self._is_after_gap = False
 
     def _turn(self, number: int, turn: Turn) -> None:
@@ -123,18 +123,18 @@ class Replay:
         try:
             effects = self._kernel.receive(event)
         except ProtocolError as error:
-            raise Impossible(number, str(error), self._allowed_for(event, error)) from None
+            raise ImpossibleLine(number, str(error), self._allowed_for(event, error)) from None
         if effects != turn.effects:
             reason = f"{_name(event)} has other effects"
             found, expected = _shown(turn.effects), _shown(effects)
-            raise Impossible(number, reason, f"found:    {found}", f"expected: {expected}")
+            raise ImpossibleLine(number, reason, f"found:    {found}", f"expected: {expected}")
         if isinstance(event, on.ProviderReady):
             self._knows_all, self._left = True, None
         self._keep(event)
         for effect in effects:
             self._owed.add(effect)
             if isinstance(effect, do.CreateNamespaces):
-                self._lives[effect.request.allocation_id] = _Life(effect.request)
+                self._lives[effect.request.allocation_id] = _TracedAllocation(effect.request)
             elif isinstance(effect, do.AnnounceEnd) and effect.allocation_id in self._lives:
                 self._lives[effect.allocation_id].is_announced = True
 
@@ -145,17 +145,17 @@ class Replay:
         elif isinstance(event, on.NamespacesReleased):
             del self._lives[event.allocation_id]
         elif isinstance(event, on.CreatedAdopted | on.HandedOffAdopted):
-            self._lives[event.allocation_id] = _Life(event.request, event.response)
+            self._lives[event.allocation_id] = _TracedAllocation(event.request, event.response)
         elif isinstance(event, on.RemainsFound):
-            self._lives[event.allocation_id] = _Life(event.request)
+            self._lives[event.allocation_id] = _TracedAllocation(event.request)
 
-    def _not_asked_for(self, number: int, event: ProviderInput) -> Impossible:
+    def _not_asked_for(self, number: int, event: ProviderInput) -> ImpossibleLine:
         allowed = self._allowed_for(event)
         try:
             self._kernel.receive(event)
         except ProtocolError as error:
-            return Impossible(number, str(error), allowed)
-        return Impossible(number, f"{_name(event)} reports what was not asked for", allowed)
+            return ImpossibleLine(number, str(error), allowed)
+        return ImpossibleLine(number, f"{_name(event)} reports what was not asked for", allowed)
 
     def _allowed_for(self, event: Event, refusal: ProtocolError | None = None) -> str:
         """Say what may happen where that stands which the event is about."""
@@ -174,7 +174,7 @@ class Replay:
 
 
 @dataclass(slots=True)
-class _Life:
+class _TracedAllocation:
     """What a trace says of an allocation that is not released."""
 
     request: NamespaceRequest
@@ -194,11 +194,11 @@ class _Left:
     """
 
     def __init__(self) -> None:
-        self._lives: dict[str, _Life] = {}
+        self._lives: dict[str, _TracedAllocation] = {}
         self._states: dict[str, AllocationState] = {}
         self._must_be_found: set[str] = set()
 
-    def add(self, lives: dict[str, _Life], kernel: ProviderKernel) -> None:
+    def add(self, lives: dict[str, _TracedAllocation], kernel: ProviderKernel) -> None:
         """Add what a provider that is gone knew; it may have begun to find what another left."""
         states = {name: kernel.state_of(name) for name in lives}
         self._lives |= lives
@@ -216,17 +216,17 @@ class _Left:
         Hold what the next provider finds to what there was.
 
         Raises:
-            Impossible: it finds what cannot be, or is ready and has not found what must be.
+            ImpossibleLine: it finds what cannot be, or is ready and has not found what must be.
         """
         if isinstance(event, _ADOPTIONS):
             self._must_be_found.discard(event.allocation_id)
             reason = self._objection(event)
             if reason:
-                raise Impossible(number, f"{_name(event)}, but before the crash {reason}")
+                raise ImpossibleLine(number, f"{_name(event)}, but before the crash {reason}")
         elif isinstance(event, on.ProviderReady) and self._must_be_found:
             name = min(self._must_be_found)
             reason = f"ready, but {name}, which was {self._states[name].value}, was not found"
-            raise Impossible(number, reason, _allowed(_ADOPTIONS))
+            raise ImpossibleLine(number, reason, _allowed(_ADOPTIONS))
 
     def _objection(self, event: on.CreatedAdopted | on.HandedOffAdopted | on.RemainsFound) -> str:
         life = self._lives.pop(event.allocation_id, None)

@@ -9,16 +9,18 @@ from typing import Final
 from statemachine import effects as do
 from statemachine import events as on
 from statemachine.effects import Effect
-from statemachine.events import ConnectionId, Event
+from statemachine.events import ConnectionId, Event, allocation_of
 from statemachine.messages import NamespaceRequest, NamespaceResponse
 
-from . import Entry, Start, Turn
+from . import Start, TraceEntry, Turn
 
 TEXT_CHARACTERS_MAX: Final = 100
 """Most characters of a text in the diagram."""
 
 
-def sequence_diagram(entries: Iterable[Entry], allocation_id: str | None = None) -> Iterator[str]:
+def sequence_diagram(
+    entries: Iterable[TraceEntry], allocation_id: str | None = None
+) -> Iterator[str]:
     """
     Draw a trace line by line; timers that only start or stop, and reports of sending, are left out.
 
@@ -29,7 +31,7 @@ def sequence_diagram(entries: Iterable[Entry], allocation_id: str | None = None)
     yield "sequenceDiagram"
     yield "    participant node"
     yield "    participant provider"
-    drawing = _Drawing(allocation_id)
+    drawing = _DrawnConnections(allocation_id)
     for entry in entries:
         if isinstance(entry, Start):
             drawing.start()
@@ -38,7 +40,7 @@ def sequence_diagram(entries: Iterable[Entry], allocation_id: str | None = None)
             yield from (f"    {line}" for line in drawing.draw(entry))
 
 
-class _Drawing:
+class _DrawnConnections:
     """Which connections have been drawn, in which life of the provider."""
 
     def __init__(self, allocation_id: str | None) -> None:
@@ -57,13 +59,13 @@ class _Drawing:
 
     def draw(self, turn: Turn) -> Iterator[str]:
         self._is_fresh = False
-        event, name = turn.event, _allocation_of(turn.event)
+        event, name = turn.event, allocation_of(turn.event)
         if isinstance(event, on.ConnectionOpened):
             self._uids[event.connection] = event.uid
         if self._concerns(name, event):
             yield from self._arrow(event, self._draw_event(event))
         for effect in turn.effects:
-            if self._concerns(_allocation_of(effect) or name, effect):
+            if self._concerns(allocation_of(effect) or name, effect):
                 yield from self._arrow(effect, self._draw_effect(effect))
         if isinstance(event, on.ConnectionLost):
             self._uids.pop(event.connection, None)
@@ -137,16 +139,8 @@ _OF_NODE: Final = (
 )
 
 
-def _allocation_of(something: Event | Effect) -> str:
-    for part in (something, *(getattr(something, x, None) for x in ("request", "response"))):
-        name = getattr(part, "allocation_id", "")
-        if name:
-            return str(name)
-    return ""
-
-
 def _words(something: Event | Effect) -> str:
-    words = f"{type(something).__name__} {_plain(_allocation_of(something))}".rstrip()
+    words = f"{type(something).__name__} {_plain(allocation_of(something))}".rstrip()
     reason = getattr(getattr(something, "error", None), "text", getattr(something, "reason", ""))
     return f"{words}: {_plain(reason)}" if reason else words
 

@@ -57,7 +57,7 @@ class Start:
 
 
 @record
-class Recovery:
+class Recovered:
     """Its backend has looked around; what is alive is adopted next."""
 
     remembered: tuple[str, ...]
@@ -72,7 +72,7 @@ class Turn:
     effects: tuple[Effect, ...]
 
 
-Entry: TypeAlias = Start | Recovery | Turn
+TraceEntry: TypeAlias = Start | Recovered | Turn
 """What a line says."""
 
 
@@ -82,12 +82,12 @@ _BEGINNING: Final = b'{"schema":'
 # --- Lines -------------------------------------------------------------------------------------
 
 
-def encode_line(sequence: int, entry: Entry) -> bytes:
+def encode_line(sequence: int, entry: TraceEntry) -> bytes:
     """Write a line, its end included."""
     return b'{"schema":%d,"seq":%d,%s\n' % (SCHEMA, sequence, _said(entry))
 
 
-def decode_line(number: int, text: bytes) -> tuple[int, Entry]:
+def decode_line(number: int, text: bytes) -> tuple[int, TraceEntry]:
     """
     Read a line.
 
@@ -104,7 +104,7 @@ def decode_line(number: int, text: bytes) -> tuple[int, Entry]:
     return _entry_of(number, _parsed(number, text))
 
 
-def read_lines(lines: Iterable[bytes]) -> Iterator[tuple[int, int, Entry]]:
+def read_lines(lines: Iterable[bytes]) -> Iterator[tuple[int, int, TraceEntry]]:
     """
     Read a trace, holding one line at a time; half a line at the end of a provider's life is none.
 
@@ -133,7 +133,7 @@ def read_lines(lines: Iterable[bytes]) -> Iterator[tuple[int, int, Entry]]:
         raise half
 
 
-def _said(entry: Entry) -> bytes:
+def _said(entry: TraceEntry) -> bytes:
     plain = _ENTRIES[type(entry)].encode(entry)
     if not isinstance(entry, Turn):
         plain = {_MARKS[type(entry)]: plain}
@@ -149,7 +149,7 @@ def _parsed(number: int, text: bytes) -> Any:
         raise TraceError(number, "not a line of JSON") from None
 
 
-def _entry_of(number: int, plain: Any) -> tuple[int, Entry]:
+def _entry_of(number: int, plain: Any) -> tuple[int, TraceEntry]:
     try:
         if type(plain) is not dict or plain.pop("schema", None) != SCHEMA:
             raise _Unreadable(f"not of schema {SCHEMA}")
@@ -308,7 +308,7 @@ _TEXT: Final = _exactly(str)
 _LIST: Final = _exactly(list)
 _EVENT: Final = _codec_of(_FED)
 _EFFECT: Final = _codec_of(Effect)
-_KINDS: Final[tuple[Any, ...]] = get_args(Entry)
-_ENTRIES: Final[dict[type[Entry], _Codec]] = {kind: _codec_of(kind) for kind in _KINDS}
-_MARKS: Final[dict[type[Entry], str]] = {Start: "start", Recovery: "recovery"}
+_KINDS: Final[tuple[Any, ...]] = get_args(TraceEntry)
+_ENTRIES: Final[dict[type[TraceEntry], _Codec]] = {kind: _codec_of(kind) for kind in _KINDS}
+_MARKS: Final[dict[type[TraceEntry], str]] = {Start: "start", Recovered: "recovery"}
 """Under which key a line says that it is no turn."""

@@ -18,8 +18,8 @@ from specs._build.golden.wire import (
     SUBSETS,
     TYPES,
     TYPICAL,
-    Case,
-    Document,
+    VectorCase,
+    JsonMessage,
     Struct,
     compact,
     counted,
@@ -42,13 +42,13 @@ CHARACTERS: Final = (0, 0x1F, 0x7F, 0x80, 0x7FF, 0x800, 0xD7FF, 0xE000, 0xFFFD, 
 CHARACTERS_MAX: Final = 0x10FFFF
 
 
-def frames() -> Iterator[Case]:
+def frames() -> Iterator[VectorCase]:
     """Yield every message, in the one form in which it is written."""
     for name, document in _messages():
         yield {"id": f"frames/{name}", "message": document, "frame": framed(packed(document)).hex()}
 
 
-def _messages() -> Iterator[tuple[str, Document]]:
+def _messages() -> Iterator[tuple[str, JsonMessage]]:
     for name, document in peer_messages():
         yield f"rmp-serde-{name}", document
     for types in SUBSETS:
@@ -88,7 +88,7 @@ def _messages() -> Iterator[tuple[str, Document]]:
     yield "longest", struct.document("r" * room)
 
 
-def _with_text(struct: Struct, field: str, value: str) -> Document:
+def _with_text(struct: Struct, field: str, value: str) -> JsonMessage:
     """Put a text into one field of a typical message."""
     _, fields = structs_in(TYPICAL[struct])
     return struct.document(*{**fields, field: value}.values())
@@ -136,13 +136,13 @@ CONTAINERS: Final = {
 }
 
 
-def accepted() -> Iterator[Case]:
+def accepted() -> Iterator[VectorCase]:
     """Yield frames that no sender writes and every receiver reads."""
     for name, body, document in _lenient():
         yield {"id": f"accepted/{name}", "frame": framed(body).hex(), "message": document}
 
 
-def _lenient() -> Iterator[tuple[str, bytes, Document]]:
+def _lenient() -> Iterator[tuple[str, bytes, JsonMessage]]:
     for name, document in peer_messages():
         yield f"compact-rmp-serde-{name}", compact(document), document
     for types in SUBSETS:
@@ -161,8 +161,8 @@ def _lenient() -> Iterator[tuple[str, bytes, Document]]:
 
 
 def _reordered(
-    struct: Struct, document: Document, pairs: Sequence[tuple[bytes, bytes]]
-) -> Iterator[tuple[str, bytes, Document]]:
+    struct: Struct, document: JsonMessage, pairs: Sequence[tuple[bytes, bytes]]
+) -> Iterator[tuple[str, bytes, JsonMessage]]:
     for order in itertools.permutations(range(len(pairs))):
         if order != tuple(sorted(order)):
             body = struct.body(entries([pairs[i] for i in order]))
@@ -170,8 +170,8 @@ def _reordered(
 
 
 def _with_unknown(
-    struct: Struct, document: Document, pairs: Sequence[tuple[bytes, bytes]]
-) -> Iterator[tuple[str, bytes, Document]]:
+    struct: Struct, document: JsonMessage, pairs: Sequence[tuple[bytes, bytes]]
+) -> Iterator[tuple[str, bytes, JsonMessage]]:
     values = {**SCALARS, **TEXTS}
     if len(struct.path) == 1:
         values |= CONTAINERS  # One level deeper, in an error, they would be too deep.
@@ -188,7 +188,7 @@ def _with_unknown(
     yield f"unknown-keys-{struct.name}-64", struct.body(entries([*pairs, *more])), document
 
 
-def _with_wide_forms(struct: Struct, document: Document) -> Iterator[tuple[str, bytes, Document]]:
+def _with_wide_forms(struct: Struct, document: JsonMessage) -> Iterator[tuple[str, bytes, JsonMessage]]:
     for width in (1, 2, 4):
         yield f"wide-{struct.name}-texts-{8 * width}", _widely(document, width, 0), document
     for width in (2, 4):
@@ -215,7 +215,7 @@ def _widely(value: Any, texts: int, counts: int) -> bytes:
     return bytes([long + (counts == 4)]) + len(value).to_bytes(counts, "big") + inner
 
 
-def _without_image() -> Iterator[tuple[str, bytes, Document]]:
+def _without_image() -> Iterator[tuple[str, bytes, JsonMessage]]:
     for types in SUBSETS:
         document = REQUEST.document("job-1", [*types], None)
         pairs = [(packed(k), packed(v)) for k, v in structs_in(document)[1].items()][:2]

@@ -17,7 +17,7 @@ from specs._build.golden.wire import (
     RESPONSE,
     STRUCTS,
     TYPICAL,
-    Case,
+    VectorCase,
     Struct,
     array,
     compact,
@@ -118,7 +118,7 @@ LENGTHS_OVER: Final = (
 """Among the last: a little-endian length, `GET `, a TLS record, a body without a header."""
 
 
-def invalid() -> Iterator[Case]:
+def invalid() -> Iterator[VectorCase]:
     """Yield frames that are refused, each with the faults that may be named."""
     for name, length in [("length-zero", 0), *((f"length-{n}", n) for n in LENGTHS_OVER)]:
         fault = "length-over-limit" if length else "length-zero"
@@ -130,7 +130,7 @@ def invalid() -> Iterator[Case]:
         yield _refused(name, framed(body), *faults)
 
 
-def _refused(name: str, frame: bytes, *faults: str) -> Case:
+def _refused(name: str, frame: bytes, *faults: str) -> VectorCase:
     assert set(faults) <= FAULTS.keys(), faults
     return {"id": f"invalid/{name}", "frame": frame.hex(), "faults": [*faults]}
 

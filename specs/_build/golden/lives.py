@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final, TypeAlias
 
-from specs._build.golden.wire import Case
+from specs._build.golden.wire import VectorCase
 from statemachine import effects as do
 from statemachine import events as on
 from statemachine.consumer import ConsumerKernel
@@ -39,7 +39,7 @@ from transport.trace import encode_effect, encode_event
 PID, NET, MOUNT = NamespaceType
 REASON: Final = "it did not work"
 
-Life: TypeAlias = Sequence[Event]
+EventScript: TypeAlias = Sequence[Event]
 
 
 def request_for(name: str, *types: NamespaceType) -> NamespaceRequest:
@@ -75,12 +75,12 @@ _EXPIRES: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class World:
+class DrivenProvider:
     """A provider's kernel, and what its driver and its backend have under way."""
 
     kernel: ProviderSnapshot
     open: frozenset[int] = frozenset()
-    deaf: frozenset[int] = frozenset()
+    read_closed: frozenset[int] = frozenset()
     """Connections that are not read from any more: closed, or to be closed in their turn."""
     creating: tuple[NamespaceRequest, ...] = ()
     releasing: tuple[str, ...] = ()
@@ -91,7 +91,9 @@ class World:
     """What is watched."""
     used: frozenset[str] = frozenset()
 
-    def after(self, event: Event, kernel: ProviderSnapshot, effects: Iterable[Effect]) -> World:
+    def after(
+        self, event: Event, kernel: ProviderSnapshot, effects: Iterable[Effect]
+    ) -> DrivenProvider:
         """Say what is under way after an event."""
         world = _reported(replace(self, kernel=kernel), event)
         for effect in effects:
@@ -99,15 +101,15 @@ class World:
         return world
 
 
-def _reported(world: World, event: Event) -> World:
+def _reported(world: DrivenProvider, event: Event) -> DrivenProvider:
     match event:
         case on.ConnectionOpened(connection=c):
             return replace(world, open=world.open | {c})
         case on.ConnectionLost(connection=c):
             left = tuple(h for h in world.handing if h[0] != c)
-            return replace(world, open=world.open - {c}, deaf=world.deaf - {c}, handing=left)
+            return replace(world, open=world.open - {c}, read_closed=world.read_closed - {c}, handing=left)
         case on.FrameRejected(connection=c):
-            return replace(world, deaf=world.deaf | {c})
+            return replace(world, read_closed=world.read_closed | {c})
         case on.NamespacesCreated() | on.NamespacesNotCreated():
             left_to_make = tuple(
                 r for r in world.creating if r.allocation_id != event.allocation_id
@@ -131,7 +133,7 @@ def _reported(world: World, event: Event) -> World:
             return replace(world, timers=world.timers - over)
 
 
-def _begun(world: World, effect: Effect) -> World:
+def _begun(world: DrivenProvider, effect: Effect) -> DrivenProvider:
     match effect:
         case do.CreateNamespaces(request=request):
             return replace(world, creating=(*world.creating, request))
@@ -146,7 +148,7 @@ def _begun(world: World, effect: Effect) -> World:
         case do.StopTimer(timer=timer, allocation_id=name):
             return replace(world, timers=world.timers - {(timer, name)})
         case do.CloseConnection(connection=c):
-            return replace(world, deaf=world.deaf | {c})
+            return replace(world, read_closed=world.read_closed | {c})
         case _:
             return world
 
@@ -170,14 +172,14 @@ class Cast:
         return tuple(dict.fromkeys(request.allocation_id for request in self.requests))
 
 
-def possible(cast: Cast, world: World, kernel: ProviderKernel) -> Iterator[Event]:
+def possible(cast: Cast, world: DrivenProvider, kernel: ProviderKernel) -> Iterator[Event]:
     """Yield what can happen next."""
     for c, uid in cast.connections:
         if c not in world.open:
             yield on.ConnectionOpened(c, uid)
             continue
         yield on.ConnectionLost(c, "the peer closed the connection")
-        if c not in world.deaf:
+        if c not in world.read_closed:
             yield from (on.RequestReceived(c, request) for request in cast.requests)
             yield from (on.EndReceived(c, name) for name in cast.names)
             yield on.FrameRejected("not a message", c)
@@ -195,7 +197,7 @@ def possible(cast: Cast, world: World, kernel: ProviderKernel) -> Iterator[Event
         yield from _of_the_machine(world, name, state.value)
 
 
-def _of_the_driver(world: World) -> Iterator[Event]:
+def _of_the_driver(world: DrivenProvider) -> Iterator[Event]:
     if world.handing:
         c, name = world.handing[0]
         yield on.ResponseSent(name, c)
@@ -206,7 +208,7 @@ def _of_the_driver(world: World) -> Iterator[Event]:
             yield _EXPIRES[timer](name)
 
 
-def _of_the_machine(world: World, name: str, state: str) -> Iterator[Event]:
+def _of_the_machine(world: DrivenProvider, name: str, state: str) -> Iterator[Event]:
     yield on.ReleaseRequested(name)
     creating = {request.allocation_id: request for request in world.creating}
     if name in creating:
@@ -223,7 +225,7 @@ def _of_the_machine(world: World, name: str, state: str) -> Iterator[Event]:
             yield on.ScopeEmptied(name)
 
 
-def take(world: World, event: Event, limits: Limits) -> tuple[World, tuple[Effect, ...]]:
+def take(world: DrivenProvider, event: Event, limits: Limits) -> tuple[DrivenProvider, tuple[Effect, ...]]:
     """Let something happen."""
     kernel = ProviderKernel.restore(world.kernel, limits)
     effects = kernel.receive(event)
@@ -248,11 +250,11 @@ _SMALL: Final = Cast(
 )
 
 
-def shortest_lives() -> Iterator[tuple[str, Life]]:
+def shortest_lives() -> Iterator[tuple[str, EventScript]]:
     """Yield for every kind of step that a provider takes the shortest life with it."""
     limits = Limits()
-    start = World(ProviderKernel(limits).snapshot())
-    lives: dict[World, tuple[Event, ...]] = {start: ()}
+    start = DrivenProvider(ProviderKernel(limits).snapshot())
+    lives: dict[DrivenProvider, tuple[Event, ...]] = {start: ()}
     queue, seen, steps = deque([start]), set(), 0
     while queue and steps < STEPS_MAX:
         world = queue.popleft()
@@ -304,7 +306,7 @@ _LIMITS: Final = (
 )
 
 
-def long_lives() -> Iterator[tuple[str, Limits, Life]]:
+def long_lives() -> Iterator[tuple[str, Limits, EventScript]]:
     """
     Yield lives in which much happens at once, under three sets of limits in turn.
 
@@ -313,7 +315,7 @@ def long_lives() -> Iterator[tuple[str, Limits, Life]]:
     for number in range(WALKS):
         limits = _LIMITS[number % len(_LIMITS)]
         draw = _numbers_from(number)
-        world, life = World(ProviderKernel(limits).snapshot()), []
+        world, life = DrivenProvider(ProviderKernel(limits).snapshot()), []
         for _ in range(WALK_EVENTS):
             kernel = ProviderKernel.restore(world.kernel, limits)
             event = _drawn([*possible(_LARGE, world, kernel)], draw)
@@ -344,42 +346,72 @@ def _numbers_from(seed: int) -> Callable[[int], int]:
     return draw
 
 
-def told_lives() -> Iterator[tuple[str, Limits, tuple[str, ...], Life]]:
+ToldLife: TypeAlias = tuple[str, Limits, tuple[str, ...], EventScript]
+"""A name; the limits and the remembered names that a provider starts with; and what happens to it."""
+
+_A: Final = request_for("a")
+_B: Final = request_for("b", NET)
+_READY: Final = (on.ConnectionOpened(1, 0), on.ProviderReady())
+
+
+def told_lives() -> Iterator[ToldLife]:
     """Yield lives written by hand: limits, order of answers, restarts, memory."""
-    a, b = request_for("a"), request_for("b", NET)
-    ready = (on.ConnectionOpened(1, 0), on.ProviderReady())
+    for lives in (_whole_lives(), _lives_in_order(), _lives_with_ends(), _lives_with_timers()):
+        yield from ((name, Limits(), (), (*_READY, *life)) for name, life in lives.items())
+    yield from _lives_that_remember()
+    yield from _lives_at_limits()
+    yield from _lives_that_stop()
 
-    def alive(c: int, request: NamespaceRequest) -> tuple[Event, ...]:
-        name = request.allocation_id
-        return (
-            on.RequestReceived(c, request),
-            on.NamespacesCreated(name, response_to(request)),
-            on.ResponseSent(name, c),
-        )
 
-    def dead(c: int, name: str) -> tuple[Event, ...]:
-        return (on.EndReceived(c, name), on.NamespacesReleased(name))
+def _alive(c: int, request: NamespaceRequest) -> tuple[Event, ...]:
+    name = request.allocation_id
+    return (
+        on.RequestReceived(c, request),
+        on.NamespacesCreated(name, response_to(request)),
+        on.ResponseSent(name, c),
+    )
 
-    plain = Limits()
-    told: dict[str, Life] = {
-        "whole-life": (*alive(1, a), on.ScopePopulated("a"), *_emptied("a")),
-        "second-incarnation": (*alive(1, a), *dead(1, "a"), *alive(1, a)),
+
+def _dead(c: int, name: str) -> tuple[Event, ...]:
+    return (on.EndReceived(c, name), on.NamespacesReleased(name))
+
+
+def _emptied(name: str) -> tuple[Event, ...]:
+    return (on.ScopeEmptied(name), on.NamespacesReleased(name))
+
+
+def _whole_lives() -> dict[str, EventScript]:
+    return {
+        "whole-life": (*_alive(1, _A), on.ScopePopulated("a"), *_emptied("a")),
+        "second-incarnation": (*_alive(1, _A), *_dead(1, "a"), *_alive(1, _A)),
+    }
+
+
+def _lives_in_order() -> dict[str, EventScript]:
+    """Tell lives with more than one answer to give: each waits for its turn."""
+    return {
         "answers-keep-their-order": (
-            on.RequestReceived(1, a),
-            on.RequestReceived(1, b),
+            on.RequestReceived(1, _A),
+            on.RequestReceived(1, _B),
             on.EndReceived(1, "never"),
-            on.NamespacesCreated("b", response_to(b)),
-            on.NamespacesCreated("a", response_to(a)),
+            on.NamespacesCreated("b", response_to(_B)),
+            on.NamespacesCreated("a", response_to(_A)),
         ),
         "the-unreadable-waits-for-its-turn": (
-            on.RequestReceived(1, a),
+            on.RequestReceived(1, _A),
             on.FrameRejected("not a message", 1),
-            on.NamespacesCreated("a", response_to(a)),
+            on.NamespacesCreated("a", response_to(_A)),
             on.ResponseSent("a", 1),
             on.ConnectionLost(1),
         ),
+    }
+
+
+def _lives_with_ends() -> dict[str, EventScript]:
+    """Tell lives with ends that cross, that are told to several, and that others wait for."""
+    return {
         "ends-cross": (
-            *alive(1, a),
+            *_alive(1, _A),
             on.ScopePopulated("a"),
             *_emptied("a"),
             on.EndReceived(1, "a"),
@@ -388,52 +420,60 @@ def told_lives() -> Iterator[tuple[str, Limits, tuple[str, ...], Life]]:
         "all-that-hold-it-are-told": (
             on.ConnectionOpened(2, 0),
             on.ConnectionOpened(3, 0),
-            *alive(1, a),
-            on.RequestReceived(2, a),
+            *_alive(1, _A),
+            on.RequestReceived(2, _A),
             on.ResponseSent("a", 2),
-            *dead(3, "a"),
+            *_dead(3, "a"),
         ),
         "early-requests-are-served-by-the-next": (
             on.ConnectionOpened(2, 0),
-            *alive(1, a),
+            *_alive(1, _A),
             on.EndReceived(1, "a"),
-            on.RequestReceived(2, a),
+            on.RequestReceived(2, _A),
             on.RequestReceived(1, request_for("a", NET)),
             on.NamespacesReleased("a"),
-            on.NamespacesCreated("a", response_to(a)),
+            on.NamespacesCreated("a", response_to(_A)),
         ),
+    }
+
+
+def _lives_with_timers() -> dict[str, EventScript]:
+    """Tell lives in which something takes longer than its timer."""
+    return {
         "a-drain-is-announced-and-goes-on": (
-            *alive(1, a),
+            *_alive(1, _A),
             on.EndReceived(1, "a"),
-            on.RequestReceived(1, a),
+            on.RequestReceived(1, _A),
             on.ReleaseDelayed("a", "a process is in uninterruptible sleep"),
             on.RetryDue("a"),
             on.ReleaseOverdue("a"),
             on.EndReceived(1, "a"),
-            on.RequestReceived(1, a),
+            on.RequestReceived(1, _A),
             on.ReleaseDelayed("a", "a process is in uninterruptible sleep"),
             on.RetryDue("a"),
             on.NamespacesReleased("a"),
-            *alive(1, a),
+            *_alive(1, _A),
         ),
         "unclaimed": (
-            *alive(1, a),
+            *_alive(1, _A),
             on.ConnectionLost(1),
             on.ConnectionOpened(2, 0),
-            on.RequestReceived(2, a),
+            on.RequestReceived(2, _A),
             on.ResponseSent("a", 2),
             on.ConnectionLost(2),
             on.ClaimExpired("a"),
             on.NamespacesReleased("a"),
         ),
     }
-    yield from ((name, plain, (), (*ready, *life)) for name, life in told.items())
-    adopted = on.HandedOffAdopted("a", a, response_to(a))
+
+
+def _lives_that_remember() -> Iterator[ToldLife]:
+    adopted = on.HandedOffAdopted("a", _A, response_to(_A))
     again = (
         adopted,
-        on.RemainsFound("b", b),
+        on.RemainsFound("b", _B),
         on.ConnectionOpened(1, 0),
-        on.RequestReceived(1, a),
+        on.RequestReceived(1, _A),
         on.EndReceived(1, "old"),
         on.ProviderReady(),
         on.ResponseSent("a", 1),
@@ -441,60 +481,58 @@ def told_lives() -> Iterator[tuple[str, Limits, tuple[str, ...], Life]]:
         on.EndReceived(1, "b"),
         on.EndReceived(1, "never"),
     )
-    yield "adopted-and-handed-over-again", plain, ("old",), again
-    few, ends = replace(plain, remembered=2), [on.EndReceived(1, name) for name in "123a"]
-    life = (*ready, *ends[:3], *alive(1, a), *dead(1, "a"), *ends)
+    yield "adopted-and-handed-over-again", Limits(), ("old",), again
+    few, ends = Limits(remembered=2), [on.EndReceived(1, name) for name in "123a"]
+    life = (*_READY, *ends[:3], *_alive(1, _A), *_dead(1, "a"), *ends)
     yield "memory-is-bounded", few, ("1", "2", "3"), life
-    yield from _lives_at_limits(plain, a, b, ready)
 
 
-def _emptied(name: str) -> tuple[Event, ...]:
-    return (on.ScopeEmptied(name), on.NamespacesReleased(name))
-
-
-def _lives_at_limits(
-    plain: Limits, a: NamespaceRequest, b: NamespaceRequest, ready: Life
-) -> Iterator[tuple[str, Limits, tuple[str, ...], Life]]:
-    yield "another-user", plain, (), (*ready, on.ConnectionOpened(2, 1000), on.ConnectionLost(2))
+def _lives_at_limits() -> Iterator[ToldLife]:
+    yield "another-user", Limits(), (), (*_READY, on.ConnectionOpened(2, 1000), on.ConnectionLost(2))
     opened = [on.ConnectionOpened(c, 0) for c in (2, 3)]
-    most = replace(plain, connections_per_uid=2)
-    life = (*ready, *opened, on.ConnectionLost(3), on.ConnectionLost(1), on.ConnectionOpened(4, 0))
+    most = Limits(connections_per_uid=2)
+    life = (*_READY, *opened, on.ConnectionLost(3), on.ConnectionLost(1), on.ConnectionOpened(4, 0))
     yield "limit-connections-per-uid", most, (), life
-    most = replace(plain, waiting=2)
+    most = Limits(waiting=2)
     waiting = [on.RequestReceived(1, request_for(name)) for name in "abc"]
     yield "limit-waiting", most, (), (on.ConnectionOpened(1, 0), *waiting, on.ProviderReady())
-    life = (ready[0], *waiting, on.ReadinessOverdue(), *waiting, on.ProviderReady())
+    life = (_READY[0], *waiting, on.ReadinessOverdue(), *waiting, on.ProviderReady())
     yield "limit-waiting-and-time", most, (), life
-    most = replace(plain, allocations_per_uid=1)
-    made = on.NamespacesCreated("a", response_to(a))
-    asked = [on.RequestReceived(1, a), on.RequestReceived(1, b), on.RequestReceived(1, a)]
+    most = Limits(allocations_per_uid=1)
+    made = on.NamespacesCreated("a", response_to(_A))
+    asked = [on.RequestReceived(1, _A), on.RequestReceived(1, _B), on.RequestReceived(1, _A)]
     sent, ended = on.ResponseSent("a", 1), on.EndReceived(1, "a")
-    gone = (sent, sent, ended, on.NamespacesReleased("a"), on.RequestReceived(1, b))
-    yield "limit-allocations-per-uid", most, (), (*ready, *asked, made, *gone)
-    most = replace(plain, open_per_connection=2)
+    gone = (sent, sent, ended, on.NamespacesReleased("a"), on.RequestReceived(1, _B))
+    yield "limit-allocations-per-uid", most, (), (*_READY, *asked, made, *gone)
+    most = Limits(open_per_connection=2)
     many = [on.RequestReceived(1, request_for(name)) for name in "abcde"]
     for count in range(1, 6):
-        yield f"limit-open-per-connection-{count}", most, (), (*ready, *many[:count], made)
-    most = replace(plain, open_per_uid=2)
+        yield f"limit-open-per-connection-{count}", most, (), (*_READY, *many[:count], made)
+    most = Limits(open_per_uid=2)
     other = on.ConnectionOpened(2, 0)
     more = [
         on.RequestReceived(c, request_for(n)) for c, n in zip((1, 2, 2, 1), "abcd", strict=True)
     ]
-    yield "limit-open-per-uid", most, (), (*ready, other, *more, made, on.ConnectionLost(2))
-    life = (*ready, on.ProviderStopping(), on.RequestReceived(1, a), on.EndReceived(1, "a"))
-    yield "stopping", plain, (), life
+    yield "limit-open-per-uid", most, (), (*_READY, other, *more, made, on.ConnectionLost(2))
+
+
+def _lives_that_stop() -> Iterator[ToldLife]:
+    waiting = [on.RequestReceived(1, request_for(name)) for name in "abc"]
+    made = on.NamespacesCreated("a", response_to(_A))
+    life = (*_READY, on.ProviderStopping(), on.RequestReceived(1, _A), on.EndReceived(1, "a"))
+    yield "stopping", Limits(), (), life
     life = (on.ConnectionOpened(1, 0), *waiting, on.ProviderStopping(), on.EndReceived(1, "a"))
-    yield "stopping-before-it-was-ready", plain, (), life
-    yield "a-granted-response-is-overtaken", plain, (), (
-        *ready, on.RequestReceived(1, b), on.RequestReceived(1, a), made,
+    yield "stopping-before-it-was-ready", Limits(), (), life
+    yield "a-granted-response-is-overtaken", Limits(), (), (
+        *_READY, on.RequestReceived(1, _B), on.RequestReceived(1, _A), made,
         on.ScopeEmptied("a"), on.NamespacesReleased("a"),
-        on.NamespacesCreated("b", response_to(b)),
+        on.NamespacesCreated("b", response_to(_B)),
     )  # fmt: skip
-    few = replace(plain, open_per_connection=1, open_per_uid=3)
-    begins: dict[str, Life] = {
+    few = Limits(open_per_connection=1, open_per_uid=3)
+    begins: dict[str, EventScript] = {
         "starting": (),
         "ready": (on.ProviderReady(),),
-        "stopping": (on.ProviderReady(), on.RequestReceived(1, a), on.ProviderStopping()),
+        "stopping": (on.ProviderReady(), on.RequestReceived(1, _A), on.ProviderStopping()),
         "aborted": (on.ProviderStopping(),),
     }
     for state, begin in begins.items():
@@ -505,11 +543,11 @@ def _lives_at_limits(
     # What is left over on a closed connection counts for its user until the connection is lost.
     opened = (on.ConnectionOpened(1, 0), on.ConnectionOpened(2, 0))
     flood = (on.RequestReceived(1, request_for(name)) for name in "abc")
-    life = (*opened, *flood, on.ProviderStopping(), on.RequestReceived(2, a))
+    life = (*opened, *flood, on.ProviderStopping(), on.RequestReceived(2, _A))
     yield "over-a-limit-while-aborted", few, (), life
 
 
-def provider() -> Iterator[Case]:
+def provider() -> Iterator[VectorCase]:
     """Yield a provider's lives."""
     for name, limits, remembered, life in told_lives():
         yield _provider_case(f"told-{name}", limits, remembered, life)
@@ -519,13 +557,13 @@ def provider() -> Iterator[Case]:
         yield _provider_case(name, limits, (), life)
 
 
-def _print_of(life: Life) -> str:
+def _print_of(life: EventScript) -> str:
     """Tell lives apart by what is in them, so that a case keeps its name when others come."""
     events = json.dumps([encode_event(event) for event in life])
     return hashlib.sha256(events.encode()).hexdigest()[:8]
 
 
-def _provider_case(name: str, limits: Limits, remembered: Sequence[str], life: Life) -> Case:
+def _provider_case(name: str, limits: Limits, remembered: Sequence[str], life: EventScript) -> VectorCase:
     kernel = ProviderKernel(limits)
     kernel.remember(remembered)
     names = dict.fromkeys(remembered)
@@ -585,7 +623,7 @@ _CONSUMER_EVENTS: Final[tuple[Event, ...]] = (
 )
 
 
-def consumer() -> Iterator[Case]:
+def consumer() -> Iterator[VectorCase]:
     """Yield for every step that a consumer can take the shortest life that ends with it."""
     start = ConsumerKernel(_WANTED).snapshot()
     lives: dict[ConsumerSnapshot, tuple[Event, ...]] = {start: ()}
@@ -611,7 +649,7 @@ def consumer() -> Iterator[Case]:
                 queue.append(kernel.snapshot())
 
 
-def _consumer_case(name: str, life: Life) -> Case:
+def _consumer_case(name: str, life: EventScript) -> VectorCase:
     kernel = ConsumerKernel(_WANTED)
     steps = []
     for event in life:

@@ -14,8 +14,8 @@ from specs._build.golden.wire import (
     RESPONSE,
     SUBSETS,
     TYPICAL,
-    Case,
-    Document,
+    VectorCase,
+    JsonMessage,
     framed,
     named_after,
     packed,
@@ -40,7 +40,7 @@ STREAMS: Final = {
 }
 
 
-def segments() -> Iterator[Case]:
+def segments() -> Iterator[VectorCase]:
     """Yield streams of frames, cut into reads."""
     for name, messages in STREAMS.items():
         frames_of = [framed(packed(message)) for message in messages]
@@ -69,7 +69,7 @@ def segments() -> Iterator[Case]:
         yield _segment(f"bad-frame-by-{size}", STREAMS["end"], reads)
 
 
-def _segment(name: str, messages: Sequence[Document], reads: Sequence[bytes]) -> Case:
+def _segment(name: str, messages: Sequence[JsonMessage], reads: Sequence[bytes]) -> VectorCase:
     """Count, after each read, the frames that are whole; a bad one ends the count."""
     reads = [read for read in reads if read]
     whole: list[int] = []
@@ -133,7 +133,7 @@ def read_as_linux_does(sent: Iterable[Sent], sizes: Iterable[int]) -> Iterator[R
             yield Read(got, descriptors)
 
 
-def _response(name: str, *types: str) -> Document:
+def _response(name: str, *types: str) -> JsonMessage:
     return RESPONSE.document(name, [*types], None)
 
 
@@ -149,7 +149,7 @@ HANDED: Final = {
 }
 
 
-def descriptors() -> Iterator[Case]:
+def descriptors() -> Iterator[VectorCase]:
     """Yield reads with descriptors, and which frame each belongs to."""
     for name, messages in HANDED.items():
         sent = [Sent(framed(packed(m)), _announced(m)) for m in messages]
@@ -169,7 +169,7 @@ def descriptors() -> Iterator[Case]:
     yield from _not_taken()
 
 
-def _announced(message: Document) -> int:
+def _announced(message: JsonMessage) -> int:
     return len(message.get("NamespaceResponse", {}).get("fd_types", ()))
 
 
@@ -179,7 +179,7 @@ def _partly_sent(sent: Sent, size: int) -> list[Sent]:
     return [Sent(part, 0 if index else sent.descriptors) for index, part in enumerate(parts)]
 
 
-def _attributed(name: str, messages: Sequence[Document], reads: Sequence[Read]) -> Case:
+def _attributed(name: str, messages: Sequence[JsonMessage], reads: Sequence[Read]) -> VectorCase:
     """Say for frames that were sent well what is delivered, and after which read."""
     deliveries, first, end = [], 0, 0
     for message in messages:
@@ -200,7 +200,7 @@ def _layout(
     deliveries: Sequence[Any] = (),
     faults: Sequence[str] = (),
     after: int | None = None,
-) -> Case:
+) -> VectorCase:
     assert set(faults) <= DESCRIPTOR_FAULTS.keys(), faults
     return {
         "id": f"descriptors/{name}",
@@ -214,7 +214,7 @@ def _layout(
     }
 
 
-def _misattributed() -> Iterator[Case]:
+def _misattributed() -> Iterator[VectorCase]:
     plain = framed(packed(ENDED.document("b")))
     for types in SUBSETS:
         response = framed(packed(_response("a", *types)))
@@ -260,7 +260,7 @@ def _misattributed() -> Iterator[Case]:
     yield _layout("with-the-frame-after", "consumer", reads, before, ("descriptors-count",), 0)
 
 
-def _not_taken() -> Iterator[Case]:
+def _not_taken() -> Iterator[VectorCase]:
     for struct in (REQUEST, ENDED, RESPONSE):
         frame = framed(packed(TYPICAL[struct]))
         if struct is not RESPONSE:

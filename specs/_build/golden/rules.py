@@ -17,8 +17,8 @@ from specs._build.golden.wire import (
     RESPONSE,
     SUBSETS,
     TYPES,
-    Case,
-    Document,
+    VectorCase,
+    JsonMessage,
 )
 
 ID_BYTES_MAX: Final = 128
@@ -43,7 +43,7 @@ CONTROLS: Final = (*range(0x20), *range(0x7F, 0xA0))
 """The control characters, by code point."""
 
 
-def requests() -> Iterator[Case]:
+def requests() -> Iterator[VectorCase]:
     """Yield first messages to a provider that is ready and has nothing, and what it answers."""
     for name, message, answer, objection in _questions():
         assert objection is None or objection in OBJECTIONS
@@ -51,7 +51,7 @@ def requests() -> Iterator[Case]:
         yield {"id": f"requests/{name}", **case}
 
 
-def _questions() -> Iterator[tuple[str, Document, str, str | None]]:
+def _questions() -> Iterator[tuple[str, JsonMessage, str, str | None]]:
     for types in SUBSETS:
         name = "-".join(types).lower() or "none"
         yield _request(f"types-{name}", "a", types, None)
@@ -80,7 +80,7 @@ def _questions() -> Iterator[tuple[str, Document, str, str | None]]:
 
 def _request(
     name: str, called: str, types: tuple[str, ...], image: str | None, objection: str | None = None
-) -> tuple[str, Document, str, str | None]:
+) -> tuple[str, JsonMessage, str, str | None]:
     answer = "CreationFailed" if objection else "NamespaceResponse"
     return name, REQUEST.document(called, [*types], image), answer, objection
 
@@ -171,14 +171,14 @@ MEANINGS: Final = {
 """The events of the consumer's table that a message can be."""
 
 
-def answers() -> Iterator[Case]:
+def answers() -> Iterator[VectorCase]:
     """Yield messages to a consumer that has asked, and which event each is."""
     for name, request, message, event in _answers():
         assert event in MEANINGS
         yield {"id": f"answers/{name}", "request": request, "message": message, "event": event}
 
 
-def _answers() -> Iterator[tuple[str, Document, Document, str]]:
+def _answers() -> Iterator[tuple[str, JsonMessage, JsonMessage, str]]:
     for asked, given in itertools.product(SUBSETS, SUBSETS):
         event = "ResponseReceived" if asked == given else "ResponseMismatched"
         name = f"{'-'.join(asked).lower() or 'none'}-given-{'-'.join(given).lower() or 'none'}"

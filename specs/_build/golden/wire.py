@@ -13,10 +13,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeAlias
 
-Case: TypeAlias = dict[str, Any]
+VectorCase: TypeAlias = dict[str, Any]
 """One line of a file: an id, and what its family's manifest says."""
 
-Document: TypeAlias = dict[str, Any]
+JsonMessage: TypeAlias = dict[str, Any]
 """A message as JSON: its name, and its fields in order."""
 
 FRAME_BYTES_MAX: Final = 65_536
@@ -96,7 +96,7 @@ class Struct(NamedTuple):
         """Its own name."""
         return self.path[-1]
 
-    def document(self, *values: Any) -> Document:
+    def document(self, *values: Any) -> JsonMessage:
         """Make the message with these values."""
         return self._within(dict(zip(self.fields, values, strict=True)))
 
@@ -106,7 +106,7 @@ class Struct(NamedTuple):
             content = entries([(packed(name), content)])
         return content
 
-    def _within(self, content: Any) -> Document:
+    def _within(self, content: Any) -> JsonMessage:
         for name in reversed(self.path):
             content = {name: content}
         return content
@@ -137,7 +137,7 @@ TYPICAL: Final = {
 }
 
 
-def structs_in(document: Document) -> tuple[Struct, Document]:
+def structs_in(document: JsonMessage) -> tuple[Struct, JsonMessage]:
     """Find the struct of a message, and its fields."""
     ((name, content),) = document.items()
     if name == "NamespaceError":
@@ -146,13 +146,13 @@ def structs_in(document: Document) -> tuple[Struct, Document]:
     return next(s for s in STRUCTS if s.name == name), content
 
 
-def compact(document: Document) -> bytes:
+def compact(document: JsonMessage) -> bytes:
     """Write a message with its struct as an array."""
     struct, fields = structs_in(document)
     return struct.body(packed(list(fields.values())))
 
 
-def peer_messages() -> Iterator[tuple[str, Document]]:
+def peer_messages() -> Iterator[tuple[str, JsonMessage]]:
     """Read the messages that were written by rmp-serde, without the bytes that it wrote."""
     path = Path(__file__).parents[3] / "tests" / "transport" / "vectors" / "rmp-serde.jsonl"
     for line in path.read_text(encoding="utf-8").splitlines():

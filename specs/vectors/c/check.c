@@ -260,12 +260,12 @@ static long line_of(const char *effect)
 }
 
 /* The same effects, and in the same order on each connection, but for what was not asked for. */
-static bool effects_match(const struct effects *ours, const struct json *theirs)
+static bool effects_match(const struct effects *ours, const struct json *expected)
 {
     bool is_used[EFFECTS_MAX] = {false};
-    if (theirs->kind != JSON_LIST || theirs->size != (size_t)ours->count)
+    if (expected->kind != JSON_LIST || expected->size != (size_t)ours->count)
         return false;
-    for (const struct json *effect = theirs->first; effect; effect = effect->next) {
+    for (const struct json *effect = expected->first; effect; effect = effect->next) {
         long its_line = line_of(effect->raw);
         int found = -1;
         for (int i = 0; i < ours->count && found < 0; i++) {
@@ -283,9 +283,9 @@ static bool effects_match(const struct effects *ours, const struct json *theirs)
     return true;
 }
 
-static void check_effects(const struct effects *ours, const struct json *theirs, int index)
+static void check_effects(const struct effects *ours, const struct json *expected, int index)
 {
-    if (effects_match(ours, theirs))
+    if (effects_match(ours, expected))
         return;
     fail("step %d has other effects", index);
     for (int i = 0; i < ours->count; i++)

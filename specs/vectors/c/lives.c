@@ -51,45 +51,45 @@ const char *consumer_state(const struct consumer *it)
 {
     static const char *const names[] = {"idle",      "",       "held",   "refused", "serving_self",
                                         "self_held", "failed", "ending", "ended"};
-    return it->has == HOPES ? it->line == UP ? "asking" : "connecting" : names[it->has];
+    return it->has == PENDING ? it->line == UP ? "asking" : "connecting" : names[it->has];
 }
 
 const char *consumer_notice(const struct consumer *it)
 {
     static const char *const owed[] = {"owed", "dialling", "told"};
-    return it->debt == OWES ? owed[it->line] : it->debt == PAID ? "heard" : "silent";
+    return it->notice == OWED ? owed[it->line] : it->notice == HEARD ? "heard" : "silent";
 }
 
 static bool consumer_hears(struct consumer *it, const struct json *event)
 {
-    bool hopes = it->has == HOPES, owes = it->debt == OWES, holds = it->has == THEIRS;
+    bool pending = it->has == PENDING, owes = it->notice == OWED, holds = it->has == HELD;
     bool is_breach = is(event, "PassingFailed") || is(event, "FrameRejected");
     if (is_breach || is(event, "ConnectionLost")) {
         it->line = DOWN;
-        if (hopes) {
+        if (pending) {
             it->has = MAKES_OWN;
-            it->debt = OWES;
+            it->notice = OWED;
         }
         return true;
     }
-    if (is(event, "EndAnnounced") ? !holds && !owes : !hopes && !owes)
+    if (is(event, "EndAnnounced") ? !holds && !owes : !pending && !owes)
         return false;
     if (is(event, "ResponseReceived")) {
-        if (hopes)
-            it->has = THEIRS;
+        if (pending)
+            it->has = HELD;
     } else if (is(event, "ResponseMismatched")) {
-        if (hopes)
-            *it = (struct consumer){it->name, it->request, MAKES_OWN, DOWN, OWES};
+        if (pending)
+            *it = (struct consumer){it->name, it->request, MAKES_OWN, DOWN, OWED};
     } else if (is(event, "CreationRefused")) {
-        if (hopes)
-            *it = (struct consumer){it->name, it->request, REFUSAL, DOWN, it->debt};
+        if (pending)
+            *it = (struct consumer){it->name, it->request, REFUSAL, DOWN, it->notice};
     } else if (is(event, "ProviderUnavailable")) {
-        it->has = hopes ? MAKES_OWN : it->has;
+        it->has = pending ? MAKES_OWN : it->has;
         it->line = DOWN;
     } else if (is(event, "NotFoundReceived") || is(event, "EndAnnounced")) {
         it->line = DOWN;
-        it->debt = owes ? PAID : it->debt;
-        it->has = hopes ? REFUSAL : holds || it->has == WAITS ? OVER : it->has;
+        it->notice = owes ? HEARD : it->notice;
+        it->has = pending ? REFUSAL : holds || it->has == WAITS ? OVER : it->has;
     } else {
         give_up("no event of a consumer: %s", event->raw);
     }
@@ -98,23 +98,23 @@ static bool consumer_hears(struct consumer *it, const struct json *event)
 
 static bool consumer_moves(struct consumer *it, const struct json *event)
 {
-    bool hopes = it->has == HOPES, owes = it->debt == OWES;
+    bool pending = it->has == PENDING, owes = it->notice == OWED;
     if (is(event, "NamespacesWanted")) {
         if (it->has != NOTHING)
             return false;
-        it->has = HOPES;
+        it->has = PENDING;
         it->line = CALLING;
     } else if (is(event, "Connected") || is(event, "ProviderUnreachable")) {
         if (it->line != CALLING)
             return false;
         it->line = is(event, "Connected") ? UP : DOWN;
-        if (hopes && it->line == DOWN)
+        if (pending && it->line == DOWN)
             it->has = MAKES_OWN;
     } else if (is(event, "AnswerOverdue")) {
-        if (!hopes || it->line != UP)
+        if (!pending || it->line != UP)
             return false;
         it->has = MAKES_OWN;
-        it->debt = OWES;
+        it->notice = OWED;
     } else if (is(event, "NoticeDue")) {
         if (!owes || it->line != DOWN)
             return false;
@@ -128,14 +128,14 @@ static bool consumer_moves(struct consumer *it, const struct json *event)
             return false;
         it->has = is(event, "SelfServed") ? OWN : FAILURE;
     } else if (is(event, "EndWanted")) {
-        if (it->has != NOTHING && !hopes && it->has != THEIRS && it->has != OWN)
+        if (it->has != NOTHING && !pending && it->has != HELD && it->has != OWN)
             return false;
-        if (it->has == OWN || (hopes && it->line == CALLING)) {
-            it->line = hopes ? DOWN : it->line;
+        if (it->has == OWN || (pending && it->line == CALLING)) {
+            it->line = pending ? DOWN : it->line;
             it->has = OVER;
         } else {
             it->has = WAITS;
-            it->debt = OWES;
+            it->notice = OWED;
         }
     } else {
         return it->line == UP && consumer_hears(it, event);
@@ -146,13 +146,13 @@ static bool consumer_moves(struct consumer *it, const struct json *event)
 static void consumer_effects(const struct consumer *b, const struct consumer *a,
                              const struct json *event, struct effects *out)
 {
-    bool asked = b->has == HOPES && b->line == UP, asks = a->has == HOPES && a->line == UP;
-    bool told = b->debt == OWES && b->line == UP, tells = a->debt == OWES && a->line == UP;
-    bool owed = b->debt == OWES && b->line == DOWN, owes = a->debt == OWES && a->line == DOWN;
+    bool asked = b->has == PENDING && b->line == UP, asks = a->has == PENDING && a->line == UP;
+    bool told = b->notice == OWED && b->line == UP, tells = a->notice == OWED && a->line == UP;
+    bool owed = b->notice == OWED && b->line == DOWN, owes = a->notice == OWED && a->line == DOWN;
     bool became = a->has != b->has, is_mismatch = is(event, "ResponseMismatched");
     bool is_lost = is(event, "ConnectionLost"), is_late = is(event, "AnswerOverdue");
     /* To the provider. */
-    if (is_mismatch || (is(event, "ResponseReceived") && !(became && a->has == THEIRS)))
+    if (is_mismatch || (is(event, "ResponseReceived") && !(became && a->has == HELD)))
         emit(out, "{\"DiscardDescriptors\":{}}");
     if (is(event, "FrameRejected") || (is_mismatch && asked))
         emit(out, "{\"SendFault\":{\"reason\":null}}");
@@ -179,7 +179,7 @@ static void consumer_effects(const struct consumer *b, const struct consumer *a,
     }
     if (became && (a->has == REFUSAL || a->has == FAILURE || is(event, "NotFoundReceived")))
         emit(out, line("{\"ReportRefusal\":{\"error\":%s}}", error));
-    if (became && (a->has == THEIRS || a->has == OWN))
+    if (became && (a->has == HELD || a->has == OWN))
         emit(out, line("{\"DeliverDescriptors\":{\"response\":%s,\"is_degraded\":%s}}",
                        json_get(event->first, "response")->raw, a->has == OWN ? "true" : "false"));
     if (became && a->has == OVER && b->has == OWN)
@@ -198,8 +198,8 @@ bool consumer_step(struct consumer *it, const struct json *event, struct effects
         *it = before;
         return false;
     }
-    /* A debt that comes up without a line is paid by calling; later ones wait for the redial. */
-    if (before.debt == NO_DEBT && it->debt == OWES && it->line == DOWN)
+    /* A notice owed without a line is sent by calling; later ones wait for the redial. */
+    if (before.notice == SILENT && it->notice == OWED && it->line == DOWN)
         it->line = CALLING;
     consumer_effects(&before, it, event, effects);
     return true;

@@ -15,9 +15,9 @@ struct effects {
 
 struct consumer {
     const char *name, *request; /* the latter as JSON */
-    enum { NOTHING, HOPES, THEIRS, REFUSAL, MAKES_OWN, OWN, FAILURE, WAITS, OVER } has;
+    enum { NOTHING, PENDING, HELD, REFUSAL, MAKES_OWN, OWN, FAILURE, WAITS, OVER } has;
     enum { DOWN, CALLING, UP } line;
-    enum { NO_DEBT, OWES, PAID } debt; /* whether the provider must hear that it is over */
+    enum { SILENT, OWED, HEARD } notice; /* whether the provider must hear that it is over */
 };
 
 const char *consumer_state(const struct consumer *consumer);

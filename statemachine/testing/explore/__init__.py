@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...messages import NamespaceRequest, NamespaceType
 from ...provider import Limits
-from .explorer import MOVES, Broken, Explorer, Result, all_rows, only
+from .explorer import MOVES, Counterexample, Explorer, Result, all_rows, only
 from .world import (
     BY_ITSELF,
     CUT,
@@ -14,9 +14,9 @@ from .world import (
     SOUND,
     SPENDS,
     Bounds,
-    Finding,
+    GlobalState,
     Move,
-    World,
+    Violation,
 )
 
 __all__ = [
@@ -29,15 +29,15 @@ __all__ = [
     "SOUND",
     "SPENDS",
     "Bounds",
-    "Broken",
+    "Counterexample",
     "Explorer",
-    "Finding",
+    "GlobalState",
     "Limits",
     "Move",
     "NamespaceRequest",
     "NamespaceType",
     "Result",
-    "World",
+    "Violation",
     "all_rows",
     "only",
 ]

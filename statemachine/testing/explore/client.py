@@ -1,4 +1,4 @@
-"""A consumer's program in a world: what its caller wishes, and what its driver does."""
+"""A consumer's program in a world: what its caller asks for, and what its driver does."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from ...messages import (
     NamespaceResponse,
 )
 from ...states import ConsumerState, NoticeState
-from .ground import LIVE, GroundDraft, Setting, may
 from .kernels import ConsumerView
+from .server import LIVE, ServerDraft, Setting, may
 from .world import (
     CUT,
     FAILED_TO_PASS,
     MISMATCHED,
     NOT_FOUND,
     Client,
-    Finding,
-    Ground,
     Link,
     Move,
+    ServerState,
+    Violation,
     bit_of,
     has_news_for_consumer,
     timers_in,
@@ -60,45 +60,45 @@ _FATES: Final = (
 )
 
 
-def link_of(ground: Ground, index: int) -> Link | None:
+def link_of(server: ServerState, index: int) -> Link | None:
     """Find the connection that a client has."""
-    for link in ground.links:
+    for link in server.links:
         if link.client == index + 1 and link.has_consumer:
             return link
     return None
 
 
-def client_moves(setting: Setting, ground: Ground, index: int, client: Client) -> list[Move]:
+def client_moves(setting: Setting, server: ServerState, index: int, client: Client) -> list[Move]:
     """List what may happen now to a client."""
     found: list[Move] = []
     bounds = setting.bounds
     view: ConsumerView | None = setting.kernels.consumer_views[client.kernel]
     is_free = view is None or (view.hold in DONE and not view.owes_end)
-    if is_free and (bounds.wishes is None or client.wishes < bounds.wishes):
+    if is_free and (bounds.requests_each is None or client.requests_made < bounds.requests_each):
         for number in range(len(bounds.requests)):
             found.append(("want", index, number))
             found.append(("end by name", index, number))
     if view is not None:
-        _moves_of_program(setting, ground, index, client, view, found)
-    return [move for move in found if may(setting, ground, move)]
+        _moves_of_program(setting, server, index, client, view, found)
+    return [move for move in found if may(setting, server, move)]
 
 
 def _moves_of_program(
     setting: Setting,
-    ground: Ground,
+    server: ServerState,
     index: int,
     client: Client,
     view: ConsumerView,
     found: list[Move],
 ) -> None:
     if client.is_calling:
-        if not ground.provider:
+        if not server.provider:
             found.append(("unreached", index))
         else:
             found.append(("refuse call", index))
-            if len(ground.links) < setting.bounds.connections:
+            if len(server.links) < setting.bounds.connections:
                 found.append(("connect", index))
-    link = link_of(ground, index)
+    link = link_of(server, index)
     if link is not None and has_news_for_consumer(link):
         found.append(("hear", index))
     if client.is_serving:
@@ -113,20 +113,20 @@ def _moves_of_program(
 
 
 class ClientDraft:
-    """A client, and the ground it stands on, while a move is made."""
+    """A client and the server state beside it, while a move is made."""
 
-    def __init__(self, setting: Setting, ground: Ground, index: int, client: Client) -> None:
+    def __init__(self, setting: Setting, server: ServerState, index: int, client: Client) -> None:
         self.setting = setting
-        self.ground = GroundDraft(setting, ground)
+        self.server = ServerDraft(setting, server)
         self.index = index
         self.client = client
-        link = link_of(ground, index)
+        link = link_of(server, index)
         self.link = link.number if link else 0
         self.has_parcel = False
 
     def make(self, move: Move) -> None:
-        """Make a move; raises `Finding` or `InvariantBroken` if it breaks a promise."""
-        self.ground.spend(move)
+        """Make a move; raises `Violation` or `InvariantBroken` if it breaks a promise."""
+        self.server.spend(move)
         CLIENT_MOVES[move[0]](self, *move[2:])
         self._check()
         if self._is_over():
@@ -145,13 +145,13 @@ class ClientDraft:
             return
         view = self.view
         if view.is_connected != bool(self.link):
-            raise Finding("a consumer's kernel is wrong about its connection")
+            raise Violation("a consumer's kernel is wrong about its connection")
         is_expecting = view.hold in (ConsumerState.ASKING, ConsumerState.HELD)
         if self.link and not is_expecting and view.notice is not NoticeState.TOLD:
-            raise Finding("a connection is kept on which nothing is expected")
+            raise Violation("a connection is kept on which nothing is expected")
 
     def _is_over(self) -> bool:
-        """Whether nothing can come of this wish any more."""
+        """Whether nothing can come of this request any more."""
         client = self.client
         if not client.kernel or self.link:
             return False
@@ -162,25 +162,25 @@ class ClientDraft:
 
     def join(self, request: int, event: ConsumerInput) -> None:
         self._disown()
-        is_counted = self.setting.bounds.wishes is not None
-        if self.client.wishes:
-            self.setting.see("another wish")
+        is_counted = self.setting.bounds.requests_each is not None
+        if self.client.requests_made:
+            self.setting.see("another request")
         wanted = self.setting.bounds.requests[request]
         kernel = self.setting.kernels.new_consumer(wanted)
-        self.client = Client(kernel, wishes=self.client.wishes + is_counted)
+        self.client = Client(kernel, requests_made=self.client.requests_made + is_counted)
         self.tell(event)
 
     def leave(self) -> None:
-        """The wish is over, or the program is dead."""
+        """The request is over, or the program is dead."""
         self._disown()
-        self.client = Client(wishes=self.client.wishes)
+        self.client = Client(requests_made=self.client.requests_made)
 
     def _disown(self) -> None:
         self.hang_up()
-        for number, link in self.ground.links.items():
+        for number, link in self.server.links.items():
             if link.client == self.index + 1:
-                self.ground.set_link(number, client=0, is_doubtful=0)
-        self.ground.drop_holder(self.index)
+                self.server.set_link(number, client=0, is_doubtful=0)
+        self.server.drop_holder(self.index)
 
     # --- The driver ----------------------------------------------------------------------------
 
@@ -192,7 +192,7 @@ class ClientDraft:
             self.setting.see("the provider says what it may not say now")
             step = kernels.step_consumer(self.client.kernel, on.FrameRejected("not now"))
             if step is None:
-                raise Finding(f"a consumer can neither take {event} nor reject it")
+                raise Violation(f"a consumer can neither take {event} nor reject it")
             # A driver closes what a refused message brought.
             self.has_parcel = False
         self.set(kernel=step.after)
@@ -216,13 +216,13 @@ class ClientDraft:
                 self.set(timers=self.client.timers | bit_of(timer))
             case do.StopTimer(timer=timer):
                 if not self.client.timers & bit_of(timer):
-                    raise Finding(f"{effect} stops what does not run")
+                    raise Violation(f"{effect} stops what does not run")
                 self.set(timers=self.client.timers & ~bit_of(timer))
             case do.ServeSelf():
                 self.set(is_serving=1)
             case do.ReleaseOwn():
                 if not self.client.has_own:
-                    raise Finding("what was never made by self-service is released")
+                    raise Violation("what was never made by self-service is released")
                 self.set(has_own=0)
             case do.DeliverDescriptors():
                 self._deliver(effect)
@@ -234,7 +234,7 @@ class ClientDraft:
                     self._tell_outcome()
             case do.ReportEnd():
                 if self.client.has_end:
-                    raise Finding("a caller is told twice of the end")
+                    raise Violation("a caller is told twice of the end")
                 self.set(has_end=1)
             case do.ReportFallback(error=error):
                 self.setting.see(f"fallback: {error.kind}")
@@ -248,25 +248,25 @@ class ClientDraft:
 
     def _tell_outcome(self) -> None:
         if self.client.has_outcome:
-            raise Finding("a caller is told of two outcomes")
+            raise Violation("a caller is told of two outcomes")
         self.set(has_outcome=1)
 
     def _post(self, message: Message) -> None:
         if not self.link:
-            raise Finding(f"{message} is to be sent, and there is no connection")
-        link = self.ground.links[self.link]
-        if link.has_provider and not link.is_broken and not link.is_deaf:
+            raise Violation(f"{message} is to be sent, and there is no connection")
+        link = self.server.links[self.link]
+        if link.has_provider and not link.is_broken and not link.is_read_closed:
             sent = self.setting.kernels.messages.of(message)
-            self.ground.set_link(self.link, to_provider=(*link.to_provider, sent))
+            self.server.set_link(self.link, to_provider=(*link.to_provider, sent))
 
     def hang_up(self) -> None:
         if self.link:
-            self.ground.set_link(self.link, has_consumer=0, to_consumer=())
+            self.server.set_link(self.link, has_consumer=0, to_consumer=())
             self.link = 0
 
     def connect(self) -> None:
-        self.link = self.ground.new_number()
-        self.ground.links[self.link] = Link(self.link, self.index + 1)
+        self.link = self.server.new_number()
+        self.server.links[self.link] = Link(self.link, self.index + 1)
         self.set(is_calling=0)
         self.tell(on.Connected())
 
@@ -276,7 +276,7 @@ class ClientDraft:
 
     def hear(self) -> None:
         """Take the next message, or hear that the connection is lost."""
-        link, story = self.ground.links[self.link], self.setting.story
+        link, story = self.server.links[self.link], self.setting.story
         if not link.to_consumer:
             if story is not None:
                 story.draw(f"P--xC{self.index}: gone")
@@ -284,7 +284,7 @@ class ClientDraft:
             self.tell(on.ConnectionLost(reason="closed by the provider"))
             return
         (arrived, fate), *rest = link.to_consumer
-        self.ground.set_link(self.link, to_consumer=tuple(rest))
+        self.server.set_link(self.link, to_consumer=tuple(rest))
         message = self.setting.message(arrived)
         assert message is not None
         if story is not None:
@@ -306,7 +306,7 @@ class ClientDraft:
             self.setting.see("ends cross")
         self.tell(consumer_event_of(self.view.request, message))
         if self.has_parcel:
-            raise Finding("descriptors are neither delivered nor discarded")
+            raise Violation("descriptors are neither delivered nor discarded")
 
     def serve_self(self, *, is_able: bool) -> None:
         self.set(is_serving=0, has_own=int(is_able))
@@ -329,22 +329,22 @@ def may_have_two_sets(setting: Setting, client: Client) -> bool:
     return bool(client.has_own or client.is_serving) and not view.owes_end
 
 
-def is_provided(setting: Setting, ground: Ground, index: int) -> bool:
-    """Whether the provider holds a set for a client's wish, or will make one, for all it knows."""
-    if not ground.provider:
+def is_provided(setting: Setting, server: ServerState, index: int) -> bool:
+    """Whether the provider has a set for a client's request, or will make one, for all it knows."""
+    if not server.provider:
         return False
     coming = [
         setting.message(m)
-        for link in ground.links
+        for link in server.links
         if link.client == index + 1 and link.has_provider and not link.is_doubtful
         for m in (*link.open, *link.to_provider)
     ]
     if any(isinstance(m, AllocationEnded) for m in coming):
         return False
-    states = setting.kernels.provider_views[ground.provider].states
+    states = setting.kernels.provider_views[server.provider].states
     is_held = any(
         node.holders >> index & 1 and state in LIVE
-        for node, state in zip(ground.nodes, states, strict=True)
+        for node, state in zip(server.nodes, states, strict=True)
     )
     return is_held or any(isinstance(m, NamespaceRequest) for m in coming)
 

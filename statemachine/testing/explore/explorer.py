@@ -8,12 +8,12 @@ performs the effects as the drivers do. Beside each kernel goes the reference mo
 every step of theirs must be the same, in state and in effects.
 
     explorer = Explorer(Bounds(consumers=2))
-    result = explorer.explore()          # raises Broken with the shortest script
+    result = explorer.explore()          # raises Counterexample with the shortest script
     result.states, result.rows, result.seen
 
 *Safety* is checked in every move and in every world. *Liveness* is checked at the end, on the
-graph of what happens by itself (`Move`s that are no fault, no wish and no deadline): from every
-world one can come to rest, every world at rest has kept its promises, and there is no fair circle
+graph of what happens by itself (`Move`s that are no fault, no request and no deadline): from every
+world one can come to rest, every world at rest has kept its promises, and there is no fair cycle
 in which something is waited for without end.
 
 How a link behaves: it delays (each end reads when it likes), it loses (`lose`: for good, with all
@@ -22,7 +22,7 @@ fed whole messages, and how frames are cut is `transport.framing`'s business, tr
 `test_channel.py`.
 
 In this order: `world` (what a world is), `kernels` (steps, and the model beside
-them), `ground` and `client` (what may happen, and what it does), `search`
+them), `server` and `client` (what may happen, and what it does), `search`
 (breadth first), `liveness` (what must come about), `story` (scripts and pictures).
 """
 
@@ -43,34 +43,34 @@ from ...provider import ProviderKernel
 from ...table import Table
 from ..tables import replaced, watched
 from .client import CLIENT_MOVES, ClientDraft, client_moves, is_provided, may_have_two_sets
-from .ground import (
-    GROUND_MOVES,
-    Cut,
-    GroundDraft,
-    Setting,
-    check_ground,
-    ground_moves,
-)
-from .kernels import Kernels, Row
+from .kernels import Kernels, RowKey
 from .liveness import check_at_rest
-from .search import Counterexample, Search
+from .search import Search, ViolatingPath
+from .server import (
+    SERVER_MOVES,
+    Cut,
+    ServerDraft,
+    Setting,
+    check_server,
+    server_moves,
+)
 from .story import Story, as_python
 from .world import (
     BY_ITSELF,
     Bounds,
     Client,
-    Ground,
+    GlobalState,
     Move,
     Node,
-    World,
+    ServerState,
 )
 
-MOVES = frozenset({*GROUND_MOVES, *CLIENT_MOVES})
+MOVES = frozenset({*SERVER_MOVES, *CLIENT_MOVES})
 """Every move there is, but for dying in the middle of one, which "crash" stands for, too."""
 
 
-class Broken(Copyable, AssertionError):
-    """A promise can be broken; `script` is a shortest way to do it."""
+class Counterexample(Copyable, AssertionError):
+    """A promise can be violated; `script` is a shortest way to do it."""
 
     def __init__(
         self, bounds: Bounds, script: tuple[Move, ...], finding: str, story: Story
@@ -96,7 +96,7 @@ class Result:
     at_rest: int = 0
     kernel_steps: int = 0
     """How many distinct steps of kernels, each judged once."""
-    hits: Counter[Row] = field(default_factory=Counter)
+    hits: Counter[RowKey] = field(default_factory=Counter)
     """How often every row was taken: table, event, state."""
     seen: dict[str, int] = field(default_factory=dict)
     """Every situation that came about, and the number of the world in which it first did."""
@@ -108,7 +108,7 @@ class Result:
     """False: `states_max` was reached first, and liveness was not checked."""
 
     @property
-    def rows(self) -> set[Row]:
+    def rows(self) -> set[RowKey]:
         """Every row that was taken."""
         return set(self.hits)
 
@@ -118,7 +118,7 @@ def only(*moves: str) -> frozenset[str]:
     return MOVES - BY_ITSELF - set(moves)
 
 
-def all_rows(*tables: Table) -> set[Row]:
+def all_rows(*tables: Table) -> set[RowKey]:
     """List the rows of tables in the way in which `Result.rows` names them."""
     return {
         (table.name, row.event.__name__, str(row.source.value))
@@ -170,17 +170,17 @@ class Explorer:
             progress: told every 10,000 worlds how many are found and how many wait.
 
         Raises:
-            Broken: with a shortest script.
+            Counterexample: with a shortest script.
         """
         setting = self._setting
         search = Search(setting, has_symmetry=self._has_symmetry)
         with self._recording(setting.kernels.rows):
             try:
                 is_complete = search.run(_first(setting), states_max, progress)
-            except Counterexample as lost:
-                script = self._in_plain_names(search, lost)
-                story = self._tell(script, lost.finding)
-                raise Broken(self.bounds, script, lost.finding, story) from lost
+            except ViolatingPath as path:
+                script = self._in_plain_names(search, path)
+                story = self._tell(script, path.finding)
+                raise Counterexample(self.bounds, script, path.finding, story) from path
         return Result(
             states=len(search),
             moves=search.moves_made,
@@ -193,12 +193,12 @@ class Explorer:
             is_complete=is_complete,
         )
 
-    def replay(self, script: Iterable[Move]) -> World:
+    def replay(self, script: Iterable[Move]) -> GlobalState:
         """
         Make moves one after the other, from the beginning; here nothing changes its name.
 
         Raises:
-            Finding, InvariantBroken: a promise is broken, by a move or by coming to rest.
+            Violation, InvariantBroken: a promise is broken, by a move or by coming to rest.
         """
         with self._recording(self._setting.kernels.rows):
             return _replay(self._setting, script)
@@ -212,26 +212,26 @@ class Explorer:
         story.end(finding)
         return story
 
-    def _in_plain_names(self, search: Search, lost: Counterexample) -> tuple[Move, ...]:
+    def _in_plain_names(self, search: Search, path: ViolatingPath) -> tuple[Move, ...]:
         """Find the script in which connections, clients and allocations keep their names."""
         script: list[Move] = []
         world = _first(self._setting)
-        for number, move in enumerate(lost.script, 1):
-            goal = lost.worlds[number] if number < len(lost.worlds) else None
+        for number, move in enumerate(path.script, 1):
+            goal = path.worlds[number] if number < len(path.worlds) else None
             for own, after in _alike(self._setting, world, move):
-                if after is None and number == len(lost.script):
+                if after is None and number == len(path.script):
                     return (*script, own)
                 if after is not None and search.identity(after) == goal:
                     world = after
                     script.append(own)
                     break
             else:
-                return lost.script
+                return path.script
         return tuple(script)
 
     @contextmanager
-    def _recording(self, rows: list[Row]) -> Iterator[None]:
-        # A collector of circles finds none here, and looks at millions of tuples for them.
+    def _recording(self, rows: list[RowKey]) -> Iterator[None]:
+        # A collector of cycles finds none here, and looks at millions of tuples for them.
         is_collecting = gc.isenabled()
         gc.disable()
         try:
@@ -250,59 +250,61 @@ class Explorer:
 # --- One world after the other -----------------------------------------------------------------
 
 
-def _first(setting: Setting) -> World:
+def _first(setting: Setting) -> GlobalState:
     """Make the world in which nothing has happened yet."""
     nodes = (Node(),) * len(setting.bounds.names)
-    ground = Ground(setting.kernels.new_provider(), (), nodes)
-    return World(ground, (Client(),) * setting.bounds.consumers)
+    server = ServerState(setting.kernels.new_provider(), (), nodes)
+    return GlobalState(server, (Client(),) * setting.bounds.consumers)
 
 
-def _replay(setting: Setting, script: Iterable[Move]) -> World:
+def _replay(setting: Setting, script: Iterable[Move]) -> GlobalState:
     world = _first(setting)
     for move in script:
         if setting.story is not None:
             setting.story.move(move)
         world = _make(setting, world, move)
     if not any(move[0] in BY_ITSELF for move in _moves(setting, world)):
-        check_at_rest(setting, world.ground, world.clients)
+        check_at_rest(setting, world.server, world.clients)
     return world
 
 
-def _moves(setting: Setting, world: World) -> list[Move]:
+def _moves(setting: Setting, world: GlobalState) -> list[Move]:
     """List what may happen now."""
-    found = ground_moves(setting, world.ground)
+    found = server_moves(setting, world.server)
     for index, client in enumerate(world.clients):
-        found += client_moves(setting, world.ground, index, client)
+        found += client_moves(setting, world.server, index, client)
     return found
 
 
-def _make(setting: Setting, world: World, move: Move) -> World:
-    """Make a move; raises `Finding` or `InvariantBroken` if it breaks a promise."""
+def _make(setting: Setting, world: GlobalState, move: Move) -> GlobalState:
+    """Make a move; raises `Violation` or `InvariantBroken` if it breaks a promise."""
     clients = list(world.clients)
     if move[0] in CLIENT_MOVES:
-        draft = ClientDraft(setting, world.ground, move[1], clients[move[1]])
+        draft = ClientDraft(setting, world.server, move[1], clients[move[1]])
         draft.make(move)
         clients[move[1]] = draft.client
-        ground = draft.ground.freeze()
+        server = draft.server.freeze()
     else:
-        ground = _make_on_ground(setting, world.ground, move).freeze()
-    check_ground(setting, ground)
+        server = _make_on_server(setting, world.server, move).freeze()
+    check_server(setting, server)
     for index, client in enumerate(clients):
         if client.kernel and may_have_two_sets(setting, client):
             name = setting.kernels.consumer_views[client.kernel].request.allocation_id
-            held = [(index, name)] if is_provided(setting, ground, index) else []
+            held = [(index, name)] if is_provided(setting, server, index) else []
             always.require(always.at_most_one_live_set([(index, name)], [], held))
-    return World(ground, tuple(clients))
+    return GlobalState(server, tuple(clients))
 
 
-def _make_on_ground(setting: Setting, ground: Ground, move: Move) -> GroundDraft:
+def _make_on_server(setting: Setting, server: ServerState, move: Move) -> ServerDraft:
     is_cut = move[0] == "crash in"
-    draft = GroundDraft(setting, ground, crash_after=move[1] if is_cut else None)
+    draft = ServerDraft(setting, server, crash_after=move[1] if is_cut else None)
     draft.make(move[2:] if is_cut else move)
     return draft
 
 
-def _alike(setting: Setting, world: World, move: Move) -> Iterator[tuple[Move, World | None]]:
+def _alike(
+    setting: Setting, world: GlobalState, move: Move
+) -> Iterator[tuple[Move, GlobalState | None]]:
     """List the moves of the same kind, and where each leads to; None: it breaks a promise."""
     is_cut = move[0] == "crash in"
     kind = move[2] if is_cut else move[0]

@@ -35,9 +35,9 @@ from ...provider import Limits, ProviderKernel
 from ...snapshots import AllocationSnapshot, ConsumerSnapshot, ProviderSnapshot
 from ...states import AllocationState, ConsumerState, NoticeState, ServiceState
 from ..lockstep import model_limits, other_states
-from .world import Bounds, Finding, Numbers
+from .world import Bounds, Numbers, Violation
 
-Row = tuple[str, str, str]
+RowKey = tuple[str, str, str]
 """A row of a table: the table's name, the event, the state."""
 
 Permutation = tuple[int, ...]
@@ -67,12 +67,12 @@ class ConsumerView:
 
 
 @dataclass(slots=True)
-class Step:
+class Reaction:
     """What one kernel did with one event."""
 
     after: int
     effects: tuple[Effect, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[RowKey, ...]
     uses: int = 0
 
 
@@ -93,7 +93,7 @@ class Kernels:
         self.consumer_views: list[Any] = [None]
         self.decided: tuple[Effect, ...] = ()
         """What the provider's kernel has decided last, be it right or wrong."""
-        self.rows: list[Row] = []
+        self.rows: list[RowKey] = []
         """The rows that tables have noted in the step that is being taken."""
         self._limits = bounds.limits or Limits()
         self._provider = provider
@@ -102,8 +102,8 @@ class Kernels:
         self._index = {name: i for i, name in enumerate(self.names)}
         self._providers: Numbers[tuple[ProviderSnapshot, Any]] = Numbers()
         self._consumers: Numbers[tuple[ConsumerSnapshot, Any]] = Numbers()
-        self._provider_steps: dict[tuple[int, ProviderInput], Step] = {}
-        self._consumer_steps: dict[tuple[int, ConsumerInput], Step | None] = {}
+        self._provider_steps: dict[tuple[int, ProviderInput], Reaction] = {}
+        self._consumer_steps: dict[tuple[int, ConsumerInput], Reaction | None] = {}
         self._renamed: dict[tuple[int, Permutation, str | tuple[int, ...]], int] = {}
 
     def index_of(self, name: str) -> int:
@@ -115,9 +115,9 @@ class Kernels:
         """How many distinct steps were taken."""
         return len(self._provider_steps) + len(self._consumer_steps)
 
-    def hits(self) -> Counter[Row]:
+    def hits(self) -> Counter[RowKey]:
         """Count how often each row was taken, each time that a step was asked for."""
-        found: Counter[Row] = Counter()
+        found: Counter[RowKey] = Counter()
         for step in (*self._provider_steps.values(), *self._consumer_steps.values()):
             for row in step.rows if step else ():
                 found[row] += step.uses if step else 0
@@ -135,8 +135,8 @@ class Kernels:
             started = model.Provider(limits=model_limits(self._limits), remembered=names)
         return self._number_provider(kernel, started)
 
-    def step_provider(self, number: int, event: ProviderInput) -> Step:
-        """Feed the provider's kernel; raises `Finding` or `InvariantBroken` if it errs."""
+    def step_provider(self, number: int, event: ProviderInput) -> Reaction:
+        """Feed the provider's kernel; raises `Violation` or `InvariantBroken` if it errs."""
         key = (number, event)
         step = self._provider_steps.get(key)
         if step is None:
@@ -145,7 +145,7 @@ class Kernels:
         self.decided = step.effects
         return step
 
-    def _take_provider_step(self, number: int, event: ProviderInput) -> Step:
+    def _take_provider_step(self, number: int, event: ProviderInput) -> Reaction:
         before, known = self._providers.things[number]
         kernel = self._provider.restore(before, self._limits)
         self.rows.clear()
@@ -154,11 +154,11 @@ class Kernels:
             effects = self.decided = kernel.receive(event)
         except ProtocolError as error:
             always.require(always.an_error_changes_nothing(before, kernel.snapshot()))
-            raise Finding(f"the provider's kernel refuses its driver: {error}") from error
+            raise Violation(f"the provider's kernel refuses its driver: {error}") from error
         rows = tuple(self.rows)
         if known is not None:
             known = _follow(model.provider_step, known, event, effects, kernel)
-        return Step(self._number_provider(kernel, known), effects, rows)
+        return Reaction(self._number_provider(kernel, known), effects, rows)
 
     def _number_provider(self, kernel: ProviderKernel, known: Any) -> int:
         snapshot = kernel.snapshot()
@@ -166,7 +166,7 @@ class Kernels:
         if number == len(self.provider_views):
             again = self._provider.restore(snapshot, self._limits)
             if again.snapshot() != snapshot:
-                raise Finding("a snapshot of the provider's kernel does not restore it")
+                raise Violation("a snapshot of the provider's kernel does not restore it")
             states = tuple(kernel.state_of(name) for name in self.names)
             numbers = {connection.number for connection in snapshot.connections}
             for a in snapshot.allocations:
@@ -182,12 +182,12 @@ class Kernels:
         started = model.Consumer(request) if self._has_model else None
         return self._number_consumer(self._consumer(request), started)
 
-    def step_consumer(self, number: int, event: ConsumerInput) -> Step | None:
+    def step_consumer(self, number: int, event: ConsumerInput) -> Reaction | None:
         """
         Feed a consumer's kernel; None: the provider may not say that now.
 
         Raises:
-            Finding, InvariantBroken: it refuses what its driver says, or does what it must not.
+            Violation, InvariantBroken: it refuses what its driver says, or does what it must not.
         """
         key = (number, event)
         if key not in self._consumer_steps:
@@ -197,7 +197,7 @@ class Kernels:
             step.uses += 1
         return step
 
-    def _take_consumer_step(self, number: int, event: ConsumerInput) -> Step | None:
+    def _take_consumer_step(self, number: int, event: ConsumerInput) -> Reaction | None:
         before, known = self._consumers.things[number]
         kernel = self._consumer.restore(before)
         self.rows.clear()
@@ -206,21 +206,21 @@ class Kernels:
         except RemoteProtocolError:
             always.require(always.an_error_changes_nothing(before, kernel.snapshot()))
             if known is not None and not _is_impossible(known, event):
-                raise Finding(f"the kernel takes no {event}, and the model does") from None
+                raise Violation(f"the kernel takes no {event}, and the model does") from None
             return None
         except ProtocolError as error:
-            raise Finding(f"the consumer's kernel refuses its driver: {error}") from error
+            raise Violation(f"the consumer's kernel refuses its driver: {error}") from error
         rows = tuple(self.rows)
         if known is not None:
             known = _follow(model.consumer_step, known, event, effects, kernel)
-        return Step(self._number_consumer(kernel, known), effects, rows)
+        return Reaction(self._number_consumer(kernel, known), effects, rows)
 
     def _number_consumer(self, kernel: ConsumerKernel, known: Any) -> int:
         snapshot = kernel.snapshot()
         number = self._consumers.of((snapshot, known))
         if number == len(self.consumer_views):
             if self._consumer.restore(snapshot).snapshot() != snapshot:
-                raise Finding("a snapshot of the consumer's kernel does not restore it")
+                raise Violation("a snapshot of the consumer's kernel does not restore it")
             request, name = kernel.request, self._index[kernel.request.allocation_id]
             held = (kernel.state, kernel.notice, kernel.is_connected, kernel.owes_end)
             self.consumer_views.append(ConsumerView(request, name, *held))
@@ -228,33 +228,35 @@ class Kernels:
 
     # --- Other names ---------------------------------------------------------------------------
 
-    def rename_message(self, number: int, swap: Permutation) -> int:
+    def rename_message(self, number: int, permutation: Permutation) -> int:
         """Find the message that says the same of other allocations."""
-        key = (number, swap, "message")
+        key = (number, permutation, "message")
         if number and key not in self._renamed:
-            message = self._namer((), swap).of(self.messages.things[number])
+            message = self._namer((), permutation).of(self.messages.things[number])
             self._renamed[key] = self.messages.of(message)
         return self._renamed[key] if number else 0
 
-    def rename_consumer(self, number: int, swap: Permutation) -> int:
+    def rename_consumer(self, number: int, permutation: Permutation) -> int:
         """Find the consumer that is the same with another allocation."""
-        key = (number, swap, "consumer")
+        key = (number, permutation, "consumer")
         if number and key not in self._renamed:
-            namer = self._namer((), swap)
+            namer = self._namer((), permutation)
             snapshot, known = self._consumers.things[number]
             kernel = self._consumer.restore(namer.of(snapshot))
             self._renamed[key] = self._number_consumer(kernel, namer.of_model(known))
         return self._renamed[key] if number else 0
 
-    def rename_provider(self, number: int, connections: tuple[int, ...], swap: Permutation) -> int:
+    def rename_provider(
+        self, number: int, connections: tuple[int, ...], permutation: Permutation
+    ) -> int:
         """
         Find the provider that is the same under other names, in its normal form.
 
         Its `connections` are numbered 1, 2, 3, … in this order; none: they stay as they are.
         """
-        key = (number, swap, connections)
+        key = (number, permutation, connections)
         if key not in self._renamed:
-            namer = self._namer(connections, swap)
+            namer = self._namer(connections, permutation)
             snapshot, known = self._providers.things[number]
             kernel = self._provider.restore(namer.of_provider(snapshot), self._limits)
             if known is not None:
@@ -262,8 +264,12 @@ class Kernels:
             self._renamed[key] = self._number_provider(kernel, known)
         return self._renamed[key]
 
-    def _namer(self, connections: tuple[int, ...], swap: Permutation) -> _Namer:
-        names = {name: self.names[swap[i]] for i, name in enumerate(self.names)} if swap else {}
+    def _namer(self, connections: tuple[int, ...], permutation: Permutation) -> _Namer:
+        names = (
+            {name: self.names[permutation[i]] for i, name in enumerate(self.names)}
+            if permutation
+            else {}
+        )
         is_any_forgotten = len(self.names) > self._limits.remembered
         return _Namer({c: i for i, c in enumerate(connections, 1)}, names, is_any_forgotten)
 
@@ -279,7 +285,7 @@ def _follow(
     try:
         after, said = take(known, event)
     except model.Impossible as impossible:
-        raise Finding(f"the model knows no way to {event}: {impossible}") from impossible
+        raise Violation(f"the model knows no way to {event}: {impossible}") from impossible
     always.require(model.differences(effects, said) + other_states(kernel, after))
     return after
 

@@ -11,21 +11,25 @@ from specs import invariants as always
 
 from ...states import AllocationState, ConsumerState, ServiceState
 from .client import DONE
-from .ground import Setting
 from .kernels import ConsumerView
-from .world import Client, Finding, Ground
+from .server import Setting
+from .world import Client, ServerState, Violation
 
-WAITS: Final = ("a request is unanswered", "an end is unannounced", "a consumer is in debt")
+WAITS: Final = (
+    "a request is unanswered",
+    "an end is unannounced",
+    "a consumer owes an end",
+)
 """What must not be waited for without end; each a bit."""
 
 
-def waits_on(setting: Setting, ground: Ground) -> int:
-    """Say what is waited for on a ground, as bits of `WAITS`."""
+def waits_on(setting: Setting, server: ServerState) -> int:
+    """Say what is waited for in a server state, as bits of `WAITS`."""
     bits = 0
-    if ground.provider:
-        states = setting.kernels.provider_views[ground.provider].states
+    if server.provider:
+        states = setting.kernels.provider_views[server.provider].states
         bits |= (AllocationState.ENDED in states) << 1
-    return bits | any(link.open or link.to_provider for link in ground.links)
+    return bits | any(link.open or link.to_provider for link in server.links)
 
 
 def waits_of(setting: Setting, client: Client) -> int:
@@ -39,37 +43,37 @@ def waits_of(setting: Setting, client: Client) -> int:
 # --- At rest -----------------------------------------------------------------------------------
 
 
-def check_at_rest(setting: Setting, ground: Ground, clients: Iterable[Client]) -> None:
+def check_at_rest(setting: Setting, server: ServerState, clients: Iterable[Client]) -> None:
     """
     Hold a world in which nothing happens by itself any more to what it must have come to.
 
     Raises:
-        Finding, InvariantBroken: it has not.
+        Violation, InvariantBroken: it has not.
     """
-    view = setting.kernels.provider_views[ground.provider]
+    view = setting.kernels.provider_views[server.provider]
     if view is None or view.service is not ServiceState.READY:
-        raise Finding("at rest without a provider that is ready")
-    for link in ground.links:
-        numbers = range(len(ground.nodes))
+        raise Violation("at rest without a provider that is ready")
+    for link in server.links:
+        numbers = range(len(server.nodes))
         bits = {i: (link.number, i) for i in numbers}
         always.require(
             always.every_holder_has_heard(
                 [bits[i] for i in numbers if link.handed >> i & 1],
                 [bits[i] for i in numbers if link.told >> i & 1],
-                [i for i in numbers if ground.nodes[i].is_over],
+                [i for i in numbers if server.nodes[i].is_over],
                 [link.number] if link.has_provider and link.has_consumer else [],
             ),
             always.every_message_is_answered([("read", setting.message(m)) for m in link.open]),
         )
-    for node, state in zip(ground.nodes, view.states, strict=True):
+    for node, state in zip(server.nodes, view.states, strict=True):
         if state in (AllocationState.REQUESTED, AllocationState.ENDED):
-            raise Finding(f"at rest, an allocation is {state.value}")
+            raise Violation(f"at rest, an allocation is {state.value}")
         is_alive = state in (AllocationState.CREATED, AllocationState.HANDED_OFF)
         if is_alive != bool(node.life):
-            raise Finding("at rest, the kernel and the node disagree on what is alive")
-        is_claimed = any(link.handed for link in ground.links) or node.scope or node.timers
+            raise Violation("at rest, the kernel and the node disagree on what is alive")
+        is_claimed = any(link.handed for link in server.links) or node.scope or node.timers
         if is_alive and not is_claimed:
-            raise Finding(
+            raise Violation(
                 "at rest, an allocation is alive that is not held and that nothing will end"
             )
     for client in clients:
@@ -81,11 +85,11 @@ def _check_client_at_rest(setting: Setting, client: Client) -> None:
     if view is None:
         return
     if view.hold not in (*DONE, ConsumerState.HELD, ConsumerState.SELF_HELD):
-        raise Finding(f"at rest, a consumer is {view.hold.value}")
+        raise Violation(f"at rest, a consumer is {view.hold.value}")
     if view.owes_end:
-        raise Finding("at rest, a consumer is in debt")
+        raise Violation("at rest, a consumer owes an end")
     if client.timers:
-        raise Finding("at rest, a consumer's timer runs")
+        raise Violation("at rest, a consumer's timer runs")
 
 
 # --- In the end --------------------------------------------------------------------------------
@@ -137,27 +141,27 @@ class Graph:
             starts[target + 1] += 1
         return starts, back
 
-    def fair_circles(self, bit: int) -> Iterator[set[int]]:
+    def fair_cycles(self, bit: int) -> Iterator[set[int]]:
         """
         Find cycles of states in which something is waited for, and no timer is put off.
 
         They are the strongly connected parts, with a move inside, of the worlds that wait; but not
         those in all of whose worlds a move is offered that is never made.
         """
-        circles = self._circles(bit)
-        home = {index: circle for circle, members in enumerate(circles) for index in members}
+        cycles = self._cycles(bit)
+        home = {index: cycle for cycle, members in enumerate(cycles) for index in members}
         offered: dict[int, set[int]] = {index: set() for index in home}
-        taken: list[set[int]] = [set() for _ in circles]
+        taken: list[set[int]] = [set() for _ in cycles]
         for source, target, label in zip(self.sources, self.targets, self.labels, strict=True):
             if source in home:
                 offered[source].add(label)
                 if home.get(target) == home[source]:
                     taken[home[source]].add(label)
-        for circle, members in enumerate(circles):
-            if set.intersection(*(offered[index] for index in members)) <= taken[circle]:
+        for cycle, members in enumerate(cycles):
+            if set.intersection(*(offered[index] for index in members)) <= taken[cycle]:
                 yield members
 
-    def _circles(self, bit: int) -> list[set[int]]:
+    def _cycles(self, bit: int) -> list[set[int]]:
         forward: dict[int, list[int]] = {}
         loops = set()
         for source, target in zip(self.sources, self.targets, strict=True):

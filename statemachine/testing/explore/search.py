@@ -1,7 +1,7 @@
-"""Breadth first through the worlds: each ground is moved once, and the same world is met once.
+"""Breadth-first search of the worlds: each server state is expanded once, each world met once.
 
-A world in the search is one whole number: the number of its ground, and those of its clients. So
-there is no hash that two worlds could share, and a world costs a few bytes.
+A world in the search is one whole number: the number of its server state, and those of its clients.
+So there is no hash that two worlds could share, and a world costs a few bytes.
 
 Worlds that differ only in names are one world. Connections are numbered anew in the order of their
 age, which is the order in which the kernels look at them; clients are interchangeable; and so are
@@ -22,26 +22,26 @@ from specs import invariants as always
 from ...errors import Copyable
 from ...messages import NamespaceRequest
 from .client import ClientDraft, client_moves, is_provided, may_have_two_sets
-from .ground import GroundDraft, Setting, check_ground, ground_moves, may_crash
 from .kernels import Permutation
 from .liveness import WAITS, Graph, check_at_rest, waits_of, waits_on
+from .server import ServerDraft, Setting, check_server, may_crash, server_moves
 from .world import (
     BY_ITSELF,
     Bounds,
     Client,
-    Finding,
-    Ground,
+    GlobalState,
     Link,
     Move,
     Node,
     Numbers,
-    World,
+    ServerState,
+    Violation,
 )
 
 
-class Counterexample(Copyable, Exception):
+class ViolatingPath(Copyable, Exception):
     """
-    A promise is broken.
+    A path to a violation of a promise.
 
     Args:
         script: The moves to it, each as it is called in the world before it.
@@ -56,8 +56,8 @@ class Counterexample(Copyable, Exception):
         self.finding = finding
 
 
-class _Stumble(Copyable, Exception):
-    """A promise is broken by a move whose worlds are not known here."""
+class _ViolatingMove(Copyable, Exception):
+    """A move violates a promise; the worlds on the way to it are not known here."""
 
     def __init__(self, move: Move, error: AssertionError) -> None:
         super().__init__(str(error))
@@ -69,20 +69,20 @@ class _Edge(NamedTuple):
     """A move, and where it leads to."""
 
     label: int
-    ground: int
-    swap: Permutation
-    """How the clients' allocations are renamed on that ground."""
+    server: int
+    permutation: Permutation
+    """How the clients' allocations are renamed in that state."""
     client: int = 0
     is_by_itself: bool = False
 
 
-class _Sight(NamedTuple):
-    """What the search looks at of a ground."""
+class _ServerFacts(NamedTuple):
+    """What the search looks at of a server state."""
 
     keys: tuple[tuple[object, ...], ...]
     """For each client what tells it from another one like it."""
     ties: tuple[Permutation, ...]
-    """The ways to exchange allocations after which it may be the same ground."""
+    """The ways to exchange allocations after which it may be the same server state."""
     provided: int
     """Clients who have a set at the provider, or will have, as bits."""
     waits: int
@@ -96,16 +96,16 @@ class Search:
         self.graph = Graph()
         self.moves_made = 0
         self._has_symmetry = has_symmetry
-        self._swaps = _swaps_of(setting.bounds) if has_symmetry else []
+        self._symmetries = _symmetries_of(setting.bounds) if has_symmetry else []
         count = setting.bounds.consumers
         self._bits = min(16, 32 // max(1, count))
         self._plain_order = tuple(range(count))
         self._shifts = tuple(self._bits * i for i in range(count))
-        self._grounds: Numbers[Ground] = Numbers()
-        self._sights: list[_Sight] = [_Sight((), (), 0, 0)]
+        self._servers: Numbers[ServerState] = Numbers()
+        self._facts: list[_ServerFacts] = [_ServerFacts((), (), 0, 0)]
         self._clients: Numbers[Client] = Numbers()
         self._moves: Numbers[Move] = Numbers()
-        self._ground_edges: dict[int, tuple[_Edge, ...]] = {}
+        self._server_edges: dict[int, tuple[_Edge, ...]] = {}
         self._client_edges: dict[int, tuple[_Edge, ...]] = {}
         self._changed: dict[tuple[int, tuple[int, ...], str], int] = {}
         self._numbers: dict[int, int] = {}
@@ -117,7 +117,10 @@ class Search:
         return len(self._worlds)
 
     def run(
-        self, first: World, states_max: int | None, progress: Callable[[int, int], None] | None
+        self,
+        first: GlobalState,
+        states_max: int | None,
+        progress: Callable[[int, int], None] | None,
     ) -> bool:
         """
         Visit every world, then look for what is waited for in vain.
@@ -126,7 +129,7 @@ class Search:
             Whether it came to the end before there were `states_max` worlds.
 
         Raises:
-            Counterexample: a promise is broken.
+            ViolatingPath: a promise is broken.
         """
         self._arrive(0, 0, *self._enter(first))
         index = 0
@@ -150,44 +153,44 @@ class Search:
             worlds.append(self._worlds[index])
         return tuple(reversed(script)), worlds[::-1]
 
-    def identity(self, world: World) -> int:
+    def identity(self, world: GlobalState) -> int:
         """Say which world one is; those that differ only in names are one."""
         return self._key(*self._enter(world))
 
     # --- One world -----------------------------------------------------------------------------
 
     def _expand(self, index: int) -> None:
-        ground, clients = self._parts(self._worlds[index])
+        server, clients = self._parts(self._worlds[index])
         is_resting = True
         try:
-            for edge in self._edges_of_ground(ground):
+            for edge in self._edges_of_server(server):
                 is_resting &= not edge.is_by_itself
                 self._follow(index, edge, clients)
             for i, client in enumerate(clients):
-                for edge in self._edges_of_client(ground, i, client):
+                for edge in self._edges_of_client(server, i, client):
                     is_resting &= not edge.is_by_itself
                     left = (*clients[:i], edge.client, *clients[i + 1 :])
                     self._follow(index, edge, left)
-        except _Stumble as stumble:
-            raise self._counterexample(index, stumble.error, stumble.move) from stumble.error
+        except _ViolatingMove as violating:
+            raise self._counterexample(index, violating.error, violating.move) from violating.error
         if is_resting:
             self.graph.at_rest.append(index)
             known = [self._clients.things[client] for client in clients]
             try:
-                check_at_rest(self.setting, self._grounds.things[ground], known)
+                check_at_rest(self.setting, self._servers.things[server], known)
             except AssertionError as error:
                 raise self._counterexample(index, error) from error
 
     def _follow(self, index: int, edge: _Edge, clients: tuple[int, ...]) -> None:
         self.moves_made += 1
-        if edge.swap:
-            clients = tuple(self._swap_client(client, edge.swap) for client in clients)
-        target = self._arrive(index, edge.label, edge.ground, clients)
+        if edge.permutation:
+            clients = tuple(self._permute_client(client, edge.permutation) for client in clients)
+        target = self._arrive(index, edge.label, edge.server, clients)
         if edge.is_by_itself:
             self.graph.add(index, target, edge.label)
 
-    def _arrive(self, parent: int, via: int, ground: int, clients: tuple[int, ...]) -> int:
-        key = self._key(ground, clients)
+    def _arrive(self, parent: int, via: int, server: int, clients: tuple[int, ...]) -> int:
+        key = self._key(server, clients)
         number = self._numbers.get(key)
         if number is None:
             number = self._numbers[key] = len(self._worlds)
@@ -199,13 +202,13 @@ class Search:
 
     def _look_at(self, number: int, key: int) -> int:
         """Check a world that is new; say what is waited for in it."""
-        ground, clients = self._parts(key)
-        sight = self._sights[ground]
-        waits = sight.waits
+        server, clients = self._parts(key)
+        facts = self._facts[server]
+        waits = facts.waits
         for i, client in enumerate(clients):
             known = self._clients.things[client]
             waits |= waits_of(self.setting, known)
-            if sight.provided >> i & 1 and may_have_two_sets(self.setting, known):
+            if facts.provided >> i & 1 and may_have_two_sets(self.setting, known):
                 view = self.setting.kernels.consumer_views[known.kernel]
                 item = (i, view.request.allocation_id)
                 error = always.InvariantBroken(*always.at_most_one_live_set([item], [], [item]))
@@ -214,27 +217,27 @@ class Search:
 
     def _counterexample(
         self, index: int, error: AssertionError, move: Move | None = None
-    ) -> Counterexample:
+    ) -> ViolatingPath:
         script, worlds = self._path(index)
-        return Counterexample((*script, move) if move else script, worlds, str(error))
+        return ViolatingPath((*script, move) if move else script, worlds, str(error))
 
-    def _key(self, ground: int, clients: tuple[int, ...]) -> int:
+    def _key(self, server: int, clients: tuple[int, ...]) -> int:
         """Find the number of a world, which is that of all worlds that are the same."""
-        best = self._ordered(ground, clients)
-        for swap in self._sights[ground].ties:
-            swapped = tuple(self._swap_client(client, swap) for client in clients)
-            best = min(best, self._ordered(self._swap_ground(ground, swap), swapped))
+        best = self._ordered(server, clients)
+        for permutation in self._facts[server].ties:
+            permuted = tuple(self._permute_client(client, permutation) for client in clients)
+            best = min(best, self._ordered(self._permute_server(server, permutation), permuted))
         return best
 
-    def _ordered(self, ground: int, clients: tuple[int, ...]) -> int:
+    def _ordered(self, server: int, clients: tuple[int, ...]) -> int:
         """Put the clients in order, and make it one number."""
         if self._has_symmetry and any(map(ge, clients, clients[1:])):
-            keys = [*zip(clients, self._sights[ground].keys, strict=True)]
+            keys = [*zip(clients, self._facts[server].keys, strict=True)]
             order = tuple(sorted(range(len(clients)), key=keys.__getitem__))
             if order != self._plain_order:
-                ground = self._permute_ground(ground, order)
+                server = self._reorder_clients(server, order)
                 clients = tuple(clients[old] for old in order)
-        key = ground
+        key = server
         for client in clients:
             key = key << self._bits | client
         return key
@@ -244,146 +247,148 @@ class Search:
         clients = tuple([key >> shift & mask for shift in reversed(self._shifts)])
         return key >> self._bits * len(clients), clients
 
-    # --- Grounds and clients, by number --------------------------------------------------------
+    # --- Server states and clients, by number --------------------------------------------------
 
-    def _enter(self, world: World) -> tuple[int, tuple[int, ...]]:
-        ground, swap = self._settle(world.ground)
+    def _enter(self, world: GlobalState) -> tuple[int, tuple[int, ...]]:
+        server, permutation = self._settle(world.server)
         clients = tuple(self._number_client(client) for client in world.clients)
-        return ground, tuple(self._swap_client(client, swap) for client in clients)
+        return server, tuple(self._permute_client(client, permutation) for client in clients)
 
     def _number_client(self, client: Client) -> int:
         number = self._clients.of(client)
         assert number < 1 << self._bits, "more clients than a world has room for"
         return number
 
-    def _settle(self, ground: Ground) -> tuple[int, Permutation]:
-        """Give a ground the names that it has in common with all that are the same."""
-        swap: Permutation = ()
-        if self._swaps:
-            keys = [_key_of_node(node) for node in ground.nodes]
-            swap = min([(), *self._swaps], key=lambda swap: _permuted(keys, swap))
-        ground = self._rename(ground, swap)
-        number = self._grounds.of(ground)
-        if number == len(self._sights):
-            check_ground(self.setting, ground)
-            self._sights.append(self._sight_of(ground))
-        return number, swap
+    def _settle(self, server: ServerState) -> tuple[int, Permutation]:
+        """Give a server state the names that it has in common with all that are the same."""
+        permutation: Permutation = ()
+        if self._symmetries:
+            keys = [_key_of_node(node) for node in server.nodes]
+            permutation = min([(), *self._symmetries], key=lambda order: _permuted(keys, order))
+        server = self._rename(server, permutation)
+        number = self._servers.of(server)
+        if number == len(self._facts):
+            check_server(self.setting, server)
+            self._facts.append(self._facts_of(server))
+        return number, permutation
 
-    def _sight_of(self, ground: Ground) -> _Sight:
-        keys = [_key_of_node(node) for node in ground.nodes]
+    def _facts_of(self, server: ServerState) -> _ServerFacts:
+        keys = [_key_of_node(node) for node in server.nodes]
         clients = range(self.setting.bounds.consumers)
-        return _Sight(
-            tuple(_key_of_client(ground, i) for i in clients),
-            tuple(swap for swap in self._swaps if _permuted(keys, swap) == keys),
-            sum(is_provided(self.setting, ground, i) << i for i in clients),
-            waits_on(self.setting, ground),
+        return _ServerFacts(
+            tuple(_key_of_client(server, i) for i in clients),
+            tuple(order for order in self._symmetries if _permuted(keys, order) == keys),
+            sum(is_provided(self.setting, server, i) << i for i in clients),
+            waits_on(self.setting, server),
         )
 
-    def _rename(self, ground: Ground, swap: Permutation) -> Ground:
+    def _rename(self, server: ServerState, permutation: Permutation) -> ServerState:
         kernels = self.setting.kernels
-        links, nodes, provider = ground.links, ground.nodes, ground.provider
-        old = self._numbers_to_change(ground)
+        links, nodes, provider = server.links, server.nodes, server.provider
+        old = self._numbers_to_change(server)
         if old:
             new = {number: i for i, number in enumerate(old, 1)}
             links = tuple(link._replace(number=new[link.number]) for link in links)
-        if swap:
-            links = tuple(self._swap_link(link, swap) for link in links)
-            nodes = self._swap_nodes(nodes, swap)
+        if permutation:
+            links = tuple(self._permute_link(link, permutation) for link in links)
+            nodes = self._permute_nodes(nodes, permutation)
         if provider:
-            provider = kernels.rename_provider(provider, old, swap)
-        if not (old or swap) and provider == ground.provider:
-            return ground
-        return ground._replace(provider=provider, links=links, nodes=nodes)
+            provider = kernels.rename_provider(provider, old, permutation)
+        if not (old or permutation) and provider == server.provider:
+            return server
+        return server._replace(provider=provider, links=links, nodes=nodes)
 
-    def _numbers_to_change(self, ground: Ground) -> tuple[int, ...]:
+    def _numbers_to_change(self, server: ServerState) -> tuple[int, ...]:
         """List the connections that either side knows, in their order; none if it is 1, 2, 3, …."""
         known = ()
-        if ground.provider:
-            known = self.setting.kernels.provider_views[ground.provider].numbers
-        count = len(ground.links)
-        is_counted = not count or ground.links[-1].number == count
+        if server.provider:
+            known = self.setting.kernels.provider_views[server.provider].numbers
+        count = len(server.links)
+        is_counted = not count or server.links[-1].number == count
         if is_counted and (not known or known[-1] <= count):
             return ()
-        return tuple(sorted({*known, *(link.number for link in ground.links)}))
+        return tuple(sorted({*known, *(link.number for link in server.links)}))
 
-    def _swap_nodes(self, nodes: tuple[Node, ...], swap: Permutation) -> tuple[Node, ...]:
+    def _permute_nodes(self, nodes: tuple[Node, ...], permutation: Permutation) -> tuple[Node, ...]:
         rename = self.setting.kernels.rename_message
-        swapped = list(nodes)
+        permuted = list(nodes)
         for old, node in enumerate(nodes):
-            swapped[swap[old]] = node._replace(
-                request=rename(node.request, swap),
-                jobs=tuple(rename(job, swap) for job in node.jobs),
+            permuted[permutation[old]] = node._replace(
+                request=rename(node.request, permutation),
+                jobs=tuple(rename(job, permutation) for job in node.jobs),
             )
-        return tuple(swapped)
+        return tuple(permuted)
 
-    def _swap_link(self, link: Link, swap: Permutation) -> Link:
+    def _permute_link(self, link: Link, permutation: Permutation) -> Link:
         rename = self.setting.kernels.rename_message
         return link._replace(
-            to_provider=tuple(rename(m, swap) for m in link.to_provider),
-            to_consumer=tuple((rename(m, swap), fate) for m, fate in link.to_consumer),
-            open=tuple(rename(m, swap) for m in link.open),
-            handed=_swapped_bits(link.handed, swap),
-            told=_swapped_bits(link.told, swap),
-            pushed=_swapped_bits(link.pushed, swap),
+            to_provider=tuple(rename(m, permutation) for m in link.to_provider),
+            to_consumer=tuple((rename(m, permutation), fate) for m, fate in link.to_consumer),
+            open=tuple(rename(m, permutation) for m in link.open),
+            handed=_permuted_bits(link.handed, permutation),
+            told=_permuted_bits(link.told, permutation),
+            pushed=_permuted_bits(link.pushed, permutation),
         )
 
-    def _swap_client(self, number: int, swap: Permutation) -> int:
-        key = (number, swap, "client")
-        if swap and key not in self._changed:
+    def _permute_client(self, number: int, permutation: Permutation) -> int:
+        key = (number, permutation, "client")
+        if permutation and key not in self._changed:
             client = self._clients.things[number]
-            kernel = self.setting.kernels.rename_consumer(client.kernel, swap)
+            kernel = self.setting.kernels.rename_consumer(client.kernel, permutation)
             self._changed[key] = self._number_client(client._replace(kernel=kernel))
-        return self._changed[key] if swap else number
+        return self._changed[key] if permutation else number
 
-    def _swap_ground(self, number: int, swap: Permutation) -> int:
-        key = (number, swap, "swap")
+    def _permute_server(self, number: int, permutation: Permutation) -> int:
+        key = (number, permutation, "permutation")
         if key not in self._changed:
-            self._changed[key] = self._add(self._rename(self._grounds.things[number], swap))
+            self._changed[key] = self._add(self._rename(self._servers.things[number], permutation))
         return self._changed[key]
 
-    def _permute_ground(self, number: int, order: tuple[int, ...]) -> int:
+    def _reorder_clients(self, number: int, order: tuple[int, ...]) -> int:
         """Give the clients other numbers."""
         key = (number, order, "order")
         if key not in self._changed:
-            ground = self._grounds.things[number]
+            server = self._servers.things[number]
             new = {old + 1: i for i, old in enumerate(order, 1)}
             places = tuple(new[i + 1] - 1 for i in range(len(order)))
-            links = tuple(x._replace(client=new.get(x.client, x.client)) for x in ground.links)
+            links = tuple(x._replace(client=new.get(x.client, x.client)) for x in server.links)
             nodes = tuple(
-                node._replace(holders=_swapped_bits(node.holders, places)) if node.holders else node
-                for node in ground.nodes
+                node._replace(holders=_permuted_bits(node.holders, places))
+                if node.holders
+                else node
+                for node in server.nodes
             )
-            self._changed[key] = self._add(ground._replace(links=links, nodes=nodes))
+            self._changed[key] = self._add(server._replace(links=links, nodes=nodes))
         return self._changed[key]
 
-    def _add(self, ground: Ground) -> int:
-        number = self._grounds.of(ground)
-        if number == len(self._sights):
-            self._sights.append(self._sight_of(ground))
+    def _add(self, server: ServerState) -> int:
+        number = self._servers.of(server)
+        if number == len(self._facts):
+            self._facts.append(self._facts_of(server))
         return number
 
     # --- Moves, each made once -----------------------------------------------------------------
 
-    def _edges_of_ground(self, number: int) -> tuple[_Edge, ...]:
-        edges = self._ground_edges.get(number)
+    def _edges_of_server(self, number: int) -> tuple[_Edge, ...]:
+        edges = self._server_edges.get(number)
         if edges is None:
-            edges = tuple(self._make_ground_edges(self._grounds.things[number]))
+            edges = tuple(self._make_server_edges(self._servers.things[number]))
             if self._shifts:
-                self._ground_edges[number] = edges
+                self._server_edges[number] = edges
         return edges
 
-    def _make_ground_edges(self, ground: Ground) -> Iterator[_Edge]:
-        has_forks = may_crash(self.setting, ground)
-        for move in ground_moves(self.setting, ground):
-            draft = GroundDraft(self.setting, ground, has_forks=has_forks and move[0] != "crash")
+    def _make_server_edges(self, server: ServerState) -> Iterator[_Edge]:
+        has_forks = may_crash(self.setting, server)
+        for move in server_moves(self.setting, server):
+            draft = ServerDraft(self.setting, server, has_forks=has_forks and move[0] != "crash")
             try:
                 draft.make(move)
                 yield self._edge(move, draft.freeze())
             except AssertionError as error:
-                raise _Stumble(move, error) from error
+                raise _ViolatingMove(move, error) from error
             yield from self._cut_edges(move, draft.forks or [])
 
-    def _cut_edges(self, move: Move, forks: list[Ground]) -> Iterator[_Edge]:
+    def _cut_edges(self, move: Move, forks: list[ServerState]) -> Iterator[_Edge]:
         last = None
         for n, left in enumerate(forks):
             # Nothing that outlives the program has changed since the cut before.
@@ -391,53 +396,53 @@ class Search:
                 yield self._edge(("crash in", n, *move), left)
             last = left
 
-    def _edge(self, move: Move, after: Ground) -> _Edge:
-        target, swap = self._settle(after)
-        return _Edge(self._moves.of(move), target, swap, is_by_itself=move[0] in BY_ITSELF)
+    def _edge(self, move: Move, after: ServerState) -> _Edge:
+        target, permutation = self._settle(after)
+        return _Edge(self._moves.of(move), target, permutation, is_by_itself=move[0] in BY_ITSELF)
 
-    def _edges_of_client(self, ground: int, index: int, client: int) -> tuple[_Edge, ...]:
-        key = (ground << self._bits | client) << 2 | index
+    def _edges_of_client(self, server: int, index: int, client: int) -> tuple[_Edge, ...]:
+        key = (server << self._bits | client) << 2 | index
         edges = self._client_edges.get(key)
         if edges is None:
-            edges = self._client_edges[key] = tuple(self._make_client_edges(ground, index, client))
+            edges = self._client_edges[key] = tuple(self._make_client_edges(server, index, client))
         return edges
 
-    def _make_client_edges(self, ground: int, index: int, client: int) -> Iterator[_Edge]:
-        here, known = self._grounds.things[ground], self._clients.things[client]
+    def _make_client_edges(self, server: int, index: int, client: int) -> Iterator[_Edge]:
+        here, known = self._servers.things[server], self._clients.things[client]
         for move in client_moves(self.setting, here, index, known):
             draft = ClientDraft(self.setting, here, index, known)
             try:
                 draft.make(move)
-                target, swap = self._settle(draft.ground.freeze())
+                target, permutation = self._settle(draft.server.freeze())
             except AssertionError as error:
-                raise _Stumble(move, error) from error
+                raise _ViolatingMove(move, error) from error
             after = self._number_client(draft.client)
-            yield _Edge(self._moves.of(move), target, swap, after, move[0] in BY_ITSELF)
+            yield _Edge(self._moves.of(move), target, permutation, after, move[0] in BY_ITSELF)
 
     # --- In the end ----------------------------------------------------------------------------
 
     def _check_liveness(self) -> None:
-        lost = self.graph.first_that_never_rests()
-        if lost is not None:
-            raise self._counterexample(lost, Finding("from here on nothing ever comes to rest"))
+        restless = self.graph.first_that_never_rests()
+        if restless is not None:
+            raise self._counterexample(restless, Violation("from here nothing ever comes to rest"))
         for bit, what in enumerate(WAITS):
-            for circle in self.graph.fair_circles(1 << bit):
-                error = Finding(f"{what}, for ever: a circle of {len(circle)} worlds")
-                raise self._counterexample(min(circle), error)
+            for cycle in self.graph.fair_cycles(1 << bit):
+                error = Violation(f"{what}, for ever: a cycle of {len(cycle)} states")
+                raise self._counterexample(min(cycle), error)
 
 
-def _swaps_of(bounds: Bounds) -> list[Permutation]:
+def _symmetries_of(bounds: Bounds) -> list[Permutation]:
     """Find the ways to exchange allocations that leave the set of requests as it is."""
     requests, names = set(bounds.requests), bounds.names
-    swaps = []
+    symmetries = []
     for order in itertools.permutations(range(len(names))):
         new = {old: names[order[i]] for i, old in enumerate(names)}
         renamed = {
             NamespaceRequest(new[r.allocation_id], r.namespaces, r.uenv_image) for r in requests
         }
         if renamed == requests and order != tuple(range(len(names))):
-            swaps.append(order)
-    return swaps
+            symmetries.append(order)
+    return symmetries
 
 
 def _key_of_node(node: Node) -> tuple[object, ...]:
@@ -445,20 +450,20 @@ def _key_of_node(node: Node) -> tuple[object, ...]:
     return (node.life, *node[2:6], len(node.jobs), *node[7:-1])
 
 
-def _key_of_client(ground: Ground, index: int) -> tuple[object, ...]:
-    """Say what tells a client from another one like it, on its ground."""
-    numbers = tuple(link.number for link in ground.links if link.client == index + 1)
-    return (numbers, tuple(node.holders >> index & 1 for node in ground.nodes))
+def _key_of_client(server: ServerState, index: int) -> tuple[object, ...]:
+    """Say what tells a client from another one like it, in a server state."""
+    numbers = tuple(link.number for link in server.links if link.client == index + 1)
+    return (numbers, tuple(node.holders >> index & 1 for node in server.nodes))
 
 
-def _permuted(keys: list[tuple[object, ...]], swap: Permutation) -> list[tuple[object, ...]]:
-    if not swap:
+def _permuted(keys: list[tuple[object, ...]], permutation: Permutation) -> list[tuple[object, ...]]:
+    if not permutation:
         return keys
     permuted = list(keys)
     for old, key in enumerate(keys):
-        permuted[swap[old]] = key
+        permuted[permutation[old]] = key
     return permuted
 
 
-def _swapped_bits(bits: int, swap: Permutation) -> int:
-    return sum(1 << swap[i] for i in range(len(swap)) if bits >> i & 1) if bits else 0
+def _permuted_bits(bits: int, permutation: Permutation) -> int:
+    return sum(1 << permutation[i] for i in range(len(permutation)) if bits >> i & 1) if bits else 0

@@ -7,7 +7,7 @@ from ...events import ProviderInput
 from ...messages import Message
 from .world import Bounds, Move
 
-Life = tuple[tuple[str, ...], list[tuple[ProviderInput, tuple[Effect, ...]]]]
+ProviderRun = tuple[tuple[str, ...], list[tuple[ProviderInput, tuple[Effect, ...]]]]
 """From a provider's start to its death: the names it remembers, and each event with its effects."""
 
 
@@ -20,7 +20,7 @@ class Story:
             self.draw(f"participant C{index} as consumer {index}")
         self.draw("participant P as provider")
         self.draw("participant N as node")
-        self.lives: list[Life] = []
+        self.lives: list[ProviderRun] = []
         self.start(())
 
     # --- The diagram ---------------------------------------------------------------------------
@@ -54,7 +54,7 @@ class Story:
         self.lives.append((remembered, []))
 
     def turn(self, event: ProviderInput, effects: tuple[Effect, ...]) -> None:
-        """The provider's kernel is fed, and has decided; if it stumbled, nothing."""
+        """The provider's kernel is fed, and has decided; nothing if it refused."""
         self.lives[-1][1].append((event, effects))
 
 

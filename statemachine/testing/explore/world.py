@@ -1,9 +1,9 @@
 """What the explorer's worlds consist of: plain values for everything in which two may differ.
 
-A *world* is a *ground* and its *clients*. The ground is what the provider's side sees: the provider
-itself, the connections, and the node. A client is one consumer's program. Both know the kernels
-only by number (`kernels`). Whatever happens on the ground is the same for all worlds that
-stand on it; whatever a client does changes itself, and its connection on the ground.
+A *world* is a *server state* and its *clients*. The server state is what the provider's side sees:
+the provider itself, the connections, and the node. A client is one consumer's program. Both know
+the kernels only by number (`kernels`). What happens to a server state is the same for all worlds
+that have it; whatever a client does changes itself, and its connection in the server state.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ BY_ITSELF: Final = frozenset(
         "retry",
     }
 )
-"""The moves that happen by themselves once nothing fails and no caller wishes for more."""
+"""The moves that happen by themselves once nothing fails and no caller wants more."""
 
 SPENDS: Final = frozenset(
     {
@@ -66,8 +66,8 @@ SPENDS: Final = frozenset(
 _A: Final = NamespaceRequest("a", (NamespaceType.NET, NamespaceType.PID))
 
 
-class Finding(AssertionError):
-    """A promise is broken in the move that is being made."""
+class Violation(AssertionError):
+    """A promise is violated by the move that is being made."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Bounds:
     consumers: int = 1
     requests: tuple[NamespaceRequest, ...] = (_A,)
     """What a caller may want; their ids are the allocations there are."""
-    wishes: int | None = 1
+    requests_each: int | None = 1
     """How many requests each consumer may make, one after the other."""
     strangers: int = 0
     """How many may be connected at a time who say and do whatever a peer can."""
@@ -107,7 +107,7 @@ class Bounds:
 
 
 class Client(NamedTuple):
-    """One consumer's program; `kernel` is 0 while there is none, or its wish is over."""
+    """One consumer's program; `kernel` is 0 while there is none, or its request is over."""
 
     kernel: int = 0
     is_calling: int = 0
@@ -116,7 +116,7 @@ class Client(NamedTuple):
     timers: int = 0
     has_outcome: int = 0
     has_end: int = 0
-    wishes: int = 0
+    requests_made: int = 0
 
 
 class Link(NamedTuple):
@@ -124,12 +124,12 @@ class Link(NamedTuple):
 
     number: int
     client: int
-    """Whose wish it belongs to, counted from 1; 0 once that wish is over; or `STRANGER`."""
+    """Whose request it belongs to, counted from 1; 0 once that is over; or `STRANGER`."""
     is_accepted: int = 0
     has_provider: int = 1
     has_consumer: int = 1
     is_broken: int = 0
-    is_deaf: int = 0
+    is_read_closed: int = 0
     is_doubtful: int = 0
     """A message was doubled or falsified: then the number of sets is not checked."""
     to_provider: tuple[int, ...] = ()
@@ -161,10 +161,10 @@ class Node(NamedTuple):
     """The current incarnation has ended."""
     is_released: int = 0
     holders: int = 0
-    """Clients to whose wish the current incarnation was handed over, as bits."""
+    """Clients to whose request the current incarnation was handed over, as bits."""
 
 
-class Ground(NamedTuple):
+class ServerState(NamedTuple):
     """The provider's side of a world. `provider` is 0 while its program is dead."""
 
     provider: int
@@ -176,10 +176,10 @@ class Ground(NamedTuple):
     faults: int = 0
 
 
-class World(NamedTuple):
-    """Everything there is."""
+class GlobalState(NamedTuple):
+    """A world: everything there is."""
 
-    ground: Ground
+    server: ServerState
     clients: tuple[Client, ...]
 
 
@@ -222,7 +222,7 @@ def has_news_for_consumer(link: Link) -> bool:
 
 def has_news_for_provider(link: Link) -> bool:
     """Whether there is something to be read at the provider's end, its own end included."""
-    if not link.has_provider or link.is_deaf:
+    if not link.has_provider or link.is_read_closed:
         return False
     return bool(not link.is_accepted or link.to_provider or is_lost(link))
 

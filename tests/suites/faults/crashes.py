@@ -33,12 +33,12 @@ from linux.instance import OWN_TOKEN_PREFIX
 from linux.testing.worlds import HOLD_TIME_S, IMAGE
 from statemachine.errors import AllocationNotFound, NamespaceError
 from statemachine.messages import NamespaceRequest
-from tests.suites.faults.faults import Call, Death, FaultInjector
+from tests.suites.faults.faults import CallSite, Death, FaultInjector
 from tests.suites.faults.lives import (
-    Broken,
+    FaultSetup,
     LinuxStage,
+    NotTolerated,
     SimulatedStage,
-    Stage,
     anchors_alive,
 )
 from transport import calls
@@ -63,17 +63,17 @@ class Doomed(FaultInjector):
     """Lets the provider's calls pass until it is doomed; then the k-th is its last."""
 
     def __init__(
-        self, on_death: Callable[[Call], None] | None = None, who: str | None = None
+        self, on_death: Callable[[CallSite], None] | None = None, who: str | None = None
     ) -> None:
         super().__init__(who=who)
         self.calls_left: int | None = None
-        self.died_at: Call | None = None
+        self.died_at: CallSite | None = None
         self._on_death = on_death
 
     def doom(self, k: int) -> None:
         self.calls_left = k or None
 
-    def kind_for(self, call: Call) -> str | None:
+    def kind_for(self, call: CallSite) -> str | None:
         if call.who in self.dead:
             return "death"
         if call.who != (self.who or "provider") or self.calls_left is None:
@@ -87,10 +87,10 @@ class Doomed(FaultInjector):
         return "death"
 
 
-class Program(ABC):
+class DoomableProgram(ABC):
     """A provider's program that can be doomed, and consumers that outlive it."""
 
-    stage: Stage
+    stage: FaultSetup
 
     @abstractmethod
     async def start(self, doomed_at: int | None = None) -> bool:
@@ -101,14 +101,14 @@ class Program(ABC):
         """Let the k-th call from now on be the program's last; 0: none."""
 
     @abstractmethod
-    async def died_at(self) -> Call | None:
+    async def died_at(self) -> CallSite | None:
         """Which call was its last, if it is dead."""
 
     @abstractmethod
     async def stop(self) -> None:
         """Let it go in good order."""
 
-    def run(self, phase: str, k: int) -> Call | None:
+    def run(self, phase: str, k: int) -> CallSite | None:
         """
         Let it die before its k-th call in a phase, and look at what the next one makes of it.
 
@@ -118,11 +118,11 @@ class Program(ABC):
             The call; None if the phase was over before.
 
         Raises:
-            Broken: something that was promised is not so.
+            NotTolerated: something that was promised is not so.
         """
         return self.stage.loop.run_until_complete(asyncio.wait_for(self._crash(phase, k), 1e6))
 
-    async def _crash(self, phase: str, k: int) -> Call | None:
+    async def _crash(self, phase: str, k: int) -> CallSite | None:
         name = self.stage.new_name()
         wanted = NamespaceRequest(name, self.stage.kinds)
         if phase == "obtaining":
@@ -145,26 +145,26 @@ class Program(ABC):
         if last is None:
             self.doom(0)
         elif not await self.start():
-            raise Broken("no other program can be started")
+            raise NotTolerated("no other program can be started")
         if ending is not None:
             await asyncio.wait_for(ending, PATIENCE_S * 100)
         second = await self._obtain(wanted)
         if second is None or second.is_degraded:
-            raise Broken(
+            raise NotTolerated(
                 f"afterwards the allocation is not handed over: {second and second.fallback}"
             )
         is_same = second.identities == before
         if is_handed and not is_over and not is_same:
-            raise Broken("it was handed over, and is another now")
+            raise NotTolerated("it was handed over, and is another now")
         if is_handed and is_over and is_same:
-            raise Broken("it was ended and confirmed, and is the same again")
+            raise NotTolerated("it was ended and confirmed, and is the same again")
         await second.end()
         await second.close()
         if first is not None:
             await first.close()
         return last
 
-    async def _await_death(self, ending: asyncio.Future[None] | None) -> Call | None:
+    async def _await_death(self, ending: asyncio.Future[None] | None) -> CallSite | None:
         """Wait until the program is dead, or has nothing more to do."""
         for _ in range(20):
             if ending is not None and not ending.done():
@@ -183,7 +183,7 @@ class Program(ABC):
             return None
 
 
-class Dropped(Program):
+class Dropped(DoomableProgram):
     """A program in this one, on the simulated node; when it is dead it does nothing any more."""
 
     def __init__(self, stage: SimulatedStage) -> None:
@@ -191,7 +191,7 @@ class Dropped(Program):
         self._dropping: asyncio.Task[None] | None = None
         self._doomed = self.stage.injector = Doomed(self._die)
 
-    def _die(self, _: Call) -> None:
+    def _die(self, _: CallSite) -> None:
         self._dropping = self.stage.loop.create_task(self._drop())
 
     def __call__(
@@ -221,21 +221,21 @@ class Dropped(Program):
     def doom(self, k: int) -> None:
         self._doomed.doom(k)
 
-    async def died_at(self) -> Call | None:
+    async def died_at(self) -> CallSite | None:
         return self._doomed.died_at
 
     async def stop(self) -> None:
         await self.stage.stop()
 
 
-class Killed(Program):
+class Killed(DoomableProgram):
     """A program in a process of its own, on this machine; this one is only its consumers."""
 
     def __init__(self, stage: LinuxStage) -> None:
         self.stage = stage
         self._pid = 0
         self._control: socket.socket | None = None
-        self._last: Call | None = None
+        self._last: CallSite | None = None
 
     async def start(self, doomed_at: int | None = None) -> bool:
         self._reap()
@@ -259,9 +259,9 @@ class Killed(Program):
     def _note(self, said: bytes) -> None:
         """The program is dead, or about to be; it said before which call was its last."""
         if said in (b"", b"ready"):
-            raise Broken("the program ended by itself")
+            raise NotTolerated("the program ended by itself")
         who, where, name, nth = json.loads(said)
-        self._last = Call(who, where, name, nth)
+        self._last = CallSite(who, where, name, nth)
         self._reap()
 
     def _reap(self) -> None:
@@ -277,7 +277,7 @@ class Killed(Program):
         assert self._control is not None
         self._control.send(str(k).encode())
 
-    async def died_at(self) -> Call | None:
+    async def died_at(self) -> CallSite | None:
         if self._control is not None:
             with suppress(BlockingIOError):
                 self._note(self._control.recv(4096))
@@ -289,10 +289,10 @@ class Killed(Program):
 
     # Consumers that die.
 
-    async def _crash(self, phase: str, k: int) -> Call | None:
+    async def _crash(self, phase: str, k: int) -> CallSite | None:
         return await (self._consumer_dies if phase in CONSUMERS else super()._crash)(phase, k)
 
-    async def _consumer_dies(self, how: str, k: int) -> Call | None:
+    async def _consumer_dies(self, how: str, k: int) -> CallSite | None:
         name = self.stage.new_name()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours, theirs:
@@ -304,7 +304,7 @@ class Killed(Program):
             ours.setblocking(False)
             last = None
             with suppress(BlockingIOError):
-                last = Call(*json.loads(ours.recv(4096)))
+                last = CallSite(*json.loads(ours.recv(4096)))
         if last is None:
             return None
         if how == "served":
@@ -320,9 +320,9 @@ class Killed(Program):
         try:
             handoff = await stage.consumer(path).obtain(NamespaceRequest(name, stage.kinds, IMAGE))
         except NamespaceError as error:
-            raise Broken(f"afterwards its name cannot be used: {error}") from error
+            raise NotTolerated(f"afterwards its name cannot be used: {error}") from error
         if handoff.is_degraded is is_served:
-            raise Broken(f"afterwards it is not served: {handoff.fallback}")
+            raise NotTolerated(f"afterwards it is not served: {handoff.fallback}")
         await handoff.end()
         await handoff.close()
         stage.tidy_own()
@@ -334,7 +334,7 @@ class Killed(Program):
             if not left:
                 return
             await asyncio.sleep(POLL_S)
-        raise Broken(f"left of {name}: {left}")
+        raise NotTolerated(f"left of {name}: {left}")
 
     def _be_consumer(self, control: socket.socket, how: str, name: str, k: int) -> None:
         try:
@@ -343,7 +343,7 @@ class Killed(Program):
             settings = replace(self.stage.world.settings, hold_time_s=0.0)
             own = LinuxBackend.for_self_service(settings, clock=time.monotonic)
 
-            def die(call: Call) -> None:
+            def die(call: CallSite) -> None:
                 control.send(json.dumps([call.who, call.where, call.name, call.nth]).encode())
                 if how == CONSUMERS[2] and own._forge.pid is not None:
                     os.kill(own._forge.pid, signal.SIGKILL)
@@ -377,7 +377,7 @@ class Killed(Program):
             How often what was killed.
 
         Raises:
-            Broken: something that was promised is not so.
+            NotTolerated: something that was promised is not so.
         """
         return self.stage.loop.run_until_complete(Kills(self, random.Random(seed)).run(count))
 
@@ -409,7 +409,7 @@ class Killed(Program):
             os._exit(status)
 
     async def _serve(self, control: socket.socket, doomed_at: int | None) -> None:
-        def die(call: Call) -> None:
+        def die(call: CallSite) -> None:
             control.send(json.dumps([call.who, call.where, call.name, call.nth]).encode())
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -472,13 +472,13 @@ class Kills:
         self._program.kill()  # with it go the images that it holds
         await self._expect_nothing()
         if not await self._program.start():
-            raise Broken("no other program can be started")
+            raise NotTolerated("no other program can be started")
         return done
 
     async def _kill_provider(self) -> list[str]:
         self._program.kill()
         if not await self._program.start():
-            raise Broken("no other program can be started")
+            raise NotTolerated("no other program can be started")
         return ["provider"]
 
     async def _kill_forge(self) -> list[str]:
@@ -530,28 +530,28 @@ class Kills:
         try:
             is_same = again.is_degraded or again.identities == before.identities
             if not (is_same or before.is_ended or name in self._killed):
-                raise Broken(f"{name}: it had not ended, and is another now")
+                raise NotTolerated(f"{name}: it had not ended, and is another now")
         finally:
             await self._end(again)
 
     async def _end(self, handoff: AsyncHandoff) -> None:
         if not (await handoff.end(PATIENCE_S) and await handoff.settle(PATIENCE_S)):
-            raise Broken(f"{handoff.request.allocation_id}: its end is not confirmed")
+            raise NotTolerated(f"{handoff.request.allocation_id}: its end is not confirmed")
         await handoff.close()
 
     async def _obtain(self, name: str) -> AsyncHandoff:
         handoff = await self._stage.consumer().obtain(NamespaceRequest(name, self._stage.kinds))
         if handoff.is_degraded:
-            raise Broken(f"{name} is not served: {handoff.fallback}")
+            raise NotTolerated(f"{name} is not served: {handoff.fallback}")
         return handoff
 
     async def _end_staying(self, name: str) -> None:
         before, again = self._staying[name], await self._obtain(name)
         if before.is_ended or again.identities != before.identities:
-            raise Broken(f"{name}: it had not ended, and is another now")
+            raise NotTolerated(f"{name}: it had not ended, and is another now")
         (process,) = self._stage.world._members[name]
         if process.poll() is not None:
-            raise Broken(f"{name}: its process was killed")
+            raise NotTolerated(f"{name}: its process was killed")
         for handoff in (again, before):
             await self._end(handoff)
         self._stage.world.reap_killed(name)
@@ -565,10 +565,10 @@ class Kills:
             if not left:
                 return
             await asyncio.sleep(POLL_S)
-        raise Broken(f"left: {left}")
+        raise NotTolerated(f"left: {left}")
 
 
-def crash_points(program: Program, phase: str) -> Iterator[tuple[int, Call]]:
+def crash_points(program: DoomableProgram, phase: str) -> Iterator[tuple[int, CallSite]]:
     """Let the program die at every call of a phase, one after the other."""
     k = 1
     while (last := program.run(phase, k)) is not None:
@@ -587,9 +587,9 @@ def dropped(directory: Path) -> Iterator[Dropped]:
                 yield program
             program._doomed.is_asleep = True
         if stage.world.leftovers():
-            raise Broken(f"left: {stage.world.leftovers()}")
+            raise NotTolerated(f"left: {stage.world.leftovers()}")
         if stage.complaints:
-            raise Broken("; ".join(stage.complaints))
+            raise NotTolerated("; ".join(stage.complaints))
     finally:
         stage.close()
 

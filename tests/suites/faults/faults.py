@@ -43,7 +43,7 @@ CLOSING: Final = frozenset({"close"})
 
 
 @dataclass(frozen=True, order=True)
-class Call:
+class CallSite:
     """One system call of one life."""
 
     who: str
@@ -62,7 +62,7 @@ class Call:
 class Fault:
     """What becomes of a call."""
 
-    call: Call
+    call: CallSite
     kind: str
     """An errno's name; or `one byte`, `half`, `death`, `FORGE_KILLED`, `ANCHOR_KILLED`."""
 
@@ -74,10 +74,10 @@ class Fault:
 
     @classmethod
     def of_json(cls, said: Sequence[Any]) -> Fault:
-        return cls(Call(*said[:4]), said[4])
+        return cls(CallSite(*said[:4]), said[4])
 
 
-Plan = tuple[Fault, ...]
+FaultPlan = tuple[Fault, ...]
 
 
 class Death(BaseException):
@@ -184,19 +184,19 @@ def errnos_of(name: str) -> tuple[str, ...]:
     return tuple(words.split())
 
 
-def faults_of(call: Call) -> list[Fault]:
+def faults_of(call: CallSite) -> list[Fault]:
     """Every single thing that can go wrong with a call, but for the death of who makes it."""
     there = f"{call.name} in {call.where}"
     return [Fault(call, kind) for kind in errnos_of(there if there in ERRNOS else call.name)]
 
 
-def short_faults_of(call: Call) -> list[Fault]:
+def short_faults_of(call: CallSite) -> list[Fault]:
     """Every way in which a transfer can be cut short."""
     is_transfer = call.name in ("sendmsg", "recvmsg") and not call.where.startswith("forge")
     return [Fault(call, kind) for kind in SHORT] if is_transfer else []
 
 
-def kills_of(call: Call) -> list[Fault]:
+def kills_of(call: CallSite) -> list[Fault]:
     """Which process beside its maker can be killed at a call."""
     return [Fault(call, FORGE_KILLED if call.who == "forge" else ANCHOR_KILLED)]
 
@@ -211,15 +211,15 @@ class FaultInjector:
         is_asleep: whether calls pass uncounted, until `wake`.
     """
 
-    plan: Plan = ()
+    plan: FaultPlan = ()
     who: str | None = None
     """Who makes all the calls here; None asks the stack."""
     is_asleep: bool = False
-    passed: list[Call] = field(default_factory=list)
+    passed: list[CallSite] = field(default_factory=list)
     """All calls so far, in order."""
     fired: list[Fault] = field(default_factory=list)
     """What of the plan has happened."""
-    on_pass: Callable[[Call], None] | None = None
+    on_pass: Callable[[CallSite], None] | None = None
     killers: Mapping[str, Callable[[], None]] = field(default_factory=dict)
     """What kills a process, by the kind of fault; the call is made then."""
     dead: set[str] = field(default_factory=set)
@@ -251,16 +251,16 @@ class FaultInjector:
             raise Death(call.who)
         raise failure_of(kind, name, args)
 
-    def note(self, who: str, where: str, name: str) -> Call:
+    def note(self, who: str, where: str, name: str) -> CallSite:
         """Count a call."""
         self._counts[who, where, name] += 1
-        call = Call(who, where, name, self._counts[who, where, name])
+        call = CallSite(who, where, name, self._counts[who, where, name])
         self.passed.append(call)
         if self.on_pass is not None:
             self.on_pass(call)
         return call
 
-    def kind_for(self, call: Call) -> str | None:
+    def kind_for(self, call: CallSite) -> str | None:
         """What shall become of a call."""
         if call.who in self.dead:
             return "death"

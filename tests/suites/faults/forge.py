@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from linux.forge import child as forge_child
-from tests.suites.faults.faults import FORGE_KILLED, Call, Fault, FaultInjector
+from tests.suites.faults.faults import FORGE_KILLED, CallSite, Fault, FaultInjector
 from transport.calls import hook_syscalls
 
 
@@ -53,7 +53,7 @@ class ForgeFaultInjector(FaultInjector):
     def _die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def _tell(self, call: Call) -> None:
+    def _tell(self, call: CallSite) -> None:
         fault = next((fault for fault in self.plan if fault.call == call), None)
         line = [self._life, Fault(call, fault.kind if fault else "").as_json()]
         os.write(self._log, json.dumps(line).encode() + b"\n")

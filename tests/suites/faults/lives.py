@@ -1,12 +1,12 @@
 """Whole lives of allocations, in which any system call can be made to fail.
 
-A `Stage` is a provider on one of the `worlds`, a consumer, and a neighbour: an allocation that is
-alive all the time and must not be affected. Everything happens in one thread and one event loop, so
-that a life makes the same calls in the same order in every run; and time is the loop's own, which
-passes as soon as there is nothing left to do, so that no deadline is waited for.
+A `FaultSetup` is a provider on one of the `worlds`, a consumer, and a neighbour: an allocation that
+is alive all the time and must not be affected. Everything happens in one thread and one event loop,
+so that a life makes the same calls in the same order in every run; and time is the loop's own,
+which passes as soon as there is nothing left to do, so that no deadline is waited for.
 
 A life under a plan ends in one of the ways that the protocol allows. Any other end, and anything
-that is left, is a `Broken` promise.
+that is left, raises `NotTolerated`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,14 @@ from linux.testing.worlds import (
 from statemachine.errors import NamespaceError
 from statemachine.messages import AllocationEnded, NamespaceRequest
 from statemachine.states import AllocationState
-from tests.suites.faults.faults import ANCHOR_KILLED, Call, Death, Fault, FaultInjector, Plan
+from tests.suites.faults.faults import (
+    ANCHOR_KILLED,
+    CallSite,
+    Death,
+    Fault,
+    FaultInjector,
+    FaultPlan,
+)
 from transport import calls
 from transport.channel import Channel, Delivery
 from transport.contract import SelfService
@@ -77,7 +84,7 @@ TURNS_MAX: Final = 20_000
 """How often the loop may turn in one life: more, and it spins."""
 
 
-class Broken(Exception):
+class NotTolerated(Exception):
     """A promise was not kept."""
 
 
@@ -151,7 +158,7 @@ class HurriedLoop(asyncio.SelectorEventLoop):
         return super().time() + self.hurry.passed_s
 
 
-class Stage(ABC):
+class FaultSetup(ABC):
     """
     A provider at work, its machine, and a neighbour.
 
@@ -250,11 +257,11 @@ class Stage(ABC):
         """Who makes a consumer's own namespaces."""
 
     @abstractmethod
-    def plan_forge(self, plan: Plan) -> None:
+    def plan_forge(self, plan: FaultPlan) -> None:
         """Say what happens to the calls of forges."""
 
     @abstractmethod
-    def passed_in_forge(self) -> tuple[list[Call], list[Fault]]:
+    def passed_in_forge(self) -> tuple[list[CallSite], list[Fault]]:
         """Which calls forges made, and what was done to them."""
 
     @abstractmethod
@@ -292,7 +299,7 @@ class Stage(ABC):
 
     # Lives.
 
-    def tell(self, life: Life, plan: Plan = (), *, asks_afterwards: bool = True) -> Told:
+    def tell(self, life: Workload, plan: FaultPlan = (), *, asks_afterwards: bool = True) -> Told:
         """
         Tell a life under a plan, and look at what it leaves.
 
@@ -302,7 +309,7 @@ class Stage(ABC):
             asks_afterwards: whether a plain request is made, too, and must be served.
 
         Raises:
-            Broken: something that was promised is not so.
+            NotTolerated: something that was promised is not so.
         """
         name = self.new_name()
         self.complaints.clear()
@@ -321,12 +328,12 @@ class Stage(ABC):
             told = Told(outcome, [*injector.passed, *forge_passed], [*injector.fired, *forge_fired])
             try:
                 self._look(name, told, asks_afterwards)
-            except (AssertionError, Broken) as error:
-                raise Broken(f"{outcome}; {error}") from error
+            except (AssertionError, NotTolerated) as error:
+                raise NotTolerated(f"{outcome}; {error}") from error
         if self.hurry.passed_s - spent > LIFE_S or self.hurry.turns > TURNS_MAX:
-            raise Broken(f"{outcome}; it does not come to rest: {self.hurry.turns} turns")
+            raise NotTolerated(f"{outcome}; it does not come to rest: {self.hurry.turns} turns")
         if self.complaints:
-            raise Broken(f"{outcome}; {'; '.join(self.complaints)}")
+            raise NotTolerated(f"{outcome}; {'; '.join(self.complaints)}")
         return told
 
     @property
@@ -336,13 +343,13 @@ class Stage(ABC):
     def _run(self, work: Awaitable[Any]) -> Any:
         return self.loop.run_until_complete(asyncio.wait_for(work, LIFE_S))
 
-    async def _outcome(self, life: Life, name: str) -> str:
+    async def _outcome(self, life: Workload, name: str) -> str:
         try:
             return await life(self, name)
         except NamespaceError as error:
             return f"refused: {type(error).__name__}"
         except TimeoutError:
-            raise Broken("nothing ever came of it") from None
+            raise NotTolerated("nothing ever came of it") from None
         except Death:
             return "died"
 
@@ -361,7 +368,7 @@ class Stage(ABC):
                 time.sleep(POLL_S)
                 if not self.count() - self.usual:
                     return
-            raise Broken(f"left behind: {dict(self.count() - self.usual)}")
+            raise NotTolerated(f"left behind: {dict(self.count() - self.usual)}")
 
     async def _settle(self, name: str) -> None:
         """End what the life may have left alive, as an operator would."""
@@ -399,7 +406,7 @@ class Stage(ABC):
                 return
             self.tidy_own()
             await asyncio.sleep(HOLD_TIME_S / 4)
-        raise Broken(f"{self.world.mounted()} stays mounted")
+        raise NotTolerated(f"{self.world.mounted()} stays mounted")
 
     @abstractmethod
     def world_names(self) -> list[str]:
@@ -493,7 +500,7 @@ class Told:
     """How a life went."""
 
     outcome: str
-    passed: list[Call]
+    passed: list[CallSite]
     fired: list[Fault]
 
 
@@ -524,7 +531,7 @@ def _sort_of(target: str) -> str:
     return target.partition(":[")[0] if ":[" in target else target.partition(" ")[0]
 
 
-class SimulatedStage(Stage):
+class SimulatedStage(FaultSetup):
     backend_name = "simulated"
 
     def __init__(self, directory: Path) -> None:
@@ -547,10 +554,10 @@ class SimulatedStage(Stage):
     def service(self) -> SelfService:
         return self._own
 
-    def plan_forge(self, plan: Plan) -> None:
+    def plan_forge(self, plan: FaultPlan) -> None:
         """There is none."""
 
-    def passed_in_forge(self) -> tuple[list[Call], list[Fault]]:
+    def passed_in_forge(self) -> tuple[list[CallSite], list[Fault]]:
         return [], []
 
     def kill_anchors(self) -> None:
@@ -574,7 +581,7 @@ class SimulatedStage(Stage):
         self.own_node.close()
 
 
-class LinuxStage(Stage):
+class LinuxStage(FaultSetup):
     backend_name = "linux"
 
     def __init__(self, directory: Path, cgroup2: Path, image_root: Path) -> None:
@@ -613,7 +620,7 @@ class LinuxStage(Stage):
     def service(self) -> SelfService:
         return self._own
 
-    def plan_forge(self, plan: Plan) -> None:
+    def plan_forge(self, plan: FaultPlan) -> None:
         self._life = next(self._lives)
         faults = [fault.as_json() for fault in plan if fault.call.who == "forge"]
         new = self._plan_path.with_suffix(".new")
@@ -621,7 +628,7 @@ class LinuxStage(Stage):
         new.rename(self._plan_path)
         os.truncate(self._log_path, 0)
 
-    def passed_in_forge(self) -> tuple[list[Call], list[Fault]]:
+    def passed_in_forge(self) -> tuple[list[CallSite], list[Fault]]:
         lines = [json.loads(line) for line in self._log_path.read_text().splitlines()]
         told = [Fault.of_json(said) for life, said in lines if life == self._life]
         return [fault.call for fault in told], [fault for fault in told if fault.kind]
@@ -666,7 +673,7 @@ def anchors_alive(prefix: str = "") -> list[int]:
 
 # --- The lives --------------------------------------------------------------------------------
 
-Life = Callable[[Stage, str], Awaitable[str]]
+Workload = Callable[[FaultSetup, str], Awaitable[str]]
 
 
 def _how(handoff: AsyncHandoff) -> str:
@@ -682,7 +689,7 @@ async def _heard_end(handoff: AsyncHandoff) -> str:
     return "served, and the end unheard"
 
 
-async def whole_life(stage: Stage, name: str) -> str:
+async def whole_life(stage: FaultSetup, name: str) -> str:
     """Obtained, used by a process that comes and goes, over by itself."""
     async with await stage.consumer().obtain(NamespaceRequest(name, stage.kinds)) as handoff:
         if not handoff.is_degraded:
@@ -696,7 +703,7 @@ async def whole_life(stage: Stage, name: str) -> str:
         return _how(handoff)
 
 
-async def end_by_consumer(stage: Stage, name: str) -> str:
+async def end_by_consumer(stage: FaultSetup, name: str) -> str:
     """Obtained, and ended by who has it; a cgroup is left below its scope."""
     async with await stage.consumer().obtain(NamespaceRequest(name, stage.kinds)) as handoff:
         if not handoff.is_degraded:
@@ -706,7 +713,7 @@ async def end_by_consumer(stage: Stage, name: str) -> str:
         return _how(handoff)
 
 
-async def asked_twice(stage: Stage, name: str) -> str:
+async def asked_twice(stage: FaultSetup, name: str) -> str:
     """Obtained on two connections, the same both times; one ends it, the other hears of it."""
     request_ = NamespaceRequest(name, stage.kinds)
     async with AsyncExitStack() as stack:
@@ -723,14 +730,14 @@ async def asked_twice(stage: Stage, name: str) -> str:
         return await _heard_end(other)
 
 
-async def refused(stage: Stage, name: str) -> str:
+async def refused(stage: FaultSetup, name: str) -> str:
     """An image that does not exist."""
     request_ = NamespaceRequest(name, stage.kinds, "absent.sqfs")
     async with await stage.consumer().obtain(request_) as handoff:
         return _how(handoff)
 
 
-async def with_image(stage: Stage, name: str) -> str:
+async def with_image(stage: FaultSetup, name: str) -> str:
     """Obtained with an image, and ended; the image is dropped when its time has come."""
     request_ = NamespaceRequest(name, stage.kinds, IMAGE)
     async with await stage.consumer().obtain(request_) as handoff:
@@ -738,7 +745,7 @@ async def with_image(stage: Stage, name: str) -> str:
         return _how(handoff)
 
 
-async def overtaken(stage: Stage, name: str) -> str:
+async def overtaken(stage: FaultSetup, name: str) -> str:
     """Ended in the same breath as it is asked for."""
     with ExitStack() as stack:
         with stage.unseen():
@@ -758,10 +765,10 @@ async def overtaken(stage: Stage, name: str) -> str:
                 heard.append(type(each.message if isinstance(each, Delivery) else each).__name__)
             if len(heard) == 2 or "Lost" in heard:
                 return ", ".join(heard)
-    raise Broken(f"heard only {heard}")
+    raise NotTolerated(f"heard only {heard}")
 
 
-async def self_served(stage: Stage, name: str) -> str:
+async def self_served(stage: FaultSetup, name: str) -> str:
     """No provider: namespaces of its own, and gone with it."""
     request_ = NamespaceRequest(name, stage.kinds)
     async with await stage.consumer(stage.nowhere).obtain(request_) as handoff:
@@ -769,7 +776,7 @@ async def self_served(stage: Stage, name: str) -> str:
         return _how(handoff)
 
 
-LIVES: Final[dict[str, Life]] = {
+LIVES: Final[dict[str, Workload]] = {
     life.__name__.replace("_", " "): life
     for life in (
         whole_life,
@@ -784,19 +791,19 @@ LIVES: Final[dict[str, Life]] = {
 
 
 @contextmanager
-def simulated_stage(directory: Path) -> Iterator[Stage]:
+def simulated_stage(directory: Path) -> Iterator[FaultSetup]:
     with _on(SimulatedStage(directory)) as stage:
         yield stage
 
 
 @contextmanager
-def linux_stage(directory: Path, cgroup2: Path, image_root: Path) -> Iterator[Stage]:
+def linux_stage(directory: Path, cgroup2: Path, image_root: Path) -> Iterator[FaultSetup]:
     with _on(LinuxStage(directory, cgroup2, image_root)) as stage:
         yield stage
 
 
 @contextmanager
-def _on(stage: Stage) -> Iterator[Stage]:
+def _on(stage: FaultSetup) -> Iterator[FaultSetup]:
     try:
         stage.start()
         stage.settle_in()

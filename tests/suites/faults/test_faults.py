@@ -27,7 +27,7 @@ from statemachine.messages import NamespaceRequest
 from tests.suites.faults.crashes import CONSUMERS, PHASES, crash_points, dropped, killed
 from tests.suites.faults.faults import (
     ERRNOS,
-    Call,
+    CallSite,
     Fault,
     FaultInjector,
     errnos_of,
@@ -37,8 +37,8 @@ from tests.suites.faults.faults import (
 )
 from tests.suites.faults.lives import (
     LIVES,
-    Broken,
-    Stage,
+    FaultSetup,
+    NotTolerated,
     end_by_consumer,
     linux_stage,
     simulated_stage,
@@ -61,7 +61,7 @@ KILLS_AT_RANDOM: Final = 8
 
 
 @pytest.fixture
-def stage(tmp_path: Path) -> Iterator[Stage]:
+def stage(tmp_path: Path) -> Iterator[FaultSetup]:
     with simulated_stage(tmp_path) as stage:
         yield stage
 
@@ -157,14 +157,14 @@ def test_every_errno_is_one() -> None:
 
 
 @pytest.mark.parametrize("name", LIVES)
-def test_a_life_makes_the_same_calls_whenever_it_is_told(stage: Stage, name: str) -> None:
+def test_a_life_makes_the_same_calls_whenever_it_is_told(stage: FaultSetup, name: str) -> None:
     assert stage.tell(LIVES[name]).passed == stage.tell(LIVES[name]).passed != []
 
 
 @pytest.mark.sample(2)
 @pytest.mark.clause("ERR-7")
 @pytest.mark.parametrize("name", LIVES)
-def test_basic_every_call_can_fail_with_every_errno(stage: Stage, name: str) -> None:
+def test_basic_every_call_can_fail_with_every_errno(stage: FaultSetup, name: str) -> None:
     calls = stage.tell(LIVES[name]).passed
     faults = [fault for call in calls for fault in faults_of(call)]
     assert {f.call for f in faults} == set(calls)
@@ -174,7 +174,7 @@ def test_basic_every_call_can_fail_with_every_errno(stage: Stage, name: str) -> 
 
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("name", LIVES)
-def test_every_transfer_can_be_short(stage: Stage, name: str) -> None:
+def test_every_transfer_can_be_short(stage: FaultSetup, name: str) -> None:
     calls = stage.tell(LIVES[name]).passed
     for fault in itertools.chain(*map(short_faults_of, calls)):
         assert tell(stage, name, fault) == [fault]
@@ -182,7 +182,7 @@ def test_every_transfer_can_be_short(stage: Stage, name: str) -> None:
 
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("name", LIVES)
-def test_two_calls_can_fail(stage: Stage, name: str) -> None:
+def test_two_calls_can_fail(stage: FaultSetup, name: str) -> None:
     faults = [f for call in stage.tell(LIVES[name]).passed for f in faults_of(call)]
     chosen = random.Random(SEED)
     for _ in range(PAIRS_ON_SIMULATED):
@@ -190,7 +190,7 @@ def test_two_calls_can_fail(stage: Stage, name: str) -> None:
     assert stage.tell(end_by_consumer).outcome == "served"
 
 
-def tell(stage: Stage, name: str, *plan: Fault, asks_afterwards: bool = True) -> list[Fault]:
+def tell(stage: FaultSetup, name: str, *plan: Fault, asks_afterwards: bool = True) -> list[Fault]:
     """Tell a life under a plan; what of it has happened."""
     try:
         return stage.tell(LIVES[name], plan, asks_afterwards=asks_afterwards).fired
@@ -248,7 +248,7 @@ def test_a_scope_whose_events_could_not_be_read_is_heard_of_again(
     try:
         with scope.open_events() as events, ScopeWatch[str]() as watch:
             watch.add("x", events.fileno())
-            no_memory = Fault(Call("provider", "cgroups._rearm", "pread", 1), "ENOMEM")
+            no_memory = Fault(CallSite("provider", "cgroups._rearm", "pread", 1), "ENOMEM")
             with hook_syscalls(FaultInjector((no_memory,))):
                 assert watch.poll() == ["x"]
             assert watch.poll() == ["x"]
@@ -261,7 +261,7 @@ def test_a_scope_whose_events_could_not_be_read_is_heard_of_again(
 
 
 def test_a_connection_that_cannot_be_listened_to_is_told_so_at_once(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch
+    stage: FaultSetup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refused = _refuse_once(monkeypatch, _connections(stage), "_register", "Connections._take_up")
     with Line.to(stage.path) as line:
@@ -276,7 +276,7 @@ def test_a_connection_that_cannot_be_listened_to_is_told_so_at_once(
 
 @pytest.mark.parametrize("caller", ["Connections._resume_accepting", "Watcher.start"])
 def test_listening_is_taken_up_again_though_that_is_refused_once(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch, caller: str
+    stage: FaultSetup, monkeypatch: pytest.MonkeyPatch, caller: str
 ) -> None:
     provider = stage.provider
     assert provider is not None
@@ -294,17 +294,19 @@ def test_listening_is_taken_up_again_though_that_is_refused_once(
 
 
 def test_an_answer_whose_rest_cannot_be_sent_ends_in_a_fallback(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch
+    stage: FaultSetup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = stage.tell(end_by_consumer).passed
     answer = next(c for c in calls if (c.who, c.name) == ("provider", "sendmsg"))
-    refused = _refuse_once(monkeypatch, _connections(stage), "watch", "Connection._wait_for_room")
+    refused = _refuse_once(
+        monkeypatch, _connections(stage), "watch", "ServedConnection._wait_for_room"
+    )
     outcome = stage.tell(end_by_consumer, (Fault(answer, "EAGAIN"),)).outcome
     assert refused
     assert outcome == "self-served: SocketUnavailable"
 
 
-def _connections(stage: Stage) -> Any:
+def _connections(stage: FaultSetup) -> Any:
     assert stage.provider is not None
     return stage.provider._connections
 
@@ -377,7 +379,7 @@ def test_on_linux_everything_can_be_killed_while_consumers_are_at_work(
 @pytest.mark.sample(2)
 @pytest.mark.clause("END-1")
 @pytest.mark.parametrize("name", LIVES)
-def test_an_anchor_can_be_killed_at_every_call(stage: Stage, name: str) -> None:
+def test_an_anchor_can_be_killed_at_every_call(stage: FaultSetup, name: str) -> None:
     for fault in itertools.chain(*map(kills_of, stage.tell(LIVES[name]).passed)):
         assert tell(stage, name, fault) == [fault]
 
@@ -402,44 +404,44 @@ def test_on_linux_anchor_and_forge_can_be_killed_at_any_call(
 # --- That all this can fail ---------------------------------------------------------------------
 
 
-def test_a_descriptor_that_is_left_is_seen(stage: Stage) -> None:
+def test_a_descriptor_that_is_left_is_seen(stage: FaultSetup) -> None:
     left: list[int] = []
 
-    async def careless(stage: Stage, name: str) -> str:
+    async def careless(stage: FaultSetup, name: str) -> str:
         left.append(os.memfd_create("left"))
         return "served"
 
-    with pytest.raises(Broken, match=r"left behind.*memfd:left"):
+    with pytest.raises(NotTolerated, match=r"left behind.*memfd:left"):
         stage.tell(careless)
     os.close(left[0])
 
 
-def test_an_allocation_that_is_left_is_seen(stage: Stage) -> None:
-    async def careless(stage: Stage, name: str) -> str:
+def test_an_allocation_that_is_left_is_seen(stage: FaultSetup) -> None:
+    async def careless(stage: FaultSetup, name: str) -> str:
         other = stage.new_name()
         async with await stage.consumer().obtain(NamespaceRequest(other, stage.kinds)):
             left.append(other)
         return "served"
 
     left: list[str] = []
-    with pytest.raises(Broken, match="is alive"):
+    with pytest.raises(NotTolerated, match="is alive"):
         stage.tell(careless)
     stage.loop.run_until_complete(stage._settle(left[0]))
 
 
-def test_a_neighbour_that_is_touched_is_seen(stage: Stage) -> None:
-    async def unkind(stage: Stage, name: str) -> str:
+def test_a_neighbour_that_is_touched_is_seen(stage: FaultSetup) -> None:
+    async def unkind(stage: FaultSetup, name: str) -> str:
         stage.world.kill_init(stage.neighbour)
         return "served"
 
-    with pytest.raises((Broken, NamespaceError)):
+    with pytest.raises((NotTolerated, NamespaceError)):
         stage.tell(unkind)
 
 
-def test_an_error_of_no_type_is_seen(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_no_type_is_seen(stage: FaultSetup, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise KeyError("a mistake")
 
     monkeypatch.setattr(stage.world.backend, "is_over", fail)
-    with pytest.raises(Broken, match="KeyError"):
+    with pytest.raises(NotTolerated, match="KeyError"):
         stage.tell(whole_life)

@@ -26,7 +26,7 @@ from linux.testing.worlds import (
 )
 from statemachine.errors import AllocationNotFound, CreationFailed, FdPassing
 from statemachine.messages import NamespaceRequest, NamespaceType
-from tests.suites.fidelity.machines import Call
+from tests.suites.fidelity.machines import Operation
 from tests.suites.fidelity.mounts import make_image
 from transport.contract import Recovery, Sighting
 from transport.descriptors import DescriptorBundle, NamespaceIdentity
@@ -60,7 +60,7 @@ class _Seen:
     identities: list[NamespaceIdentity] = field(default_factory=list)
 
 
-class Program:
+class BackendMachine:
     """
     A backend and the machine it is on.
 
@@ -96,7 +96,7 @@ class Program:
             self.unblock_release(number)
             self.release(number)
 
-    def told(self, call: Call, answer: object) -> None:
+    def told(self, call: Operation, answer: object) -> None:
         """There are no secrets."""
 
     # What a provider asks of its backend.
@@ -296,21 +296,21 @@ def _said(call: Callable[..., Any], *arguments: object) -> object:
     return answer if isinstance(answer, bool) else None
 
 
-class SimulatedProgram(Program):
+class SimulatedProgram(BackendMachine):
     def __init__(self) -> None:
         self._context: Final = simulated()
         super().__init__(self._context.__enter__())
 
 
 @contextlib.contextmanager
-def linux_program() -> Iterator[Program]:
+def linux_program() -> Iterator[BackendMachine]:
     with tempfile.TemporaryDirectory() as directory:
         images = Path(directory).resolve() / "images"
         for image in (IMAGE, OTHER_IMAGE):
             (images / image).parent.mkdir(parents=True, exist_ok=True)
             make_image(images / image)
         with real(Path(directory).resolve(), find_cgroup2(), images) as world:
-            program = Program(world)
+            program = BackendMachine(world)
             try:
                 yield program
             finally:

@@ -22,7 +22,7 @@ from linux.testing.worlds import IMAGE, OTHER_IMAGE
 from statemachine.messages import NamespaceType
 from tests.suites.fidelity.backend import ALLOCATIONS, SimulatedProgram, linux_program
 from tests.suites.fidelity.cgroups import PATHS, PROCESSES, SimulatedCgroups, linux_cgroups
-from tests.suites.fidelity.machines import PATIENCE_S, Call
+from tests.suites.fidelity.machines import PATIENCE_S, Operation
 from tests.suites.fidelity.mounts import IMAGES, INSIDES, PLACES, SimulatedMounts, linux_mounts
 from tests.suites.fidelity.namespaces import SimulatedWorker, linux_worker
 from tests.suites.fidelity.sockets import WINDOW, SimulatedSockets, linux_sockets
@@ -41,13 +41,13 @@ PID: Final = NamespaceType.PID
 NET: Final = NamespaceType.NET
 MOUNT: Final = NamespaceType.MOUNT
 
-Program: TypeAlias = tuple[Call, ...]
+Program: TypeAlias = tuple[Operation, ...]
 
-Draws: TypeAlias = tuple[tuple[Callable[[random.Random], Call], int], ...]
+Draws: TypeAlias = tuple[tuple[Callable[[random.Random], Operation], int], ...]
 """What a program can call, and how often that is drawn."""
 
 
-def draw_calls(chance: random.Random, draws: Draws, calls_max: int) -> list[Call]:
+def draw_calls(chance: random.Random, draws: Draws, calls_max: int) -> list[Operation]:
     """Draw a few calls."""
     kinds = chance.choices(
         [draw for draw, _ in draws], [weight for _, weight in draws], k=calls_max
@@ -71,11 +71,11 @@ class Family:
     """Calls whose answer may be late; so they are compared with pauses between calls."""
 
 
-class Difference(NamedTuple):
+class Divergence(NamedTuple):
     """Where the machines first differ."""
 
     step: int
-    call: Call
+    call: Operation
     linux: object
     simulated: object
 
@@ -89,7 +89,7 @@ def _brief(answer: object) -> str:
     return re.sub(r"(.)\1{99,}", lambda run: f"{run[1]}*{len(run[0])}", repr(answer))
 
 
-def perform(machine: Any, call: Call) -> object:
+def perform(machine: Any, call: Operation) -> object:
     """Do one call; a failure is its errno's name."""
     try:
         return getattr(machine, call.name)(*call.arguments)
@@ -109,7 +109,7 @@ class Comparison:
     programs: int = 0
     """How many were drawn."""
 
-    def run(self, program: Program) -> Difference | None:
+    def run(self, program: Program) -> Divergence | None:
         """Run a program on both machines, which begin anew, up to where they differ."""
         difference = None
         for pause_s in (0, *NOTICES_S):
@@ -118,7 +118,7 @@ class Comparison:
                 break
         return difference
 
-    def _run(self, program: Program, pause_s: float) -> Difference | None:
+    def _run(self, program: Program, pause_s: float) -> Divergence | None:
         self.linux.reset()
         self.simulated.reset()
         for step, call in enumerate(program):
@@ -129,11 +129,11 @@ class Comparison:
             if answer != said and call.name in self.family.eventual:
                 answer = self._answer_in_a_moment(call, said)
             if answer != said:
-                return Difference(step, call, answer, said)
+                return Divergence(step, call, answer, said)
             self.cells[f"{call.name} {_word(answer)}"] += 1
         return None
 
-    def _answer_in_a_moment(self, call: Call, said: object) -> object:
+    def _answer_in_a_moment(self, call: Operation, said: object) -> object:
         deadline = time.monotonic() + PATIENCE_S
         while (answer := perform(self.linux, call)) != said and time.monotonic() < deadline:
             time.sleep(POLL_S)
@@ -177,8 +177,8 @@ def shrink(program: Program, fails: Callable[[Program], bool]) -> Program:
 
 def script(family: Family, program: Program) -> str:
     """Say a program as a test that shows what it showed."""
-    calls = "".join(f"    Call({call.name!r}, {_code(call.arguments)}),\n" for call in program)
-    return f"""from tests.suites.fidelity.differential import FAMILIES, Call, comparing
+    calls = "".join(f"    Operation({call.name!r}, {_code(call.arguments)}),\n" for call in program)
+    return f"""from tests.suites.fidelity.differential import FAMILIES, Operation, comparing
 
 from linux.simulated.mounts import Propagation
 from statemachine.messages import NamespaceType
@@ -200,15 +200,15 @@ def _code(value: object) -> str:
     return str(value) if isinstance(value, Enum) else repr(value)
 
 
-class Finding(NamedTuple):
+class ShrunkProgram(NamedTuple):
     """A program that shows a difference, shrunk."""
 
     seed: int
     program: Program
-    difference: Difference
+    difference: Divergence
 
 
-def search(comparison: Comparison, seeds: range, findings_max: int = 3) -> Iterator[Finding]:
+def search(comparison: Comparison, seeds: range, findings_max: int = 3) -> Iterator[ShrunkProgram]:
     """Run one program of each seed, and yield what differs; no more than some."""
     found = 0
     for seed in seeds:
@@ -220,7 +220,7 @@ def search(comparison: Comparison, seeds: range, findings_max: int = 3) -> Itera
         shrunk = shrink(program, lambda p: comparison.run(p) is not None)
         again = comparison.run(shrunk)
         # One that does not come again is one all the same: then nothing could be left out.
-        yield Finding(seed, shrunk if again else program, again or difference)
+        yield ShrunkProgram(seed, shrunk if again else program, again or difference)
         found += 1
         if found == findings_max:
             return
@@ -236,7 +236,7 @@ _FLOOD: Final = 300_000
 def _draw_sockets(chance: random.Random) -> Program:
     """A pair and a file to begin with, so that most numbers mean something."""
     calls = draw_calls(chance, _SOCKET_CALLS, 16)
-    return (Call("pair"), Call("open"), *calls, Call("table"), Call("alive"))
+    return (Operation("pair"), Operation("open"), *calls, Operation("table"), Operation("alive"))
 
 
 def _fd(chance: random.Random) -> int:
@@ -252,36 +252,36 @@ def _passed(chance: random.Random) -> int:
     return chance.choice((0, 1, 2, 2, 2, 2, 2, 2, 3, 4, 9))
 
 
-def _draw_send(chance: random.Random) -> Call:
+def _draw_send(chance: random.Random) -> Operation:
     count = _FLOOD if chance.random() < 0.02 else chance.choice(_SIZES)
     many = chance.random()
     if many < 0.02:
         fds = (2,) * chance.choice((252, 253, 254))
     else:
         fds = tuple(_passed(chance) for _ in range(max(0, int(many * 6) - 1)))
-    return Call("send", (_end(chance, 0), count, fds))
+    return Operation("send", (_end(chance, 0), count, fds))
 
 
-def _draw_receive(chance: random.Random) -> Call:
+def _draw_receive(chance: random.Random) -> Operation:
     size = 100_000 if chance.random() < 0.1 else chance.choice(_SIZES)
     is_peek, is_inherited = chance.random() < 0.15, chance.random() < 0.1
     end, control_bytes = _end(chance, 1), chance.choice(_CONTROL_BYTES)
-    return Call("receive", (end, size, control_bytes, is_peek, is_inherited))
+    return Operation("receive", (end, size, control_bytes, is_peek, is_inherited))
 
 
 _SOCKET_CALLS: Final[Draws] = (
     (_draw_send, 30),
     (_draw_receive, 30),
-    (lambda chance: Call("read", (_fd(chance), chance.choice(_SIZES[1:]))), 4),
-    (lambda chance: Call("open"), 4),
-    (lambda chance: Call("pair"), 3),
-    (lambda chance: Call("duplicate", (_fd(chance),)), 4),
-    (lambda chance: Call("close_fd", (_fd(chance),)), 8),
-    (lambda chance: Call("limit", (chance.randrange(WINDOW + 1),)), 5),
-    (lambda chance: Call("shutdown", (_fd(chance), chance.randrange(3))), 2),
-    (lambda chance: Call("accept_rights", (_fd(chance), chance.random() < 0.4)), 2),
-    (lambda chance: Call("table"), 1),
-    (lambda chance: Call("alive"), 3),
+    (lambda chance: Operation("read", (_fd(chance), chance.choice(_SIZES[1:]))), 4),
+    (lambda chance: Operation("open"), 4),
+    (lambda chance: Operation("pair"), 3),
+    (lambda chance: Operation("duplicate", (_fd(chance),)), 4),
+    (lambda chance: Operation("close_fd", (_fd(chance),)), 8),
+    (lambda chance: Operation("limit", (chance.randrange(WINDOW + 1),)), 5),
+    (lambda chance: Operation("shutdown", (_fd(chance), chance.randrange(3))), 2),
+    (lambda chance: Operation("accept_rights", (_fd(chance), chance.random() < 0.4)), 2),
+    (lambda chance: Operation("table"), 1),
+    (lambda chance: Operation("alive"), 3),
 )
 
 
@@ -289,8 +289,8 @@ _SOCKET_CALLS: Final[Draws] = (
 
 
 def _draw_cgroups(chance: random.Random) -> Program:
-    at_the_end = [Call(name, (path,)) for path in PATHS for name in ("populated", "processes")]
-    return (Call("make", ("a",)), *draw_calls(chance, _CGROUP_CALLS, 20), *at_the_end)
+    at_the_end = [Operation(name, (path,)) for path in PATHS for name in ("populated", "processes")]
+    return (Operation("make", ("a",)), *draw_calls(chance, _CGROUP_CALLS, 20), *at_the_end)
 
 
 def _path(chance: random.Random) -> str:
@@ -302,17 +302,17 @@ def _process(chance: random.Random) -> int:
 
 
 _CGROUP_CALLS: Final[Draws] = (
-    (lambda chance: Call("make", (chance.choice(PATHS),)), 8),
-    (lambda chance: Call("remove", (_path(chance),)), 6),
-    (lambda chance: Call("enter", (_path(chance), _process(chance))), 20),
-    (lambda chance: Call("exit", (_process(chance),)), 3),
-    (lambda chance: Call("reap", (_process(chance),)), 3),
-    (lambda chance: Call("kill", (_path(chance),)), 2),
-    (lambda chance: Call("freeze", (_path(chance), chance.random() < 0.6)), 4),
-    (lambda chance: Call("populated", (_path(chance),)), 8),
-    (lambda chance: Call("frozen", (_path(chance),)), 4),
-    (lambda chance: Call("processes", (_path(chance),)), 3),
-    (lambda chance: Call("has_changed", (_path(chance),)), 3),
+    (lambda chance: Operation("make", (chance.choice(PATHS),)), 8),
+    (lambda chance: Operation("remove", (_path(chance),)), 6),
+    (lambda chance: Operation("enter", (_path(chance), _process(chance))), 20),
+    (lambda chance: Operation("exit", (_process(chance),)), 3),
+    (lambda chance: Operation("reap", (_process(chance),)), 3),
+    (lambda chance: Operation("kill", (_path(chance),)), 2),
+    (lambda chance: Operation("freeze", (_path(chance), chance.random() < 0.6)), 4),
+    (lambda chance: Operation("populated", (_path(chance),)), 8),
+    (lambda chance: Operation("frozen", (_path(chance),)), 4),
+    (lambda chance: Operation("processes", (_path(chance),)), 3),
+    (lambda chance: Operation("has_changed", (_path(chance),)), 3),
 )
 
 
@@ -328,7 +328,12 @@ def _draw_namespaces(chance: random.Random) -> Program:
         [draw for draw, _ in _NAMESPACE_CALLS], weights, k=chance.randrange(4, 16)
     )
     first = chance.choice((PID, PID, MOUNT))
-    program = [Call("unshare", (first,)), Call("fork"), Call("open", (0, first)), Call("go_home")]
+    program = [
+        Operation("unshare", (first,)),
+        Operation("fork"),
+        Operation("open", (0, first)),
+        Operation("go_home"),
+    ]
     return (*program, *(draw(chance) for draw in draws))
 
 
@@ -341,18 +346,23 @@ def _few(chance: random.Random) -> int:
 
 
 _NAMESPACE_CALLS: Final[Draws] = (
-    (lambda chance: Call("unshare", (_kind(chance),)), 5),
-    (lambda chance: Call("enter", (_few(chance), chance.choice((None, PID, PID, MOUNT, NET)))), 8),
-    (lambda chance: Call("go_home"), 4),
-    (lambda chance: Call("fork"), 10),
-    (lambda chance: Call("open", (_few(chance), _kind(chance))), 8),
-    (lambda chance: Call("open_own", (_kind(chance),)), 4),
-    (lambda chance: Call("kind_of", (_few(chance),)), 2),
-    (lambda chance: Call("are_same", (_few(chance), _few(chance))), 5),
-    (lambda chance: Call("find_init", (_few(chance),)), 4),
-    (lambda chance: Call("kill", (_few(chance),)), 6),
-    (lambda chance: Call("is_dead", (_few(chance),)), 5),
-    (lambda chance: Call("reap", (_few(chance),)), 6),
+    (lambda chance: Operation("unshare", (_kind(chance),)), 5),
+    (
+        lambda chance: Operation(
+            "enter", (_few(chance), chance.choice((None, PID, PID, MOUNT, NET)))
+        ),
+        8,
+    ),
+    (lambda chance: Operation("go_home"), 4),
+    (lambda chance: Operation("fork"), 10),
+    (lambda chance: Operation("open", (_few(chance), _kind(chance))), 8),
+    (lambda chance: Operation("open_own", (_kind(chance),)), 4),
+    (lambda chance: Operation("kind_of", (_few(chance),)), 2),
+    (lambda chance: Operation("are_same", (_few(chance), _few(chance))), 5),
+    (lambda chance: Operation("find_init", (_few(chance),)), 4),
+    (lambda chance: Operation("kill", (_few(chance),)), 6),
+    (lambda chance: Operation("is_dead", (_few(chance),)), 5),
+    (lambda chance: Operation("reap", (_few(chance),)), 6),
 )
 
 
@@ -361,9 +371,9 @@ _NAMESPACE_CALLS: Final[Draws] = (
 
 def _draw_mounts(chance: random.Random) -> Program:
     """An outside with one copy, and what both see at the end."""
-    start = Call("copy", (1, chance.choice(_COPIES)))
-    looks = [Call("look", (side, place)) for side in range(1 + INSIDES) for place in PLACES]
-    loops = [Call("loops", (image,)) for image in range(len(IMAGES))]
+    start = Operation("copy", (1, chance.choice(_COPIES)))
+    looks = [Operation("look", (side, place)) for side in range(1 + INSIDES) for place in PLACES]
+    loops = [Operation("loops", (image,)) for image in range(len(IMAGES))]
     return (start, *draw_calls(chance, _MOUNT_CALLS, 16), *looks, *loops)
 
 
@@ -387,15 +397,18 @@ def _image(chance: random.Random) -> int:
 
 
 _MOUNT_CALLS: Final[Draws] = (
-    (lambda chance: Call("copy", (_inside(chance), chance.choice(_COPIES))), 3),
-    (lambda chance: Call("end", (_inside(chance),)), 1),
-    (lambda chance: Call("mount", (_side(chance), _place(chance), _image(chance))), 10),
-    (lambda chance: Call("unmount", (_side(chance), _place(chance), chance.random() < 0.3)), 8),
-    (lambda chance: Call("look", (_side(chance), _place(chance))), 4),
-    (lambda chance: Call("open_in", (_side(chance), _place(chance))), 4),
-    (lambda chance: Call("close_file", (chance.randrange(3),)), 2),
-    (lambda chance: Call("drop", (_image(chance),)), 2),
-    (lambda chance: Call("loops", (_image(chance),)), 2),
+    (lambda chance: Operation("copy", (_inside(chance), chance.choice(_COPIES))), 3),
+    (lambda chance: Operation("end", (_inside(chance),)), 1),
+    (lambda chance: Operation("mount", (_side(chance), _place(chance), _image(chance))), 10),
+    (
+        lambda chance: Operation("unmount", (_side(chance), _place(chance), chance.random() < 0.3)),
+        8,
+    ),
+    (lambda chance: Operation("look", (_side(chance), _place(chance))), 4),
+    (lambda chance: Operation("open_in", (_side(chance), _place(chance))), 4),
+    (lambda chance: Operation("close_file", (chance.randrange(3),)), 2),
+    (lambda chance: Operation("drop", (_image(chance),)), 2),
+    (lambda chance: Operation("loops", (_image(chance),)), 2),
 )
 
 
@@ -405,9 +418,12 @@ _MOUNT_CALLS: Final[Draws] = (
 def _draw_backends(chance: random.Random) -> Program:
     """An allocation to begin with, most often watched."""
     image = chance.choice((None, None, IMAGE))
-    start = [Call("create", (0, chance.choice(_REQUESTS[:2]), image)), Call("watch", (0,))]
-    looks = [Call(name, (number,)) for number in range(ALLOCATIONS) for name in _AT_THE_END]
-    return (*start, *draw_calls(chance, _BACKEND_CALLS, 14), *looks, Call("mounted"))
+    start = [
+        Operation("create", (0, chance.choice(_REQUESTS[:2]), image)),
+        Operation("watch", (0,)),
+    ]
+    looks = [Operation(name, (number,)) for number in range(ALLOCATIONS) for name in _AT_THE_END]
+    return (*start, *draw_calls(chance, _BACKEND_CALLS, 14), *looks, Operation("mounted"))
 
 
 _REQUESTS: Final = ((PID, MOUNT), (PID, MOUNT), (MOUNT,), (PID,), (MOUNT, PID), (NET,), ())
@@ -418,33 +434,33 @@ def _one(chance: random.Random) -> int:
     return chance.choice((0, 0, 0, 1))
 
 
-def _draw_create(chance: random.Random) -> Call:
+def _draw_create(chance: random.Random) -> Operation:
     image = chance.choice((None, None, IMAGE, OTHER_IMAGE, "missing.sqfs"))
-    return Call("create", (chance.randrange(ALLOCATIONS), chance.choice(_REQUESTS), image))
+    return Operation("create", (chance.randrange(ALLOCATIONS), chance.choice(_REQUESTS), image))
 
 
 _BACKEND_CALLS: Final[Draws] = (
     (_draw_create, 12),
-    (lambda chance: Call("bundle", (_one(chance),)), 6),
-    (lambda chance: Call("keep", (_one(chance),)), 3),
-    (lambda chance: Call("let_go", (_one(chance),)), 2),
-    (lambda chance: Call("watch", (_one(chance),)), 5),
-    (lambda chance: Call("seen", (_one(chance),)), 8),
-    (lambda chance: Call("is_over", (_one(chance),)), 6),
-    (lambda chance: Call("hand_off", (_one(chance),)), 3),
-    (lambda chance: Call("end", (_one(chance),)), 2),
-    (lambda chance: Call("release", (_one(chance),)), 6),
-    (lambda chance: Call("restart"), 3),
-    (lambda chance: Call("tidy", (chance.choice((1.0, 30.0, 59.0, 60.0, 100.0)),)), 5),
-    (lambda chance: Call("join", (_one(chance),)), 10),
-    (lambda chance: Call("leave", (_one(chance), chance.random() < 0.8)), 10),
-    (lambda chance: Call("pass_through", (_one(chance),)), 3),
-    (lambda chance: Call("freeze", (_one(chance), chance.random() < 0.6)), 4),
-    (lambda chance: Call("remove_scope", (_one(chance),)), 2),
-    (lambda chance: Call("kill_init", (_one(chance),)), 4),
-    (lambda chance: Call("block_release", (_one(chance),)), 4),
-    (lambda chance: Call("unblock_release", (_one(chance),)), 2),
-    (lambda chance: Call("mounted"), 4),
+    (lambda chance: Operation("bundle", (_one(chance),)), 6),
+    (lambda chance: Operation("keep", (_one(chance),)), 3),
+    (lambda chance: Operation("let_go", (_one(chance),)), 2),
+    (lambda chance: Operation("watch", (_one(chance),)), 5),
+    (lambda chance: Operation("seen", (_one(chance),)), 8),
+    (lambda chance: Operation("is_over", (_one(chance),)), 6),
+    (lambda chance: Operation("hand_off", (_one(chance),)), 3),
+    (lambda chance: Operation("end", (_one(chance),)), 2),
+    (lambda chance: Operation("release", (_one(chance),)), 6),
+    (lambda chance: Operation("restart"), 3),
+    (lambda chance: Operation("tidy", (chance.choice((1.0, 30.0, 59.0, 60.0, 100.0)),)), 5),
+    (lambda chance: Operation("join", (_one(chance),)), 10),
+    (lambda chance: Operation("leave", (_one(chance), chance.random() < 0.8)), 10),
+    (lambda chance: Operation("pass_through", (_one(chance),)), 3),
+    (lambda chance: Operation("freeze", (_one(chance), chance.random() < 0.6)), 4),
+    (lambda chance: Operation("remove_scope", (_one(chance),)), 2),
+    (lambda chance: Operation("kill_init", (_one(chance),)), 4),
+    (lambda chance: Operation("block_release", (_one(chance),)), 4),
+    (lambda chance: Operation("unblock_release", (_one(chance),)), 2),
+    (lambda chance: Operation("mounted"), 4),
 )
 
 

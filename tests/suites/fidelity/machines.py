@@ -28,7 +28,7 @@ SLEEP: Final = shutil.which("sleep") or "/bin/sleep"
 """What processes of these tests execute."""
 
 
-class Call(NamedTuple):
+class Operation(NamedTuple):
     """One operation of a family, with its arguments."""
 
     name: str
@@ -41,7 +41,7 @@ class Call(NamedTuple):
 class SimulatedMachine:
     """What the machines in memory have in common."""
 
-    def told(self, call: Call, answer: object) -> None:
+    def told(self, call: Operation, answer: object) -> None:
         """Learn what Linux answered to the call that comes next, if that cannot be known."""
 
     def close(self) -> None:

@@ -122,7 +122,7 @@ class SimulatedWorker(SimulatedMachine):
 
 
 @dataclass(slots=True)
-class _Child:
+class _WorkerChild:
     """A process that the worker started."""
 
     pid: int
@@ -141,7 +141,7 @@ class LinuxWorker:
         self._thread: Final = ThreadPoolExecutor(1)
         self._do(syscalls.unshare, syscalls.CLONE_FS)
         self._home: Final = [self._open_own(kind, "") for kind in NamespaceType]
-        self._children: Final[list[_Child]] = []
+        self._children: Final[list[_WorkerChild]] = []
         self._open: Final[list[Descriptor]] = []
 
     def reset(self) -> None:
@@ -182,7 +182,9 @@ class LinuxWorker:
         deadline = time.monotonic() + PATIENCE_S
         while True:
             pid = self._do(os.posix_spawn, SLEEP, [SLEEP, "infinity"], {})
-            child = _Child(pid, syscalls.pidfd_open(pid), Path(f"/proc/{pid}/ns/pid").stat().st_ino)
+            child = _WorkerChild(
+                pid, syscalls.pidfd_open(pid), Path(f"/proc/{pid}/ns/pid").stat().st_ino
+            )
             # A killed init is told first and refuses later; who is born between dies with it.
             if not self._has_killed_init(child) or time.monotonic() > deadline:
                 break
@@ -195,7 +197,7 @@ class LinuxWorker:
         inside = numbers[1].split()[1:]
         return int(inside[0]) if inside else 0
 
-    def _has_killed_init(self, child: _Child) -> bool:
+    def _has_killed_init(self, child: _WorkerChild) -> bool:
         others = [each for each in self._children if each.home == child.home]
         return bool(others) and others[0].is_killed and child.home != self._home_inode
 
@@ -251,11 +253,11 @@ class LinuxWorker:
                 if other.home == child.home and other is not child:
                     _wait_readable(other.pidfd)
 
-    def _is_init(self, child: _Child) -> bool:
+    def _is_init(self, child: _WorkerChild) -> bool:
         first = next(each for each in self._children if each.home == child.home)
         return first is child and child.home != self._home_inode
 
-    def _await_end_of(self, child: _Child) -> None:
+    def _await_end_of(self, child: _WorkerChild) -> None:
         with contextlib.suppress(SyscallError):
             while True:
                 syscalls.ioctl_descriptor(child.pidfd, Ioctl.PIDFD_GET_NET_NAMESPACE).close()

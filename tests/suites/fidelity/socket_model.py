@@ -155,7 +155,7 @@ class SimulatedSocket(SimulatedFile):
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
+class _DescriptorSlot:
     file: SimulatedFile
     is_inherited: bool
 
@@ -183,7 +183,7 @@ class SimulatedTable:
         self.descriptors_max = descriptors_max
         self.room: int | None = None
         """How many bytes the next `send` finds room for; None for as many as there are."""
-        self._table: dict[int, _Entry] = {}
+        self._table: dict[int, _DescriptorSlot] = {}
 
     @property
     def fds(self) -> list[int]:
@@ -209,7 +209,7 @@ class SimulatedTable:
         if fd >= self.descriptors_max:
             _refuse(errno.EMFILE)
         file.hold()
-        self._table[fd] = _Entry(file, is_inherited)
+        self._table[fd] = _DescriptorSlot(file, is_inherited)
         return fd
 
     def pair(self) -> tuple[int, int]:
@@ -301,7 +301,7 @@ class SimulatedTable:
         _let_go(rights)
         return SimulatedReception(data, fds, len(fds) < len(rights))
 
-    def _entry(self, fd: int) -> _Entry:
+    def _entry(self, fd: int) -> _DescriptorSlot:
         entry = self._table.get(fd)
         if entry is None:
             _refuse(errno.EBADF)

@@ -10,7 +10,7 @@ import socket
 from collections.abc import Iterator
 from typing import Final, TypeAlias
 
-from tests.suites.fidelity.machines import OPEN_TO_READ, Call, SimulatedMachine
+from tests.suites.fidelity.machines import OPEN_TO_READ, Operation, SimulatedMachine
 from tests.suites.fidelity.socket_model import SimulatedFile, SimulatedSocket, SimulatedTable
 
 FILES: Final = 4
@@ -69,7 +69,7 @@ class SimulatedSockets(SimulatedMachine, _Sockets):
         self._labels: dict[SimulatedFile, Label] = {}
         self._pairs = self._sends = 0
 
-    def told(self, call: Call, answer: object) -> None:
+    def told(self, call: Operation, answer: object) -> None:
         """Learn from Linux how much room there was, once that is not certain."""
         self.process.room = None
         if call.name == "send" and self._is_crowded(*call.arguments[:2]):

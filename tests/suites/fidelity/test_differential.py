@@ -21,9 +21,9 @@ from tests.suites.fidelity.differential import (
     FAMILIES,
     MOUNT,
     PID,
-    Call,
     Comparison,
     Family,
+    Operation,
     comparing,
     script,
     search,
@@ -115,10 +115,10 @@ def test_a_simulation_that_lies_is_found_out(
 
 
 def test_a_failing_program_is_shrunk_to_what_it_fails_with() -> None:
-    program = tuple(Call(name) for name in "abcdefghij")
+    program = tuple(Operation(name) for name in "abcdefghij")
     assert shrink(program, lambda p: {"c", "h"} <= {call.name for call in p}) == (
-        Call("c"),
-        Call("h"),
+        Operation("c"),
+        Operation("h"),
     )
 
 
@@ -130,7 +130,7 @@ class _Stub:
 
     def reset(self) -> None: ...
 
-    def told(self, call: Call, answer: object) -> None: ...
+    def told(self, call: Operation, answer: object) -> None: ...
 
     def ask(self, *_: object) -> int:
         return self.answer
@@ -138,7 +138,7 @@ class _Stub:
 
 def test_a_difference_is_said_as_a_program_that_runs() -> None:
     family = Family("stub", "stub", lambda _: (), lambda: None, lambda: None)  # type: ignore[arg-type,return-value]
-    program = (Call("ask", ((PID, MOUNT), None)),)
+    program = (Operation("ask", ((PID, MOUNT), None)),)
     difference = Comparison(family, _Stub(1), _Stub(2)).run(program)
     assert str(difference).endswith("Linux says 1, the simulation 2")
     names: dict[str, Any] = {}

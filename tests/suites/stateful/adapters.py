@@ -25,18 +25,18 @@ from statemachine.provider import Limits, ProviderKernel
 from statemachine.states import AllocationState
 from tests.support.serving import Serving
 from transport.serve import Spans
-from transport.testing.gated_backend import Reins
+from transport.testing.gated_backend import GatedBackend
 from transport.testing.in_process import (
     ConsumerBrain,
     ConsumerModel,
-    Inside,
+    InProcessProvider,
     InsideConsumer,
     InsideVoice,
     Pipe,
     ProviderBrain,
     ProviderModel,
 )
-from transport.testing.machine import Ability, Adapter, Handoffs, History, Voice, Work
+from transport.testing.machine import Ability, Adapter, Handoffs, History, StalledWork, Voice
 from transport.testing.peer import wait_until
 
 FOREVER: Final = Spans(readiness_s=1e6, claim_s=1e6, release_s=1e6)
@@ -52,7 +52,7 @@ class OnWorld(Adapter):
         super().__init__(path, world.inspector, IMAGE)
         self.world = world
         self.past: History = []
-        self._held: set[Work] = set()
+        self._held: set[StalledWork] = set()
         self.launch()
         self.serve()
 
@@ -65,9 +65,9 @@ class OnWorld(Adapter):
     def launch(self) -> None:
         """Have a program, which does not serve yet."""
         self.world.launch()
-        self.reins = Reins(self.world.backend)
+        self.gate = GatedBackend(self.world.backend)
         for work in self._held:
-            self.reins.hold(work)
+            self.gate.hold(work)
 
     # What happens on the node.
 
@@ -105,18 +105,18 @@ class OnWorld(Adapter):
 
     # The hand on the backend.
 
-    def hold(self, work: Work) -> None:
+    def hold(self, work: StalledWork) -> None:
         self._held.add(work)
-        self.reins.hold(work)
+        self.gate.hold(work)
 
-    def let_go(self, work: Work) -> None:
+    def let_go(self, work: StalledWork) -> None:
         self._held.discard(work)
-        self.reins.let_go(work)
-        if work is Work.RECOVER:
+        self.gate.let_go(work)
+        if work is StalledWork.RECOVER:
             self.wait_ready()
 
     def scarcity(self) -> AbstractContextManager[None]:
-        return self.reins.scarcity()
+        return self.gate.scarcity()
 
     # The provider.
 
@@ -157,8 +157,8 @@ class OnSocketOfOurs(OnWorld):
         return self.served.turns
 
     def serve(self) -> None:
-        is_held = Work.RECOVER in self._held
-        serving = Serving(self.path, self.reins, spans=FOREVER, waits_ready=not is_held)
+        is_held = StalledWork.RECOVER in self._held
+        serving = Serving(self.path, self.gate, spans=FOREVER, waits_ready=not is_held)
         self.served = serving.__enter__()
 
     def wait_ready(self) -> None:
@@ -171,8 +171,8 @@ class OnSocketOfOurs(OnWorld):
     def release(self, name: str) -> None:
         self.served.ask(lambda: self.served.provider._feed(on.ReleaseRequested(name)))
 
-    def wait_held(self, work: Work) -> None:
-        self.reins.wait_held(work)
+    def wait_held(self, work: StalledWork) -> None:
+        self.gate.wait_held(work)
 
     def is_running(self, timer: Timer, name: str) -> bool:
         timers = self.served.provider._timers
@@ -216,7 +216,7 @@ class InProcess(OnWorld):
         return self.inside.turns
 
     def serve(self) -> None:
-        self.inside = Inside(self._provider, self.reins)
+        self.inside = InProcessProvider(self._provider, self.gate)
         self.inside.work()
 
     def stop(self) -> None:
@@ -244,7 +244,7 @@ class InProcess(OnWorld):
     def wait_ready(self) -> None:
         self._work()
 
-    def wait_held(self, work: Work) -> None:
+    def wait_held(self, work: StalledWork) -> None:
         self._work()
         assert work in self.inside.held_up, f"{work} does not begin"
 
@@ -267,7 +267,7 @@ class InProcess(OnWorld):
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
+class LinuxNode:
     """What the adapter over this node needs."""
 
     directory: Path
@@ -285,7 +285,7 @@ NAMES: Final = ("model", "kernels", "simulated", "linux")
 """Our adapters; the last two are the provider on a real socket, over one backend or the other."""
 
 
-def adapter_of(name: str, node: Node | None) -> Adapter:
+def adapter_of(name: str, node: LinuxNode | None) -> Adapter:
     """Open one of our adapters; the last needs a node."""
     match name:
         case "model":
@@ -299,7 +299,7 @@ def adapter_of(name: str, node: Node | None) -> Adapter:
             return OnSocketOfOurs(node.world())
 
 
-def counterpart_of(name: str, prefix: str, node: Node | None) -> Counterpart:
+def counterpart_of(name: str, prefix: str, node: LinuxNode | None) -> Counterpart:
     """Have what a consumer is connected with, on the same."""
     match name:
         case "model":

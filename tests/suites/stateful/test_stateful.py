@@ -1,9 +1,9 @@
 """Whatever consumers, processes and crashes do in whatever order, every promise is kept.
 
 Two machines. `Handoffs` (`transport.testing.machine`) is to a provider whatever consumers could be;
-`Dealings` (`linux.testing.adversary`) is to a consumer whatever a provider could be. Each runs
-on the model, on the bare kernels, on real sockets over a simulated node, and on real sockets over
-this one, and takes every row of the tables on each.
+`AdversarialProvider` (`linux.testing.adversary`) is to a consumer whatever a provider could be.
+Both run on the model, on the bare kernels, on real sockets over a simulated node, and on real
+sockets over this one, and take every row of the tables on each.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from linux.testing.adversary import STEPS as DEALINGS_STEPS
-from linux.testing.adversary import Dealings, dealings
+from linux.testing.adversary import STEPS as ADVERSARY_STEPS
+from linux.testing.adversary import AdversarialProvider, adversary_for
 from specs.invariants import InvariantBroken
 from statemachine import effects as do
 from statemachine.lifecycle import ALLOCATION, CONSUMER, NOTICE
 from statemachine.table import compile_table
 from statemachine.testing.tables import replaced
 from tests.campaign import stateful_campaign
-from tests.suites.stateful.adapters import Node, adapter_of, counterpart_of, machine
+from tests.suites.stateful.adapters import LinuxNode, adapter_of, counterpart_of, machine
 from tests.suites.stateful.cells import counted, missing
 from tests.suites.stateful.tour import CONSUMER_TOUR, PROVIDER_TOUR, take
 from transport.descriptors import DescriptorBundle
-from transport.testing.gated_backend import Reins
+from transport.testing.gated_backend import GatedBackend
 from transport.testing.in_process import Pipe
 from transport.testing.machine import STEPS, Handoffs
 
@@ -41,23 +41,25 @@ ADAPTERS: Final = [
 
 
 @pytest.fixture
-def node(request: pytest.FixtureRequest, tmp_path: Path, allocation_id: str) -> Node | None:
+def node(request: pytest.FixtureRequest, tmp_path: Path, allocation_id: str) -> LinuxNode | None:
     """What the adapter of this node needs; the others need nothing."""
     if request.getfixturevalue("name") != "linux":
         return None
     found = (request.getfixturevalue(name) for name in ("cgroup2", "image_root"))
-    return Node(tmp_path, *found)
+    return LinuxNode(tmp_path, *found)
 
 
 @pytest.fixture
-def handoffs(name: str, node: Node | None, allocation_id: str) -> type[Handoffs]:
+def handoffs(name: str, node: LinuxNode | None, allocation_id: str) -> type[Handoffs]:
     return machine(allocation_id, lambda: adapter_of(name, node))
 
 
 @pytest.fixture
-def dealing(name: str, node: Node | None, allocation_id: str) -> Iterator[type[Dealings]]:
+def adversary(
+    name: str, node: LinuxNode | None, allocation_id: str
+) -> Iterator[type[AdversarialProvider]]:
     counterpart = counterpart_of(name, allocation_id, node)
-    yield dealings(counterpart)
+    yield adversary_for(counterpart)
     counterpart.close()
 
 
@@ -72,8 +74,8 @@ def test_a_provider_keeps_its_promises(name: str, handoffs: type[Handoffs]) -> N
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_a_consumer_keeps_its_promises(name: str, dealing: type[Dealings]) -> None:
-    run_state_machine_as_test(dealing, settings=examples(SHARES[name], DEALINGS_STEPS))
+def test_a_consumer_keeps_its_promises(name: str, adversary: type[AdversarialProvider]) -> None:
+    run_state_machine_as_test(adversary, settings=examples(SHARES[name], ADVERSARY_STEPS))
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -84,9 +86,9 @@ def test_every_row_of_a_provider_is_taken(name: str, handoffs: type[Handoffs]) -
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_every_row_of_a_consumer_is_taken(name: str, dealing: type[Dealings]) -> None:
+def test_every_row_of_a_consumer_is_taken(name: str, adversary: type[AdversarialProvider]) -> None:
     with counted() as hits:
-        take(dealing, CONSUMER_TOUR)
+        take(adversary, CONSUMER_TOUR)
     assert missing(hits, CONSUMER, NOTICE) == []
 
 
@@ -122,14 +124,14 @@ def test_a_descriptor_without_an_owner_is_found(
 ) -> None:
     monkeypatch.setattr("transport.testing.peer.DEADLINE_S", 0.05)
     kept: list[DescriptorBundle] = []
-    pass_on = Reins.bundle_of
+    pass_on = GatedBackend.bundle_of
 
-    def keeping_a_copy(self: Reins, name: str) -> DescriptorBundle:
+    def keeping_a_copy(self: GatedBackend, name: str) -> DescriptorBundle:
         bundle = pass_on(self, name)
         kept.append(bundle.duplicate())
         return bundle
 
-    monkeypatch.setattr(Reins, "bundle_of", keeping_a_copy)
+    monkeypatch.setattr(GatedBackend, "bundle_of", keeping_a_copy)
     try:
         with pytest.raises(AssertionError, match=r"are open, and \d have an owner"):
             take(kernels, PROVIDER_TOUR)
@@ -198,7 +200,7 @@ def test_a_campaign_has_a_task_for_everything_and_each_can_be_repeated() -> None
     tasks = stateful_campaign.tasks(1.0)
     assert len({task.name for task in tasks}) == len(tasks)
     assert len(stateful_campaign.tasks(3.0)) == 3 * len(tasks)
-    one, same = (stateful_campaign.run(7, "kernels", "dealings", 5) for _ in range(2))
+    one, same = (stateful_campaign.run(7, "kernels", "adversary", 5) for _ in range(2))
     assert one.discoveries == []
     assert missing(one.cells["kernels"], CONSUMER, NOTICE) == []
     assert one.cells == same.cells

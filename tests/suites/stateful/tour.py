@@ -11,11 +11,11 @@ from typing import Any, Final
 
 from linux.testing.adversary import RESPONSES
 
-Step = tuple[str, dict[str, Any]]
+RuleCall = tuple[str, dict[str, Any]]
 """A rule and its arguments."""
 
 
-def _step(rule: str, **arguments: Any) -> Step:
+def _step(rule: str, **arguments: Any) -> RuleCall:
     return rule, arguments
 
 
@@ -33,7 +33,7 @@ _RESTARTED: Final = _step("the_provider_starts_anew")
 _USED: Final = (_step("a_process_joins", pick=0), _step("a_process_leaves", pick=0))
 
 
-def _made(pick: int = C) -> Step:
+def _made(pick: int = C) -> RuleCall:
     """It is made, and its asker has gone."""
     return _created(pick=pick, goes=True)
 
@@ -45,12 +45,12 @@ def _created(
     goes: bool = False,
     others: tuple[str, ...] = (),
     fate: str = "made",
-) -> Step:
+) -> RuleCall:
     arguments = {"pick": pick, "is_made": is_made, "goes": goes, "others": others, "fate": fate}
     return _step("its_creation_takes_time", **arguments)
 
 
-def _ends(how: str, *meanwhile: str) -> Step:
+def _ends(how: str, *meanwhile: str) -> RuleCall:
     return _step("its_release_takes_time", pick=0, how=how, meanwhile=meanwhile)
 
 
@@ -111,14 +111,14 @@ _WAITED: Final = _step("it_has_waited_long_enough", pick=0)
 _AGAIN: Final = (_WAITED, _THROUGH)
 
 
-def _said(*answers: str) -> tuple[Step, ...]:
+def _said(*answers: str) -> tuple[RuleCall, ...]:
     return tuple(
         _step(f"the_provider_{'responds' if what in RESPONSES else 'says'}", what=what)
         for what in answers
     )
 
 
-def _served(*, is_able: bool) -> Step:
+def _served(*, is_able: bool) -> RuleCall:
     return _step("it_serves_itself", is_able=is_able)
 
 
@@ -128,7 +128,7 @@ _TURNED_AWAY: Final = (*_ASKING, _WAITED)
 _LATE: Final = _said("response", "response of another", "creation failed")
 
 
-def _late(*steps: Step) -> tuple[Step, ...]:
+def _late(*steps: RuleCall) -> tuple[RuleCall, ...]:
     """Turn away, take some steps, and let whatever can still come, come."""
     last = ("not found", "ended")
     return tuple(
@@ -167,7 +167,7 @@ CONSUMER_TOUR: Final = (
 """Every row of the consumer's table and of the notice's."""
 
 
-def take(machine: type[Any], steps: tuple[Step, ...]) -> None:
+def take(machine: type[Any], steps: tuple[RuleCall, ...]) -> None:
     """Take some steps of a machine, and hold every one of them to its invariants."""
     it = machine()
     try:

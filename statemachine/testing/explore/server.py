@@ -44,11 +44,11 @@ from .world import (
     STRANGER,
     UNUSED,
     Bounds,
-    Finding,
-    Ground,
     Link,
     Move,
     Node,
+    ServerState,
+    Violation,
     bit_of,
     has_news_for_provider,
     is_lost,
@@ -104,52 +104,52 @@ class _Crash(Exception):
 # --- What may happen ---------------------------------------------------------------------------
 
 
-def ground_moves(setting: Setting, ground: Ground) -> list[Move]:
-    """List what may happen now on the ground."""
+def server_moves(setting: Setting, server: ServerState) -> list[Move]:
+    """List what may happen now on the provider's side."""
     found: list[Move] = []
-    _moves_of_strangers(setting, ground, found)
-    for link in ground.links:
-        _moves_of_link(setting, ground, link, found)
-    for index in range(len(ground.nodes)):
-        _moves_of_node(setting, ground, index, found)
-    _moves_of_provider(setting, ground, found)
-    return [move for move in found if may(setting, ground, move)]
+    _moves_of_strangers(setting, server, found)
+    for link in server.links:
+        _moves_of_link(setting, server, link, found)
+    for index in range(len(server.nodes)):
+        _moves_of_node(setting, server, index, found)
+    _moves_of_provider(setting, server, found)
+    return [move for move in found if may(setting, server, move)]
 
 
-def may(setting: Setting, ground: Ground, move: Move) -> bool:
+def may(setting: Setting, server: ServerState, move: Move) -> bool:
     """Whether the bounds allow a move."""
     faults = setting.bounds.faults
-    is_safe = faults is not None and ground.faults >= faults
+    is_safe = faults is not None and server.faults >= faults
     return move[0] not in setting.bounds.without and not (is_safe and move[0] in SPENDS)
 
 
-def may_crash(setting: Setting, ground: Ground) -> bool:
+def may_crash(setting: Setting, server: ServerState) -> bool:
     """Whether the bounds allow a provider to die."""
     most = setting.bounds.crashes
-    is_allowed = most is None or ground.crashes < most
+    is_allowed = most is None or server.crashes < most
     return is_allowed and "crash" not in setting.bounds.without
 
 
-def _moves_of_strangers(setting: Setting, ground: Ground, found: list[Move]) -> None:
-    theirs = [link for link in ground.links if link.client == STRANGER]
+def _moves_of_strangers(setting: Setting, server: ServerState, found: list[Move]) -> None:
+    strangers = [link for link in server.links if link.client == STRANGER]
     bounds = setting.bounds
-    is_room = len(ground.links) < bounds.connections
-    if ground.provider and is_room and len(theirs) < bounds.strangers:
+    is_room = len(server.links) < bounds.connections
+    if server.provider and is_room and len(strangers) < bounds.strangers:
         found.append(("call",))
-    for link in theirs:
+    for link in strangers:
         if not link.has_consumer:
             continue
         found.append(("hang up", link.number))
-        if link.has_provider and not link.is_deaf and len(link.open) < bounds.in_flight:
+        if link.has_provider and not link.is_read_closed and len(link.open) < bounds.in_flight:
             for request in range(len(bounds.requests)):
                 found.append(("ask", link.number, request))
             for index in range(len(bounds.names)):
                 found.append(("tell of end", link.number, index))
-            found.append(("babble", link.number))
+            found.append(("send unreadable", link.number))
 
 
-def _moves_of_link(setting: Setting, ground: Ground, link: Link, found: list[Move]) -> None:
-    if ground.provider and has_news_for_provider(link) and not _must_wait(setting, ground, link):
+def _moves_of_link(setting: Setting, server: ServerState, link: Link, found: list[Move]) -> None:
+    if server.provider and has_news_for_provider(link) and not _must_wait(setting, server, link):
         found.append(("read", link.number))
     if link.is_broken or link.client == STRANGER:
         return
@@ -167,18 +167,18 @@ def _moves_of_link(setting: Setting, ground: Ground, link: Link, found: list[Mov
             break
 
 
-def _must_wait(setting: Setting, ground: Ground, link: Link) -> bool:
+def _must_wait(setting: Setting, server: ServerState, link: Link) -> bool:
     """Whether what was said here is read only after the loss of an older connection."""
     if not (setting.bounds.has_losses_first and link.is_accepted and link.to_provider):
         return False
     return any(
-        older.number < link.number and not older.is_deaf and is_lost(older)
-        for older in ground.links
+        older.number < link.number and not older.is_read_closed and is_lost(older)
+        for older in server.links
     )
 
 
-def _moves_of_node(setting: Setting, ground: Ground, index: int, found: list[Move]) -> None:
-    node = ground.nodes[index]
+def _moves_of_node(setting: Setting, server: ServerState, index: int, found: list[Move]) -> None:
+    node = server.nodes[index]
     if node.life in (CREATED, HANDED_OFF):
         if node.scope == UNUSED:
             found.append(("populate", index))
@@ -186,7 +186,7 @@ def _moves_of_node(setting: Setting, ground: Ground, index: int, found: list[Mov
             found.append(("empty", index))
     if node.has_init:
         found.append(("init dies", index))
-    if not ground.provider:
+    if not server.provider:
         return
     if node.jobs:
         found.append(("work", index))
@@ -196,45 +196,45 @@ def _moves_of_node(setting: Setting, ground: Ground, index: int, found: list[Mov
     for timer in timers_in(node.timers):
         word = "retry" if timer is Timer.RETRY else "expire"
         found.append((word, index, timer.value))
-    view = setting.kernels.provider_views[ground.provider]
+    view = setting.kernels.provider_views[server.provider]
     if view.states[index] in (*LIVE, AllocationState.ENDED):
         found.append(("release", index))
 
 
-def _moves_of_provider(setting: Setting, ground: Ground, found: list[Move]) -> None:
-    if not ground.provider:
-        found.extend(("recover", *order) for order in _orders_of_recovery(ground))
+def _moves_of_provider(setting: Setting, server: ServerState, found: list[Move]) -> None:
+    if not server.provider:
+        found.extend(("recover", *order) for order in _orders_of_recovery(server))
         return
-    service = setting.kernels.provider_views[ground.provider].service
+    service = setting.kernels.provider_views[server.provider].service
     if service is ServiceState.STARTING:
         found.append(("ready",))
     if service.is_stopping:
         found.append(("exit",))
     else:
         found.append(("stop",))
-    if ground.is_waiting:
+    if server.is_waiting:
         found.append(("unready",))
-    if may_crash(setting, ground):
+    if may_crash(setting, server):
         found.append(("crash", 0))
-        if any(node.jobs and node.jobs[0] != RELEASE_JOB for node in ground.nodes):
+        if any(node.jobs and node.jobs[0] != RELEASE_JOB for node in server.nodes):
             found.append(("crash", 1))
 
 
-def _orders_of_recovery(ground: Ground) -> list[tuple[int, ...]]:
+def _orders_of_recovery(server: ServerState) -> list[tuple[int, ...]]:
     """List the orders in which the backend may report what it has found in the journal."""
-    lives = [index for index, node in enumerate(ground.nodes) if node.life]
+    lives = [index for index, node in enumerate(server.nodes) if node.life]
     return list(itertools.permutations(lives))
 
 
 # --- A move is made ----------------------------------------------------------------------------
 
 
-class GroundDraft:
+class ServerDraft:
     """
-    A ground while a move is made.
+    A server state while a move is made.
 
     Args:
-        setting, ground: what all moves have in common, and how it is before.
+        setting, server: what all moves have in common, and how it is before.
         crash_after: after how many effects the provider dies; None: it lives.
         has_forks: note for each effect what were if the provider died before it.
     """
@@ -242,31 +242,31 @@ class GroundDraft:
     def __init__(
         self,
         setting: Setting,
-        ground: Ground,
+        server: ServerState,
         *,
         crash_after: int | None = None,
         has_forks: bool = False,
     ) -> None:
         self.setting = setting
         self.kernels = setting.kernels
-        self.provider = ground.provider
-        self.links = {link.number: link for link in ground.links}
-        self.nodes = list(ground.nodes)
-        self.is_waiting = ground.is_waiting
-        self.crashes = ground.crashes
-        self.faults = ground.faults
+        self.provider = server.provider
+        self.links = {link.number: link for link in server.links}
+        self.nodes = list(server.nodes)
+        self.is_waiting = server.is_waiting
+        self.crashes = server.crashes
+        self.faults = server.faults
         self.performed = 0
         self.crash_after = crash_after
-        self.forks: list[Ground] | None = [] if has_forks else None
+        self.forks: list[ServerState] | None = [] if has_forks else None
         self.last: type = object
         """What was done last, or has just happened."""
         self.events: deque[ProviderInput] = deque()
 
     def make(self, move: Move) -> None:
-        """Make a move; raises `Finding` or `InvariantBroken` if it breaks a promise."""
+        """Make a move; raises `Violation` or `InvariantBroken` if it breaks a promise."""
         try:
             self.spend(move)
-            GROUND_MOVES[move[0]](self, *move[1:])
+            SERVER_MOVES[move[0]](self, *move[1:])
         except _Crash:
             self.crash(0)
 
@@ -275,10 +275,10 @@ class GroundDraft:
         if move[0] in SPENDS and self.setting.bounds.faults is not None:
             self.faults += 1
 
-    def freeze(self) -> Ground:
+    def freeze(self) -> ServerState:
         """Take what has become of it."""
         links = [x for _, x in sorted(self.links.items()) if _is_of_interest(x)]
-        return Ground(
+        return ServerState(
             self.provider,
             tuple(links),
             tuple(self.nodes),
@@ -366,7 +366,7 @@ class GroundDraft:
             is_running = timers & bit_of(effect.timer)
             self.set_node(index, timers=timers & ~bit_of(effect.timer))
         if not is_running:
-            raise Finding(f"{effect} stops what does not run")
+            raise Violation(f"{effect} stops what does not run")
 
     def create(self, effect: do.CreateNamespaces) -> None:
         index = self._index(effect.request.allocation_id)
@@ -395,14 +395,14 @@ class GroundDraft:
         life = ENDED if node.life else NOTHING
         # One step may begin a life and end it, or end it and begin the next.
         if self.view.states[index] in LIVE and not node.is_over:
-            raise Finding(f"{effect.allocation_id} is to be released before its end")
+            raise Violation(f"{effect.allocation_id} is to be released before its end")
         jobs = (*node.jobs, RELEASE_JOB)
         self.set_node(index, life=life, is_watched=0, jobs=jobs, is_over=1)
 
     def watch(self, effect: do.Watch) -> None:
         index = self._index(effect.allocation_id)
         if self.nodes[index].life not in (CREATED, HANDED_OFF, ENDED):
-            raise Finding(f"{effect.allocation_id} is to be watched and does not exist")
+            raise Violation(f"{effect.allocation_id} is to be watched and does not exist")
         self.set_node(index, is_watched=1)
         if not self.nodes[index].has_init:
             self.sight(index, SAW_INIT_DIE)
@@ -428,7 +428,7 @@ class GroundDraft:
         index = self._index(response.allocation_id)
         node, link = self.nodes[index], self.links[number]
         if node.life not in (CREATED, HANDED_OFF):
-            raise Finding(f"{response.allocation_id} is handed over and is not alive on the node")
+            raise Violation(f"{response.allocation_id} is handed over and is not alive on the node")
         if not node.has_init:
             failure = FdPassing("the descriptors cannot be had")
             self.send(number, failure)
@@ -453,9 +453,9 @@ class GroundDraft:
         number, index = effect.connection, self._index(effect.allocation_id)
         node, link, bit = self.nodes[index], self.links[number], 1 << index
         if self.view.states[index] in LIVE and not node.is_over:
-            raise Finding(f"the end of {effect.allocation_id} is told while it is alive")
+            raise Violation(f"the end of {effect.allocation_id} is told while it is alive")
         if node.life not in (NOTHING, ENDED):
-            raise Finding(f"the end of {effect.allocation_id} is told before it is durable")
+            raise Violation(f"the end of {effect.allocation_id} is told before it is durable")
         ended = AllocationEnded(effect.allocation_id)
         is_answer = bool(link.open) and self.message(link.open[0]) == ended
         if not is_answer:
@@ -479,10 +479,10 @@ class GroundDraft:
         if not link.has_provider:
             always.require(always.nothing_follows_a_close(["closed", "sent"]))
         oldest = self.message(link.open[0]) if link.open else None
-        is_farewell = isinstance(message, FdPassing) and isinstance(oldest, AllocationEnded)
+        is_closing = isinstance(message, FdPassing) and isinstance(oldest, AllocationEnded)
         if isinstance(message, AllocationEnded) and message != oldest:
             pass
-        elif link.open and not is_farewell:
+        elif link.open and not is_closing:
             talk: list[always.Spoken] = [("read", oldest), ("sent", message)]
             always.require(always.answers_come_in_order(talk, is_closed=False))
             self.set_link(number, open=link.open[1:])
@@ -508,13 +508,13 @@ class GroundDraft:
         self.links = {link.number: link for link in left.links}
         self.nodes = list(left.nodes)
 
-    def crashed(self, half: int, *, is_counted: bool = True) -> Ground:
+    def crashed(self, half: int, *, is_counted: bool = True) -> ServerState:
         """Say what were left if the program died now."""
         is_counted = is_counted and self.setting.bounds.crashes is not None
         links = [left_of_link(link) for _, link in sorted(self.links.items()) if link.has_consumer]
         nodes = tuple([left_of_node(node, half) for node in self.nodes])
         left = [link for link in links if link.client != STRANGER]
-        return Ground(0, tuple(left), nodes, 0, self.crashes + is_counted, self.faults)
+        return ServerState(0, tuple(left), nodes, 0, self.crashes + is_counted, self.faults)
 
     def recover(self, *order: int) -> None:
         """Start it again; `order`: in which order it hears of what the journal knows."""
@@ -644,7 +644,7 @@ class GroundDraft:
             self.setting.story.say(f"{_who(link)}->>P", message)
         event = provider_event_of(number, message)
         if isinstance(event, on.FrameRejected):
-            self.set_link(number, is_deaf=1, to_provider=(), open=(*link.open, 0))
+            self.set_link(number, is_read_closed=1, to_provider=(), open=(*link.open, 0))
         else:
             self.set_link(number, open=(*link.open, arrived))
         self._note_read(event)
@@ -699,7 +699,7 @@ class GroundDraft:
             self.drop_holder(client - 1)
 
     def drop_holder(self, client: int) -> None:
-        """Forget what was handed over to a client's wish."""
+        """Forget what was handed over to a client's request."""
         for index, node in enumerate(self.nodes):
             if node.holders >> client & 1:
                 self.set_node(index, holders=node.holders & ~(1 << client))
@@ -737,25 +737,25 @@ def left_of_node(node: Node, half: int) -> Node:
     )
 
 
-def check_ground(setting: Setting, ground: Ground) -> None:
-    """Hold a ground to what is true of every one; raises `Finding` if it is not."""
-    for link in ground.links:
+def check_server(setting: Setting, server: ServerState) -> None:
+    """Check what is true of every server state; raises `Violation` if it is not."""
+    for link in server.links:
         if link.surplus and link.has_provider:
-            raise Finding("an error answers nothing, and the connection stays open")
-    if not ground.provider:
+            raise Violation("an error answers nothing, and the connection stays open")
+    if not server.provider:
         return
-    states = setting.kernels.provider_views[ground.provider].states
-    for index, node in enumerate(ground.nodes):
+    states = setting.kernels.provider_views[server.provider].states
+    for index, node in enumerate(server.nodes):
         name = setting.kernels.names[index]
         if states[index] in LIVE and (node.is_over or node.is_released):
-            raise Finding(f"{name} lives on after its end")
-        if node.timers & bit_of(Timer.CLAIM) and _is_claimed(ground, index):
-            raise Finding(f"the claim timer of {name} runs in vain")
+            raise Violation(f"{name} lives on after its end")
+        if node.timers & bit_of(Timer.CLAIM) and _is_claimed(server, index):
+            raise Violation(f"the claim timer of {name} runs in vain")
 
 
-def _is_claimed(ground: Ground, index: int) -> bool:
+def _is_claimed(server: ServerState, index: int) -> bool:
     """Whether a consumer that it was handed to is still connected."""
-    return any(link.handed >> index & 1 and link.has_provider for link in ground.links)
+    return any(link.handed >> index & 1 and link.has_provider for link in server.links)
 
 
 def _who(link: Link) -> str:
@@ -768,43 +768,43 @@ _EXPIRIES: Final[dict[Timer, Callable[[str], ProviderInput]]] = {
     Timer.RETRY: on.RetryDue,
 }
 
-_PERFORMERS: Final[dict[type[Effect], Callable[[GroundDraft, Any], None]]] = {
-    do.StartTimer: GroundDraft.start_timer,
-    do.StopTimer: GroundDraft.stop_timer,
-    do.CreateNamespaces: GroundDraft.create,
-    do.ReleaseNamespaces: GroundDraft.release,
-    do.Watch: GroundDraft.watch,
-    do.RecordHandoff: GroundDraft.record,
-    do.HandOver: GroundDraft.hand_over,
-    do.Refuse: GroundDraft.refuse,
-    do.AnnounceEnd: GroundDraft.announce,
-    do.CloseConnection: GroundDraft.close,
+_PERFORMERS: Final[dict[type[Effect], Callable[[ServerDraft, Any], None]]] = {
+    do.StartTimer: ServerDraft.start_timer,
+    do.StopTimer: ServerDraft.stop_timer,
+    do.CreateNamespaces: ServerDraft.create,
+    do.ReleaseNamespaces: ServerDraft.release,
+    do.Watch: ServerDraft.watch,
+    do.RecordHandoff: ServerDraft.record,
+    do.HandOver: ServerDraft.hand_over,
+    do.Refuse: ServerDraft.refuse,
+    do.AnnounceEnd: ServerDraft.announce,
+    do.CloseConnection: ServerDraft.close,
 }
 
-GROUND_MOVES: Final[dict[str, Callable[..., None]]] = {
-    "call": GroundDraft.call,
+SERVER_MOVES: Final[dict[str, Callable[..., None]]] = {
+    "call": ServerDraft.call,
     "ask": lambda d, n, r: d.say(n, d.setting.bounds.requests[r]),
     "tell of end": lambda d, n, a: d.say(n, AllocationEnded(d.kernels.names[a])),
-    "babble": lambda d, n: d.say(n, NOT_FOR_A_PROVIDER),
-    "hang up": GroundDraft.hang_up,
-    "read": GroundDraft.read,
-    "lose": GroundDraft.lose,
-    "spoil": GroundDraft.spoil,
-    "duplicate": GroundDraft.duplicate,
+    "send unreadable": lambda d, n: d.say(n, NOT_FOR_A_PROVIDER),
+    "hang up": ServerDraft.hang_up,
+    "read": ServerDraft.read,
+    "lose": ServerDraft.lose,
+    "spoil": ServerDraft.spoil,
+    "duplicate": ServerDraft.duplicate,
     "work": lambda d, a: d.work(a, is_able=True),
     "fail": lambda d, a: d.work(a, is_able=False),
-    "observe": GroundDraft.observe,
+    "observe": ServerDraft.observe,
     "populate": lambda d, a: d.set_scope(a, POPULATED),
     "empty": lambda d, a: d.set_scope(a, EMPTIED),
-    "init dies": GroundDraft.kill_init,
-    "expire": GroundDraft.expire,
-    "retry": GroundDraft.expire,
+    "init dies": ServerDraft.kill_init,
+    "expire": ServerDraft.expire,
+    "retry": ServerDraft.expire,
     "release": lambda d, a: d.feed(on.ReleaseRequested(d.kernels.names[a])),
     "ready": lambda d: d.feed(on.ProviderReady()),
-    "unready": GroundDraft.miss_readiness,
+    "unready": ServerDraft.miss_readiness,
     "stop": lambda d: d.feed(on.ProviderStopping()),
     "exit": lambda d: d.crash(0, is_counted=False),
-    "crash": GroundDraft.crash,
-    "recover": GroundDraft.recover,
+    "crash": ServerDraft.crash,
+    "recover": ServerDraft.recover,
 }
-"""Every move on the ground, but for dying in the middle of one, which "crash" stands for, too."""
+"""Every move on the provider's side; "crash" stands also for dying in the middle of one."""
