@@ -113,7 +113,10 @@ class Hand:
 
     def put_forward(self, seconds: float) -> None:
         self._ahead_s += seconds
-        self._in_loop(self.provider._work.tidy_soon)
+        work = self.provider._work
+        self._in_loop(work.tidy_soon)
+        # What it does is done when this command is, or the next one is played before it.
+        wait_until(lambda: not work._is_tidying, "tidying up")
 
     def _in_loop(self, act: Any) -> None:
         done = threading.Event()
