@@ -384,11 +384,14 @@ class LinuxBackend(StepwiseBackend[_OnLinux]):
                 allocation.scope.mark(CREATED_MARK)
 
     def _mark_end(self, allocation: _OnLinux) -> None:
-        """Record the end on the scope and in the journal; either alone makes it durable."""
+        """Record the end on the scope or, if that cannot be marked, in the journal."""
         # Keeps END-14.
+        # Either alone makes it durable, and the scope takes a tenth of the time. If the release is
+        # not finished at once, that is journaled, with the reason.
         if allocation.scope is not None:
             with suppress(ScopeError):  # gone: then that is its end
                 allocation.scope.mark(ENDED_MARK)
+                return
         self._note(allocation, AllocationState.ENDED)
 
     # --- The steps of a release ----------------------------------------------------------------

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from statemachine.errors import FdPassing
-from statemachine.record import record
+from statemachine.record import changed, record
 from statemachine.states import AllocationState
 from transport.calls import syscall
 from transport.descriptors import NamespaceIdentity
@@ -29,6 +29,7 @@ from .files import read_file
 from .journal import LOCK_NAME, Entry, read_journal
 from .mounts import image_on, loop_devices
 from .namespaces import KernelInspector, open_namespace
+from .recovery import ENDED_MARK
 from .syscalls import SyscallError
 
 PROCESSES_SHOWN_MAX: Final = 8
@@ -204,6 +205,8 @@ def _see(entry: Entry, features: Features) -> AllocationSeen:
             stack.enter_context(anchor)
         path = entry.scope_path
         scope = None if path is None else Scope.at(Path(path), entry.incarnation)
+        if scope is not None and scope.marked() == ENDED_MARK:
+            entry = changed(entry, state=AllocationState.ENDED)  # which the journal may lack
         return AllocationSeen(
             entry,
             init_pid=None if anchor is None else anchor.pid,

@@ -30,13 +30,14 @@ from transport.testing.peer import DEADLINE_S, wait_until
 
 from ..anchor import find_anchors
 from ..backend import LinuxBackend, NodeSettings
-from ..cgroups import WORKLOAD_SLICE, Scope, anchor_path
+from ..cgroups import STATE_ATTRIBUTE, WORKLOAD_SLICE, Scope, anchor_path, read_attribute
 from ..features import OLDEST, Features
 from ..forge.spawn import spawn_within
 from ..instance import instance_of
 from ..journal import Entry, read_journal
 from ..mounts import loop_devices
 from ..namespaces import KernelInspector
+from ..recovery import CREATED_MARK
 from ..simulated import (
     SimulatedBackend,
     SimulatedCrash,
@@ -408,8 +409,10 @@ class LinuxWorld(World):
             case Step.ANCHOR:
                 return bool(self.anchors())
             case _:
-                entry = self.entry(name)
-                return entry is not None and entry.state is AllocationState.CREATED
+                # The end is recorded on the scope, so that what is published is void without it.
+                entry, scope = self.entry(name), self.scope(name)
+                is_marked = read_attribute(scope, STATE_ATTRIBUTE) == CREATED_MARK
+                return is_marked and entry is not None and entry.state is AllocationState.CREATED
 
     def entry(self, name: str) -> Entry | None:
         """What the journal says of an allocation, whether the program runs or not."""

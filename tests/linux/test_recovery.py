@@ -65,6 +65,7 @@ from linux.recovery import (
     find_cases,
     read_description,
 )
+from linux.survey import survey_node
 from linux.syscalls import pidfd_open
 from linux.testing.worlds import LIGHT, LinuxWorld, real
 from statemachine.errors import CreationFailed
@@ -509,6 +510,29 @@ def test_an_end_is_recorded_though_the_journal_cannot_be_written(
         entry = world.entry(allocation_id)
         assert entry is not None
         assert entry.state is AllocationState.CREATED
+        (seen,) = survey_node(world.state_dir, Features.probe()).allocations
+        assert seen.entry.state is AllocationState.ENDED
+        (adoption,) = world.restart().adoptions
+        assert adoption.state is AllocationState.ENDED
+
+
+@pytest.mark.needs_root
+@pytest.mark.clause("END-14")
+def test_an_end_is_recorded_though_the_scope_cannot_be_marked(
+    tmp_path: Path,
+    cgroup2: Path,
+    image_root: Path,
+    allocation_id: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    with real(tmp_path, cgroup2, image_root) as world:
+        world.backend.create_namespaces(NamespaceRequest(allocation_id, LIGHT))
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "setxattr", refuse)
+            world.backend.record_ended(allocation_id)
         (adoption,) = world.restart().adoptions
         assert adoption.state is AllocationState.ENDED
 
