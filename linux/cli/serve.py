@@ -18,6 +18,7 @@ import os
 import signal
 import socket
 import stat
+import sys
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -71,6 +72,11 @@ if TYPE_CHECKING:
 
 NOTIFY_VARIABLE: Final = "NOTIFY_SOCKET"
 """The environment variable with systemd's socket, sd_notify(3)."""
+
+SWITCH_INTERVAL_S: Final = 0.00001
+"""How long a thread that has the interpreter keeps it while another one waits. With the usual 5 ms
+a peer that keeps the event loop busy delays each system call of a creation, of which there are
+dozens, by so much: the loop's own calls are over before the waiting thread has woken."""
 
 _log: Final = logging.getLogger(__name__)
 
@@ -151,6 +157,7 @@ def _serve(
         if stopped.has_hung:
             _leave("what it does to start hangs and is left to the kernel")
         return
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     asyncio.run(_run(service, signals))
 
 
