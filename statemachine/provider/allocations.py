@@ -21,7 +21,7 @@ _OVERTAKEN: Final = "the allocation ended before it could be handed over"
 
 
 def dispatch(state: State, _: object, message: Message) -> None:
-    """Put a message to the allocation it is about, under the name of what it means there."""
+    """Dispatch a message to the allocation it is about, under the name of what it means there."""
     state.fire_message(message, on.MessageDispatched)
     if isinstance(message.question, NamespaceRequest):
         _dispatch_request(state, message, message.question)
