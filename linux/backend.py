@@ -356,13 +356,13 @@ class LinuxBackend(StepwiseBackend[_OnLinux]):
 
     def _make_anchor(self, allocation: _OnLinux) -> None:
         # Keeps NODE-6.
+        self._hold_instance()  # first: if it fails, the image is still the allocation's to close
         request = allocation.request
         image, allocation.image = allocation.image, None
         base = None if request.uenv_image is None else self._uenv_base
         path = self._response_to(request).uenv_mount_path
         scope = None if allocation.scope is None else str(allocation.scope.path)
         anchor_plan = AnchorPlan(allocation.token, request.namespaces, base, path, scope)
-        self._hold_instance()
         allocation.anchor = self._forge.make(anchor_plan, image)
 
     def _publish(self, allocation: _OnLinux) -> None:

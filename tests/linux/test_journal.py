@@ -87,6 +87,8 @@ def test_basic(tmp_path: Path) -> None:
         )
         assert journal.entries() == ()
         assert journal.remembered() == ("alloc-42",)
+    with Journal(tmp_path, BOOT) as journal:
+        assert journal.remembered() == ("alloc-42",)
 
 
 def test_entries_survive_the_journal_in_their_order(tmp_path: Path) -> None:

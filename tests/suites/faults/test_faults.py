@@ -223,6 +223,8 @@ ONCE_BROKEN: Final = (
     ("whole life", "provider", "cgroups.ScopeWatch.poll", "poll", "ENOMEM"),
     # The anchor of a forge that was given up was missed when it was about to be executed.
     ("end by consumer", "provider", "channel.receive_once", "recvmsg", "ENOMEM"),
+    # Its image stayed mounted when the anchors' cgroup could not be looked at.
+    ("with image", "provider", "instance.is_open_as", "stat", "ENOENT"),
     # A peer that is gone before it is accepted made the listener pause.
     ("end by consumer", "provider", "endpoint.Listener._accept_next", "accept", "ECONNABORTED"),
 )
