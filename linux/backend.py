@@ -427,7 +427,12 @@ class LinuxBackend(StepwiseBackend[_OnLinux]):
         return None
 
     def _remove_scope(self, allocation: _OnLinux) -> str | None:
+        # Keeps END-14.
         scope = allocation.scope
+        if allocation.anchor is not None:
+            # With the scope its mark goes, and an init that is exiting has left the anchors' cgroup
+            # and is not dead: a later provider would have no proof of the end.
+            self._note(allocation, AllocationState.ENDED)
         if scope is not None and not scope.remove_if_empty() and not scope.is_gone():
             scope.kill()
             if not scope.remove():

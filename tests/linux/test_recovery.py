@@ -537,6 +537,31 @@ def test_an_end_is_recorded_though_the_scope_cannot_be_marked(
         assert adoption.state is AllocationState.ENDED
 
 
+@pytest.mark.needs_root
+@pytest.mark.clause("END-14")
+def test_an_end_is_journaled_before_the_scope_that_it_is_marked_on_is_removed(
+    tmp_path: Path,
+    cgroup2: Path,
+    image_root: Path,
+    allocation_id: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """If its init lives on: if that is exiting, nothing else would prove the end."""
+    monkeypatch.setattr(LinuxBackend, "_note_why", lambda *_: None)
+    with real(tmp_path, cgroup2, image_root) as world:
+        world.backend.create_namespaces(NamespaceRequest(allocation_id, LIGHT))
+        world.block_release(allocation_id)
+        try:
+            world.backend.record_ended(allocation_id)
+            world.backend.release_namespaces(allocation_id)
+            assert not world.scope(allocation_id).exists()
+            entry = world.entry(allocation_id)
+            assert entry is not None
+            assert entry.state is AllocationState.ENDED
+        finally:
+            world.unblock_release(allocation_id)
+
+
 REQUEST: Final = encode_request(NamespaceRequest("alloc", LIGHT))
 
 
