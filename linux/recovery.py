@@ -343,6 +343,12 @@ class Case:
             self.anchor.close()
 
 
+def _is_nothing(case: Case) -> bool:
+    """Say whether neither entry, init nor scope is there: it was removed since it was found."""
+    is_gone = case.seen in (ScopeSeen.GONE, ScopeSeen.NOT_MADE)
+    return case.entry is None and case.init is Init.DEAD and is_gone
+
+
 def describe(instance: str, request: NamespaceRequest) -> str:
     """Write what a scope has to say of its allocation for the case that the journal is lost."""
     return json.dumps({"instance": instance, "request": encode_request(request)})
@@ -424,7 +430,7 @@ class _InstanceSearch:
         lost = {entry.incarnation for entry in entries if entry.anchor is None} | {*unnamed}
         self._elsewhere = find_tokens(lost - set(self._anchors))
         cases = [self._case_of(entry, inits[entry.incarnation]) for entry in entries]
-        return cases + [self._unnamed(token) for token in unnamed]
+        return cases + [case for case in map(self._unnamed, unnamed) if not _is_nothing(case)]
 
     def close(self) -> None:
         for anchor in self._anchors.values():

@@ -23,9 +23,11 @@ from linux.anchor import ANCHOR_VARIABLE, Anchor, boot_id
 from linux.backend import LOOKS_MAX, LinuxBackend, NodeSettings
 from linux.cgroups import (
     ALLOCATION_ATTRIBUTE,
+    DEFAULT_PLACE,
     OWNER_ATTRIBUTE,
     STATE_ATTRIBUTE,
     WORKLOAD_SLICE,
+    DescribedScope,
     Scope,
     ScopeError,
     remove_cgroup,
@@ -601,6 +603,16 @@ def test_what_was_opened_before_an_entry_that_cannot_be_read_is_closed() -> None
             find_cases(entries, "instance", None, features)
         assert (os.listdir("/proc/self/fd"), caught.tb is None) == (before, False)
         process.kill()
+
+
+@pytest.mark.needs_root
+def test_a_scope_that_is_removed_while_it_is_looked_for_is_nothing(
+    cgroup2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = DEFAULT_PLACE.path_of(cgroup2, "gone")
+    seen = DescribedScope(path, "token", describe("instance", NamespaceRequest("gone", LIGHT)))
+    monkeypatch.setattr("linux.recovery.described_scopes", lambda *_: [seen])
+    assert find_cases((), "instance", cgroup2, Features.probe()) == []
 
 
 # --- Whose state directory it is ---------------------------------------------------------------
