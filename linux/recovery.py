@@ -37,7 +37,7 @@ from .anchor import (
 )
 from .cgroups import Scope, anchor_path, described_scopes
 from .features import Features
-from .instance import scope_parents_of
+from .instance import OWN_TOKEN_PREFIX, scope_parents_of
 from .journal import Entry, decode_request, encode_request
 
 CREATED_MARK: Final = "created"
@@ -418,7 +418,10 @@ class _InstanceSearch:
                 found = read_description(scope.description)
                 if scope.owner is not None:
                     self._paths[scope.owner] = scope.path
-                    if found is not None and found[0] == instance:
+                    # A consumer that serves itself claims what a provider left that died between
+                    # describing it and owning it: the description stays, and is not the consumer's.
+                    is_its_own = scope.owner.startswith(OWN_TOKEN_PREFIX)
+                    if found is not None and found[0] == instance and not is_its_own:
                         self._requests[scope.owner] = found[1]
             self._anchors = find_anchors(anchors)
 

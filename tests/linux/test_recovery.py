@@ -25,6 +25,7 @@ from linux.cgroups import (
     ALLOCATION_ATTRIBUTE,
     DEFAULT_PLACE,
     OWNER_ATTRIBUTE,
+    SCOPE_MODE,
     STATE_ATTRIBUTE,
     WORKLOAD_SLICE,
     DescribedScope,
@@ -41,6 +42,7 @@ from linux.instance import (
     InstanceBusy,
     instance_of,
     is_locked,
+    new_own_token,
     provider_of,
     scope_parents_of,
 )
@@ -613,6 +615,25 @@ def test_a_scope_that_is_removed_while_it_is_looked_for_is_nothing(
     seen = DescribedScope(path, "token", describe("instance", NamespaceRequest("gone", LIGHT)))
     monkeypatch.setattr("linux.recovery.described_scopes", lambda *_: [seen])
     assert find_cases((), "instance", cgroup2, Features.probe()) == []
+
+
+@pytest.mark.needs_root
+@pytest.mark.clause("CRASH-16")
+def test_a_scope_that_a_consumer_has_claimed_is_no_providers_whatever_it_says(
+    cgroup2: Path, allocation_id: str
+) -> None:
+    """A provider has described it, and died before it owned it."""
+    path = DEFAULT_PLACE.path_of(cgroup2, allocation_id)
+    path.parent.mkdir(exist_ok=True)
+    path.mkdir(SCOPE_MODE)
+    path.chmod(SCOPE_MODE)
+    described = describe("instance", NamespaceRequest(allocation_id, LIGHT))
+    os.setxattr(path, ALLOCATION_ATTRIBUTE, described.encode())
+    scope = Scope.create(cgroup2, allocation_id, new_own_token())
+    try:
+        assert find_cases((), "instance", cgroup2, Features.probe()) == []
+    finally:
+        assert scope.remove()
 
 
 # --- Whose state directory it is ---------------------------------------------------------------
