@@ -141,7 +141,7 @@ ROWS: Final = (
         (ScopeSeen.ENDED,),
         Verdict.DEAD,
         Action.RELEASE,
-        "its end is marked on the scope, though the journal does not have it",
+        "its end is marked on the scope, and so the journal need not have it",
     ),
     RecoveryRow(
         (Store.MADE,),
@@ -181,7 +181,7 @@ ROWS: Final = (
         (ScopeSeen.ENDED,),
         Verdict.DEAD,
         Action.RELEASE,
-        "its end is marked on the scope, though the journal does not have it",
+        "its end is marked on the scope, and so the journal need not have it",
     ),
     RecoveryRow(
         (Store.REQUESTED,),

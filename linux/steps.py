@@ -175,7 +175,7 @@ class StepwiseBackend(ABC, Generic[A]):
             self._try_to_note(Step.RECORD_HANDOFF, allocation)
 
     def record_ended(self, allocation_id: str) -> None:
-        """Journal that an allocation is over; a creation under way will not be published."""
+        """Note durably that it is over; a creation under way will not be published."""
         # Keeps END-14, CRASH-5.
         with self._guard:
             self._over.add(allocation_id)

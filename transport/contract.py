@@ -36,6 +36,7 @@ class Step(Enum):
     """Journal what was made; fails if the end was recorded meanwhile."""
     RECORD_HANDOFF = "journal the hand-over"
     RECORD_END = "journal the end"
+    """Note the end durably: in the journal, or on the cgroup itself."""
     END_INIT = "end the init"
     """Kill the init, and with it the processes of its PID namespace."""
     RELEASE_IMAGE = "release the image"
