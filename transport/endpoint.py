@@ -34,9 +34,9 @@ SOCKET_PATH_BYTES_MAX: Final = 107
 SOCKET_MODE: Final = 0o600
 """Permissions of the socket file, unless configured: its owner may connect."""
 
-BACKLOG_CONNECTIONS: Final = 512
+BACKLOG_CONNECTIONS: Final = 256
 """
-How many connections may wait to be accepted before `connect` says EAGAIN.
+How many connections may wait to be accepted before `connect` waits, or says EAGAIN.
 
 As many as may come in one burst. Accepting is in the order of connecting, so more would
 let a flood of connections make others wait for longer.
@@ -49,6 +49,7 @@ SO_PASSRIGHTS: Final = 83
 """Socket option (Linux 6.16): whether a peer may send descriptors; on by default."""
 
 _UCRED: Final = struct.Struct("iII")  # pid, uid, gid
+_TIMEVAL: Final = struct.Struct("ll")  # seconds, microseconds
 
 _SHORTAGE: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _NO_PEER_PIDFD: Final = frozenset(
@@ -115,10 +116,10 @@ class Accepted(NamedTuple):
 class Refused(NamedTuple):
     """A connection that was closed before anything was made for it."""
 
-    uid: int
-    """Who had connected."""
-    error: NamespaceError | None
-    """What it was told; None if it had left already, without a word."""
+    uid: int | None = None
+    """Who had connected; None if it had left already, without a word."""
+    error: NamespaceError | None = None
+    """What it was told, if it was there."""
 
 
 def listen(
@@ -179,9 +180,15 @@ def listen(
         raise SocketUnavailable(_listen_fault(address, error)) from error
 
 
-def begin_connect(path: str | os.PathLike[str]) -> socket.socket:
+def begin_connect(path: str | os.PathLike[str], wait_s: float = 0.0) -> socket.socket:
     """
-    Connect to the endpoint, or say at once why not; never waits.
+    Connect to the endpoint, or say why not.
+
+    Args:
+        path: where a provider listens.
+        wait_s: how long to wait for room in a full backlog, in the order in which the Linux kernel
+            lets waiting processes in; 0 does not wait, and a connection that is tried again and
+            again comes after those of all that wait.
 
     Returns:
         A connected, non-blocking socket; the caller owns it. Connected means that the provider's
@@ -192,20 +199,39 @@ def begin_connect(path: str | os.PathLike[str]) -> socket.socket:
         SocketUnavailable: there is no such path, it has no listener, or Linux refuses.
 
     Source:
-        connect(2). unix(7).
+        connect(2), "EAGAIN". socket(7), SO_SNDTIMEO. unix(7).
     """
     # Keeps SELF-1.
     address = _address(path)
     try:
         with ExitStack() as undo:
             sock = undo.enter_context(_stream_socket())
-            syscall(sock.connect, str(address))
+            if wait_s > 0:
+                _connect_in_turn(sock, address, wait_s)
+            else:
+                syscall(sock.connect, str(address))
             undo.pop_all()
             return sock
     except BlockingIOError:
         raise
     except OSError as error:
         raise SocketUnavailable(_connect_fault(address, error)) from error
+
+
+def _connect_in_turn(sock: socket.socket, address: Path, wait_s: float) -> None:
+    """Connect a socket, waiting for room as long as is said; leave it non-blocking."""
+    micros = max(1, round(wait_s * 1e6))  # zero would be for ever
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(*divmod(micros, 10**6)))
+    sock.setblocking(True)
+    try:
+        syscall(sock.connect, str(address))
+        # After a signal, Python takes a unix socket for connected that is not.
+        sock.getpeername()
+    except OSError as error:
+        if error.errno != errno.ENOTCONN:
+            raise
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
+    sock.setblocking(False)
 
 
 def is_provider_visible(sock: socket.socket) -> bool:
@@ -312,18 +338,18 @@ class Listener(Owner):
         sock = self._accept_next()
         if sock is None:
             return None
+        if _has_left(sock):
+            sock.close()
+            return Refused()
         try:
             uid = _ids_of(sock)[1]
         except OSError:
             _turn_away(sock)
             return None
         objection = objection_to(uid)
-        if objection is not None:
-            _turn_away(sock, objection)
-        elif _has_left(sock):
-            sock.close()
-        else:
+        if objection is None:
             return self._accepted(sock)
+        _turn_away(sock, objection)
         return Refused(uid, objection)
 
     def close(self) -> None:

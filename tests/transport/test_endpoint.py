@@ -7,6 +7,7 @@ import fcntl
 import os
 import select
 import shutil
+import signal
 import socket
 import stat
 import subprocess
@@ -217,6 +218,19 @@ def test_a_socket_with_a_full_backlog_is_in_use(path: Path) -> None:
             begin_connect(path)
         with pytest.raises(SocketUnavailable, match="another process listens"):
             listen(path)
+
+
+def test_waiting_for_room_ends_in_time_or_with_a_signal(path: Path) -> None:
+    with listen(path, backlog=0), ExitStack() as stack:
+        stack.enter_context(begin_connect(path))
+        with pytest.raises(BlockingIOError):
+            begin_connect(path, 0.01)
+        before = signal.signal(signal.SIGALRM, lambda *_: None)
+        stack.callback(signal.signal, signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        # Python takes the socket for connected; without a look, the first message would fail.
+        with pytest.raises(BlockingIOError):
+            begin_connect(path, 20.0)
 
 
 def test_a_datagram_socket_in_use_is_left_alone(path: Path) -> None:

@@ -14,8 +14,10 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from functools import cached_property
 from itertools import permutations
 from pathlib import Path
@@ -535,6 +537,41 @@ def test_a_full_backlog_that_empties_in_time_is_waited_for(rig: Bench, connect_s
         finally:
             wait_until(lambda: serving._thread.ident is not None)
             serving.__exit__(None, None, None)
+
+
+@pytest.mark.clause("SELF-1")
+def test_a_full_backlog_lets_a_consumer_in_before_those_that_come_again(rig: Bench) -> None:
+    """Also while others that wait for room fill it at once."""
+    is_over = threading.Event()
+
+    def come_again_and_again() -> None:
+        while not is_over.is_set():
+            with socket.socket(socket.AF_UNIX) as sock, suppress(OSError):
+                sock.connect(str(rig.path))
+                sock.sendall(b"x")
+
+    with ThreadPoolExecutor(5) as others, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(rig.path))
+        listener.listen(0)
+        for _ in range(4):
+            others.submit(come_again_and_again)
+        with ExitStack() as full:
+            _fill(rig.path, full)
+        asking = others.submit(rig.obtain)
+        # Tried again every 10 ms, it would be let in after hundreds.
+        is_in = any(_accept_slowly(listener) == b"\0" for _ in range(20))
+        is_over.set()
+        listener.close()
+        assert isinstance(asking.exception(), NamespaceError)
+    assert is_in
+
+
+def _accept_slowly(listener: socket.socket) -> bytes:
+    """Accept one connection, and return the first byte of what it says."""
+    time.sleep(0.002)
+    sock, _ = listener.accept()
+    with sock:
+        return sock.recv(1)
 
 
 def test_self_service_does_not_wait_until_the_provider_can_be_told(rig: Bench) -> None:

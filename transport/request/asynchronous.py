@@ -15,12 +15,10 @@ from statemachine import effects as do
 from statemachine.effects import Effect
 from statemachine.errors import NamespaceError
 from statemachine.messages import NamespaceRequest, NamespaceResponse
-from statemachine.states import ConsumerState
 
 from ..channel import Channel
 from .exchange import (
     ANSWER_TIMEOUT_S,
-    CONNECT_PAUSE_S,
     SETTLE_TIMEOUT_S,
     BaseConsumer,
     BaseHandoff,
@@ -239,18 +237,11 @@ class _LoopDriver:
                 self._loop.call_exception_handler(context)
 
     async def _finish_task(self) -> None:
-        """
-        Let work that is under way finish, and begin no more: what it makes must not be lost.
-
-        Only waiting to get into a full backlog makes nothing.
-        """
+        """Let work that is under way finish, and begin no more: what it makes must not be lost."""
         # From here on `follow` begins nothing.
         self._is_closing = True
-        if self._task is None:
-            return
-        if self._exchange.kernel.state is ConsumerState.CONNECTING:
-            self._task.cancel()
-        await asyncio.wait({self._task})
+        if self._task is not None:
+            await asyncio.wait({self._task})
 
     # Keeping the loop's view in step with the exchange.
 
@@ -328,8 +319,10 @@ class _LoopDriver:
 
     async def _connect(self, effect: do.Connect) -> None:
         deadline = self._exchange.connect_deadline()
-        while not self._exchange.try_to_connect(deadline):
-            await asyncio.sleep(CONNECT_PAUSE_S)
+        wait_s = self._exchange.take_connection(self._exchange.connect(), deadline)
+        while wait_s and not self._is_closing:
+            outcome = await self._loop.run_in_executor(None, self._exchange.connect, wait_s)
+            wait_s = self._exchange.take_connection(outcome, deadline)
 
     async def _serve_self(self, effect: do.ServeSelf) -> None:
         event = await self._loop.run_in_executor(None, self._exchange.serve_self, effect)

@@ -19,7 +19,6 @@ from statemachine.messages import NamespaceRequest, NamespaceResponse
 
 from .exchange import (
     ANSWER_TIMEOUT_S,
-    CONNECT_PAUSE_S,
     SETTLE_TIMEOUT_S,
     BaseConsumer,
     BaseHandoff,
@@ -263,11 +262,11 @@ def _wait(exchange: Exchange, now: float, deadline: float | None, cancel: int | 
         exchange.read()
 
 
-def _raise_if_readable(cancel: int | None, timeout_ms: float = 0.0) -> None:
+def _raise_if_readable(cancel: int | None) -> None:
     poll = select.poll()
     if cancel is not None:
         poll.register(cancel, select.POLLIN)
-    if poll.poll(timeout_ms):
+    if poll.poll(0):
         raise Cancelled
 
 
@@ -281,8 +280,10 @@ def perform(exchange: Exchange, effect: Effect, cancel: int | None = None) -> No
 
 def _connect(exchange: Exchange, effect: do.Connect, cancel: int | None) -> None:
     deadline = exchange.connect_deadline()
-    while not exchange.try_to_connect(deadline):
-        _raise_if_readable(cancel, CONNECT_PAUSE_S * 1000.0)
+    wait_s = exchange.take_connection(exchange.connect(), deadline)
+    while wait_s:
+        _raise_if_readable(cancel)
+        wait_s = exchange.take_connection(exchange.connect(wait_s), deadline)
 
 
 def _serve_self(exchange: Exchange, effect: do.ServeSelf, cancel: int | None) -> None:

@@ -58,8 +58,8 @@ ANSWER_TIMEOUT_S: Final = 30.0
 REDIAL_S: Final = 1.0
 """Pause before it connects again to tell of an end."""
 
-CONNECT_PAUSE_S: Final = 0.01
-"""Pause between two tries to get into a full backlog."""
+CONNECT_WAIT_S: Final = 0.5
+"""How long it waits in turn for room in a full backlog, before it looks whether it is to go on."""
 
 SETTLE_TIMEOUT_S: Final = 2.0
 """How long leaving a handoff's context may take to tell the provider of an end that is owed."""
@@ -313,7 +313,7 @@ class Exchange:
     # --- What takes time: the driver calls these -------------------------------------------------
 
     def connect_deadline(self) -> float:
-        """Say until when `try_to_connect` is to be repeated, on the clock."""
+        """Say until when it is tried to connect, on the clock."""
         # Only a request waits to get into a full backlog. To tell of an end, another connection is
         # tried later, and a caller who waits for self-service must not wait for that as well.
         if self.kernel.state is not ConsumerState.CONNECTING:
@@ -321,28 +321,54 @@ class Exchange:
         # A provider listens, and has much to do: it is its answer that is waited for.
         return self.clock() + max(self.patience.connect_s, self.patience.answer_s)
 
-    def try_to_connect(self, deadline: float) -> bool:
-        """Connect, without waiting; False: there is no room yet, and it is worth another try."""
+    def connect(self, wait_s: float = 0.0) -> socket.socket | SocketUnavailable | None:
+        """
+        Connect; may run in a thread. What is returned is to be given to `take_connection`.
+
+        Args:
+            wait_s: for room in a full backlog.
+
+        Returns:
+            A connected socket, why there is none, or None if there was no room.
+        """
         # Keeps SELF-16.
         if self.path is None:
-            self.not_connected(SocketUnavailable(_STANDALONE))
-            return True
+            return SocketUnavailable(_STANDALONE)
         try:
-            sock = begin_connect(self.path)
+            sock = begin_connect(self.path, wait_s)
+        except BlockingIOError:
+            return None
         except SocketUnavailable as error:
             # Anew: a fallback may be kept for long, and this one has the frames it came through.
-            self.not_connected(SocketUnavailable(error.reason))
-        except BlockingIOError:
-            if self.clock() < deadline:
-                return False
-            self.not_connected(SocketUnavailable(_FULL))
+            return SocketUnavailable(error.reason)
+        if self._could_enter(sock):
+            return sock
+        sock.close()
+        return SocketUnavailable(_NOT_ABOVE)
+
+    def take_connection(
+        self, outcome: socket.socket | SocketUnavailable | None, deadline: float
+    ) -> float:
+        """
+        Go on with what `connect` returned.
+
+        Args:
+            outcome: owned from here on.
+            deadline: see `connect_deadline`.
+
+        Returns:
+            How long to wait for room in another try; 0.0 if none is to follow.
+        """
+        if outcome is None:
+            left_s = deadline - self.clock()
+            if left_s > 0:
+                return min(left_s, CONNECT_WAIT_S)
+            outcome = SocketUnavailable(_FULL)
+        if isinstance(outcome, SocketUnavailable):
+            self.not_connected(outcome)
         else:
-            if self._could_enter(sock):
-                self.connected(sock)
-            else:
-                sock.close()
-                self.not_connected(SocketUnavailable(_NOT_ABOVE))
-        return True
+            self.connected(outcome)
+        return 0.0
 
     def _could_enter(self, sock: socket.socket) -> bool:
         """Say whether a PID namespace of this provider could be entered, if one is wanted."""
