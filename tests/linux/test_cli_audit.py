@@ -15,7 +15,7 @@ from statemachine import CreationFailed, FdPassing, NamespaceRequest, ProviderKe
 from statemachine import events as on
 from statemachine.events import ProviderInput
 from statemachine.messages import NamespaceResponse
-from tests.support.programs import DEADLINE_S, NET, PID, daemon_in, nshandoff, wait_until
+from tests.support.programs import DEADLINE_S, NET, PID, daemon_in, nshandoff
 
 FIELDS = {
     *("id", "timestamp", "principal", "action", "scope", "outcome", "detail", "metadata", "source")
@@ -55,7 +55,7 @@ def test_basic_a_life_is_told_from_the_hand_over_to_the_cleanup(
             with pytest.raises(CreationFailed):
                 daemon.obtain(f"{allocation_id}-2", PID)
             handoff.end(DEADLINE_S)
-        wait_until(lambda: not daemon.alive())
+        daemon.wait_until_none_is_alive()
     assert [x["action"] for x in audited(audit) if "allocation_id" not in x["scope"]] == [
         "boot.ready"
     ]

@@ -175,7 +175,7 @@ def test_a_damaged_journal_is_set_aside_and_its_jobs_adopted(
     assert job.poll() is None
     job.kill()
     job.wait()
-    wait_until(lambda: not daemon.alive())
+    daemon.wait_until_none_is_alive()
 
 
 @pytest.mark.clause("CRASH-16", "CRASH-19")

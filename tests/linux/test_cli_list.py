@@ -133,7 +133,7 @@ def test_it_says_why_what_is_draining_is_still_there(daemon: Daemon, allocation_
         reason = f"{allocation_id}: init {seen['init_pid']} is being killed"
         assert any(line.startswith(reason) for line in table(daemon.state_dir))
         unreaped.wait(DEADLINE_S)
-    wait_until(lambda: not daemon.alive())
+    daemon.wait_until_none_is_alive()
     assert listed(daemon.state_dir)["remembered"] == [allocation_id]
 
 

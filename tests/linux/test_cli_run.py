@@ -399,7 +399,7 @@ def test_draining_is_said_and_not_waited_for(
             assert f"nshandoff: {allocation_id} has ended and is draining: " in result
             assert daemon.alive() == [allocation_id]
             unreaped.wait(DEADLINE_S)
-    wait_until(lambda: not daemon.alive())
+    daemon.wait_until_none_is_alive()
 
 
 # --- Without a provider ------------------------------------------------------------------------

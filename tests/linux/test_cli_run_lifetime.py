@@ -203,7 +203,7 @@ def test_killed_run_takes_all_of_its_allocation_along(
         wait_ready(program)
         os.killpg(program.pid, signal.SIGKILL)
         assert program.wait(DEADLINE_S) == -signal.SIGKILL
-    wait_until(lambda: not daemon.alive())
+    daemon.wait_until_none_is_alive()
     assert not (cgroup2 / "workload.slice" / f"{allocation_id}.scope").exists()
 
 

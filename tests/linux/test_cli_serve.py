@@ -173,7 +173,7 @@ def test_the_next_one_hands_over_the_same_namespaces(
 def test_every_row_that_is_taken_is_logged(daemon: Daemon, allocation_id: str) -> None:
     command = ("run", "--socket", daemon.socket, "--id", allocation_id, "--namespaces", "pid")
     assert nshandoff(*command, "--", "true").returncode == 0
-    wait_until(lambda: not daemon.alive())
+    daemon.wait_until_none_is_alive()
     assert daemon.moves(allocation_id) == [
         ("unknown", "requested"),
         ("requested", "created"),
@@ -203,7 +203,7 @@ def test_unclaimed_allocation_ends(tmp_path: Path, image_root: Path, allocation_
     with daemon_in(tmp_path, image_root, "--claim-timeout", "0.05") as daemon:
         with daemon.obtain(allocation_id, PID):
             pass
-        wait_until(lambda: not daemon.alive())
+        daemon.wait_until_none_is_alive()
         assert "claim_expired" in {line["event"] for line in daemon.events(allocation_id)}
 
 
@@ -385,7 +385,7 @@ def test_work_that_hangs_does_not_keep_it_from_stopping(daemon: Daemon, allocati
     assert daemon.events()[-1]["event"] == "stopped"
     # The next provider finds what was half made, and undoes it.
     daemon.start()
-    wait_until(lambda: not daemon.alive())
+    daemon.wait_until_none_is_alive()
 
 
 def forge_of(daemon: Daemon) -> int:

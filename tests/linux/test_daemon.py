@@ -65,7 +65,7 @@ def serve_one(daemon: Daemon, name: str) -> None:
     """Have one whole life, from the request to the release."""
     with daemon.obtain(name, PID, NET) as handoff:
         assert handoff.end()
-    wait_until(lambda: not daemon.alive())
+    daemon.wait_until_none_is_alive()
 
 
 def said(daemon: Daemon, event: str) -> list[dict[str, Any]]:

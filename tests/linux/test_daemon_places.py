@@ -273,7 +273,7 @@ def test_living_allocations_are_watched_though_the_disk_is_full(
         assert handoff.identities == identities
         assert handoff.end()
     shutil.rmtree(fillers)
-    wait_until(lambda: not daemon.alive())
+    daemon.wait_until_none_is_alive()
     stop_in_time(daemon)
 
 
@@ -332,7 +332,7 @@ def test_what_goes_wrong_while_it_runs_is_named_in_the_refusal(
         with daemon.obtain(f"{allocation_id}-new", PID, MOUNT, image="hello.sqfs") as repaired:
             assert repaired.end()
         assert living.end()
-    wait_until(lambda: not daemon.alive())
+    daemon.wait_until_none_is_alive()
     stop_in_time(daemon)
 
 

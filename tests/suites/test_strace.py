@@ -167,7 +167,7 @@ def survive(daemon: Daemon, name: str, point: Point) -> str:
         with daemon.obtain(f"{name}-neighbour", PID, MOUNT) as again:
             assert again.identities == before, "the neighbour is another"
             assert again.end(DEADLINE_S)
-    wait_until(lambda: not daemon.alive())
+    daemon.wait_until_none_is_alive()
     return outcome
 
 

@@ -76,6 +76,10 @@ def running(*words: str | Path, **how: Any) -> Iterator[subprocess.Popen[str]]:
                 program.kill()
 
 
+LINES_SHOWN: Final = 60
+"""Of a log, where a test says what there was."""
+
+
 class Daemon:
     """
     A provider in a directory of its own: as a program, or between two of its lives.
@@ -187,7 +191,15 @@ class Daemon:
         for name in self.alive():
             with suppress(AllocationNotFound):
                 self.consumer().end(name, DEADLINE_S)
-        wait_until(lambda: not self.alive())
+        self.wait_until_none_is_alive()
+
+    def wait_until_none_is_alive(self) -> None:
+        """Wait until its journal is empty; if it stays as it is, say what there is, and the log."""
+        try:
+            wait_until(lambda: not self.alive())
+        except AssertionError:
+            said = "\n".join(self.log.read_text().splitlines()[-LINES_SHOWN:])
+            raise AssertionError(f"these stay: {self.states()}\n{said}") from None
 
     def _is_ready(self) -> bool:
         assert self.program is not None
