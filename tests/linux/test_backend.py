@@ -36,6 +36,7 @@ from linux.testing.worlds import LIGHT, LinuxWorld, loop_images, real
 from statemachine.errors import CreationFailed, FdPassing
 from statemachine.messages import NamespaceRequest
 from statemachine.states import AllocationState
+from tests.support.census import kill_all
 from tests.support.forging import new_token, pids_with_token
 from tests.support.scarcity import descriptors_left
 from transport.calls import hook_syscalls
@@ -491,7 +492,7 @@ def kill_forge_first(served: Served) -> None:
 
 
 def kill_its_cgroup(served: Served) -> None:
-    (served.own_cgroup / "cgroup.kill").write_text("1")
+    kill_all(served.own_cgroup)
 
 
 def a_consumer_asks_for_it(tmp_path: Path, cgroup2: Path, image_root: Path, name: str) -> None:

@@ -36,6 +36,7 @@ from linux.cgroups import (
 )
 from linux.syscalls import pidfd_open
 from linux.testing.hostile import IDS
+from tests.support.census import kill_all
 from tests.support.forging import process_state
 from transport.calls import hook_syscalls
 from transport.descriptors import Descriptor
@@ -55,7 +56,7 @@ def root(cgroup2: Path, allocation_id: str) -> Iterator[Path]:
     root = cgroup2 / f"{allocation_id}-root"
     root.mkdir()
     yield root
-    (root / "cgroup.kill").write_text("1")
+    kill_all(root)
     wait_until(lambda: "populated 0" in (root / "cgroup.events").read_text())
     for directory, _, _ in os.walk(root, topdown=False):
         Path(directory).rmdir()

@@ -18,6 +18,7 @@ import pytest
 
 from linux.cgroups import remove_cgroup
 from linux.cli.exits import ExitCode
+from tests.support.census import kill_all
 from tests.support.programs import ROOT, environment, wait_until
 
 pytestmark = pytest.mark.needs_root
@@ -194,7 +195,7 @@ def home(cgroup2: Path, allocation_id: str) -> Iterator[Path]:
     home = cgroup2 / f"{allocation_id}-home"
     home.mkdir()
     yield home
-    (home / "cgroup.kill").write_text("1")
+    kill_all(home)
     wait_until(lambda: remove_cgroup(home))
 
 

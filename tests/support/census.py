@@ -31,6 +31,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -274,11 +275,23 @@ def remove_scopes_of(pid: int) -> list[str]:
     return left
 
 
+def kill_all(cgroup: Path) -> None:
+    """Kill every process in a cgroup and below; before Linux 5.14 it has no file for that."""
+    try:
+        with (cgroup / "cgroup.kill").open("r+") as file:
+            file.write("1")
+    except FileNotFoundError:
+        for procs in cgroup.glob("**/cgroup.procs"):
+            for pid in map(int, procs.read_text().split()):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
 def _remove_scope(scope: Path, prefix: str = SCOPE_PREFIX) -> str:
     if prefix not in scope.name:
         return "left alone, not provably ours"
     try:
-        (scope / "cgroup.kill").write_text("1")
+        kill_all(scope)
         deadline = time.monotonic() + SETTLE_S
         while "populated 1" in _read(scope / "cgroup.events") and time.monotonic() < deadline:
             time.sleep(POLL_S)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import isolation
+from tests.support.census import kill_all
 from tests.support.isolation import find_cgroup2
 from tests.support.programs import (
     DEADLINE_S,
@@ -48,6 +49,7 @@ ISOLATED = """
 import os, sys
 from pathlib import Path
 from tests.support import isolation
+from tests.support.census import kill_all
 isolation.enter(Path(sys.argv[1]))
 """
 
@@ -157,7 +159,7 @@ def test_what_a_killed_session_left_is_removed_when_it_is_empty(cgroup2: Path) -
             program.wait()
         isolation.remove_stale(above)
         assert [each.exists() for each in cgroups] == [False, True, True]
-        (cgroups[1] / "cgroup.kill").write_text("1")
+        kill_all(cgroups[1])
     wait_until(lambda: not (isolation.remove_stale(above) or any(map(Path.exists, cgroups))))
     os.close(above)
 
