@@ -17,8 +17,9 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,13 +34,16 @@ from tests.suites.faults.faults import (
     kills_of,
     short_faults_of,
 )
-from tests.suites.faults.lives import LIVES, FaultSetup, linux_stage, simulated_stage
+from tests.suites.faults.lives import LIVES, FaultSetup, LinuxStage, linux_stage, simulated_stage
+from tests.suites.faults.traced import THREADS, Traced
 from tests.suites.test_strace import POINTS, survive
 from tests.support.census import Session
 from tests.support.isolation import find_cgroup2
 from tests.support.programs import warm_daemon_in
 
 BACKENDS: Final = ("simulated", "linux")
+BY_STRACE: Final = "linux, by strace: "
+"""In the place of a backend, before whose calls are the last."""
 SINGLES_ON_LINUX: Final = 4_000
 """At scale 1: all there are."""
 PAIRS: Final = {"simulated": 50_400, "linux": 0}
@@ -72,6 +76,14 @@ def tasks(scale: float) -> list[Task]:
         Task(f"faults: deaths while {phase} on {backend}", _of(backend, phase, "deaths", scale))
         for backend in BACKENDS
         for phase in (*PHASES, *(CONSUMERS if backend == "linux" else ()))
+    ]
+    found += [
+        Task(
+            f"faults: deaths while {phase}, below Python, {who}",
+            _of(f"{BY_STRACE}{who}", phase, "deaths", scale / 2),
+        )
+        for phase, threads in THREADS.items()
+        for who in threads
     ]
     found += [
         Task(
@@ -119,7 +131,7 @@ def run(
         if kind == "strace":
             outcome = _strace(place, life)
         elif kind == "deaths":
-            outcome = _deaths(place, backend, life, part)
+            outcome = _deaths(place, backend, life, part, seed)
         elif kind == "random":
             outcome = _kills_at_random(place, f"{seed}-{share}", count)
         else:
@@ -168,7 +180,10 @@ class _StageDir:
             with dropped(self.new()) as program:
                 yield program
         else:
-            with killed(self.new(), _cgroup2(), self.make_image()) as program:
+            make: Callable[[LinuxStage], Killed] = Killed
+            if backend.startswith(BY_STRACE):
+                make = partial(Traced, who=backend.removeprefix(BY_STRACE))
+            with killed(self.new(), _cgroup2(), self.make_image(), make) as program:
                 yield program
 
 
@@ -278,9 +293,10 @@ def _drawn(
     return [tuple(chosen.sample(faults, 2)) for _ in range(count)]
 
 
-def _deaths(place: _StageDir, backend: str, phase: str, scale: float) -> Outcome:
-    outcome, k, dead = Outcome(), 1, 0
-    step = max(1, round(1 / scale)) if backend == "linux" else 1
+def _deaths(place: _StageDir, backend: str, phase: str, scale: float, seed: int) -> Outcome:
+    outcome, dead = Outcome(), 0
+    step = 1 if backend == "simulated" else max(1, round(1 / scale))
+    k = random.Random(f"{seed} {backend} {phase}").randint(1, step)
     while True:
         try:
             with place.program(backend) as program:
@@ -292,12 +308,12 @@ def _deaths(place: _StageDir, backend: str, phase: str, scale: float) -> Outcome
             outcome.discoveries.append(
                 Discovery(
                     f"dying at call {k} while {phase} on {backend}: {error}",
-                    f"python -m tests.campaign.faults_campaign {backend} {phase!r} {k}",
+                    f"python -m tests.campaign.faults_campaign {backend!r} {phase!r} {k}",
                 )
             )
             dead += 1
             k += step
-    outcome.figures["crashes"] = float(dead)
+    outcome.figures["crashes below Python" if BY_STRACE in backend else "crashes"] = float(dead)
     return outcome
 
 

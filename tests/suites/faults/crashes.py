@@ -237,7 +237,8 @@ class Killed(DoomableProgram):
         self._control: socket.socket | None = None
         self._last: CallSite | None = None
 
-    async def start(self, doomed_at: int | None = None) -> bool:
+    def _begin(self, doomed_at: int | None) -> socket.socket:
+        """Start a process; return what it is told by, and says what it has to say."""
         self._reap()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._pid = os.fork()
@@ -247,6 +248,10 @@ class Killed(DoomableProgram):
         theirs.close()
         self._control, self._last = ours, None
         ours.setblocking(False)
+        return ours
+
+    async def start(self, doomed_at: int | None = None) -> bool:
+        ours = self._begin(doomed_at)
         try:
             said = await asyncio.wait_for(self.stage.loop.sock_recv(ours, 4096), PATIENCE_S)
         except ConnectionResetError:
@@ -595,10 +600,15 @@ def dropped(directory: Path) -> Iterator[Dropped]:
 
 
 @contextmanager
-def killed(directory: Path, cgroup2: Path, image_root: Path) -> Iterator[Killed]:
+def killed(
+    directory: Path,
+    cgroup2: Path,
+    image_root: Path,
+    make: Callable[[LinuxStage], Killed] = Killed,
+) -> Iterator[Killed]:
     stage = LinuxStage(directory, cgroup2, image_root)
     stage.loop.hurry.is_patient = True
-    program = Killed(stage)
+    program = make(stage)
     stage.world.backend = stage.service()  # closed with the world; there is no other in here
     try:
         assert stage.loop.run_until_complete(program.start())

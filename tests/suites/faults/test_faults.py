@@ -16,6 +16,7 @@ import random
 import re
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,6 +45,7 @@ from tests.suites.faults.lives import (
     simulated_stage,
     whole_life,
 )
+from tests.suites.faults.traced import THREADS, Traced
 from tests.test_architecture import Module, modules
 from transport.calls import hook_syscalls, syscall
 from transport.testing.peer import Line
@@ -352,6 +354,22 @@ def test_on_linux_a_provider_can_be_killed_at_any_call(
     with killed(tmp_path, cgroup2, image_root) as program:
         for k in chosen.sample(range(1, 60), DEATHS_ON_LINUX):
             program.run(phase, k)
+
+
+@pytest.mark.sample(2)
+@pytest.mark.clause("CRASH-7")
+@pytest.mark.needs_root
+@pytest.mark.parametrize(
+    ("phase", "who"), [(phase, who) for phase, found in THREADS.items() for who in found]
+)
+def test_on_linux_a_provider_can_be_killed_below_python(
+    tmp_path: Path, cgroup2: Path, image_root: Path, phase: str, who: str
+) -> None:
+    with killed(tmp_path, cgroup2, image_root, partial(Traced, who=who)) as program:
+        first, last = random.Random(f"{SEED} {phase} {who}").sample(range(1, 26), 2)
+        assert program.run(phase, first) is not None
+        assert program.run(phase, last) is not None
+        assert program.missed < 2, "it was never killed"
 
 
 @pytest.mark.clause("CRASH-7", "SELF-12", "SELF-14", "SELF-15")
