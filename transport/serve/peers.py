@@ -482,7 +482,7 @@ class Connections:
     def start(self) -> None:
         """Accept the connections that come, and read them."""
         loop = asyncio.get_running_loop()
-        loop.add_reader(self._epoll.fileno(), self._notice)
+        loop.add_reader(self._epoll.fileno(), self._read_ready)
         loop.add_reader(self._listener.fileno(), self._accept)
 
     def get(self, number: int) -> ServedConnection | None:
@@ -530,13 +530,8 @@ class Connections:
 
     def enqueue(self, connection: ServedConnection) -> None:
         """Read a connection when it is its turn."""
-        if connection.read_closed or connection.is_waiting:
-            return
-        connection.is_waiting = True
-        self._turns.put((connection.uid, connection.number), connection)
-        if not self._is_turn_due:
-            self._is_turn_due = True
-            asyncio.get_running_loop().call_soon(self._take_turns)
+        self._put(connection)
+        self._go_on_soon()
 
     def remove(self, connection: ServedConnection) -> bool:
         """Find a connection no more; say whether it could be found."""
@@ -549,6 +544,22 @@ class Connections:
 
     # Reading.
 
+    def _read_ready(self) -> None:
+        """Read what is there, from here rather than in the next turn of the event loop."""
+        self._notice()
+        if not self._is_turn_due:
+            self._take_turns()
+
+    def _put(self, connection: ServedConnection) -> None:
+        if not (connection.read_closed or connection.is_waiting):
+            connection.is_waiting = True
+            self._turns.put((connection.uid, connection.number), connection)
+
+    def _go_on_soon(self) -> None:
+        if self._turns and not self._is_turn_due:
+            self._is_turn_due = True
+            asyncio.get_running_loop().call_soon(self._take_turns)
+
     def _notice(self) -> None:
         """Note which connections have something to read, have room, or are lost."""
         # Edge-triggered: each is told once, and read until nothing is left.
@@ -560,7 +571,7 @@ class Connections:
             if events & _LOST and not connection.is_lost:
                 self._keep_in_order(connection)
                 connection.note_loss()
-            self.enqueue(connection)
+            self._put(connection)
             if events & select.EPOLLOUT:
                 loop.call_soon(connection.write)
 
@@ -573,10 +584,8 @@ class Connections:
                 return
             connection.is_waiting = False
             if connection.read():
-                self.enqueue(connection)
-        if self._turns and not self._is_turn_due:
-            self._is_turn_due = True
-            asyncio.get_running_loop().call_soon(self._take_turns)
+                self._put(connection)
+        self._go_on_soon()
 
     # Accepting.
 
@@ -585,13 +594,15 @@ class Connections:
         while accepts < ACCEPTS_PER_TURN_MAX and refusals < REFUSALS_PER_TURN_MAX:
             accepted = self._accept_next()
             if accepted is None:
-                return
+                break
             if isinstance(accepted, Refused):
                 refusals += 1
                 self._refusals.count(accepted)
             else:
                 accepts += 1
                 self._take_up(accepted)
+        if accepts:
+            self._read_ready()  # most have said by now what they want
 
     def _take_up(self, accepted: Accepted) -> None:
         # Numbers are never used twice: an effect for a connection that is gone finds none.
@@ -633,6 +644,7 @@ class Connections:
                     return
                 # It may have been lost while it waited; then those behind it go on waiting.
                 self._notice()
+                self._go_on_soon()
                 if first.is_lost:
                     return
             first.is_in_order = False
