@@ -669,7 +669,9 @@ def test_what_was_asked_before_it_stops_is_served_and_what_is_asked_then_refused
     assert line.hear() is None
 
 
-def test_it_stops_without_waiting_for_what_is_kept_for_a_while(rig: Rig) -> None:
+@pytest.fixture
+def keeping() -> tuple[type[SimulatedBackend], threading.Event]:
+    """A backend, and what is set when it keeps something for a while."""
     is_kept = threading.Event()
 
     class Keeping(SimulatedBackend):
@@ -679,7 +681,14 @@ def test_it_stops_without_waiting_for_what_is_kept_for_a_while(rig: Rig) -> None
                 is_kept.set()
             return due_s
 
-    serving, line = rig.serve(Keeping), rig.connect()
+    return Keeping, is_kept
+
+
+def test_it_stops_without_waiting_for_what_is_kept_for_a_while(
+    rig: Rig, keeping: tuple[type[SimulatedBackend], threading.Event]
+) -> None:
+    backend, is_kept = keeping
+    serving, line = rig.serve(backend), rig.connect()
     line.ask(NamespaceRequest("a", (MOUNT,), "hello.sqfs"))
     line.ask(ended("a"))
     assert is_kept.wait(10)
@@ -688,6 +697,22 @@ def test_it_stops_without_waiting_for_what_is_kept_for_a_while(rig: Rig) -> None
     serving.stop()
     serving._thread.join(1.0)
     assert not serving._thread.is_alive()
+
+
+def test_what_an_earlier_provider_mounted_is_tidied_up_after_its_end(
+    rig: Rig, keeping: tuple[type[SimulatedBackend], threading.Event]
+) -> None:
+    with (
+        closing(SimulatedBackend(rig.node)) as earlier,
+        Serving(rig.path, earlier),
+        Line.to(rig.path) as line,
+    ):
+        line.ask(NamespaceRequest("a", (MOUNT,), "hello.sqfs"))
+    backend, is_kept = keeping
+    rig.serve(backend)
+    assert not is_kept.is_set()
+    rig.connect().ask(ended("a"))
+    assert is_kept.wait(10)
 
 
 def test_it_can_be_stopped_while_it_recovers(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -236,7 +236,8 @@ class Provider:
             self._lanes.pop(name, None)
         if isinstance(event, on.NamespacesReleased):
             self._timers.forget(name)
-            self._work.tidy_soon()
+            if self._work.has_images:
+                self._work.tidy_soon()
 
     # --- Effects that concern several parts ------------------------------------------------------
 

@@ -200,6 +200,8 @@ class BackendWork:
         self._all_workers: Final = (self._creators, self._releasers, self._image_workers)
         self._queues: Final[dict[str, deque[_Job]]] = {}
         """Of each allocation that has any, its work in order; the first is under way."""
+        self.has_images = False
+        """Whether any work had to do with an image: if not, there is nothing to tidy up."""
         self._is_over = False
         self._is_tidying = False
         self._is_untidy = False
@@ -232,6 +234,7 @@ class BackendWork:
             if found.cancelled():
                 return
             if error is None:
+                self.has_images = any(x.request.uenv_image for x in recovery.adoptions)
                 found.set_result(recovery)
             else:
                 found.set_exception(error)
@@ -248,6 +251,7 @@ class BackendWork:
         work = partial(try_to_create, self._backend, effect)
         job = _Job(lane, workers, work, self._done, image)
         if image is not None:
+            self.has_images = True
             loop = asyncio.get_running_loop()
             job.deadline = loop.call_later(self._image_s, self._give_up, job, request)
         self._add(request.allocation_id, job)
