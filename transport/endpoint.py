@@ -221,12 +221,13 @@ def begin_connect(path: str | os.PathLike[str], wait_s: float = 0.0) -> socket.s
 def _connect_in_turn(sock: socket.socket, address: Path, wait_s: float) -> None:
     """Connect a socket, waiting for room as long as is said; leave it non-blocking."""
     micros = max(1, round(wait_s * 1e6))  # zero would be for ever
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(*divmod(micros, 10**6)))
+    limit = _TIMEVAL.pack(*divmod(micros, 10**6))
+    syscall(sock.setsockopt, socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
     sock.setblocking(True)
     try:
         syscall(sock.connect, str(address))
         # After a signal, Python takes a unix socket for connected that is not.
-        sock.getpeername()
+        syscall(sock.getpeername)
     except OSError as error:
         if error.errno != errno.ENOTCONN:
             raise

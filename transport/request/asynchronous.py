@@ -319,9 +319,9 @@ class _LoopDriver:
 
     async def _connect(self, effect: do.Connect) -> None:
         deadline = self._exchange.connect_deadline()
-        wait_s = self._exchange.take_connection(self._exchange.connect(), deadline)
+        wait_s = self._exchange.take_connection(self._exchange.try_to_connect(), deadline)
         while wait_s and not self._is_closing:
-            outcome = await self._loop.run_in_executor(None, self._exchange.connect, wait_s)
+            outcome = await self._loop.run_in_executor(None, self._exchange.try_to_connect, wait_s)
             wait_s = self._exchange.take_connection(outcome, deadline)
 
     async def _serve_self(self, effect: do.ServeSelf) -> None:

@@ -280,10 +280,10 @@ def perform(exchange: Exchange, effect: Effect, cancel: int | None = None) -> No
 
 def _connect(exchange: Exchange, effect: do.Connect, cancel: int | None) -> None:
     deadline = exchange.connect_deadline()
-    wait_s = exchange.take_connection(exchange.connect(), deadline)
+    wait_s = exchange.take_connection(exchange.try_to_connect(), deadline)
     while wait_s:
         _raise_if_readable(cancel)
-        wait_s = exchange.take_connection(exchange.connect(wait_s), deadline)
+        wait_s = exchange.take_connection(exchange.try_to_connect(wait_s), deadline)
 
 
 def _serve_self(exchange: Exchange, effect: do.ServeSelf, cancel: int | None) -> None:

@@ -321,15 +321,15 @@ class Exchange:
         # A provider listens, and has much to do: it is its answer that is waited for.
         return self.clock() + max(self.patience.connect_s, self.patience.answer_s)
 
-    def connect(self, wait_s: float = 0.0) -> socket.socket | SocketUnavailable | None:
+    def try_to_connect(self, wait_s: float = 0.0) -> socket.socket | SocketUnavailable | None:
         """
-        Connect; may run in a thread. What is returned is to be given to `take_connection`.
+        Connect; may run in a thread. `take_connection` takes what is returned, and owns it.
 
         Args:
             wait_s: for room in a full backlog.
 
         Returns:
-            A connected socket, why there is none, or None if there was no room.
+            A connected socket, which the caller owns; why there is none; None if there was no room.
         """
         # Keeps SELF-16.
         if self.path is None:
@@ -350,7 +350,7 @@ class Exchange:
         self, outcome: socket.socket | SocketUnavailable | None, deadline: float
     ) -> float:
         """
-        Go on with what `connect` returned.
+        Go on with what `try_to_connect` returned.
 
         Args:
             outcome: owned from here on.
