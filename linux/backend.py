@@ -60,7 +60,17 @@ from .instance import (
 from .journal import Entry, Journal, JournalError, JournalUnavailable
 from .mounts import ImageError, ImageStore
 from .namespaces import expect_own_namespaces, open_bundle
-from .recovery import CREATED_MARK, ENDED_MARK, Action, Case, ScopeSeen, describe, find_cases
+from .recovery import (
+    CREATED_MARK,
+    ENDED_MARK,
+    HANDED_MARK,
+    Action,
+    Case,
+    ScopeSeen,
+    describe,
+    find_cases,
+    state_noted,
+)
 from .steps import StepwiseAllocation, StepwiseBackend
 from .survey import states_of, zombies_below
 from .syscalls import SyscallError, calling
@@ -383,16 +393,22 @@ class LinuxBackend(StepwiseBackend[_OnLinux]):
             if allocation.scope is not None:
                 allocation.scope.mark(CREATED_MARK)
 
+    def _mark_handed(self, allocation: _OnLinux) -> None:
+        self._mark(allocation, HANDED_MARK, AllocationState.HANDED_OFF)
+
     def _mark_end(self, allocation: _OnLinux) -> None:
-        """Record the end on the scope or, if that cannot be marked, in the journal."""
         # Keeps END-14.
-        # Either alone makes it durable, and the scope takes a tenth of the time. If the release is
-        # not finished at once, that is journaled, with the reason.
+        # If the release is not finished at once, that is journaled, with the reason.
+        self._mark(allocation, ENDED_MARK, AllocationState.ENDED)
+
+    def _mark(self, allocation: _OnLinux, mark: str, state: AllocationState) -> None:
+        """Note a state on the scope or, if that cannot be marked, in the journal."""
+        # Either alone makes it durable, and the scope takes a tenth of the time.
         if allocation.scope is not None:
             with suppress(ScopeError):  # gone: then that is its end
-                allocation.scope.mark(ENDED_MARK)
+                allocation.scope.mark(mark)
                 return
-        self._note(allocation, AllocationState.ENDED)
+        self._note(allocation, state)
 
     # --- The steps of a release ----------------------------------------------------------------
 
@@ -801,7 +817,7 @@ _WORK: Final[Mapping[Step, Callable[[LinuxBackend, _OnLinux], str | None]]] = Ma
         Step.IMAGE: LinuxBackend._mount_image,
         Step.ANCHOR: LinuxBackend._make_anchor,
         Step.PUBLISH: LinuxBackend._publish,
-        Step.RECORD_HANDOFF: lambda self, it: self._note(it, AllocationState.HANDED_OFF),
+        Step.RECORD_HANDOFF: LinuxBackend._mark_handed,
         Step.RECORD_END: LinuxBackend._mark_end,
         Step.END_INIT: LinuxBackend._end_init,
         Step.RELEASE_IMAGE: LinuxBackend._release_image,
@@ -839,12 +855,19 @@ def _compare_counts(journal: Journal, instance: Instance) -> None:
 
 def _state_of(case: Case) -> AllocationState:
     """Say with which state an allocation is taken over."""
-    state = AllocationState.REQUESTED if case.entry is None else case.entry.state
     if case.action is Action.ADOPT:
-        is_known = state is AllocationState.HANDED_OFF
-        return state if is_known else AllocationState.CREATED
-    is_recorded = case.entry is not None and case.seen is not ScopeSeen.ENDED
-    return state if is_recorded else AllocationState.ENDED
+        is_handed = _noted(case) is AllocationState.HANDED_OFF
+        return AllocationState.HANDED_OFF if is_handed else AllocationState.CREATED
+    if case.entry is None or case.seen is ScopeSeen.ENDED:
+        return AllocationState.ENDED
+    return case.entry.state
+
+
+def _noted(case: Case) -> AllocationState | None:
+    if case.entry is not None:
+        return state_noted(case.entry, case.scope)
+    is_marked = case.scope is not None and case.scope.marked() == HANDED_MARK
+    return AllocationState.HANDED_OFF if is_marked else None
 
 
 def _report(case: Case, what: str, why: str | None = None) -> None:

@@ -38,10 +38,13 @@ from .anchor import (
 from .cgroups import Scope, anchor_path, described_scopes
 from .features import Features
 from .instance import OWN_TOKEN_PREFIX, scope_parents_of
-from .journal import Entry, decode_request, encode_request
+from .journal import STATES, Entry, decode_request, encode_request
 
 CREATED_MARK: Final = "created"
 """Marked on a scope before its allocation is answered: what has no mark was never handed over."""
+
+HANDED_MARK: Final = "handed_off"
+"""Marked on a scope once its allocation was handed over."""
 
 ENDED_MARK: Final = "ended"
 """Marked on a scope before the end of its allocation is announced."""
@@ -507,6 +510,21 @@ _STORES: Final = {
 }
 
 
+_MARKED: Final = {
+    HANDED_MARK: AllocationState.HANDED_OFF,
+    ENDED_MARK: AllocationState.ENDED,
+}
+"""What the journal may lack, because the scope says it."""
+
+
+def state_noted(entry: Entry, scope: Scope | None) -> AllocationState:
+    """Return the last state that is noted of an allocation: in its entry, or on its scope."""
+    if scope is None or scope.is_gone():
+        return entry.state
+    marked = _MARKED.get(scope.marked() or "", entry.state)
+    return max(entry.state, marked, key=STATES.index)
+
+
 def _see(scope: Scope | None, root: Path | None) -> ScopeSeen:
     if root is None:
         return ScopeSeen.NOT_MADE
@@ -516,7 +534,7 @@ def _see(scope: Scope | None, root: Path | None) -> ScopeSeen:
     if mark == ENDED_MARK:
         return ScopeSeen.ENDED
     is_busy = scope.is_populated()
-    if mark != CREATED_MARK:
+    if mark not in (CREATED_MARK, HANDED_MARK):
         return ScopeSeen.ENTERED if is_busy else ScopeSeen.UNMARKED
     if is_busy:
         return ScopeSeen.BUSY

@@ -165,14 +165,15 @@ class StepwiseBackend(ABC, Generic[A]):
 
     def record_handed_off(self, allocation_id: str) -> None:
         """
-        Journal that an allocation was handed over; nothing if there is none.
+        Note durably that an allocation was handed over; nothing if there is none.
 
-        If the journal cannot be written, a later provider adopts the allocation as one that was not
-        handed over yet, and hands it over all the same.
+        If that cannot be written, a later provider adopts the allocation as one that was not handed
+        over yet, and hands it over all the same.
         """
-        allocation = self._allocations.get(allocation_id)
-        if allocation is not None and not allocation.is_released:
-            self._try_to_note(Step.RECORD_HANDOFF, allocation)
+        with self._guard:  # so that an end is not overwritten by it
+            allocation = self._allocations.get(allocation_id)
+            if allocation is not None and allocation.is_journaled and not self._is_over(allocation):
+                self._try_to_note(Step.RECORD_HANDOFF, allocation)
 
     def record_ended(self, allocation_id: str) -> None:
         """Note durably that it is over; a creation under way will not be published."""
@@ -182,6 +183,10 @@ class StepwiseBackend(ABC, Generic[A]):
             allocation = self._allocations.get(allocation_id)
             if allocation is not None:
                 self._record_end(allocation)
+
+    @staticmethod
+    def _is_over(allocation: A) -> bool:
+        return allocation.is_end_journaled or allocation.is_released
 
     def _release(self, allocation: A) -> None:
         """Undo everything that was done; what cannot be undone yet stays, with its reason."""

@@ -29,7 +29,7 @@ from .files import read_file
 from .journal import LOCK_NAME, Entry, read_journal
 from .mounts import image_on, loop_devices
 from .namespaces import KernelInspector, open_namespace
-from .recovery import ENDED_MARK
+from .recovery import state_noted
 from .syscalls import SyscallError
 
 PROCESSES_SHOWN_MAX: Final = 8
@@ -205,8 +205,7 @@ def _see(entry: Entry, features: Features) -> AllocationSeen:
             stack.enter_context(anchor)
         path = entry.scope_path
         scope = None if path is None else Scope.at(Path(path), entry.incarnation)
-        if scope is not None and scope.marked() == ENDED_MARK:
-            entry = changed(entry, state=AllocationState.ENDED)  # which the journal may lack
+        entry = changed(entry, state=state_noted(entry, scope))
         return AllocationSeen(
             entry,
             init_pid=None if anchor is None else anchor.pid,

@@ -176,11 +176,15 @@ def _enter(options: argparse.Namespace) -> int:
             return _execute(options.command, handoff, scope, blocked, taken)
 
 
+_LIVING: Final = (AllocationState.CREATED, AllocationState.HANDED_OFF)
+
+
 def _living(options: argparse.Namespace) -> Entry:
     """Return what the provider has noted of the allocation; it only knows its request."""
     name, directory = id_of(options), Path(options.state_dir)
     for entry in read_journal(directory).entries:
-        if entry.allocation_id == name and entry.state is AllocationState.HANDED_OFF:
+        # Whether it was handed over is noted on its scope, which may not be seen from here.
+        if entry.allocation_id == name and entry.state in _LIVING:
             return entry
     raise Failure(ExitCode.RUN_FAILED, f"there is no living allocation {name} in {directory}")
 

@@ -170,7 +170,7 @@ def test_a_damaged_journal_is_set_aside_and_its_jobs_adopted(
     assert "changes" in found[str(journal)]["why"]
     assert found[allocation_id]["verdict"] == "UNKNOWN"
     daemon.start()
-    assert daemon.states() == {allocation_id: "created"}
+    assert daemon.states() == {allocation_id: "handed_off"}  # as its scope says
     assert examined(daemon.state_dir)[0] == ExitCode.OK
     assert job.poll() is None
     job.kill()

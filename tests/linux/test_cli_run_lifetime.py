@@ -12,8 +12,6 @@ import pytest
 from linux.cgroups import Scope
 from linux.cli.exits import ExitCode
 from linux.cli.run import _claimed
-from linux.journal import Entry, read_journal
-from statemachine.states import AllocationState
 from tests.support.programs import (
     DEADLINE_S,
     MOUNT,
@@ -93,14 +91,11 @@ def test_interrupted_exec_ends_nothing(
 ) -> None:
     """While it waits for a provider that does not go on."""
 
-    def entries() -> tuple[Entry, ...]:
-        return read_journal(daemon.state_dir).entries
-
     def connections() -> int:
         return Path("/proc/net/unix").read_text().count(f" {daemon.socket}\n")
 
     with daemon_in(tmp_path, image_root) as daemon, daemon.obtain(allocation_id, NET) as handoff:
-        wait_until(lambda: entries()[0].state is AllocationState.HANDED_OFF)
+        wait_until(lambda: daemon.states() == {allocation_id: "handed_off"})
         os.kill(daemon.pid, signal.SIGSTOP)
         try:
             before = connections()

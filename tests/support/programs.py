@@ -15,9 +15,11 @@ from typing import Any, Final
 
 import pytest
 
+from linux.cgroups import Scope
 from linux.features import Features
-from linux.journal import read_journal
+from linux.journal import Entry, read_journal
 from linux.namespaces import KernelInspector
+from linux.recovery import state_noted
 from linux.sinks import GATHER_S
 from statemachine import AllocationNotFound, NamespaceRequest, NamespaceType
 from transport.request import Consumer, Handoff
@@ -178,7 +180,7 @@ class Daemon:
 
     def states(self) -> dict[str, str]:
         """The allocations that its journal has, and the state of each."""
-        return {x.allocation_id: x.state.value for x in read_journal(self.state_dir).entries}
+        return {x.allocation_id: _state_of(x) for x in read_journal(self.state_dir).entries}
 
     def alive(self) -> list[str]:
         """The allocations that its journal has."""
@@ -207,6 +209,12 @@ class Daemon:
         with suppress(FileNotFoundError, ValueError):
             return bool(json.loads(self.ready.read_text())["pid"] == self.program.pid)
         return False
+
+
+def _state_of(entry: Entry) -> str:
+    path = entry.scope_path
+    scope = None if path is None else Scope.at(Path(path), entry.incarnation)
+    return state_noted(entry, scope).value
 
 
 @contextmanager
