@@ -670,7 +670,8 @@ def test_a_scope_made_threaded_is_killed_process_by_process(scope: Scope) -> Non
         processes = [stack.enter_context(running(place)) for place in places]
         assert scope.is_populated()
         assert scope.processes() == sorted(process.pid for process in processes)
-        with pytest.raises(OSError, match="not supported"):
+        # Before Linux 5.14 there is no such file.
+        with pytest.raises(OSError, match="not supported|denied"):
             (scope.path / "cgroup.kill").write_text("1")
         scope.kill()
         assert [exit_status(process) for process in processes] == [-signal.SIGKILL] * 3

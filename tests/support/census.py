@@ -281,10 +281,11 @@ def kill_all(cgroup: Path) -> None:
         with (cgroup / "cgroup.kill").open("r+") as file:
             file.write("1")
     except FileNotFoundError:
-        for procs in cgroup.glob("**/cgroup.procs"):
-            for pid in map(int, procs.read_text().split()):
+        # Threads, because not every cgroup can say what processes are in it.
+        for threads in cgroup.glob("**/cgroup.threads"):
+            for thread in map(int, threads.read_text().split()):
                 with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+                    os.kill(thread, signal.SIGKILL)
 
 
 def _remove_scope(scope: Path, prefix: str = SCOPE_PREFIX) -> str:
