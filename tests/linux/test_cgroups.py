@@ -671,7 +671,7 @@ def test_a_scope_made_threaded_is_killed_process_by_process(scope: Scope) -> Non
         assert scope.is_populated()
         assert scope.processes() == sorted(process.pid for process in processes)
         # Before Linux 5.14 there is no such file.
-        with pytest.raises(OSError, match="not supported|denied"):
+        with pytest.raises(OSError, match=r"not supported|denied"):
             (scope.path / "cgroup.kill").write_text("1")
         scope.kill()
         assert [exit_status(process) for process in processes] == [-signal.SIGKILL] * 3
