@@ -123,16 +123,28 @@ def refusing(daemon: Daemon, calls: str, errno: str, nth: int) -> Iterator[None]
 
 
 def _children_of(pid: int) -> list[int]:
+    """Those that live: a forge that has ended is waited for with the next request."""
     tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for task in tasks for child in task.read_text().split()]
+    children = [int(child) for task in tasks for child in task.read_text().split()]
+    return [child for child in children if not any(map(_has_ended, _statuses_of(child)))]
 
 
 def _is_traced(pid: int) -> bool:
-    """Whether every thread of a process is: those that start later are as well."""
-    return all(
-        "TracerPid:\t0\n" not in status.read_text()
-        for status in Path(f"/proc/{pid}/task").glob("*/status")
-    )
+    """
+    Whether every thread of a process is: those that start later are as well.
+
+    Or it has ended: a call that it waited in is begun anew when it is traced, and refused then.
+    """
+    statuses = _statuses_of(pid)
+    return all(_has_ended(status) or "TracerPid:\t0\n" not in status for status in statuses)
+
+
+def _statuses_of(pid: int) -> list[str]:
+    return [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/status")]
+
+
+def _has_ended(status: str) -> bool:
+    return "State:\tZ" in status or "State:\tX" in status
 
 
 def life(daemon: Daemon, name: str) -> str:
