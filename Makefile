@@ -1,7 +1,7 @@
 # A fresh clone needs Python 3.11 and make; every target fetches what else it needs, once.
 # More words for the program behind a target: make test ARGS='tests/transport/test_codec.py -x'
 
-.PHONY: help demo test verify kernels lint site refresh clean
+.PHONY: help demo test verify bench kernels lint site refresh clean
 
 # Without compiled files every program that a test starts would compile the packages again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -10,6 +10,7 @@ help:
 	@echo 'make demo    two allocations from request to release, on this machine, checked'
 	@echo 'make test    the tests, on up to four cores; as root also what needs real namespaces'
 	@echo 'make verify  what takes longer: a quarter of the verification campaign, with a report'
+	@echo 'make bench   what it costs, beside a C floor and other programs; as root, four minutes'
 	@echo 'make kernels the demo and some tests on other kernels, in QEMU; as root, takes hours'
 	@echo 'make lint    ruff, ruff format and mypy --strict'
 	@echo 'make site    the book of specs/ as a web site, build/site/index.html'
@@ -28,6 +29,10 @@ test:
 verify:
 	@.ci/setup test
 	.venv/bin/nshandoff verify --scale 0.25 $(ARGS)
+
+bench:
+	@.ci/setup bench
+	.venv/bin/python -m bench $(ARGS)
 
 kernels:
 	.ci/kernels $(ARGS)

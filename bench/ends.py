@@ -19,8 +19,7 @@ import time
 from pathlib import Path
 from typing import Final
 
-from fairness import WARM, burn, connect, creations, processes, provider, read_frames
-
+from bench.fairness import WARM, burn, connect, creations, processes, provider, read_frames
 from linux.features import Features
 from linux.namespaces import KernelInspector
 from statemachine import AllocationEnded, NamespaceRequest, NamespaceType
