@@ -39,6 +39,9 @@ KEPT: Final = HERE / "result.json"
 CORES: Final = 2
 MINUTES: Final = 4.0
 SHARE_OF_ROUNDS: Final = 0.8
+BUSY_LOAD: Final = 0.5
+"""With more load before it begins, other work is running."""
+
 LEFT_S: Final = 10.0
 """What is there for longer, after the end, is left."""
 
@@ -79,6 +82,7 @@ def run(options: argparse.Namespace, taken: Taken) -> dict[str, Any]:
     allow_descriptors()
     machine = {**describe_machine(), "all_cores": len(cores), "cores": cores[: options.cores]}
     machine["load_before"] = _load()
+    machine["other_work"] = machine["load_before"][0] > BUSY_LOAD
     work = BenchRun(counts, options.minutes * 60, taken)
     left = in_isolation(work.run)
     results.add_derived(taken, counts.many)
@@ -118,7 +122,6 @@ class BenchRun:
         """Run in a folder of its own; what fails is left out from then on, and noted."""
         floor = Floor(folder, cgroup2)
         with ExitStack() as stack:
-            stack.callback(peers.remove_remains, peers.NETNS_FOLDER.exists())
             daemon = stack.enter_context(provider(folder))
             path = folder / "handoff.sock"
             creations(path, WARM)

@@ -2,8 +2,9 @@
 
 A container, or what comes nearest, is made and removed by the program's own commands, with the same
 three namespaces where it can have them. Programs are started by posix_spawn(3), which is cheaper
-than what a caller in Python would use. All run in a mount namespace in which cgroup v2 is at
-/sys/fs/cgroup, because crun refuses a node that has both versions mounted.
+than what a caller in Python would use. All run in a mount namespace of their own, in which cgroup
+v2 is at /sys/fs/cgroup, because crun refuses a node that has both versions mounted, and /run is
+empty, so that what they note there is gone with it.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from bench.floor import compile_anchor
 from linux import syscalls
 
 CGROUP: Final = "/sys/fs/cgroup"
-NETNS_FOLDER: Final = Path("/run/netns")
-NETNS_PREFIX: Final = f"nsh-bench-{os.getpid()}-"
+NOTED: Final = ("/run", "/dev/shm")
+"""Where programs note what they have made."""
 
 
 class OtherProgram(NamedTuple):
@@ -46,27 +47,33 @@ def all_peers(folder: Path) -> list[OtherProgram]:
     here, bundle = str(folder), str(folder / "bundle")
     namespaces = ("--fork", "--pid", "--net", "--mount", "--mount-proc")
     separate = ("--unshare-pid", "--unshare-net", "--dev-bind", "/", "/", "--proc", "/proc")
-    netns = f"{NETNS_PREFIX}{{}}"
 
     def oci(name: str, program: str, *options: str) -> OtherProgram:
         with_root = (program, "--root", f"{here}/{program}", *options)
         create = (*with_root, "create", "--bundle", bundle, "{}")
         return OtherProgram(name, (create, (*with_root, "delete", "--force", "{}")))
 
-    podman = (
-        *("podman", "--root", f"{here}/podman", "--runroot", f"{here}/podman-run"),
-        "--cgroup-manager=cgroupfs",
-    )
-    keep = ("run", "--detach", "--network=none", "--name", "{}", "--rootfs", f"{bundle}/rootfs")
     return [
         OtherProgram("unshare", (("unshare", *namespaces, "true"),)),
-        OtherProgram("ip netns", (("ip", "netns", "add", netns), ("ip", "netns", "delete", netns))),
+        OtherProgram("ip netns", (("ip", "netns", "add", "{}"), ("ip", "netns", "delete", "{}"))),
         OtherProgram("bwrap", (("bwrap", *separate, "true"),)),
         oci("crun without cgroups", "crun", "--cgroup-manager=disabled"),
         oci("crun", "crun", "--cgroup-manager=cgroupfs"),
         oci("runc", "runc"),
-        OtherProgram("podman", ((*podman, *keep, "/anchor"), (*podman, "rm", "--force", "{}"))),
+        _podman(here, bundle),
     ]
+
+
+def _podman(folder: str, bundle: str) -> OtherProgram:
+    # Privileged, and with limits that are there already, because raising them and device rules need
+    # more than root has in some containers; and without it podman would only be slower.
+    state = ("--root", f"{folder}/podman", "--runroot", f"{folder}/podman-run")
+    podman = ("podman", *state, "--network-config-dir", f"{folder}/podman-net")
+    podman = (*podman, "--cgroup-manager=cgroupfs")
+    limits = ("--pids-limit=0", "--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024")
+    how = ("--detach", "--privileged", "--network=none", *limits, "--name", "{}")
+    run = (*podman, "run", *how, "--rootfs", f"{bundle}/rootfs", "/anchor")
+    return OtherProgram("podman", (run, (*podman, "rm", "--force", "--time=0", "{}")))
 
 
 def is_installed(peer: OtherProgram) -> bool:
@@ -107,16 +114,8 @@ def lives_of(peer: OtherProgram, folder: Path, count: int) -> list[float]:
     return results_of(partial(_lead, peer, folder / "peers.log", count))[0]
 
 
-def remove_remains(was_there: bool) -> None:
-    """Remove what a failed or interrupted `ip netns` has left."""
-    for path in NETNS_FOLDER.glob(f"{NETNS_PREFIX}*"):
-        path.unlink()
-    if not was_there and NETNS_FOLDER.is_dir() and not any(NETNS_FOLDER.iterdir()):
-        NETNS_FOLDER.rmdir()
-
-
 def _lead(peer: OtherProgram, log: Path, count: int) -> list[float]:
-    _see_cgroup2_only()
+    _separate_mounts()
     times = []
     for number in range(count):
         name = f"{os.getpid()}-{number}"
@@ -128,11 +127,13 @@ def _lead(peer: OtherProgram, log: Path, count: int) -> list[float]:
     return times
 
 
-def _see_cgroup2_only() -> None:
+def _separate_mounts() -> None:
     syscalls.unshare(syscalls.CLONE_NEWNS)
     syscalls.mount(None, "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
     syscalls.umount2(CGROUP, syscalls.MNT_DETACH)
     syscalls.mount("cgroup2", CGROUP, "cgroup2", 0)
+    for path in NOTED:
+        syscalls.mount("bench", path, "tmpfs", 0)
 
 
 def _run(words: Sequence[str], log: Path) -> None:

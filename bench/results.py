@@ -193,6 +193,9 @@ HEAD: Final = (
 )
 
 
+BUSY: Final = ", so other work was running"
+
+
 def text_of(report: Mapping[str, Any], former: Mapping[str, Any] | None) -> str:
     """Write a report for people; `former` is one to compare it with."""
     machine, not_measured = report["machine"], "; ".join(report["not_measured"])
@@ -201,7 +204,7 @@ def text_of(report: Mapping[str, Any], former: Mapping[str, Any] | None) -> str:
         f"not measured: {not_measured or 'nothing is missing'}",
         f"{machine['processor']}, {len(machine['cores'])} of {machine['all_cores']} cores, Linux "
         f"{machine['kernel']}, Python {machine['python']}, load {machine['load_before'][0]} before "
-        f"and {machine['load_after'][0]} after; {settings['rounds_done']} rounds, seed "
+        f"and {machine['load_after'][0]} after{BUSY if machine['other_work'] else ''}; {settings['rounds_done']} rounds, seed "
         f"{settings['seed']}",
         f"us; 'sustained' is lives a second of {PARALLEL} consumers, 'against' what floor.c and "
         "other programs take",

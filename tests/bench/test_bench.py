@@ -56,7 +56,6 @@ def test_basic_every_figure_is_there_and_nothing_is_left(tmp_path: Path) -> None
 @pytest.mark.deep("long")
 @pytest.mark.needs_root
 def test_nothing_is_left_by_an_interruption(tmp_path: Path) -> None:
-    there = os.path.lexists(peers.NETNS_FOLDER)
     variables = environment(TMPDIR=str(tmp_path))
     with subprocess.Popen([*COMMAND, "--out", tmp_path], cwd=ROOT, env=variables) as program:
         wait_until(lambda: bool(list(tmp_path.glob("*/state/ready"))))
@@ -64,7 +63,6 @@ def test_nothing_is_left_by_an_interruption(tmp_path: Path) -> None:
         program.send_signal(signal.SIGINT)
         assert program.wait(TIMEOUT_S) == 130
     assert list(tmp_path.iterdir()) == []
-    assert os.path.lexists(peers.NETNS_FOLDER) == there
 
 
 # --- ratios ------------------------------------------------------------------------------------
@@ -168,7 +166,7 @@ def report_of(taken: Taken) -> dict[str, Any]:
     machine = {"processor": "P", "kernel": "K", "python": "3", "cores": [0], "all_cores": 1}
     return {
         "not_measured": ["podman (not installed)", *missing],
-        "machine": {**machine, "load_before": [0.5], "load_after": [1.5]},
+        "machine": {**machine, "load_before": [0.5], "load_after": [1.5], "other_work": True},
         "settings": {"rounds_done": 1, "seed": 7, "many": 1000},
         "rows": results.as_plain(rows),
         "processor_us": {},
