@@ -193,19 +193,11 @@ HEAD: Final = (
 )
 
 
-BUSY: Final = ", so other work was running"
-
-
 def text_of(report: Mapping[str, Any], former: Mapping[str, Any] | None) -> str:
     """Write a report for people; `former` is one to compare it with."""
-    machine, not_measured = report["machine"], "; ".join(report["not_measured"])
-    settings = report["settings"]
     lines = [
-        f"not measured: {not_measured or 'nothing is missing'}",
-        f"{machine['processor']}, {len(machine['cores'])} of {machine['all_cores']} cores, Linux "
-        f"{machine['kernel']}, Python {machine['python']}, load {machine['load_before'][0]} before "
-        f"and {machine['load_after'][0]} after{BUSY if machine['other_work'] else ''}; {settings['rounds_done']} rounds, seed "
-        f"{settings['seed']}",
+        f"not measured: {'; '.join(report['not_measured']) or 'nothing is missing'}",
+        _circumstances(report["machine"], report["settings"]),
         f"us; 'sustained' is lives a second of {PARALLEL} consumers, 'against' what floor.c and "
         "other programs take",
         HEAD + ("ratio before" if former else ""),
@@ -218,9 +210,21 @@ def text_of(report: Mapping[str, Any], former: Mapping[str, Any] | None) -> str:
         lines.append(f"  {whose:6}" + ", ".join(f"{part} {us:g}" for part, us in parts.items()))
     for whose, tenths in report["alive_us"].items():
         shown = " ".join(f"{value:.0f}" for value in tenths)
-        lines.append(f"creation, in tenths of {settings['many']} alive, {whose}, us: {shown}")
+        lines.append(
+            f"creation, in tenths of {report['settings']['many']} alive, {whose}, us: {shown}"
+        )
     lines += [f"LEFT: {what}" for what in report["left"]]
     return "\n".join(lines)
+
+
+def _circumstances(machine: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    cores = f"{len(machine['cores'])} of {machine['all_cores']} cores"
+    load = f"load {machine['load_before'][0]} before and {machine['load_after'][0]} after"
+    busy = ", so other work was running" if machine["other_work"] else ""
+    return (
+        f"{machine['processor']}, {cores}, Linux {machine['kernel']}, Python {machine['python']}, "
+        f"{load}{busy}; {settings['rounds_done']} rounds, seed {settings['seed']}"
+    )
 
 
 def _line(row: Mapping[str, Any], before: Mapping[str, Any] | None) -> str:
