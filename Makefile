@@ -11,7 +11,7 @@ help:
 	@echo 'make test    the tests, on up to four cores; as root also what needs real namespaces'
 	@echo 'make verify  what takes longer: a quarter of the verification campaign, with a report'
 	@echo 'make bench   what it costs, beside a C floor and other programs; as root, four minutes'
-	@echo 'make kernels the demo and some tests on other kernels, in QEMU; as root, takes hours'
+	@echo 'make kernels the demo and some tests on other kernels, in QEMU; as root, takes an hour'
 	@echo 'make lint    ruff, ruff format and mypy --strict'
 	@echo 'make site    the book of specs/ as a web site, build/site/index.html'
 	@echo 'make refresh the generated parts of specs/ anew, after a change of the code'
