@@ -2,15 +2,17 @@
 
 `dataclass(frozen=True, slots=True)` compiles eight functions for each class and builds the class
 twice, which was most of what importing this package cost: it has some eighty events, effects and
-messages. `record` compiles one small source for each class, and does not import `dataclasses`. Its
-classes work with `dataclasses.fields`, `replace`, `asdict` and `is_dataclass`, with `match`, `copy`
-and `pickle`; mypy takes them for frozen dataclasses.
+messages. `record` compiles one small source for each class, when the class is first used, which few
+of them are in one process; and does not import `dataclasses`. Its classes work with
+`dataclasses.fields`, `replace`, `asdict` and `is_dataclass`, with `match`, `copy` and `pickle`;
+mypy takes them for frozen dataclasses.
 """
 
 from __future__ import annotations
 
 import sys
 from functools import cache, lru_cache
+from types import FunctionType
 from typing import Any, ClassVar, Final, TypeVar, dataclass_transform
 
 T = TypeVar("T")
@@ -40,6 +42,20 @@ class _OfDataclass:
         return getattr(_dataclass_like(owner), self._attribute)
 
 
+class _CompiledWhenUsed:
+    """A method of one record, compiled when it or another of its kind is first used."""
+
+    def __set_name__(self, owner: Any, name: str) -> None:
+        self._record = owner
+        self._name = name
+
+    def __get__(self, instance: object, owner: Any) -> Any:
+        # In the place of this, so that the next call finds the method itself.
+        for method in _methods(self._record):
+            setattr(self._record, method.__name__, method)
+        return getattr(self._record, self._name).__get__(instance, owner)
+
+
 @cache
 def _dataclass_like(cls: Any) -> type:
     import dataclasses
@@ -62,6 +78,7 @@ class _Record:
     __dataclass_params__ = _OfDataclass("__dataclass_params__")
     _types: ClassVar[dict[str, Any]] = {}
     _defaults: ClassVar[dict[str, Any]] = {}
+    _module: ClassVar[dict[str, Any]]
 
     def __setattr__(self, name: str, value: object) -> None:
         raise _frozen(f"cannot assign to field {name!r}")
@@ -130,14 +147,13 @@ def record(cls: type[T]) -> type[T]:
         "__match_args__": names,
         "_types": types,
         "_defaults": defaults,
+        "_module": vars(sys.modules[cls.__module__]),
+        "__init__": _CompiledWhenUsed(),
+        "__eq__": _CompiledWhenUsed(),
+        "__hash__": _CompiledWhenUsed(),
     }
     metaclass: Any = type(cls)
-    made: Any = metaclass(cls.__name__, bases, namespace)
-    for method in _methods(made, types, defaults):
-        method.__qualname__ = f"{made.__qualname__}.{method.__name__}"
-        setattr(made, method.__name__, method)
-    made.__init__.__annotations__ = {**types, "return": None}
-    return made  # type: ignore[no-any-return]
+    return metaclass(cls.__name__, bases, namespace)  # type: ignore[no-any-return]
 
 
 def fields_of(value: object) -> dict[str, Any]:
@@ -150,8 +166,9 @@ def changed(value: T, **fields: object) -> T:
     return type(value)(**{**fields_of(value), **fields})
 
 
-def _methods(made: type, types: dict[str, str], defaults: dict[str, Any]) -> Any:
+def _methods(made: Any) -> tuple[FunctionType, ...]:
     """Compile what is called often: construction, comparison and hash."""
+    types, defaults = made._types, made._defaults
     names = tuple(types)
     known = {f"set_{name}": getattr(made, name).__set__ for name in names}
     known |= {f"default_{name}": value for name, value in defaults.items()}
@@ -169,10 +186,14 @@ def _methods(made: type, types: dict[str, str], defaults: dict[str, Any]) -> Any
         equal=" and ".join(f"self.{name} == other.{name}" for name in names) or "True",
         values="".join(f"self.{name}, " for name in names),
     )
-    methods: dict[str, Any] = {}
+    scope: dict[str, Any] = {}
     # In the class's own module, whose names its annotations are.
-    exec(_code(source), vars(sys.modules[made.__module__]), methods)
-    return methods["make"](**known)
+    exec(_code(source), made._module, scope)
+    methods: tuple[FunctionType, ...] = scope["make"](**known)
+    for method in methods:
+        method.__qualname__ = f"{made.__qualname__}.{method.__name__}"
+    methods[0].__annotations__ = {**types, "return": None}
+    return methods
 
 
 def _checks(types: dict[str, str]) -> list[str]:
