@@ -23,7 +23,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from statemachine.errors import NamespaceError
 from statemachine.messages import NamespaceRequest, NamespaceType
@@ -35,11 +35,9 @@ from ..cgroups import CgroupUnavailable, Scope, ScopeError
 from ..consumer import find_scope
 from ..features import Features
 from ..forge.spawn import Inherited, own_timers, scope_tied, spawn_within
-from ..journal import Entry, JournalError, read_journal
 from ..launch import Launch, launch
 from ..namespaces import KernelInspector, has_dead_init
 from ..self_service import OwnNamespaces
-from ..survey import states_of
 from ..syscalls import SyscallError
 from .consumer import (
     END_TIMEOUT_S,
@@ -51,6 +49,9 @@ from .consumer import (
     signals_taken,
 )
 from .exits import SIGNAL_BASE, ExitCode, Failure, Interrupted, flush, print_error
+
+if TYPE_CHECKING:
+    from ..journal import Entry
 
 ALL_SIGNALS: Final = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
 """What is passed on to the command: all that can be."""
@@ -126,7 +127,7 @@ def _as_launcher(verb: Callable[[argparse.Namespace], int], options: argparse.Na
         if failure.code in (ExitCode.NOT_EXECUTABLE, ExitCode.NOT_FOUND, ExitCode.USAGE):
             raise
         raise Failure(ExitCode.RUN_FAILED, failure.text, failure.kind) from failure
-    except (OSError, CgroupUnavailable, JournalError) as error:
+    except (OSError, CgroupUnavailable) as error:
         raise Failure(ExitCode.RUN_FAILED, str(error), type(error).__name__) from error
     return code if code >= 0 else _die_of(-code)
 
@@ -181,8 +182,15 @@ _LIVING: Final = (AllocationState.CREATED, AllocationState.HANDED_OFF)
 
 def _living(options: argparse.Namespace) -> Entry:
     """Return what the provider has noted of the allocation; it only knows its request."""
+    # Not with this module: `run` reads no journal, and should start quickly.
+    from ..journal import JournalError, read_journal
+
     name, directory = id_of(options), Path(options.state_dir)
-    for entry in read_journal(directory).entries:
+    try:
+        noted = read_journal(directory)
+    except JournalError as error:
+        raise Failure(ExitCode.RUN_FAILED, str(error), type(error).__name__) from error
+    for entry in noted.entries:
         # Whether it was handed over is noted on its scope, which may not be seen from here.
         if entry.allocation_id == name and entry.state in _LIVING:
             return entry
@@ -465,6 +473,8 @@ def _what_is_left(handoff: Handoff, features: Features, scope: Path | None) -> s
     """Look for what the provider could not release by its deadline."""
     # One that was there before is given back: it has no owner then.
     if scope is not None and Scope(scope, "").owner() is not None:
+        from ..survey import states_of
+
         return f"processes in {scope}: {states_of(Scope(scope, '').processes())}"
     # On Linux kernels before 6.11 it cannot be found out whether an init is dead.
     is_provable = features.pidfd_namespaces and NamespaceType.PID in handoff.bundle.types
