@@ -7,18 +7,27 @@ code for it. Imports nothing but argparse, so that `--help` stays quick.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from contextlib import suppress
+from functools import partial
+from typing import Any, Final, NoReturn
 
 from .exits import ExitCode
+
+COLUMNS: Final = 80
+"""How wide a terminal is taken to be that does not tell."""
 
 
 class Parser(argparse.ArgumentParser):
     """Accepts no abbreviated options, and has the exit code for wrong usage of its verb."""
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings, allow_abbrev=False)
+    def __init__(self, *, formatter_class: type = argparse.HelpFormatter, **settings: Any) -> None:
+        # argparse makes a formatter for each option, and one that is not told its width imports
+        # `shutil` to find out, and with it three libraries for compression.
+        formatter = partial(formatter_class, width=columns() - 2)
+        super().__init__(**settings, formatter_class=formatter, allow_abbrev=False)
         self.failure_code = ExitCode.USAGE
         self.set_defaults(parser=self)
 
@@ -71,6 +80,16 @@ class Parser(argparse.ArgumentParser):
                     self.error(f"there is no {kind} {word!r}{_suggestion(word, verbs)}")
                 return True
         return False
+
+
+def columns() -> int:
+    """Return the terminal's width, as `shutil.get_terminal_size` does: $COLUMNS counts first."""
+    with suppress(KeyError, ValueError):
+        if (wanted := int(os.environ["COLUMNS"])) > 0:
+            return wanted
+    with suppress(OSError):  # standard output is no terminal
+        return os.get_terminal_size().columns or COLUMNS
+    return COLUMNS
 
 
 def _suggestion(word: str, known: Iterable[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from linux import backend
 from linux.cgroups import DEFAULT_PLACE, ScopePlace
 from linux.cli import command as cli
 from linux.cli.exits import ExitCode
+from linux.cli.parser import columns
 from statemachine.messages import HANDOFF_SOCKET_PATH
 from statemachine.provider import Limits
 from tests.support.programs import (
@@ -53,13 +55,22 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
     assert f"usage: nshandoff {verb}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("told", ["", "x", "-3", "0", "40", "200"])
+def test_help_is_as_wide_as_the_terminal(told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", told)
+    assert columns() == shutil.get_terminal_size().columns
+    lines = cli.build_parser("list").format_help().splitlines()
+    options = lines[lines.index("options:") : lines.index("exit codes:")]
+    assert max(map(len, options)) < columns()
+
+
 def test_help_loads_none_of_the_packages_it_helps_with() -> None:
     program = (
         "import sys; from linux.cli.command import build_parser; build_parser().format_help();"
         "print(*sys.modules)"
     )
     loaded = set(run_program(sys.executable, "-c", program).stdout.split())
-    assert loaded.isdisjoint({"statemachine", "asyncio", "socket", "subprocess"})
+    assert loaded.isdisjoint({"statemachine", "asyncio", "socket", "subprocess", "shutil"})
     # Its `__init__` alone says whether `statemachine` is another project's.
     assert not [name for name in loaded if name.startswith("transport.")]
     assert {name for name in loaded if name.startswith("linux.")} == {
