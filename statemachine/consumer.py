@@ -10,7 +10,6 @@ second.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 from . import effects as do
@@ -40,12 +39,14 @@ from .table import Table, refusal
 S = TypeVar("S", ConsumerState, NoticeState)
 
 
-@dataclass(slots=True, eq=False)
 class _PlainModel(Generic[S]):
     """What a table moves: what the caller has, or what the provider is to be told."""
 
-    state: S
-    subject: str
+    __slots__ = ("state", "subject")
+
+    def __init__(self, state: S, subject: str) -> None:
+        self.state: S = state
+        self.subject = subject
 
 
 class ConsumerKernel:

@@ -13,7 +13,6 @@ which is imported when a model is first moved: a program that shows a table move
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, overload
@@ -56,7 +55,6 @@ class UnsoundTable(Exception):
     """A table breaks a rule that every table keeps; raised on import."""
 
 
-@dataclass(frozen=True, eq=False)
 class Table:
     """
     A sound table, ready to move models.
@@ -64,15 +62,23 @@ class Table:
     Any number of models may be moved by one table; the table has no state of its own.
     """
 
-    name: str
-    """What the table is about, for texts."""
-    rows: tuple[Row, ...]
-    """Every row, in the order in which they are written down."""
-    initial: Enum
-    """Where a life begins."""
-    finals: frozenset[Enum]
-    """Where a life can end."""
-    _cells: dict[tuple[type[Event], Enum], Row] = field(repr=False)
+    def __init__(
+        self,
+        name: str,
+        rows: tuple[Row, ...],
+        initial: Enum,
+        finals: frozenset[Enum],
+        cells: dict[tuple[type[Event], Enum], Row],
+    ) -> None:
+        self.name: Final = name
+        """What the table is about, for texts."""
+        self.rows: Final = rows
+        """Every row, in the order in which they are written down."""
+        self.initial: Final = initial
+        """Where a life begins."""
+        self.finals: Final = finals
+        """Where a life can end."""
+        self._cells: Final = cells
 
     @property
     def states(self) -> tuple[Enum, ...]:

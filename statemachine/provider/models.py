@@ -1,14 +1,15 @@
 """What a provider's kernel keeps: the service, connections, their messages, and allocations.
 
 Each is plain state. Three of them are models of a table of `lifecycle`: `Service` of `SERVICE`,
-`Message` of `MESSAGE`, `Allocation` of `ALLOCATION`.
+`Message` of `MESSAGE`, `Allocation` of `ALLOCATION`. None is a dataclass, because `dataclasses`
+takes a third of the time in which a kernel is imported.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeAlias
+from collections.abc import Iterable
+from typing import Final, TypeAlias
 
 from ..effects import Timer
 from ..errors import NamespaceError
@@ -21,31 +22,42 @@ Question: TypeAlias = NamespaceRequest | AllocationEnded
 """What a provider is asked."""
 
 
-@dataclass(slots=True, eq=False)
 class Service:
     """The provider as a whole."""
 
-    subject: ClassVar[str] = "the provider"
+    __slots__ = ("held", "state", "timers")
+
+    subject: Final = "the provider"
     """What the text of an error calls it."""
-    allocation_id: ClassVar[str] = ""
+    allocation_id: Final = ""
     """Its timer belongs to no allocation."""
-    state: ServiceState = ServiceState.STARTING
-    held: list[Message] = field(default_factory=list)
-    """Messages that wait for it to be ready, in the order of their arrival."""
-    timers: set[Timer] = field(default_factory=set)
-    """Those that run."""
+
+    def __init__(self) -> None:
+        self.state = ServiceState.STARTING
+        self.held: list[Message] = []
+        """Messages that wait for it to be ready, in the order of their arrival."""
+        self.timers: set[Timer] = set()
+        """Those that run."""
 
 
-@dataclass(slots=True, eq=False)
 class Message:
     """A message that a provider has read, until its answer has left."""
 
-    connection: ConnectionId
-    question: Question | None
-    """None: a frame that could not be read."""
-    state: MessageState = MessageState.ARRIVED
-    error: NamespaceError | None = None
-    """The answer, if it is an error."""
+    __slots__ = ("connection", "error", "question", "state")
+
+    def __init__(
+        self,
+        connection: ConnectionId,
+        question: Question | None,
+        state: MessageState = MessageState.ARRIVED,
+        error: NamespaceError | None = None,
+    ) -> None:
+        self.connection = connection
+        self.question = question
+        """None: a frame that could not be read."""
+        self.state = state
+        self.error = error
+        """The answer, if it is an error."""
 
     @property
     def subject(self) -> str:
@@ -63,17 +75,21 @@ class Message:
         return isinstance(question, AllocationEnded) and question.allocation_id == allocation_id
 
 
-@dataclass(slots=True, eq=False)
 class Connection:
     """A connection of a consumer, from its opening to its loss."""
 
-    uid: int
-    messages: deque[Message] = field(default_factory=deque)
-    """Those whose answers have not left, in the order of their arrival."""
-    is_closing: bool = False
-    """Whether the provider has closed it; then nothing is read or answered any more."""
-    concerns: set[str] = field(default_factory=set)
-    """Names of the allocations that name it in any field. Derived, so in no snapshot."""
+    __slots__ = ("concerns", "is_closing", "messages", "uid")
+
+    def __init__(
+        self, uid: int, messages: Iterable[Message] = (), is_closing: bool = False
+    ) -> None:
+        self.uid = uid
+        self.messages = deque(messages)
+        """Those whose answers have not left, in the order of their arrival."""
+        self.is_closing = is_closing
+        """Whether the provider has closed it; then nothing is read or answered any more."""
+        self.concerns: set[str] = set()
+        """Names of the allocations that name it in any field. Derived, so in no snapshot."""
 
     @property
     def is_read(self) -> bool:
@@ -89,39 +105,64 @@ class Connection:
     def thaw(cls, frozen: ConnectionSnapshot) -> Connection:
         """Make a connection of what `freeze` took."""
         number, uid, is_closing, messages = frozen
-        return cls(uid, deque(Message(number, *message) for message in messages), is_closing)
+        return cls(uid, (Message(number, *message) for message in messages), is_closing)
 
 
-@dataclass(slots=True, eq=False)
 class Allocation:
     """One incarnation of an allocation."""
 
-    allocation_id: str
-    request: NamespaceRequest | None = None
-    response: NamespaceResponse | None = None
-    uid: int | None = None
-    """Whose limit it counts for: the user that asked first; None when adopted."""
-    state: AllocationState = AllocationState.UNKNOWN
-    asked: set[ConnectionId] = field(default_factory=set)
-    """Live connections that asked for it."""
-    parties: set[ConnectionId] = field(default_factory=set)
-    """Live connections that have sent any message about it."""
-    holders: set[ConnectionId] = field(default_factory=set)
-    """Live connections that its descriptors were sent to, and that were not told of its end."""
-    deferred: list[ConnectionId] = field(default_factory=list)
-    """Connections whose requests wait for its release, one for each, in the order of arrival."""
-    is_being_made: bool = False
-    """Whether the backend has not reported yet what came of the creation."""
-    is_populated: bool = False
-    """Whether its cgroup has had processes."""
-    is_announced: bool = False
-    """Whether its end has been told; then it is draining, and later requests are refused."""
-    timers: set[Timer] = field(default_factory=set)
-    """Those that run."""
-    failure: str = ""
-    """Why the creation failed."""
-    drain: str = ""
-    """What is still there, and why, while it cannot be released."""
+    __slots__ = (
+        "allocation_id",
+        "asked",
+        "deferred",
+        "drain",
+        "failure",
+        "holders",
+        "is_announced",
+        "is_being_made",
+        "is_populated",
+        "parties",
+        "request",
+        "response",
+        "state",
+        "timers",
+        "uid",
+    )
+
+    def __init__(
+        self,
+        allocation_id: str,
+        request: NamespaceRequest | None = None,
+        *,
+        uid: int | None = None,
+        state: AllocationState = AllocationState.UNKNOWN,
+    ) -> None:
+        self.allocation_id = allocation_id
+        self.request = request
+        self.response: NamespaceResponse | None = None
+        self.uid = uid
+        """Whose limit it counts for: the user that asked first; None when adopted."""
+        self.state = state
+        self.asked: set[ConnectionId] = set()
+        """Live connections that asked for it."""
+        self.parties: set[ConnectionId] = set()
+        """Live connections that have sent any message about it."""
+        self.holders: set[ConnectionId] = set()
+        """Live connections that its descriptors were sent to, and that were not told of its end."""
+        self.deferred: list[ConnectionId] = []
+        """Connections whose requests wait for its release, one for each, in order of arrival."""
+        self.is_being_made = False
+        """Whether the backend has not reported yet what came of the creation."""
+        self.is_populated = False
+        """Whether its cgroup has had processes."""
+        self.is_announced = False
+        """Whether its end has been told; then it is draining, and later requests are refused."""
+        self.timers: set[Timer] = set()
+        """Those that run."""
+        self.failure = ""
+        """Why the creation failed."""
+        self.drain = ""
+        """What is still there, and why, while it cannot be released."""
 
     @property
     def subject(self) -> str:
@@ -160,10 +201,26 @@ class Allocation:
 
     @classmethod
     def thaw(cls, frozen: AllocationSnapshot) -> Allocation:
-        """Make an allocation of what `freeze` took; the fields of both are in the same order."""
-        parts: tuple[Any, ...] = frozen
-        allocation = cls(*parts)
-        allocation.asked, allocation.parties = set(frozen.asked), set(frozen.parties)
-        allocation.holders, allocation.timers = set(frozen.holders), set(frozen.timers)
-        allocation.deferred = list(frozen.deferred)
+        """Make an allocation of what `freeze` took."""
+        allocation = cls(frozen.allocation_id)
+        (
+            _,
+            allocation.request,
+            allocation.response,
+            allocation.uid,
+            allocation.state,
+            asked,
+            parties,
+            holders,
+            deferred,
+            allocation.is_being_made,
+            allocation.is_populated,
+            allocation.is_announced,
+            timers,
+            allocation.failure,
+            allocation.drain,
+        ) = frozen
+        allocation.asked, allocation.parties = set(asked), set(parties)
+        allocation.holders, allocation.timers = set(holders), set(timers)
+        allocation.deferred = list(deferred)
         return allocation

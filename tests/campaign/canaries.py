@@ -365,8 +365,10 @@ CANARIES: Final = (
         "equal is not the same",
         _explorer("duplicates"),
         _MODELS,
-        "@dataclass(slots=True, eq=False)\nclass Message:",
-        "@dataclass(slots=True)\nclass Message:",
+        "    def is_request_for(",
+        "    def __eq__(self, other):\n"
+        "        return all(getattr(self, n) == getattr(other, n) for n in self.__slots__)\n\n"
+        "    def is_request_for(",
     ),
     _bug(
         "one message more than allowed may be open",
