@@ -18,11 +18,11 @@ Arguments, all of them numbers of descriptors:
 
 from __future__ import annotations
 
+# What `signal` gets its functions from: its enums would be a third of this program's time.
+import _signal as signal  # type: ignore[import-not-found]
 import errno
 import os
-import signal
 import sys
-from collections.abc import Iterator
 
 READY = b"ready\n"
 """Said before the exec. If nothing follows, the command runs."""
@@ -131,14 +131,14 @@ def execute(command: list[bytes], variables: Variables) -> None:
     raise OSError(number, os.strerror(number))
 
 
-def candidates(name: bytes, variables: Variables) -> Iterator[bytes]:
+def candidates(name: bytes, variables: Variables) -> list[bytes]:
     """Say where a command may be, in the order in which it is looked for."""
+    if not name:
+        return []
     if b"/" in name:
-        yield name
-    elif name:
-        path = variables[b"PATH"] if b"PATH" in variables.names else DEFAULT_PATH
-        for directory in path.split(b":"):
-            yield directory + b"/" + name if directory else name
+        return [name]
+    path = variables[b"PATH"] if b"PATH" in variables.names else DEFAULT_PATH
+    return [directory + b"/" + name if directory else name for directory in path.split(b":")]
 
 
 def main() -> None:
