@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -20,6 +21,7 @@ def start() -> int:
             print(f"nshandoff: {text}", file=sys.stderr)
             return 125 if sys.argv[1:2] in (["run"], ["exec"]) else 3
     launch.take_over()
+    gc.disable()  # until all is imported, of which nothing is garbage
     from .cli.command import main
 
     return main()

@@ -33,14 +33,18 @@ EXIT CODES
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import posixpath
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, TypeAlias
 
 from .exits import PROGRAM, SIGNAL_BASE, ExitCode, Failure, Interrupted, flush, print_error
 from .parser import Parser
+
+Verb: TypeAlias = Callable[[argparse.Namespace], int]
+"""Does what the options ask for, and returns the exit code."""
 
 DISTRIBUTION: Final = "namespace-handoff"
 """The name of the distribution on a package index."""
@@ -98,7 +102,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _perform(words: list[str]) -> int:
     options = None if words[:1] == ["demo"] else _parse(words)
     try:
-        return _demo(words[1:]) if options is None else int(_VERBS[options.verb](options))
+        if options is None:
+            return _demo(words[1:])
+        perform = _VERBS[options.verb](options)
+        _enable_gc()
+        return int(perform(options))
     except Failure as failure:
         if options is not None and failure.code is ExitCode.USAGE:
             options.parser.error(str(failure))
@@ -108,6 +116,18 @@ def _perform(words: list[str]) -> int:
         return SIGNAL_BASE + interruption.number
     except KeyboardInterrupt:
         return SIGNAL_BASE + 2
+
+
+def _enable_gc() -> None:
+    """
+    Have garbage collected from now on, if `python -m linux` has put it off until all is imported.
+
+    What is there now stays to the end and is never looked through, which would be a sixth of the
+    time that `list` takes.
+    """
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
 
 
 def build_parser(verb: str = "") -> argparse.ArgumentParser:
@@ -134,68 +154,69 @@ def build_parser(verb: str = "") -> argparse.ArgumentParser:
 # --- The verbs ---------------------------------------------------------------------------------
 
 
-def _serve(options: argparse.Namespace) -> int:
+def _serve(_: argparse.Namespace) -> Verb:
     from .serve import serve
 
-    return serve(options)
+    return serve
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(_: argparse.Namespace) -> Verb:
     from .run import run
 
-    return run(options)
+    return run
 
 
-def _exec(options: argparse.Namespace) -> int:
+def _exec(_: argparse.Namespace) -> Verb:
     from .run import enter
 
-    return enter(options)
+    return enter
 
 
-def _request(options: argparse.Namespace) -> int:
+def _request(_: argparse.Namespace) -> Verb:
     from .request import request
 
-    return request(options)
+    return request
 
 
-def _end(options: argparse.Namespace) -> int:
+def _end(_: argparse.Namespace) -> Verb:
     from .request import end
 
-    return end(options)
+    return end
 
 
-def _list(options: argparse.Namespace) -> int:
+def _list(_: argparse.Namespace) -> Verb:
     from .list import list_allocations
 
-    return list_allocations(options)
+    return list_allocations
 
 
-def _doctor(options: argparse.Namespace) -> int:
+def _doctor(_: argparse.Namespace) -> Verb:
     from .doctor import doctor
 
-    return doctor(options)
+    return doctor
 
 
-def _trace(options: argparse.Namespace) -> int:
+def _trace(options: argparse.Namespace) -> Verb:
     from . import trace
 
-    return trace.check(options) if options.what == "check" else trace.show(options)
+    return trace.check if options.what == "check" else trace.show
 
 
-def _verify(options: argparse.Namespace) -> int:
+def _verify(_: argparse.Namespace) -> Verb:
     from .verify import verify
 
-    return verify(options)
+    return verify
 
 
 def _demo(words: list[str]) -> int:
     # It parses its options itself.
     from ..demo.command import main as demo
 
+    _enable_gc()
     return demo(words)
 
 
-_VERBS: Final = {
+_VERBS: Final[Mapping[str, Callable[[argparse.Namespace], Verb]]] = {
     "serve": _serve,
     "run": _run,
     "exec": _exec,
