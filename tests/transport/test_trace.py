@@ -538,5 +538,6 @@ def test_show_draws_everything_that_a_kernel_can_meet() -> None:
 
 
 def test_failure_of_reading_is_said() -> None:
+    options = cli._parse(["trace", "check", "/nowhere/trace"])
     with pytest.raises(Failure, match="FileNotFoundError"):
-        cli._VERBS["trace"](cli._parse(["trace", "check", "/nowhere/trace"]))
+        cli._VERBS["trace"](options)(options)
