@@ -704,6 +704,22 @@ CANARIES: Final = (
         "self._turns.take()",
     ),
     _bug(
+        "a connection that its user has closed counts until it is read",
+        "it was open when it was counted last",
+        _driver("test_a_connection_that_its_user_has_closed_does_not_count"),
+        _PEERS,
+        "accept_if(self._refusal_of)",
+        "accept_if(self._objection_to)",
+    ),
+    _bug(
+        "an image that an earlier provider mounted is never let go",
+        "an image is let go by the provider that mounts it",
+        _driver("test_what_an_earlier_provider_mounted_is_tidied_up_after_its_end"),
+        "transport/serve/work.py",
+        "                self.has_images = any(x.request.uenv_image for x in recovery.adoptions)\n",
+        "",
+    ),
+    _bug(
         "what an earlier provider has ended is not remembered",
         "no consumer is there to ask for it",
         _driver("test_what_an_earlier_provider_ended_is_confirmed_again"),

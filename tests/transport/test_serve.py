@@ -463,6 +463,17 @@ def test_too_many_connections_are_refused_by_name(rig: Rig) -> None:
     assert is_open(two)
 
 
+@pytest.mark.clause("PEER-4")
+def test_a_connection_that_its_user_has_closed_does_not_count(rig: Rig) -> None:
+    rig.serve(limits=limits_for_us(connections_per_uid=2))
+    lines = [rig.connect(), rig.connect()]
+    for number in range(200):
+        lines[number].say(ended("never"))  # it is read late, if ever
+        lines[number].hang_up()
+        lines.append(rig.connect())
+        assert lines[-1].ask(ended("never")) == AllocationNotFound("never")
+
+
 @pytest.mark.clause("ERR-4", "PEER-4")
 def test_too_many_live_allocations_are_refused_by_name(rig: Rig) -> None:
     rig.serve(limits=limits_for_us(allocations_per_uid=1))

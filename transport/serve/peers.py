@@ -663,7 +663,7 @@ class Connections:
         # The listener stays readable while a connection waits that cannot be accepted: without a
         # pause, this would spin.
         try:
-            accepted = self._listener.accept_if(self._objection_to)
+            accepted = self._listener.accept_if(self._refusal_of)
         except OSError:
             _log.exception("accepting on %s failed", self._listener.path)
             self._pause_accepting()
@@ -671,6 +671,25 @@ class Connections:
         if accepted is None and self._listener.is_starved:
             self._pause_accepting()
         return accepted
+
+    def _refusal_of(self, uid: int) -> NamespaceError | None:
+        """Say why a user's connection is refused; those that they have closed do not count."""
+        refusal = self._objection_to(uid)
+        if refusal is not None and self._end_lost(uid):
+            refusal = self._objection_to(uid)
+        return refusal
+
+    def _end_lost(self, uid: int) -> bool:
+        """Read what is lost of a user, as far as a turn goes; say whether any of it has ended."""
+        self._notice()
+        before = len(self._open)
+        in_order = self._in_order.get(uid, ())
+        for _ in range(MESSAGES_PER_TURN_MAX):
+            if not in_order or not in_order[0].is_lost:
+                break
+            in_order[0].read()
+        self._go_on_soon()
+        return len(self._open) < before
 
     def _pause_accepting(self) -> None:
         # Keeps PEER-11.
