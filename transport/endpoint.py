@@ -34,7 +34,7 @@ SOCKET_PATH_BYTES_MAX: Final = 107
 SOCKET_MODE: Final = 0o600
 """Permissions of the socket file, unless configured: its owner may connect."""
 
-BACKLOG_CONNECTIONS: Final = 256
+BACKLOG_CONNECTIONS: Final = 128
 """
 How many connections may wait to be accepted before `connect` waits, or says EAGAIN.
 

@@ -41,7 +41,7 @@ ACCEPT_PAUSE_S: Final = 0.1
 ACCEPTS_PER_TURN_MAX: Final = 4
 """Most connections taken up before others get their turn."""
 
-REFUSALS_PER_TURN_MAX: Final = 16
+REFUSALS_PER_TURN_MAX: Final = 4
 """Most connections refused before others get their turn: that costs a tenth of taking one up."""
 
 REFUSALS_LOG_PAUSE_S: Final = 10.0
