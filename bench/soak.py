@@ -205,8 +205,8 @@ def garbage(path: Path, number: int) -> None:
 
 
 HOSTILE: Final = {**FLOODS, "garbage": garbage}
-THEIRS: Final = ("again-", "storm-", "unread-", "garbage-")
-"""How the names of allocations begin that are theirs."""
+FLOOD_PREFIXES: Final = ("again-", "storm-", "unread-", "garbage-")
+"""How the names of their allocations begin."""
 
 
 def in_isolation(seconds: float, seed: int) -> dict[str, Any]:
@@ -455,13 +455,13 @@ class Soak:
             self.done[f"times {name}"] += 1
         else:
             self._end_flood()
-            self._end_what_is_theirs()
+            self._end_allocations_of_floods()
         return self._rng.uniform(*FLOOD_S)
 
-    def _end_what_is_theirs(self) -> None:
+    def _end_allocations_of_floods(self) -> None:
         """End what a flood was killed with: it would live on, and be taken for a leak."""
         for name in self._daemon.alive():
-            if name.startswith(THEIRS):
+            if name.startswith(FLOOD_PREFIXES):
                 with suppress(AllocationNotFound, SocketUnavailable):  # a provider may be dead
                     self._place.consumer().end(name, LEFT_S)
                 self.done["allocations of floods ended"] += 1
