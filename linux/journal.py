@@ -1,9 +1,9 @@
 """The provider's journal: a SQLite file of its live allocations, for recovery after a crash.
 
 An allocation is written down before anything is made for it (`intend`) and again when it reaches
-another state (`publish`); a released one is removed and its id remembered (`forget`). An end that
-is marked on the allocation's cgroup need not be written here as well. A provider that starts again
-compares the entries with what the Linux kernel still has.
+another state (`publish`); a released one is removed and its id remembered (`forget`). A hand-over
+or an end that is marked on the allocation's cgroup need not be written here as well. A provider
+that starts again compares the entries with what the Linux kernel still has.
 
 The journal has to survive the provider's process and not the machine, since namespaces do not
 survive a reboot either: the boot id beside the entries makes them void then. Therefore SQLite runs

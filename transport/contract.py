@@ -35,6 +35,7 @@ class Step(Enum):
     PUBLISH = "publish the result"
     """Journal what was made; fails if the end was recorded meanwhile."""
     RECORD_HANDOFF = "journal the hand-over"
+    """Note the hand-over durably: in the journal, or on the cgroup itself."""
     RECORD_END = "journal the end"
     """Note the end durably: in the journal, or on the cgroup itself."""
     END_INIT = "end the init"
