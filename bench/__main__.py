@@ -18,7 +18,6 @@ import random
 import re
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -29,9 +28,8 @@ from typing import Any, Final
 from bench import peers, results
 from bench.fairness import WARM, creations, provider
 from bench.floor import HERE, Floor
+from bench.isolated import in_isolation
 from bench.measures import QUICK, Counts, Measured, Taken, allow_descriptors
-from tests.support import isolation
-from tests.support.census import Session
 
 KEPT: Final = HERE / "result.json"
 """The last result that was worth keeping; the next one is compared with it."""
@@ -41,9 +39,6 @@ MINUTES: Final = 4.0
 SHARE_OF_ROUNDS: Final = 0.8
 BUSY_LOAD: Final = 0.5
 """With more load before it begins, other work is running."""
-
-LEFT_S: Final = 10.0
-"""What is there for longer, after the end, is left."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -165,21 +160,6 @@ class BenchRun:
             self.not_measured.append(f"{name}: {type(error).__name__}: {error}")
             return False
         return True
-
-
-def in_isolation(work: Callable[[Path, Path], None]) -> list[str]:
-    """Work in a cgroup, a mount table and a folder of its own; say what is left afterwards."""
-    session = Session()
-    assert session.cgroup2 is not None, "there is no cgroup v2 here"
-    isolated = isolation.enter(session.cgroup2)
-    try:
-        with tempfile.TemporaryDirectory(prefix="nshandoff-bench-") as folder:
-            session.directories, session.patience_s = (f"{folder}/",), LEFT_S
-            before = session.census()
-            work(Path(folder), session.cgroup2)
-            return session.clean(session.left_since(before))
-    finally:
-        isolated.leave()
 
 
 def write(report: dict[str, Any], taken: Taken, folder: Path, is_kept: bool) -> None:

@@ -13,13 +13,13 @@ import json
 import os
 import statistics
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Final
 
 from bench.fairness import WARM, burn, connect, creations, processes, provider, read_frames
+from bench.isolated import in_isolation
 from linux.features import Features
 from linux.namespaces import KernelInspector
 from statemachine import AllocationEnded, NamespaceRequest, NamespaceType
@@ -36,10 +36,15 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="one object on stdout")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="nshandoff-bench-") as folder, provider(Path(folder)):
-        path = Path(folder) / "handoff.sock"
-        creations(path, WARM)
-        rows = [measure(path, options.count) for _ in range(options.rounds)]
+    rows: list[dict[str, float]] = []
+
+    def measure_all(folder: Path, _: Path) -> None:
+        path = folder / "handoff.sock"
+        with provider(folder):
+            creations(path, WARM)
+            rows.extend(measure(path, options.count) for _ in range(options.rounds))
+
+    in_isolation(measure_all)
     if options.json:
         print(json.dumps(rows))
         return 0

@@ -27,13 +27,13 @@ import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
+from bench.isolated import in_isolation
 from linux.features import Features
 from linux.namespaces import KernelInspector
 from statemachine import AllocationEnded, NamespaceRequest, NamespaceType
@@ -60,13 +60,18 @@ def main() -> int:
     parser.add_argument("--other-user", action="store_true", help="floods are another user's")
     parser.add_argument("--json", action="store_true", help="one object on stdout")
     options = parser.parse_args()
-    uid = OTHER if options.other_user else None
-    rows = []
-    for name in options.only or FLOODS:
-        with tempfile.TemporaryDirectory(prefix="nshandoff-bench-") as folder:
-            rows.append(measure(Path(folder), name, options.count, options.floods, uid))
-        if not options.json:
-            print(line(rows[-1]) if len(rows) > 1 else f"{HEAD}\n{line(rows[-1])}", flush=True)
+    rows: list[dict[str, float | str]] = []
+
+    def measure_all(folder: Path, _: Path) -> None:
+        uid = OTHER if options.other_user else None
+        for number, name in enumerate(options.only or FLOODS):
+            place = folder / str(number)
+            place.mkdir()
+            rows.append(measure(place, name, options.count, options.floods, uid))
+            if not options.json:
+                print(line(rows[-1]) if number else f"{HEAD}\n{line(rows[-1])}", flush=True)
+
+    in_isolation(measure_all)  # which ends what floods are killed with
     if options.json:
         print(json.dumps(rows))
     return 0

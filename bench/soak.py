@@ -29,7 +29,6 @@ import select
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -38,6 +37,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from bench.fairness import FLOODS, OTHER, STRANGER, start
+from bench.isolated import in_isolation
 from bench.ledger import Ledger, LedgerEntry, process_figures
 from bench.lives import CLAIM_S, Crew, RealPlace, SimulatedPlace
 from linux.features import Features
@@ -50,8 +50,6 @@ from statemachine import (
     NamespaceType,
     SocketUnavailable,
 )
-from tests.support import isolation
-from tests.support.census import Session
 from tests.support.programs import Daemon
 from transport.contract import Backend
 from transport.request.exchange import ANSWER_TIMEOUT_S
@@ -72,8 +70,6 @@ CONSUMER_LIVES_S: Final = 4.0
 PROVIDER_LIVES_S: Final = 3.0
 FLOOD_S: Final = (0.3, 1.5)
 FINISH_S: Final = 120.0
-LEFT_S: Final = 10.0
-"""What is there for longer, after the end, is left."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -92,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
     }
     print(report["replay"], file=sys.stderr)  # also if it comes to no report
     if options.simulated < 1:
-        report["real"] = in_isolation(seconds * (1 - options.simulated), seed)
+        report["real"] = real(seconds * (1 - options.simulated), seed)
     if options.simulated > 0:
         report["simulated"] = simulated(seconds * options.simulated, seed)
     report["not_reached"] = not_reached(report)
@@ -209,21 +205,15 @@ FLOOD_PREFIXES: Final = ("again-", "storm-", "unread-", "garbage-")
 """How the names of their allocations begin."""
 
 
-def in_isolation(seconds: float, seed: int) -> dict[str, Any]:
-    """Run the real part in a cgroup and mount table of its own, and count before and after."""
-    session = Session()
-    assert session.cgroup2 is not None, "there is no cgroup v2 here"
-    isolated = isolation.enter(session.cgroup2)
-    try:
-        with tempfile.TemporaryDirectory(prefix="nshandoff-soak-") as folder:
-            session.directories, session.patience_s = (f"{folder}/",), LEFT_S
-            Path(folder).chmod(0o755)
-            before = session.census()
-            outcome = Soak(Path(folder), session.cgroup2, seed).run(seconds)
-            left = session.left_since(before)
-            outcome["broken"] += [f"left: {line}" for line in session.clean(left)]
-    finally:
-        isolated.leave()
+def real(seconds: float, seed: int) -> dict[str, Any]:
+    """Run the real part, and count before and after."""
+    outcome: dict[str, Any] = {}
+
+    def lead(folder: Path, cgroup2: Path) -> None:
+        outcome.update(Soak(folder, cgroup2, seed).run(seconds))
+
+    left = in_isolation(lead)
+    outcome["broken"] += [f"left: {line}" for line in left]
     return outcome
 
 
@@ -463,7 +453,7 @@ class Soak:
         for name in self._daemon.alive():
             if name.startswith(FLOOD_PREFIXES):
                 with suppress(AllocationNotFound, SocketUnavailable):  # a provider may be dead
-                    self._place.consumer().end(name, LEFT_S)
+                    self._place.consumer().end(name, ANSWER_TIMEOUT_S)
                 self.done["allocations of floods ended"] += 1
 
     def _end_flood(self) -> None:
