@@ -63,6 +63,9 @@ TIED_ATTEMPTS_MAX: Final = 100
 TIED_PAUSE_MS: Final = 20
 """Pause between two attempts."""
 
+TIED_DYING_MS: Final = 200
+"""How long to wait for the end of an anchor that was killed."""
+
 UENV_BASE_OPTIONS: Final = "mode=0755,size=64k"
 """Options of the tmpfs for the images' mount points; it contains directories only."""
 
@@ -484,6 +487,10 @@ class ForgeProgram:
             if not remaining:
                 break
             _pause(TIED_PAUSE_MS)
+        for tied in self._tied:
+            # A process leaves its cgroup before it has ended. An init ends after its processes,
+            # whose parent may never reap them if it is outside: so not without a limit.
+            tied.anchor.is_alive(TIED_DYING_MS)
         for slice_ in {each.scope.path.parent for each in self._tied if each.scope}:
             remove_slice(slice_)
 

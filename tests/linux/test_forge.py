@@ -52,6 +52,7 @@ from tests.support.forging import (
 )
 from tests.support.programs import run_program
 from transport.descriptors import Descriptor, DescriptorBundle
+from transport.testing.peer import DEADLINE_S
 
 __all__ = ["anchors_cgroup", "features", "forge", "scope"]
 
@@ -61,6 +62,9 @@ PACKAGES = str(Path(__file__).parents[2])
 
 OWN_USER_NAMESPACE = ("unshare", "-Urmnpf", "--mount-proc")
 """All namespaces that a forge leaves and returns to belong to that user namespace."""
+
+MANY = 300
+"""Processes whose ends take longer than that of a forge's program."""
 
 UNDER_PROGRAM = """
 import select, sys
@@ -700,6 +704,18 @@ def test_tied_anchors_end_with_the_forges_context(features: Features, scope: Sco
     with kept, gone:
         assert not kept.is_alive()
         assert not scope.path.exists()
+
+
+def test_tied_anchors_with_many_processes_end_with_the_forges_context(features: Features) -> None:
+    with Forge(cgroup=None, tied=True, features=features) as forge:
+        kept = forge.make(plan())
+        # They are reaped, one after the other, before their init has ended.
+        fork = f"import os, signal; all(os.fork() for _ in range({MANY})) or signal.pause()"
+        command = (sys.executable, "-I", "-S", "-c", fork)
+        with open_bundle(kept, ALL, features) as bundle, spawn_within(command, bundle) as child:
+            assert child.wait(DEADLINE_S) == 0
+    with kept:
+        assert not kept.is_alive()
 
 
 def test_tied_forge_leaves_a_successors_scope_alone(
