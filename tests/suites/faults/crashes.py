@@ -144,7 +144,9 @@ class DoomableProgram(ABC):
             last = await self._await_death(ending)
         if last is None:
             self.doom(0)
-        elif not await self.start():
+            # The call may have been made just before.
+            last = await self.died_at()
+        if last is not None and not await self.start():
             raise NotTolerated("no other program can be started")
         if ending is not None:
             await asyncio.wait_for(ending, PATIENCE_S * 100)
@@ -279,8 +281,13 @@ class Killed(DoomableProgram):
             self._control = None
 
     def doom(self, k: int) -> None:
+        self._tell(str(k).encode())
+
+    def _tell(self, word: bytes) -> None:
         assert self._control is not None
-        self._control.send(str(k).encode())
+        # It may be dead, which is heard by receiving.
+        with suppress(BrokenPipeError):
+            self._control.send(word)
 
     async def died_at(self) -> CallSite | None:
         if self._control is not None:

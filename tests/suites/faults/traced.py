@@ -62,6 +62,7 @@ class Traced(Killed):
         """Calls that were not made this time, as when a thread waits is its own affair."""
         self._threads: dict[str, int] = {}
         self._strace: subprocess.Popen[bytes] | None = None
+        self._k = 0
         self._output: Final = stage.directory / "strace"
         self._calls: list[tuple[str, int]] = []
         """What it calls in the phase: the name, and which one of this name."""
@@ -95,10 +96,11 @@ class Traced(Killed):
             self._detach()
             self._last = None
             return True
-        ours = self._begin(doomed_at)
+        self._begin(doomed_at)
+        self._k = 0
         if doomed_at is not None and self.who == "MainThread":
             self._attach([self._pid], doomed_at)
-        ours.send(_GO)
+        self._tell(_GO)
         while said := await self._hear():
             word, *words = said.split()
             if word == "ready":
@@ -106,7 +108,7 @@ class Traced(Killed):
                 return True
             if doomed_at is not None and self.who != "MainThread":
                 self._attach([int(words[0])], doomed_at)
-            ours.send(_GO)
+            self._tell(_GO)
         self._note(b"")
         return False
 
@@ -148,10 +150,11 @@ class Traced(Killed):
             strace.wait(PATIENCE_S)
 
     def _note(self, said: bytes) -> None:
-        """It is dead; strace has written before which call was its last."""
-        if self._strace is None:
+        """It is dead, before the call that strace was told."""
+        if self._k <= 0:
             raise NotTolerated("the program ended by itself")
-        self._strace.wait(PATIENCE_S)
+        if self._strace is not None:
+            self._strace.wait(PATIENCE_S)
         self._last = self._site(self._k)
 
     async def died_at(self) -> CallSite | None:
