@@ -50,6 +50,7 @@ class NodeConsumer(BaseConsumer[H]):
         service: SelfService | EllipsisType | None = ...,
         patience: Patience | None = None,
         audit: Audit | None = None,
+        keeps: int = 0,
     ) -> None:
         features = Features.probe()
         inspector = inspector or KernelInspector(features)
@@ -57,7 +58,9 @@ class NodeConsumer(BaseConsumer[H]):
         """The self-service, if it was made here: then it is closed with the consumer."""
         if isinstance(service, EllipsisType):
             service = self._own = OwnNamespaces(features)
-        super().__init__(path, inspector, service=service, patience=patience, audit=audit)
+        super().__init__(
+            path, inspector, service=service, patience=patience, audit=audit, keeps=keeps
+        )
 
 
 class Consumer(NodeConsumer[request.Handoff], request.Consumer):
@@ -75,6 +78,7 @@ class Consumer(NodeConsumer[request.Handoff], request.Consumer):
             handoff of them is left.
         patience: how long to wait.
         audit: called with every `Fallback` to self-service.
+        keeps: how many connections are kept for later requests, once their allocation is over.
     """
 
     def close(self) -> None:

@@ -249,6 +249,11 @@ class Channel(Owner):
         return self._sock.fileno()
 
     @property
+    def sock(self) -> socket.socket:
+        """The socket, lent to ask for its peer; the channel owns it."""
+        return self._sock
+
+    @property
     def closed(self) -> bool:
         """Whether this end was closed here."""
         return self._sock.fileno() < 0

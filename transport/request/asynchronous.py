@@ -84,6 +84,7 @@ class AsyncConsumer(BaseConsumer[AsyncHandoff]):
         patience: how long to wait.
         audit: told of every turn to self-service.
         joins: what it asks for is there already and others use it: giving up does not end it.
+        keeps: how many connections are kept for later requests, as with `Consumer`.
     """
 
     async def obtain(self, request: NamespaceRequest) -> AsyncHandoff:
@@ -142,6 +143,7 @@ class AsyncConsumer(BaseConsumer[AsyncHandoff]):
         self._is_closed = True
         while self._handoffs:
             await self._handoffs.popitem()[1].close()
+        self._close_kept()
 
     async def __aenter__(self) -> AsyncConsumer:
         return self
@@ -318,6 +320,8 @@ class _LoopDriver:
         await _PERFORMERS[type(effect)](self, effect)
 
     async def _connect(self, effect: do.Connect) -> None:
+        if self._exchange.reuse():
+            return
         deadline = self._exchange.connect_deadline()
         wait_s = self._exchange.take_connection(self._exchange.try_to_connect(), deadline)
         while wait_s and not self._is_closing:

@@ -120,6 +120,8 @@ class Consumer(BaseConsumer[Handoff]):
         patience: how long to wait.
         audit: told of every turn to self-service.
         joins: what it asks for is there already and others use it: giving up does not end it.
+        keeps: how many connections are kept for later requests, once their allocation is over. The
+            provider counts each as one of this user's.
     """
 
     def obtain(self, request: NamespaceRequest, *, cancel: int | None = None) -> Handoff:
@@ -208,6 +210,7 @@ class Consumer(BaseConsumer[Handoff]):
         self._is_closed = True
         while self._handoffs:
             self._handoffs.popitem()[1].close()
+        self._close_kept()
 
     def __enter__(self) -> Consumer:
         return self
@@ -279,6 +282,8 @@ def perform(exchange: Exchange, effect: Effect, cancel: int | None = None) -> No
 
 
 def _connect(exchange: Exchange, effect: do.Connect, cancel: int | None) -> None:
+    if exchange.reuse():
+        return
     deadline = exchange.connect_deadline()
     wait_s = exchange.take_connection(exchange.try_to_connect(), deadline)
     while wait_s:

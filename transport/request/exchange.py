@@ -45,6 +45,7 @@ from statemachine.states import ConsumerState
 from ..channel import Channel, Delivery, Lost, Received, Rejected
 from ..descriptors import DescriptorBundle, Inspector, NamespaceIdentity, Owner, verify_bundle
 from ..endpoint import begin_connect, is_provider_visible
+from .kept import KeptConnection, KeptConnections, is_about
 
 if TYPE_CHECKING:
     from ..contract import SelfService
@@ -81,6 +82,8 @@ _NOT_ABOVE: Final = (
 
 _STANDALONE: Final = "the node is said to have no provider"
 _FULL: Final = "the provider takes no connection: its backlog is full"
+
+_GONE_ASKING: Final = "the connection was lost while the provider was asked"
 
 _log: Final = logging.getLogger(__name__)
 
@@ -124,6 +127,7 @@ class Exchange:
         audit: told of the turn to self-service.
         path: the provider's socket; None: the node has no provider, and none is asked.
         clock: monotonic seconds, for the timers.
+        kept: where connections come from, and go to when they are free again; lent.
     """
 
     def __init__(
@@ -135,6 +139,7 @@ class Exchange:
         audit: Audit | None,
         path: str | os.PathLike[str] | None,
         clock: Callable[[], float] = time.monotonic,
+        kept: KeptConnections | None = None,
     ) -> None:
         self.kernel = kernel
         self.inspector = inspector
@@ -157,9 +162,29 @@ class Exchange:
         self.fallback: NamespaceError | None = None
         self.refusal: NamespaceError | None = None
         self._unreachable: SocketUnavailable | None = None
+        self._kept = kept
+        # What was had on this connection before.
+        self._former: frozenset[str] = frozenset()
+        # Whether something was said on it about this allocation.
+        self._is_heard = False
+        # Whether nothing more will be said about it, but for what has crossed it.
+        self._is_last_word = False
+        # Whether a kept connection was lost before that, and the request is said again on another.
+        self._asks_again = False
+        # A connection that is free again, until everything that came with the last word is seen.
+        self._freed: Channel | None = None
         # Of the message that is being fed to the kernel: its effects say whose they become.
         self._arrived: DescriptorBundle | None = None
         self._arrived_identities: tuple[NamespaceIdentity, ...] = ()
+
+    @property
+    def _name(self) -> str:
+        return self.kernel.request.allocation_id
+
+    @property
+    def _is_asking(self) -> bool:
+        """Whether a connection is wanted to say a request on."""
+        return self.kernel.state is ConsumerState.CONNECTING or self._asks_again
 
     @property
     def is_settled(self) -> bool:
@@ -218,9 +243,12 @@ class Exchange:
         for received in channel.receive():
             if self.channel is channel:
                 self._feed_received(received)
-            elif isinstance(received, Delivery):
-                # The message before it had the channel closed.
+                continue
+            # The message before it was the last that is wanted.
+            self._drop_freed()
+            if isinstance(received, Delivery):
                 received.bundle.close()
+        self._keep_freed()
 
     def write(self) -> None:
         """Send what waits for room; call it when the channel is writable."""
@@ -266,6 +294,7 @@ class Exchange:
             # It is held on, without the provider: an end that is wanted later has to connect.
             self.feed(on.ConnectionLost(reason="closed here"))
         self._drop_channel()
+        self._drop_freed()
         self.deadlines.clear()
         self.slow.clear()
         if self.bundle is not None:
@@ -279,18 +308,36 @@ class Exchange:
                 self._feed_fault(error.reason)
             case Lost(reason=reason):
                 self._drop_channel()
+                if self._former and not self._is_heard and self.kernel.state is _ASKING:
+                    # Keeps SELF-17.
+                    self._asks_again, self._former = True, frozenset()
+                    self.slow.append(do.Connect())
+                    return
                 self.feed(on.ConnectionLost(reason=reason))
 
     def _feed_message(self, message: Message, bundle: DescriptorBundle) -> None:
         self._arrived = bundle
         try:
-            self.feed(self._verified(event_of(self.kernel.request, message), bundle))
+            if self._is_stale(message):
+                return
+            event = self._verified(event_of(self.kernel.request, message), bundle)
+            self._is_heard = True
+            self._is_last_word = isinstance(event, _LAST_WORDS)
+            self.feed(event)
         except RemoteProtocolError as error:
             self._feed_fault(str(error))
         finally:
+            self._is_last_word = False
             if self._arrived is not None:
                 self._arrived.close()
                 self._arrived = None
+
+    def _is_stale(self, message: Message) -> bool:
+        """Say whether it is the end of an allocation that was had on this connection before."""
+        # Keeps END-22.
+        # What has crossed the last word about that comes before the first about this.
+        former = self._former - {self._name} if self._is_heard else self._former
+        return is_about(message, former)
 
     def _verified(self, event: ConsumerInput, bundle: DescriptorBundle) -> ConsumerInput:
         """Ask the Linux kernel whether the descriptors are what the response says they are."""
@@ -303,6 +350,7 @@ class Exchange:
         return event
 
     def _feed_fault(self, reason: str) -> None:
+        self._is_last_word = False
         event = on.FrameRejected(reason)
         try:
             self.feed(event)
@@ -316,6 +364,8 @@ class Exchange:
         """Say until when it is tried to connect, on the clock."""
         # Only a request waits to get into a full backlog. To tell of an end, another connection is
         # tried later, and a caller who waits for self-service must not wait for that as well.
+        if self._asks_again:
+            return self.deadlines.get(Timer.ANSWER, self.clock())
         if self.kernel.state is not ConsumerState.CONNECTING:
             return self.clock()
         # A provider listens, and has much to do: it is its answer that is waited for.
@@ -373,20 +423,47 @@ class Exchange:
     def _could_enter(self, sock: socket.socket) -> bool:
         """Say whether a PID namespace of this provider could be entered, if one is wanted."""
         # Keeps SELF-13.
-        is_asking = self.kernel.state is ConsumerState.CONNECTING
-        is_wanted = is_asking and NamespaceType.PID in self.kernel.request.namespaces
+        is_wanted = self._is_asking and NamespaceType.PID in self.kernel.request.namespaces
         return not is_wanted or is_provider_visible(sock)
 
     def connected(self, sock: socket.socket) -> None:
         """Go on with a connected socket, which is owned from here on."""
-        self.channel = Channel(sock, accepts_descriptors=True)
+        self._go_on_with(Channel(sock, accepts_descriptors=True))
+
+    def reuse(self) -> bool:
+        """Go on with a connection that was kept; say whether there is one that will do."""
+        kept = None if self._kept is None or self._asks_again else self._kept.take()
+        if kept is None:
+            return False
+        # Of an end that is said again it could not be told which of the two is answered.
+        is_clear = self._is_asking or self._name not in kept.former
+        if not is_clear or not self._could_enter(kept.channel.sock):
+            kept.channel.close()
+            return False
+        self._former = kept.former
+        self._go_on_with(kept.channel)
+        return True
+
+    def _go_on_with(self, channel: Channel) -> None:
+        self.channel = channel
         self._unreachable = None
-        self.feed(on.Connected())
+        asks_again, self._asks_again = self._asks_again, False
+        if not asks_again:
+            self.feed(on.Connected())
+        elif self.kernel.state is _ASKING:
+            self._send(self.kernel.request)
+        else:
+            self._drop_channel()
+            self.feed(on.ConnectionLost(reason=_GONE_ASKING))
 
     def not_connected(self, error: SocketUnavailable) -> None:
         """Go on without a connection."""
         self._unreachable = error
-        self.feed(on.ProviderUnreachable(error))
+        if self._asks_again:
+            self._asks_again = False
+            self.feed(on.ConnectionLost(reason=error.reason))
+        else:
+            self.feed(on.ProviderUnreachable(error))
 
     def serve_self(self, effect: do.ServeSelf) -> ConsumerInput:
         """Make the namespaces here; may run in a thread. The event returned is to be fed."""
@@ -469,6 +546,9 @@ class Exchange:
             self.channel.send(message)
 
     def _close_channel(self, effect: do.CloseChannel) -> None:
+        # Keeps END-23.
+        if self._is_last_word and self._kept is not None:
+            self._freed, self.channel = self.channel, None
         self._drop_channel()
         # The kernel gave up the call that is under way, too; it will not hear of its outcome.
         for other in tuple(self.slow):
@@ -479,6 +559,17 @@ class Exchange:
         if self.channel is not None:
             self.channel.close()
             self.channel = None
+
+    def _keep_freed(self) -> None:
+        if self._freed is not None:
+            assert self._kept is not None
+            self._kept.put(KeptConnection(self._freed, self._former | {self._name}))
+            self._freed = None
+
+    def _drop_freed(self) -> None:
+        if self._freed is not None:
+            self._freed.close()
+            self._freed = None
 
     def _deliver(self, effect: do.DeliverDescriptors) -> None:
         # Keeps FD-12.
@@ -542,6 +633,10 @@ _PERFORMERS: Final[dict[type[Effect], Callable[[Exchange, Any], None]]] = {
 }
 """What is performed at once; every other effect is slow."""
 
+_LAST_WORDS: Final = (on.EndAnnounced, on.NotFoundReceived, on.CreationRefused)
+"""With these the provider has answered everything, where the kernel then hangs up."""
+
+_ASKING: Final = ConsumerState.ASKING
 _ENDABLE: Final = frozenset({ConsumerState.HELD, ConsumerState.SELF_HELD})
 _WITHDRAWABLE: Final = _ENDABLE | {ConsumerState.CONNECTING, ConsumerState.ASKING}
 
@@ -631,6 +726,7 @@ class BaseConsumer(Owner, Generic[H]):
         patience: how long to wait.
         audit: told of every turn to self-service.
         joins: what it asks for is there already and others use it: giving up does not end it.
+        keeps: how many connections are kept for later requests, once their allocation is over.
 
     Raises:
         TypeError: `path` is no path in text.
@@ -645,6 +741,7 @@ class BaseConsumer(Owner, Generic[H]):
         patience: Patience | None = None,
         audit: Audit | None = None,
         joins: bool = False,
+        keeps: int = 0,
     ) -> None:
         if path is not None:
             expect("path", os.fspath(path) if isinstance(path, os.PathLike) else path, str)
@@ -654,6 +751,7 @@ class BaseConsumer(Owner, Generic[H]):
         self._patience = patience or Patience()
         self._audit = audit
         self._joins = joins
+        self._kept = KeptConnections(keeps) if keeps else None
         self._handoffs: dict[str, H] = {}
         self._is_closed = False
 
@@ -682,6 +780,10 @@ class BaseConsumer(Owner, Generic[H]):
         if self._is_closed:
             raise ValueError("the consumer is closed")
 
+    def _close_kept(self) -> None:
+        if self._kept is not None:
+            self._kept.close()
+
     def _keep(self, handoff: H) -> H | None:
         """Keep a handoff for `handoff_of`; return what is to be closed instead."""
         if self._is_closed:  # since it was asked for
@@ -701,6 +803,7 @@ class BaseConsumer(Owner, Generic[H]):
             self._audit,
             self._path,
             self._clock,
+            self._kept,
         )
 
     def _begin(self, request: NamespaceRequest) -> Exchange:
