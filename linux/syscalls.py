@@ -564,6 +564,20 @@ def signalfd(numbers: Iterable[int]) -> Descriptor:
     return Descriptor(_libc_call("signalfd", -1, mask, flags))
 
 
+def limit_heaps(count: int) -> bool:
+    """
+    Have malloc(3) use so many heaps for all threads; those that are there already stay.
+
+    Returns:
+        Whether this C library has such a limit; glibc has.
+
+    Source:
+        mallopt(3), M_ARENA_MAX.
+    """
+    mallopt = getattr(_libc, "mallopt", None)
+    return bool(mallopt and mallopt(_M_ARENA_MAX, count))
+
+
 # --- making a call --------------------------------------------------------------------
 
 _CValue: TypeAlias = (
@@ -580,6 +594,8 @@ an object of a type for each takes longer than the rest. What is wider than a C 
 
 # CDLL, not PyDLL, releases the interpreter's lock. use_errno keeps errno per thread, so that calls
 # of the interpreter do not overwrite it.
+_M_ARENA_MAX: Final = -8
+
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 

@@ -52,7 +52,7 @@ from ..scope_file import write_scope_file
 from ..self_service import make_directory
 from ..shortage import fault_of
 from ..survey import READY_NAME
-from ..syscalls import SyscallError, calling
+from ..syscalls import SyscallError, calling, limit_heaps
 from .event_log import EventLog
 from .exits import ExitCode, Failure
 from .log import (
@@ -107,6 +107,9 @@ def serve(options: argparse.Namespace) -> ExitCode:
     except ValueError as error:
         raise Failure(ExitCode.USAGE, str(error)) from error
     open_standard_streams()
+    # Before there are threads. They take turns at the interpreter, so that a heap for each saves no
+    # waiting, and what one allocates and another frees leaves holes in each.
+    limit_heaps(1)
     try:
         with logging_to_stderr() as log:
             return _serve_logged(options, log)

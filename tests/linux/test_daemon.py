@@ -47,6 +47,10 @@ STARTS_MAX: Final = 10
 """On a machine that others keep busy: how often a Python could start and end meanwhile."""
 
 
+HEAP_BYTES: Final = 64 << 20
+"""What malloc(3) of glibc reserves for each heap but the first, at a multiple of that."""
+
+
 def stop_in_time(daemon: Daemon) -> None:
     began_s = time.monotonic()
     assert daemon.stop() == ExitCode.OK
@@ -342,6 +346,26 @@ def test_provider_and_anchors_are_protected_from_the_oom_killer_and_workloads_ar
         )
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     assert shown.stdout.split() == [str(before), str(soft), str(hard)]
+
+
+def heaps(pid: int) -> int:
+    """How many heaps a process has besides the first: what they are to have is reserved."""
+    starts = [
+        int(line.split("-")[0], 16)
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines()
+        if " rw-p 00000000 00:00 0" in line
+    ]
+    return sum(start % HEAP_BYTES == 0 for start in starts)
+
+
+def test_threads_of_a_provider_share_a_heap(
+    tmp_path: Path, image_root: Path, allocation_id: str
+) -> None:
+    with daemon_in(tmp_path, image_root) as daemon:
+        for number in range(4):
+            with daemon.obtain(f"{allocation_id}-{number}", NET) as handoff:
+                assert handoff.end()
+        assert heaps(daemon.pid) == 0
 
 
 # --- Log and trace -----------------------------------------------------------------------------
