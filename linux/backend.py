@@ -26,7 +26,7 @@ from types import MappingProxyType
 from typing import Final, Literal, TypeAlias
 
 from statemachine.errors import AllocationNotFound, FdPassing
-from statemachine.messages import NamespaceRequest
+from statemachine.messages import NamespaceRequest, NamespaceType
 from statemachine.record import record
 from statemachine.states import AllocationState
 from transport.calls import syscall
@@ -60,6 +60,7 @@ from .instance import (
 from .journal import Entry, Journal, JournalError, JournalUnavailable
 from .mounts import ImageError, ImageStore
 from .namespaces import expect_own_namespaces, open_bundle
+from .pool import AnchorPool, NamespaceTypes
 from .recovery import (
     CREATED_MARK,
     ENDED_MARK,
@@ -147,6 +148,8 @@ class _OnLinux(StepwiseAllocation):
     scope: Scope | None = None
     image: Descriptor | None = None
     """The detached mount, between the step that makes it and the step that moves it."""
+    ahead: Anchor | None = None
+    """The anchor that was made ahead, until the step that would make one."""
     anchor: Anchor | None = None
     events: Descriptor | None = None
     """`cgroup.events`, while the allocation is watched."""
@@ -179,6 +182,7 @@ class LinuxBackend(StepwiseBackend[_OnLinux]):
         features: Features,
         clock: Callable[[], float],
         on_close: Callable[[], None],
+        pool: Mapping[NamespaceTypes, int] = MappingProxyType({}),
     ) -> None:
         super().__init__(
             str(settings.uenv_base),
@@ -196,6 +200,7 @@ class LinuxBackend(StepwiseBackend[_OnLinux]):
         self._features: Final = features
         self._images: Final = ImageStore(settings.image_root, settings.hold_time_s, clock, features)
         self._forge: Final = Forge(cgroup=anchors, tied=journal is None, features=features)
+        self._pool: Final = AnchorPool(pool, self._make_ahead, clock) if pool else None
         self._watch: Final = ScopeWatch[_WatchKey]()
         # Always readable: while it is watched, `observe` is called at once, to look at `_again`.
         with calling("eventfd(2)"):
@@ -216,6 +221,7 @@ class LinuxBackend(StepwiseBackend[_OnLinux]):
         *,
         clock: Callable[[], float],
         features: Features | None = None,
+        pool: Mapping[NamespaceTypes, int] = MappingProxyType({}),
     ) -> LinuxBackend:
         """
         Make a provider's backend: journaled, and its allocations outlive it.
@@ -225,14 +231,19 @@ class LinuxBackend(StepwiseBackend[_OnLinux]):
             state_dir: where the journal is; made if absent, and locked.
             clock: monotonic seconds, for the hold time.
             features: what the Linux kernel can do; None finds out.
+            pool: how many anchors of which kinds are made ahead, from `recover` on; needs scopes,
+                because a provider that is killed leaves them in the anchors' cgroup.
 
         Raises:
+            ValueError: too many anchors are to be made ahead, or there are no scopes.
             SyscallError: this process could not return to its own namespaces.
             JournalError: another provider has the state directory, or the journal is damaged.
             InstanceBusy: a running provider has the anchors that the journal belongs to.
             ScopeError: the anchors' cgroup cannot be made.
         """
         expect_own_namespaces()
+        if pool and settings.cgroup2 is None:
+            raise ValueError("anchors are only made ahead where scopes are made")
         journal = Journal(state_dir, boot_id())
         with ExitStack() as undo:
             undo.callback(journal.close)
@@ -261,6 +272,7 @@ class LinuxBackend(StepwiseBackend[_OnLinux]):
                 features=features or Features.probe(),
                 clock=clock,
                 on_close=on_close,
+                pool=pool,
             )
             undo.pop_all()
         return backend
@@ -332,6 +344,11 @@ class LinuxBackend(StepwiseBackend[_OnLinux]):
         name, token, wanted = allocation.name, allocation.token, allocation.request
         if name in self._kept:
             raise Kept(f"an earlier one may be alive: {self._kept[name]}; see `nshandoff doctor`")
+        if self._pool is not None and wanted.uenv_image is None:
+            allocation.ahead = self._pool.take(frozenset(wanted.namespaces))
+        if allocation.ahead is not None:
+            # Journaled before it is the allocation's: from then on what has the token is.
+            allocation.token = token = allocation.ahead.token
         root, place = self._settings.cgroup2, self._settings.place
         # Where it will be: the settings may be others when a later provider looks for it.
         path = None if root is None else str(place.path_of(root, name))
@@ -367,6 +384,12 @@ class LinuxBackend(StepwiseBackend[_OnLinux]):
     def _make_anchor(self, allocation: _OnLinux) -> None:
         # Keeps NODE-6.
         self._hold_instance()  # first: if it fails, the image is still the allocation's to close
+        ahead, allocation.ahead = allocation.ahead, None
+        if ahead is not None:
+            if ahead.is_alive():
+                allocation.anchor = ahead
+                return
+            ahead.close()
         request = allocation.request
         image, allocation.image = allocation.image, None
         base = None if request.uenv_image is None else self._uenv_base
@@ -374,6 +397,9 @@ class LinuxBackend(StepwiseBackend[_OnLinux]):
         scope = None if allocation.scope is None else str(allocation.scope.path)
         anchor_plan = AnchorPlan(allocation.token, request.namespaces, base, path, scope)
         allocation.anchor = self._forge.make(anchor_plan, image)
+
+    def _make_ahead(self, types: NamespaceTypes, token: str) -> Anchor:
+        return self._forge.make(AnchorPlan(token, tuple(t for t in NamespaceType if t in types)))
 
     def _publish(self, allocation: _OnLinux) -> None:
         assert self._journal is not None
@@ -418,6 +444,9 @@ class LinuxBackend(StepwiseBackend[_OnLinux]):
         for descriptor in (allocation.events, allocation.image):
             if descriptor is not None:
                 descriptor.close()
+        if allocation.ahead is not None:
+            with allocation.ahead:
+                allocation.ahead.kill()
 
     def _end_init(self, allocation: _OnLinux) -> str | None:
         anchor = allocation.anchor
@@ -600,6 +629,8 @@ class LinuxBackend(StepwiseBackend[_OnLinux]):
             stack.callback(self._on_close)
             stack.callback(self._images.close)
             stack.callback(self._forge.close)
+            if self._pool is not None:
+                stack.callback(self._pool.close)
             stack.callback(self._nudge.close)
             stack.callback(self._watch.close)
             with self._guard:
@@ -631,10 +662,15 @@ class LinuxBackend(StepwiseBackend[_OnLinux]):
         }
         if self._settings.cgroup2 is not None:
             _sweep_ownerless(self._settings.cgroup2)
+        self._start_pool()  # not before: what has no entry was released
         order = [entry.allocation_id for entry in self._journal.entries()]
         return Recovery(
             tuple(found[name] for name in order if name in found), self._journal.remembered()
         )
+
+    def _start_pool(self) -> None:
+        if self._pool is not None:
+            self._pool.start()
 
     def _forget_outdated(self, cases: list[Case]) -> None:
         """Drop entries of which nothing is left, where a later incarnation has the name now."""

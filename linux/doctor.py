@@ -58,6 +58,7 @@ from .journal import (
     read_journal,
     set_aside,
 )
+from .pool import POOL_TOKEN_PREFIX
 from .recovery import Action, Case, Verdict, find_cases, read_description
 
 
@@ -241,6 +242,8 @@ def _still_unnamed(
     again = _cases(read_journal(state_dir).entries, own, root, features)
     kept = {it.token for it in again if it.action is Action.KEEP}
     lost = {it.token for it in again if it.entry is None} - named
+    # What it makes ahead has no entry, and no scope, until it is an allocation's.
+    lost = {token for token in lost if not token.startswith(POOL_TOKEN_PREFIX)}
     return [
         case
         for case in cases

@@ -256,7 +256,7 @@ ROWS: Final = (
         (ScopeSeen.GONE,),
         Verdict.DEAD,
         Action.RELEASE,
-        "its scope, which is made before the init, was removed, and only an empty one can be",
+        "it was made ahead of any request, or its scope was removed, and only an empty one can be",
     ),
     RecoveryRow(
         (Store.NONE,),

@@ -22,13 +22,14 @@ from statemachine.states import AllocationState
 from transport.calls import syscall
 from transport.descriptors import NamespaceIdentity
 
-from .anchor import Anchor, AnchorIdentity, adopt, boot_id
-from .cgroups import Scope
+from .anchor import Anchor, AnchorIdentity, adopt, boot_id, find_anchors
+from .cgroups import CgroupUnavailable, Scope, anchor_path, find_cgroup2
 from .features import Features
 from .files import read_file
 from .journal import LOCK_NAME, Entry, read_journal
 from .mounts import image_on, loop_devices
 from .namespaces import KernelInspector, open_namespace
+from .pool import POOL_TOKEN_PREFIX
 from .recovery import state_noted
 from .syscalls import SyscallError
 
@@ -123,6 +124,8 @@ class NodeSeen:
     """Of all providers of this node."""
     remembered: tuple[str, ...]
     """Ids of allocations that have ended, the oldest end first."""
+    ahead: int = 0
+    """Anchors that are made ahead, and wait for an allocation."""
 
 
 def survey_node(state_dir: Path, features: Features) -> NodeSeen:
@@ -143,7 +146,8 @@ def survey_node(state_dir: Path, features: Features) -> NodeSeen:
         _see_dead(entry) if is_void else _see(entry, features) for entry in view.entries
     )
     images = tuple(_see_images([seen.entry for seen in allocations]))
-    return NodeSeen(_see_provider(state_dir), allocations, images, view.remembered)
+    ahead = 0 if is_void or view.instance is None else _count_ahead(view.instance, view.entries)
+    return NodeSeen(_see_provider(state_dir), allocations, images, view.remembered, ahead)
 
 
 def states_of(pids: Iterable[int]) -> str:
@@ -250,6 +254,17 @@ def _why(entry: Entry, anchor: Anchor | None, scope: Scope | None) -> str | None
     if entry.state is not AllocationState.REQUESTED and anchor is None:
         return "its init is dead; a provider will release it"
     return None
+
+
+def _count_ahead(instance: str, entries: Iterable[Entry]) -> int:
+    taken = {entry.incarnation for entry in entries}
+    try:
+        anchors = find_anchors(anchor_path(find_cgroup2(), instance))
+    except CgroupUnavailable:
+        return 0
+    for anchor in anchors.values():
+        anchor.close()
+    return sum(token.startswith(POOL_TOKEN_PREFIX) for token in anchors.keys() - taken)
 
 
 def _see_images(entries: list[Entry]) -> Iterator[ImageSeen]:

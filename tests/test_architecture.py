@@ -50,7 +50,7 @@ NAME_OWNERS: Final = {
     r"fcntl\.F_DUPFD\w*": r"transport/descriptors\.py",
     # A thread that is not waited for uses what is closed.
     r"threading\.Thread|_thread\..*": (
-        r"linux/(threads|sinks|demo/processes)\.py|transport/serve/work\.py"
+        r"linux/(threads|sinks|pool|demo/processes)\.py|transport/serve/work\.py"
     ),
     # A cgroup is removed only after it was read that it is empty.
     r"(.*\.)?rmdir": r"linux/cgroups\.py",

@@ -249,6 +249,11 @@ def _add_serve(verbs: Any) -> None:
     _add_span(serve, "empty_grace", "how long a used cgroup must stay empty")
     _add_users(serve)
     _add_scopes(serve)
+    about = (
+        "make N anchors with these namespaces (pid, net, mount; commas between them) before they "
+        "are asked for, while nothing else is; repeatable"
+    )
+    serve.add_argument("--pool", metavar="TYPES=N", action="append", default=[], help=about)
     _add_reports(serve)
     _add_backend(serve)
 

@@ -71,6 +71,7 @@ def as_json(node: NodeSeen, state_dir: Path) -> dict[str, Any]:
             for i in node.images
         ],
         "remembered": list(node.remembered),
+        "ahead": node.ahead,
     }
 
 
@@ -108,6 +109,8 @@ def as_text(node: NodeSeen, state_dir: Path) -> list[str]:
         if provider
         else f"no provider serves from {state_dir}"
     ]
+    if node.ahead:
+        lines.append(f"anchors made ahead: {node.ahead}")
     lines += ["", *_allocations_as_text(node)]
     if node.images:
         head = ("IMAGE", "DEVICE", "FILE", "USED BY")

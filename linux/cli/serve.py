@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 from statemachine.effects import Effect
 from statemachine.errors import SocketUnavailable
 from statemachine.events import ProviderInput
+from statemachine.messages import NamespaceType
 from statemachine.provider import Limits
 from statemachine.record import record
 from transport.calls import syscall
@@ -47,6 +48,7 @@ from ..limits import (
     raise_descriptor_limit,
 )
 from ..mounts import why_no_image
+from ..pool import POOL_MAX, NamespaceTypes
 from ..root import CHROOT, PRIVATE, has_propagation, is_chroot
 from ..scope_file import write_scope_file
 from ..self_service import make_directory
@@ -99,11 +101,12 @@ def serve(options: argparse.Namespace) -> ExitCode:
         OK after a stop; ENVIRONMENT if it could not start, which has been logged.
 
     Raises:
-        Failure: USAGE, the scopes cannot be where the options say; ENVIRONMENT, there cannot be a
-            log.
+        Failure: USAGE, the scopes cannot be where the options say, or no pool can be as they say;
+            ENVIRONMENT, there cannot be a log.
     """
     try:
         ScopePlace(options.scope_parent, options.scope_name)
+        options.pool = _pool_of(options)
     except ValueError as error:
         raise Failure(ExitCode.USAGE, str(error)) from error
     open_standard_streams()
@@ -338,10 +341,31 @@ def _backend(options: argparse.Namespace, stack: ExitStack) -> Backend:
     settings = NodeSettings(cgroup2, image_root, uenv_base, options.hold_time, place)
     state_dir = Path(options.state_dir)
     _refuse_foreign(state_dir)
-    backend = LinuxBackend.for_provider(settings, state_dir, clock=time.monotonic)
+    backend = LinuxBackend.for_provider(
+        settings, state_dir, clock=time.monotonic, pool=options.pool
+    )
     stack.enter_context(closing(backend))
     backend.start()
     return backend
+
+
+def _pool_of(options: argparse.Namespace) -> dict[NamespaceTypes, int]:
+    """Read what `--pool` says; ValueError if it cannot be had."""
+    known = {kind.value.lower(): kind for kind in NamespaceType}
+    pool: dict[NamespaceTypes, int] = {}
+    for text in options.pool:
+        types, _, count = text.rpartition("=")
+        names = [name.strip().lower() for name in types.split(",")]
+        if not (set(names) <= set(known) and len(set(names)) == len(names)):
+            raise ValueError(f"--pool {text!r}: before the = are types, of {', '.join(known)}")
+        if not (count.isdecimal() and 0 < int(count) <= POOL_MAX):
+            raise ValueError(f"--pool {text!r}: after the = is a number from 1 to {POOL_MAX}")
+        pool[frozenset(known[name] for name in names)] = int(count)
+    if sum(pool.values()) > POOL_MAX:
+        raise ValueError(f"--pool: at most {POOL_MAX} anchors are made ahead, in sum")
+    if pool and (options.no_scopes or options.backend != "linux"):
+        raise ValueError("--pool needs real namespaces and scopes")
+    return pool
 
 
 def _warn_of_root() -> None:

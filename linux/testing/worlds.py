@@ -15,14 +15,14 @@ import sqlite3
 import subprocess
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from statemachine.errors import AllocationNotFound
-from statemachine.messages import NamespaceRequest, NamespaceType
+from statemachine.messages import NamespaceRequest, NamespaceResponse, NamespaceType
 from statemachine.states import AllocationState
 from transport.contract import CREATION, Backend, Recovery, Sighting, Step
 from transport.descriptors import DescriptorBundle, Inspector, NamespaceIdentity
@@ -37,6 +37,7 @@ from ..instance import instance_of
 from ..journal import Entry, read_journal
 from ..mounts import loop_devices
 from ..namespaces import KernelInspector
+from ..pool import POOL_TOKEN_PREFIX, NamespaceTypes
 from ..recovery import CREATED_MARK
 from ..simulated import (
     SimulatedBackend,
@@ -53,6 +54,11 @@ NET: Final = NamespaceType.NET
 MOUNT: Final = NamespaceType.MOUNT
 LIGHT: Final = (PID, MOUNT)
 """What most tests request: a network namespace costs ten times as much."""
+
+POOL: Final[Mapping[NamespaceTypes, int]] = {
+    frozenset(kinds): 1 for kinds in ((PID, NET, MOUNT), LIGHT, (PID, NET), (PID,), (NET,))
+}
+"""What a world makes ahead that has a pool."""
 
 SCOPE_PREFIX: Final = f"nsh-test-{os.getpid()}-"
 """Prefix of the ids of all allocations that this process requests."""
@@ -327,9 +333,17 @@ class SimulatedWorld(World):
 
 
 class HookedBackend(LinuxBackend):
-    """Calls a function before each step."""
+    """Calls a function before each step; its pool, if it has one, is full for each creation."""
 
     before: Callable[[Step, str], None]
+
+    def _start_pool(self) -> None:
+        """Anchors are made ahead in the caller's thread, where every call can be made to fail."""
+
+    def create_namespaces(self, request: NamespaceRequest) -> NamespaceResponse:
+        while self._pool is not None and self._pool.fill(at_once=True):
+            pass
+        return super().create_namespaces(request)
 
     def _perform(self, step: Step, allocation: Any) -> str | None:
         self.before(step, allocation.name)
@@ -345,12 +359,20 @@ class LinuxWorld(World):
         cgroup2: where cgroup v2 is mounted.
         image_root: has `IMAGE` and `OTHER_IMAGE`.
         features: what the backend may use.
+        has_pool: whether anchors are made ahead.
     """
 
     def __init__(
-        self, directory: Path, cgroup2: Path, image_root: Path, features: Features | None = None
+        self,
+        directory: Path,
+        cgroup2: Path,
+        image_root: Path,
+        features: Features | None = None,
+        *,
+        has_pool: bool = False,
     ) -> None:
         super().__init__()
+        self._pool: Mapping[NamespaceTypes, int] = POOL if has_pool else {}
         self.features = features or Features.probe()
         self.inspector = KernelInspector(self.features)
         self.state_dir = directory / "state"
@@ -365,7 +387,11 @@ class LinuxWorld(World):
 
     def program(self) -> LinuxBackend:
         backend = HookedBackend.for_provider(
-            self.settings, self.state_dir, clock=lambda: self.now_s, features=self.features
+            self.settings,
+            self.state_dir,
+            clock=lambda: self.now_s,
+            features=self.features,
+            pool=self._pool,
         )
         assert isinstance(backend, HookedBackend)
         backend.before = self.before
@@ -416,17 +442,20 @@ class LinuxWorld(World):
 
     def entry(self, name: str) -> Entry | None:
         """What the journal says of an allocation, whether the program runs or not."""
+        return next((each for each in self._entries() if each.allocation_id == name), None)
+
+    def _entries(self) -> Sequence[Entry]:
         journal = self.program_now._journal
         try:
-            assert journal is not None
-            entries = journal.entries()
+            if journal is not None:
+                return journal.entries()
         except sqlite3.ProgrammingError:  # it is closed
-            entries = read_journal(self.state_dir).entries
-        return next((entry for entry in entries if entry.allocation_id == name), None)
+            pass
+        return read_journal(self.state_dir).entries
 
     def _has_no_forge(self) -> bool:
         procs = self.anchors_cgroup / "cgroup.procs"
-        return len(procs.read_text().split()) == len(self.anchors())
+        return len(procs.read_text().split()) == len(self._tokens())
 
     def scope(self, name: str) -> Path:
         return self._cgroup2 / WORKLOAD_SLICE / f"{name}.scope"
@@ -524,7 +553,12 @@ class LinuxWorld(World):
         return sorted(scope.stem for scope in ours)
 
     def anchors(self) -> list[str]:
-        """The tokens of all living anchors of this world."""
+        """The tokens of all living anchors of this world but those that wait in a pool."""
+        taken = {entry.incarnation for entry in self._entries()} if self._pool else set()
+        tokens = self._tokens()
+        return [t for t in tokens if t in taken or not t.startswith(POOL_TOKEN_PREFIX)]
+
+    def _tokens(self) -> list[str]:
         anchors = find_anchors(self.anchors_cgroup)
         for anchor in anchors.values():
             anchor.close()
@@ -578,9 +612,14 @@ def simulated() -> Iterator[SimulatedWorld]:
 
 @contextmanager
 def real(
-    directory: Path, cgroup2: Path, image_root: Path, features: Features | None = None
+    directory: Path,
+    cgroup2: Path,
+    image_root: Path,
+    features: Features | None = None,
+    *,
+    has_pool: bool = False,
 ) -> Iterator[LinuxWorld]:
-    world = LinuxWorld(directory, cgroup2, image_root, features)
+    world = LinuxWorld(directory, cgroup2, image_root, features, has_pool=has_pool)
     world.start()
     try:
         yield world
@@ -588,7 +627,7 @@ def real(
         world.close()
 
 
-KINDS_OF_WORLD: Final = ("simulated", "linux", "oldest linux")
+KINDS_OF_WORLD: Final = ("simulated", "linux", "oldest linux", "linux with a pool")
 
 
 @contextmanager
@@ -598,5 +637,6 @@ def world_of(kind: str, directory: Path, cgroup2: Path, image_root: Path) -> Ite
             yield world
     else:
         features = OLDEST if kind == "oldest linux" else None
-        with real(directory, cgroup2, image_root, features) as linux_world:
+        has_pool = kind == "linux with a pool"
+        with real(directory, cgroup2, image_root, features, has_pool=has_pool) as linux_world:
             yield linux_world
