@@ -42,6 +42,7 @@ from tests.support.isolation import find_cgroup2
 from tests.support.programs import warm_daemon_in
 
 BACKENDS: Final = ("simulated", "linux")
+POOLED: Final = "linux with a pool"
 BY_STRACE: Final = "linux, by strace: "
 """In the place of a backend, before whose calls are the last."""
 SINGLES_ON_LINUX: Final = 4_000
@@ -62,6 +63,7 @@ def tasks(scale: float) -> list[Task]:
     found = [_task("simulated", life, "single", 1.0) for life in LIVES]
     part = min(1.0, scale * SINGLES_ON_LINUX / 4_000)
     found += [_task("linux", life, kind, part) for kind in ("single", "kills") for life in LIVES]
+    found += [_task(POOLED, life, "single", part / 4) for life in LIVES]
     found += [_task(backend, life, "short", 1.0) for backend in BACKENDS for life in LIVES]
     pairs = {"simulated": PAIRS["simulated"] * scale, "linux": max(0.0, scale - 1) * 1_000}
     for backend, life in itertools.product(BACKENDS, LIVES):
@@ -74,7 +76,7 @@ def tasks(scale: float) -> list[Task]:
             left -= count
     found += [
         Task(f"faults: deaths while {phase} on {backend}", _of(backend, phase, "deaths", scale))
-        for backend in BACKENDS
+        for backend in (*BACKENDS, POOLED)
         for phase in (*PHASES, *(CONSUMERS if backend == "linux" else ()))
     ]
     found += [
@@ -171,7 +173,8 @@ class _StageDir:
             with simulated_stage(self.new()) as stage:
                 yield stage
         else:
-            with linux_stage(self.new(), _cgroup2(), self.make_image()) as stage:
+            places = (self.new(), _cgroup2(), self.make_image())
+            with linux_stage(*places, has_pool=backend == POOLED) as stage:
                 yield stage
 
     @contextmanager
@@ -183,7 +186,8 @@ class _StageDir:
             make: Callable[[LinuxStage], Killed] = Killed
             if backend.startswith(BY_STRACE):
                 make = partial(Traced, who=backend.removeprefix(BY_STRACE))
-            with killed(self.new(), _cgroup2(), self.make_image(), make) as program:
+            places = (self.new(), _cgroup2(), self.make_image())
+            with killed(*places, make, has_pool=backend == POOLED) as program:
                 yield program
 
 

@@ -59,6 +59,10 @@ CONSUMERS: Final = ("served", "self-served", "self-served, with its forge")
 """How a consumer lives that dies, on this machine."""
 
 
+_SPARED: Final = b"spared"
+"""What a program says that is not doomed any more."""
+
+
 class Doomed(FaultInjector):
     """Lets the provider's calls pass until it is doomed; then the k-th is its last."""
 
@@ -99,6 +103,11 @@ class DoomableProgram(ABC):
     @abstractmethod
     def doom(self, k: int) -> None:
         """Let the k-th call from now on be the program's last; 0: none."""
+
+    async def spare(self) -> CallSite | None:
+        """Let the program live; which call was its last, if that was made just before."""
+        self.doom(0)
+        return await self.died_at()
 
     @abstractmethod
     async def died_at(self) -> CallSite | None:
@@ -143,9 +152,7 @@ class DoomableProgram(ABC):
         else:
             last = await self._await_death(ending)
         if last is None:
-            self.doom(0)
-            # The call may have been made just before.
-            last = await self.died_at()
+            last = await self.spare()
         if last is not None and not await self.start():
             raise NotTolerated("no other program can be started")
         if ending is not None:
@@ -282,6 +289,15 @@ class Killed(DoomableProgram):
 
     def doom(self, k: int) -> None:
         self._tell(str(k).encode())
+
+    async def spare(self) -> CallSite | None:
+        assert self._control is not None
+        self.doom(0)
+        hearing = self.stage.loop.sock_recv(self._control, 4096)
+        said = await asyncio.wait_for(hearing, PATIENCE_S)
+        if said != _SPARED:
+            self._note(said)
+        return self._last
 
     def _tell(self, word: bytes) -> None:
         assert self._control is not None
@@ -427,7 +443,13 @@ class Killed(DoomableProgram):
 
         doomed = Doomed(die, "provider")
         loop = asyncio.get_running_loop()
-        loop.add_reader(control, lambda: doomed.doom(int(control.recv(64) or b"0")))
+
+        def be_told() -> None:
+            doomed.doom(int(control.recv(64) or b"0"))
+            if doomed.calls_left is None:
+                control.send(_SPARED)
+
+        loop.add_reader(control, be_told)
         if doomed_at is not None:
             doomed.doom(doomed_at)
         with calls.hook_syscalls(doomed):
@@ -612,8 +634,10 @@ def killed(
     cgroup2: Path,
     image_root: Path,
     make: Callable[[LinuxStage], Killed] = Killed,
+    *,
+    has_pool: bool = False,
 ) -> Iterator[Killed]:
-    stage = LinuxStage(directory, cgroup2, image_root)
+    stage = LinuxStage(directory, cgroup2, image_root, has_pool=has_pool)
     stage.loop.hurry.is_patient = True
     program = make(stage)
     stage.world.backend = stage.service()  # closed with the world; there is no other in here

@@ -584,7 +584,9 @@ class SimulatedStage(FaultSetup):
 class LinuxStage(FaultSetup):
     backend_name = "linux"
 
-    def __init__(self, directory: Path, cgroup2: Path, image_root: Path) -> None:
+    def __init__(
+        self, directory: Path, cgroup2: Path, image_root: Path, *, has_pool: bool = False
+    ) -> None:
         self.directory = directory
         self._cgroup2 = cgroup2
         self._plan_path = directory / "forge-plan.json"
@@ -593,7 +595,8 @@ class LinuxStage(FaultSetup):
         self._lives = itertools.count(1)
         self._life = 0
         self.plan_forge(())
-        super().__init__(directory, LinuxWorld(directory, cgroup2, image_root), SETTLING_S)
+        world = LinuxWorld(directory, cgroup2, image_root, has_pool=has_pool)
+        super().__init__(directory, world, SETTLING_S)
         settings = self.world.settings
         self._own = LinuxBackend.for_self_service(settings, clock=self.loop.time)
         self._give_forge(self._own)
@@ -613,6 +616,13 @@ class LinuxStage(FaultSetup):
         backend._forge = Forge(
             cgroup=forge._cgroup, tied=forge._tied, features=forge._features, command=command
         )
+
+    def count(self) -> Counter[str]:
+        pool = getattr(self.world.backend, "_pool", None)
+        if pool is not None:
+            # How many there are depends on what was asked for last.
+            pool.drop("they are counted", patience_ms=DYING_MS)
+        return super().count()
 
     def nest(self, name: str) -> None:
         (self._cgroup2 / WORKLOAD_SLICE / f"{name}.scope" / "below").mkdir()
@@ -797,8 +807,10 @@ def simulated_stage(directory: Path) -> Iterator[FaultSetup]:
 
 
 @contextmanager
-def linux_stage(directory: Path, cgroup2: Path, image_root: Path) -> Iterator[FaultSetup]:
-    with _on(LinuxStage(directory, cgroup2, image_root)) as stage:
+def linux_stage(
+    directory: Path, cgroup2: Path, image_root: Path, *, has_pool: bool = False
+) -> Iterator[FaultSetup]:
+    with _on(LinuxStage(directory, cgroup2, image_root, has_pool=has_pool)) as stage:
         yield stage
 
 

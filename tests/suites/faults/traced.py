@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from statemachine.messages import NamespaceRequest
-from tests.suites.faults.crashes import PATIENCE_S, POLL_S, Killed
+from tests.suites.faults.crashes import PATIENCE_S, POLL_S, DoomableProgram, Killed
 from tests.suites.faults.faults import CallSite
 from tests.suites.faults.lives import LinuxStage, NotTolerated
 from transport.endpoint import listen
@@ -156,6 +156,9 @@ class Traced(Killed):
         if self._strace is not None:
             self._strace.wait(PATIENCE_S)
         self._last = self._site(self._k)
+
+    async def spare(self) -> CallSite | None:
+        return await DoomableProgram.spare(self)  # strace is told, not the program
 
     async def died_at(self) -> CallSite | None:
         if self.who == "forge":
