@@ -5,8 +5,9 @@ process that does nothing, outlives the provider, and is killed to end the alloc
 allocation's namespaces can be opened from it, so the provider holds one pidfd per allocation. The
 anchor of a consumer that serves itself waits for the end of a pipe instead, which that one holds.
 
-The anchor executes `sleep infinity`, with SIGCHLD ignored. That survives the exec and makes the
-Linux kernel reap the orphans which a PID namespace's init inherits.
+The anchor executes a program that only waits (`forge.idle`, or `sleep infinity`), with SIGCHLD
+ignored. That survives the exec and makes the Linux kernel reap the orphans which a PID namespace's
+init inherits.
 
 A provider that starts again has to find its anchors without mistaking another process for one. Two
 things outlive the provider:
@@ -39,7 +40,7 @@ from .features import Features
 from .syscalls import SyscallError, calling
 
 ANCHOR_COMMAND: Final = ("sleep", "infinity")
-"""What an anchor executes; the first word is looked up in PATH."""
+"""What an anchor executes where `forge.idle` has nothing; the first word is looked up in PATH."""
 
 TIED_COMMAND: Final = ("cat",)
 """What an anchor executes that ends with its owner: it reads a pipe which that one holds open."""

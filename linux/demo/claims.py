@@ -15,7 +15,9 @@ from typing import Any, Final, TypeVar
 
 from transport.descriptors import Descriptor, Inspector, NamespaceIdentity
 
+from ..anchor import ANCHOR_COMMAND
 from ..cgroups import Scope
+from ..forge.idle import IDLE_COMMAND
 from ..forge.spawn import InitDead, spawn_within
 from ..namespaces import PROC_NAMES
 from .census import loop_devices_below, mounts_of
@@ -103,7 +105,9 @@ def claim_sight(report: Report, seen: dict[str, Any]) -> None:
     """Check what the process inside sees."""
     pid, pids, links = seen["pid"], seen["pids"], seen["interfaces"]
     evidence = f"pid 1: {seen['init']}; itself: {pid}"
-    report.check("inside.init", "pid 1 is that init, and not ours", "sleep", seen["init"], evidence)
+    claim = "pid 1 is that init, and not ours"
+    inits = [command[0] for command in (IDLE_COMMAND, ANCHOR_COMMAND)]
+    report.check("inside.init", claim, True, seen["init"] in inits, evidence)
     claim = "/proc shows only the allocation's processes"
     report.check("inside.proc", claim, [1, pid], pids, f"/proc: {' '.join(map(str, pids))}")
     report.check("inside.net", "its only interface is lo, and lo is up", ["lo up"], links)

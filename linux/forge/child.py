@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import platform
 import select
 import signal
 import socket
@@ -39,6 +40,7 @@ from ..limits import protect_from_oom_killer
 from ..mountinfo import MountWatch, mount_lines, parse_mount
 from ..namespaces import CLONE_FLAGS, PROC_NAMES, expect_own_namespaces, open_namespace
 from ..syscalls import Ioctl, SyscallError, calling
+from .idle import IDLE_COMMAND, open_idle_program
 from .plan import (
     RECORD_BYTES_MAX,
     RETURN,
@@ -103,6 +105,10 @@ TRY_OUT: Final = b"try"
 """A request that is no plan: make namespaces of every type and leave them, without an anchor."""
 
 
+TRIAL_TOKEN: Final = "trial"
+"""The token of an anchor that is started and killed, to see whether its program can be executed."""
+
+
 class SysMounts:
     """
     What is mounted below /sys: read anew only if the node's mounts have changed.
@@ -136,6 +142,15 @@ class SysMounts:
         return self._known[0]
 
 
+class AnchorProgram(NamedTuple):
+    """What anchors execute."""
+
+    path: str
+    command: tuple[str, ...]
+    tie: bool = False
+    """Whether it has the forge's streams: it ends with what it reads there."""
+
+
 class Work:
     """
     One anchor that is being made: its plan, and what there is of it so far.
@@ -143,31 +158,29 @@ class Work:
     Args:
         plan: What to make.
         image: A detached mount for `plan.mount_path`; borrowed. None exactly if that is None.
-        settings: Those of the forge.
-        sys_mounts: Likewise.
+        features: What the operations may use.
+        program: What the anchor executes.
+        sys_mounts: Of the forge.
     """
 
     def __init__(
         self,
         plan: AnchorPlan,
         image: Descriptor | None,
-        settings: ForgeSettings,
+        features: Features,
+        program: AnchorProgram,
         sys_mounts: SysMounts,
     ) -> None:
         self.plan: Final = plan
         self.image: Final = image
-        self.settings: Final = settings
+        self.features: Final = features
+        self.program: Final = program
         self.sys_mounts: Final = sys_mounts
         self.anchor: Anchor | None = None
         self.is_away = False
         """Whether the forge is in this anchor's namespaces instead of its own."""
         self.shortfalls: list[str] = []
         """What the anchor lacks because the Linux kernel refuses it here."""
-
-    @property
-    def features(self) -> Features:
-        """What the operations may use."""
-        return self.settings.features
 
     @property
     def started(self) -> Anchor:
@@ -287,25 +300,27 @@ def _mount_image(work: Work) -> None:
 
 
 def _start_anchor(work: Work) -> None:
-    # posix_spawn reports the errno of a failed exec. The child was the init of its PID namespace,
-    # which is dead then; the next anchor begins with a new unshare.
+    # If the exec fails, the init of a PID namespace is dead, and with it the namespace.
     # Keeps NODE-7.
-    program, is_tied = work.settings.program, work.settings.tied
+    work.anchor = _spawn(work.program, work.plan.token)
+
+
+def _spawn(program: AnchorProgram, token: str) -> Anchor:
     # `cat` does not start without a standard output. Nothing is ever written there.
     tied = [(os.POSIX_SPAWN_DUP2, 0, fd) for fd in (1, 2)]
     untied = [(os.POSIX_SPAWN_CLOSE, fd) for fd in (0, 1, 2)]
-    with calling("posix_spawn(3)", program):
+    with calling("posix_spawn(3)", program.path):  # which reports the errno of a failed exec
         pid = syscall(
             os.posix_spawn,
-            program,
-            TIED_COMMAND if is_tied else ANCHOR_COMMAND,
-            {ANCHOR_VARIABLE: work.plan.token},
-            file_actions=tied if is_tied else untied,
+            program.path,
+            program.command,
+            {ANCHOR_VARIABLE: token},
+            file_actions=tied if program.tie else untied,
             setsid=True,
             setsigmask=(),
             setsigdef=_IGNORED_BY_PYTHON,
         )
-    work.anchor = Anchor(pid, _hold(pid), work.plan.token)
+    return Anchor(pid, _hold(pid), token)
 
 
 def _hold(pid: int) -> Descriptor:
@@ -451,6 +466,8 @@ class ForgeProgram:
         expect_own_namespaces()
         self._owner: Final = owner
         self._settings: Final = settings
+        self._idle: Descriptor | None = None
+        self._program: Final = self._choose_program()
         self._home: Final = {
             kind: syscalls.openat2(syscalls.AT_FDCWD, f"/proc/self/ns/{name}", os.O_RDONLY)
             for kind, name in PROC_NAMES.items()
@@ -496,7 +513,7 @@ class ForgeProgram:
 
     def _answer(self, plan: AnchorPlan, image: Descriptor | None) -> None:
         self._drop_last()
-        work = Work(plan, image, self._settings, self._sys_mounts)
+        work = self._work(plan, image)
         try:
             self._last = self._make(work)
         except ForgeError as error:
@@ -509,6 +526,27 @@ class ForgeProgram:
             # The owner is gone, and does not know of this anchor.
             self._last.kill()
             raise
+
+    def _work(self, plan: AnchorPlan, image: Descriptor | None) -> Work:
+        features = self._settings.features
+        return Work(plan, image, features, self._program, self._sys_mounts)
+
+    def _choose_program(self) -> AnchorProgram:
+        """Take the smallest program, if this node lets it be executed."""
+        if self._settings.tied:
+            return AnchorProgram(self._settings.program, TIED_COMMAND, tie=True)
+        try:
+            self._idle = open_idle_program(platform.machine())
+            if self._idle is not None:
+                # A path, because posix_spawn takes no descriptor; the child's own /proc/self.
+                smallest = AnchorProgram(f"/proc/self/fd/{self._idle.fileno()}", IDLE_COMMAND)
+                # Tried now: where it fails later, a namespace is lost.
+                with _spawn(smallest, TRIAL_TOKEN) as anchor:
+                    anchor.kill()
+                return smallest
+        except SyscallError:
+            pass  # no memory for it, or no memfd may be executed
+        return AnchorProgram(self._settings.program, ANCHOR_COMMAND)
 
     def _make(self, work: Work) -> Anchor:
         try:
@@ -532,7 +570,7 @@ class ForgeProgram:
     def _try_out(self) -> None:
         plan = AnchorPlan("none", tuple(NamespaceType))
         try:
-            work = Work(plan, None, self._settings, self._sys_mounts)
+            work = self._work(plan, None)
             self._perform_all(PREPARATION, work)
         except ForgeError as error:
             self._report(error)

@@ -87,7 +87,7 @@ class ForgeSettings:
     features: Features
     """Which of the newer kernel interfaces it may use."""
     program: str
-    """Absolute path of the program that anchors execute."""
+    """Absolute path of what anchors execute that are tied, or where nothing smaller can be."""
     cgroup: str | None
     """The cgroup in which its anchors start; None for the owner's."""
     tied: bool

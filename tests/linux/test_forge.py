@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import resource
@@ -24,6 +25,7 @@ from linux.forge import child as forge_child
 from linux.forge import client as forge_module
 from linux.forge.child import SysMounts, _mounts_below_sys
 from linux.forge.client import Forge
+from linux.forge.idle import IDLE_COMMAND, open_idle_program
 from linux.forge.plan import AnchorPlan, ForgeError
 from linux.forge.spawn import spawn_within
 from linux.mounts import ImageStore
@@ -63,6 +65,12 @@ PACKAGES = str(Path(__file__).parents[2])
 OWN_USER_NAMESPACE = ("unshare", "-Urmnpf", "--mount-proc")
 """All namespaces that a forge leaves and returns to belong to that user namespace."""
 
+NO_MEMFD = (
+    *("unshare", "-pf", "--mount-proc", "sh", "-c"),
+    *('echo 2 > /proc/sys/vm/memfd_noexec && exec "$@"', "-"),
+)
+"""In this PID namespace; the node's setting stays as it is."""
+
 MANY = 300
 """Processes whose ends take longer than that of a forge's program."""
 
@@ -88,6 +96,14 @@ with Forge.start(
     first_pid = forge.pid
     exec(sys.argv[2])
 """
+
+
+@pytest.fixture
+def no_memfd() -> tuple[str, ...]:
+    """A wrapper in which no memfd may be executed."""
+    if not Path("/proc/sys/vm/memfd_noexec").exists():
+        pytest.skip("kernel lacks vm.memfd_noexec")
+    return NO_MEMFD
 
 
 def run_owner(features: Features, program: str, *wrapper: str) -> list[str]:
@@ -139,7 +155,7 @@ def test_proc_shows_only_the_allocation(forge: Forge, features: Features) -> Non
         shown = run_within(bundle, "sh", "-c", "echo /proc/[0-9]*; cat /proc/1/comm /proc/mounts")
         pids, comm, *mounts = shown.splitlines()
         assert len(pids.split()) == 2, "the anchor and the shell"
-        assert comm == "sleep"
+        assert comm == IDLE_COMMAND[0]
         assert mounts[-1].startswith("proc /proc proc rw,nosuid,nodev,noexec,")
 
 
@@ -147,7 +163,7 @@ def test_proc_stays_the_nodes_where_changing_it_would_change_the_node(
     forge: Forge, features: Features
 ) -> None:
     with allocation(forge, features, (PID,)) as (anchor, bundle):
-        assert run_within(bundle, "cat", f"/proc/{anchor.pid}/comm") == "sleep\n"
+        assert run_within(bundle, "cat", f"/proc/{anchor.pid}/comm") == f"{IDLE_COMMAND[0]}\n"
 
 
 def mounts_of_sys(table: str) -> list[str]:
@@ -273,7 +289,7 @@ def test_init_cannot_be_killed_from_inside(forge: Forge, features: Features) -> 
     with allocation(forge, features) as (anchor, bundle):
         for sign in ("TERM", "INT", "HUP", "SEGV", "KILL", "STOP"):
             run_within(bundle, "sh", "-c", f"kill -{sign} 1")
-        assert run_within(bundle, "cat", "/proc/1/comm") == "sleep\n"
+        assert run_within(bundle, "cat", "/proc/1/comm") == f"{IDLE_COMMAND[0]}\n"
         assert anchor.is_alive()
 
 
@@ -417,25 +433,72 @@ with forge.make(AnchorPlan("token", (NamespaceType.PID,))) as anchor:
     assert found == [f"mount /proc: {call}: EPERM (Operation not permitted){path}", "made"]
 
 
-def test_anchor_program_that_cannot_be_executed_is_named_and_spoils_nothing(
-    features: Features, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.clause("NODE-7")
+def test_where_no_memfd_may_be_executed_an_anchor_is_a_program_of_the_node(
+    features: Features, no_memfd: tuple[str, ...]
 ) -> None:
-    program = tmp_path / "sleep"
-    program.write_bytes(b"\x7fELF, but not really")
-    program.chmod(0o755)
+    program = """
+with forge.make(AnchorPlan("token", (NamespaceType.PID,))) as anchor:
+    select.poll().poll(50)  # its exec
+    print(Path(f"/proc/{anchor.pid}/comm").read_text().strip())
+    anchor.kill()
+"""
+    assert run_owner(features, program, *no_memfd) == ["sleep"]
+
+
+def test_anchor_program_that_cannot_be_executed_is_named_and_spoils_nothing(
+    features: Features, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_memfd: tuple[str, ...]
+) -> None:
+    broken = tmp_path / "sleep"
+    broken.write_bytes(b"\x7fELF, but not really")
+    broken.chmod(0o755)
     real = shutil.which("sleep")
-    assert real
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    with Forge.start(cgroup=None, features=features) as forge:
-        with pytest.raises(ForgeError) as caught:
-            forge.make(plan())
-        assert str(caught.value) == (
-            f"start the anchor: posix_spawn(3): ENOEXEC (Exec format error): {program}"
-        )
-        # The failed child was the first of its PID namespace; the next anchor has a new one.
-        shutil.copy(real, program)
-        with allocation(forge, features):
-            pass
+    program = f"""
+import shutil
+plan = AnchorPlan("token", (NamespaceType.PID,))
+try:
+    forge.make(plan)
+except ForgeError as error:
+    print(error)
+# The failed child was the first of its PID namespace; the next anchor has a new one.
+shutil.copy({real!r}, {str(broken)!r})
+with forge.make(plan) as anchor:
+    print(anchor.is_alive())
+    anchor.kill()
+"""
+    why = f"start the anchor: posix_spawn(3): ENOEXEC (Exec format error): {broken}"
+    assert run_owner(features, program, *no_memfd) == [why, "True"]
+
+
+def test_smallest_program_cannot_be_changed_and_is_for_known_processors() -> None:
+    assert open_idle_program("pdp11") is None
+    program = open_idle_program("x86_64")
+    assert program is not None
+    with program:
+        for change in (
+            lambda fd: os.pwrite(fd, b"\0", 0),
+            lambda fd: os.truncate(fd, 1_000),
+            lambda fd: fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE),
+        ):
+            with pytest.raises(PermissionError):
+                change(program.fileno())
+
+
+def test_smallest_program_is_made_on_a_kernel_that_knows_no_executable_memfds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    memfd_create = os.memfd_create
+
+    def older(name: str, flags: int) -> int:
+        if flags & ~(os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING):
+            raise OSError(errno.EINVAL, "unknown flags")
+        return memfd_create(name, flags)
+
+    monkeypatch.setattr(os, "memfd_create", older)
+    program = open_idle_program("x86_64")
+    assert program is not None
+    program.close()
 
 
 def test_missing_anchor_program_is_named(
@@ -565,10 +628,10 @@ def test_forge_holds_nothing_of_its_owners(forge: Forge) -> None:
     with made(forge, plan()):
         targets = [link.readlink() for link in Path(f"/proc/{forge.pid}/fd").iterdir()]
     kinds = sorted(re.split("[:(]", str(target))[0] for target in targets)
-    # Its streams, the owner's socket, the way home, the node's mounts, and the anchor it gave away
-    # last, which the Linux kernel has called by two names.
+    # Its streams, the program of anchors, the owner's socket, the way home, the node's mounts, and
+    # the anchor it gave away last, which the Linux kernel has called by two names.
     pidfd = "pidfd" if "pidfd" in kinds else "anon_inode"
-    streams = ["/dev/null", "/dev/null", "/memfd"]
+    streams = ["/dev/null", "/dev/null", "/memfd", "/memfd"]
     mounts = f"/proc/{forge.pid}/mountinfo"
     assert kinds == sorted([*streams, "socket", "pid", "net", "mnt", mounts, pidfd])
     assert forge.pid

@@ -19,6 +19,7 @@ from typing import Final
 import pytest
 
 from linux.cgroups import Scope
+from linux.forge.idle import IDLE_COMMAND
 from linux.forge.spawn import spawn_within
 from linux.journal import Entry
 from linux.namespaces import CLONE_FLAGS
@@ -252,7 +253,7 @@ def inside(life: LiveNode, allocation_id: str) -> Handoff:
 
 
 def test_the_first_process_is_the_init(life: LiveNode, inside: Handoff) -> None:
-    assert output_of(life, inside, "cat /proc/1/comm") == ["sleep"]
+    assert output_of(life, inside, "cat /proc/1/comm") == [*IDLE_COMMAND]
 
 
 @pytest.mark.clause("NODE-10")
