@@ -29,7 +29,7 @@ from bench import peers, results
 from bench.fairness import WARM, creations, provider
 from bench.floor import HERE, Floor
 from bench.isolated import in_isolation
-from bench.measures import QUICK, Counts, Measured, Taken, allow_descriptors
+from bench.measures import KINDS, QUICK, Counts, Measured, Taken, allow_descriptors
 
 KEPT: Final = HERE / "result.json"
 """The last result that was worth keeping; the next one is compared with it."""
@@ -118,9 +118,13 @@ class BenchRun:
         floor = Floor(folder, cgroup2)
         with ExitStack() as stack:
             daemon = stack.enter_context(provider(folder))
+            pooled = folder / "pooled"
+            pooled.mkdir()
+            kinds = ",".join(kind.value.lower() for kind in KINDS)
+            stack.enter_context(provider(pooled, "--pool", f"{kinds}={self._counts.pooled}"))
             path = folder / "handoff.sock"
             creations(path, WARM)
-            measured = Measured(path, daemon.pid, cgroup2, floor, self._counts, self._taken)
+            measured = Measured(path, daemon.pid, pooled, cgroup2, floor, self._counts, self._taken)
             self._in_rounds({**measured.in_rounds(), **self._lives_of_peers(folder)})
             for name, (repeats, work) in measured.after_rounds().items():
                 for _ in range(repeats):

@@ -34,13 +34,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=1000, help="allocations that end at once")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pool", type=int, default=0, help="anchors that are made ahead")
     parser.add_argument("--json", action="store_true", help="one object on stdout")
     options = parser.parse_args()
     rows: list[dict[str, float]] = []
 
     def measure_all(folder: Path, _: Path) -> None:
         path = folder / "handoff.sock"
-        with provider(folder):
+        pool = ("--pool", f"pid,mount={options.pool}") if options.pool else ()
+        with provider(folder, *pool):
             creations(path, WARM)
             rows.extend(measure(path, options.count) for _ in range(options.rounds))
 

@@ -132,8 +132,8 @@ _numbers = itertools.count()
 
 
 @contextmanager
-def provider(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a provider of its own."""
+def provider(folder: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a provider of its own, with further options."""
     path, state = folder / "handoff.sock", folder / "state"
     log = (folder / "log").open("wb")
     daemon = subprocess.Popen(
@@ -142,6 +142,7 @@ def provider(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
             *("--socket", path, "--state-dir", state, "--mode", "0666"),
             *("--allow-uid", str(OTHER)),
             *("--image-root", folder, "--uenv-base", folder / "uenv"),
+            *options,
         ],
         stderr=log,
     )

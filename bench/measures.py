@@ -28,6 +28,7 @@ from linux.consumer import find_scope
 from linux.features import Features
 from linux.forge.spawn import spawn_within
 from linux.namespaces import KernelInspector
+from linux.survey import survey_node
 from linux.testing.worlds import SCOPE_PREFIX
 from statemachine import NamespaceRequest, NamespaceType
 from transport.request import Consumer, Handoff
@@ -42,6 +43,8 @@ WHILE_POPULATED_S: Final = 0.03
 """How long a process stays in its cgroup: the Linux kernel reports two changes in a row late."""
 
 ENDED_TIMEOUT_S: Final = 10.0
+POOL_TIMEOUT_S: Final = 30.0
+POOL_POLL_S: Final = 0.02
 ALL_TIMEOUT_S: Final = 60.0
 """How long all that ask at once may wait for the last answer."""
 
@@ -59,6 +62,7 @@ class Counts(NamedTuple):
     lives: int = 20
     sustained: int = 30
     again: int = 30
+    pooled: int = 20
     peers: int = 2
     emptied: int = 4
     spawned: int = 4
@@ -67,7 +71,7 @@ class Counts(NamedTuple):
     idle_s: float = 5.0
 
 
-QUICK: Final = Counts(2, 2, 2, 2, 1, 1, 1, 20, 1, 0.2)
+QUICK: Final = Counts(2, 2, 2, 2, 2, 1, 1, 1, 20, 1, 0.2)
 """As few as show that everything works."""
 
 
@@ -89,6 +93,7 @@ class Measured:
     Args:
         socket: Where the provider listens.
         provider: Its process.
+        pooled: The folder of another one, which makes `Counts.pooled` anchors ahead.
         cgroup2: Where cgroup v2 is mounted.
         floor: Compiled.
         counts: How many of each.
@@ -99,15 +104,18 @@ class Measured:
         self,
         socket: Path,
         provider: int,
+        pooled: Path,
         cgroup2: Path,
         floor: Floor,
         counts: Counts,
         taken: Taken,
     ) -> None:
-        self._path, self._floor, self._counts = socket, floor, counts
+        self._path, self._pooled = socket, pooled
+        self._floor, self._counts = floor, counts
         self._provider, self._forge = provider, forge_of(provider)
         self._anchors = cgroup_of(self._forge, cgroup2)
-        self._consumer = Consumer(socket, KernelInspector(Features.probe()))
+        self._features = Features.probe()
+        self._consumer = Consumer(socket, KernelInspector(self._features))
         self.taken: Final = taken
 
     def in_rounds(self) -> dict[str, Callable[[], None]]:
@@ -119,6 +127,8 @@ class Measured:
             "sustained, floor": self.floor_sustained,
             "ask again, floor": self.floor_again,
             "ask again": self.again,
+            "kept connection": self.kept_connection,
+            "pool": self.from_pool,
             "emptied": self.emptied,
             "spawn": self.spawned,
         }
@@ -198,6 +208,28 @@ class Measured:
         for scenario in ("socket", "pool"):
             ran = self._floor.run(scenario, self._counts.again)
             self.taken.add("ask again", scenario, ran["handoff_us"])
+
+    # On a connection that is there, and from anchors that are.
+
+    def kept_connection(self) -> None:
+        """Create and end, all on one connection."""
+        create, life = _lives(self._path, self._counts.lives, keeps=1)
+        self.taken.add("create, kept connection", "ours", create)
+        self.taken.add("life, kept connection", "ours", life)
+
+    def from_pool(self) -> None:
+        """Create from anchors made ahead: on new connections, and on one."""
+        for keeps, words in enumerate(("create from pool", "create from pool, kept connection")):
+            self._await_pool()
+            create, _ = _lives(self._pooled / "handoff.sock", self._counts.pooled, keeps=keeps)
+            self.taken.add(words, "ours", create)
+
+    def _await_pool(self) -> None:
+        deadline = time.monotonic() + POOL_TIMEOUT_S
+        while survey_node(self._pooled / "state", self._features).ahead < self._counts.pooled:
+            if time.monotonic() > deadline:
+                raise TimeoutError("a pool is not filled")
+            time.sleep(POOL_POLL_S)
 
     # What a workload sees.
 
@@ -298,18 +330,18 @@ def _us_since(started: float) -> float:
     return (time.perf_counter() - started) * 1e6
 
 
-def _lives(path: Path, count: int) -> tuple[list[float], list[float]]:
+def _lives(path: Path, count: int, keeps: int = 0) -> tuple[list[float], list[float]]:
     """Lead whole lives; from each request until namespaces are in hand, and until they are gone."""
-    consumer = Consumer(path, KernelInspector(Features.probe()))
     create, life = [], []
-    for _ in range(count):
-        request = NamespaceRequest(_new_name("life"), KINDS)
-        started = time.perf_counter()
-        with consumer.obtain(request) as handoff:
-            create.append(_us_since(started))
-            if not handoff.end():
-                raise TimeoutError("an end is not confirmed")
-            life.append(_us_since(started))
+    with Consumer(path, KernelInspector(Features.probe()), keeps=keeps) as consumer:
+        for _ in range(count):
+            request = NamespaceRequest(_new_name("life"), KINDS)
+            started = time.perf_counter()
+            with consumer.obtain(request) as handoff:
+                create.append(_us_since(started))
+                if not handoff.end():
+                    raise TimeoutError("an end is not confirmed")
+                life.append(_us_since(started))
     return create, life
 
 

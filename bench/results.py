@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 from bench.measures import PARALLEL, TENTHS, Taken
 from bench.ratios import Interval, median_interval, p99, pooled, ratio_interval
 
+CREATE_OF_FLOOR: Final = ("create", "floor")
 SIGNIFICANT: Final = 4
 """Digits of what is written down."""
 
@@ -74,6 +75,15 @@ def planned_rows(peers: list[str]) -> list[PlannedRow]:
         _against_floor("processor"),
         PlannedRow("ask again", ("ask again", "ours"), ("ask again", "socket")),
         PlannedRow("ask again", ("ask again", "ours"), ("ask again", "pool"), RowGoal("<=", 3)),
+        PlannedRow("create, kept connection", ("create, kept connection", "ours"), CREATE_OF_FLOOR),
+        PlannedRow("life, kept connection", ("life, kept connection", "ours"), ("life", "floor")),
+        *(
+            PlannedRow(name, (name, "ours"), ("ask again", "pool"), goal)
+            for name, goal in (
+                ("create from pool", RowGoal("<=", 3)),
+                ("create from pool, kept connection", RowGoal("<=", 2)),
+            )
+        ),
         _against_floor("sustained, a second", RowGoal(">=", 0.8)),
         *(_against_peer(peer) for peer in peers),
         PlannedRow("emptied", ("emptied", "ours"), None, RowGoal("<=", 1000)),
@@ -188,7 +198,7 @@ def write_csv(taken: Taken, path: Path) -> None:
 # --- as text -----------------------------------------------------------------------------------
 
 HEAD: Final = (
-    f"{'':27}{'against':22}{'ours p50':>10}{'p99':>9}{'other p50':>11}{'p99':>9}"
+    f"{'':35}{'against':20}{'ours p50':>10}{'p99':>9}{'other p50':>11}{'p99':>9}"
     f"{'ratio':>8}  {'95 %':15}{'goal':8}"
 )
 
@@ -233,7 +243,7 @@ def _line(row: Mapping[str, Any], before: Mapping[str, Any] | None) -> str:
     ratio = "-" if is_alone else f"{row['ratio']:.2f}"
     interval = f"{_short(row['low'])} to {_short(row['high'])}"
     line = (
-        f"{row['name']:27}{against:22}{_number(row['ours_median']):>10}"
+        f"{row['name']:35}{against:20}{_number(row['ours_median']):>10}"
         f"{_number(row['ours_p99']):>9}{other[0]:>11}{other[1]:>9}{ratio:>8}  {interval:15}"
         f"{row['goal']:8}{row['verdict']:12}"
     )
