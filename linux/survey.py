@@ -163,13 +163,15 @@ def zombies_below(init: int) -> str:
 
     It waits in the Linux kernel until every process of its namespace is reaped, which a parent
     outside may never do. Which namespace a zombie was in cannot be read any more, so all zombies of
-    inner PID namespaces are named.
+    inner PID namespaces are named, first those that are likely: started after the init.
     """
-    suspects = [
-        f"{pid} (child of {parent})"
+    zombies = [
+        (pid, parent)
         for pid, state, parent in _read_all(_all_pids())
         if state == "Z" and _depth_of(pid) > 1
     ]
+    zombies.sort(key=lambda zombie: (zombie[0] < init, zombie[0]))
+    suspects = [f"{pid} (child of {parent})" for pid, parent in zombies]
     waits = f"init {init} is being killed"
     return f"{waits}; not reaped by their parents: {_shortened(suspects)}" if suspects else waits
 
