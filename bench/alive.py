@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import resource
 import signal
@@ -22,19 +21,29 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Final
 
-from bench.ends import end_all
-from bench.fairness import OTHER, WARM, creations, provider
+from bench.ends import ENDS_PER_CONNECTION, end_all
+from bench.fairness import WARM, creations, provider
+from bench.floor import Floor
 from bench.isolated import in_isolation
 from bench.measures import KINDS, TENTHS
 from bench.usage import cgroup_of, forge_of
 from linux.features import Features
-from linux.limits import descriptors_for
+from linux.limits import DESCRIPTORS_PER_ALLOCATION, descriptors_for
 from linux.namespaces import KernelInspector
 from linux.survey import survey_node
 from statemachine import NamespaceRequest
 from statemachine.provider import Limits
 from transport.request import Consumer
+
+CONNECTIONS = 10_000 // ENDS_PER_CONNECTION + 1
+"""Most at a time, of ends."""
+
+DESCRIPTORS_OF_FLOOR: Final = 5
+"""Of one allocation of `create_whole_keep`, both sides: no more are kept than fit."""
+
+POLL_S: Final = 0.2
 
 
 def main() -> int:
@@ -59,11 +68,13 @@ def main() -> int:
 
 def measure(folder: Path, cgroup2: Path, count: int) -> dict[str, object]:
     """Make, look, kill the provider, start another, end."""
-    users = frozenset({os.geteuid(), OTHER})  # `provider` allows both
-    wanted = descriptors_for(Limits(allowed_uids=users, allocations_per_uid=count))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, wanted))
-    path, options = folder / "handoff.sock", ("--max-allocations", str(count))
-    names = [f"alive-{number}" for number in range(count)]
+    asked, count = count, min(count, allow_descriptors(count))
+    path = folder / "handoff.sock"
+    options = ("--max-allocations", str(count), "--max-connections", str(CONNECTIONS))
+    names, features = [f"alive-{number}" for number in range(count)], Features.probe()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    of_floor = min(count, most // DESCRIPTORS_OF_FLOOR)
+    floor = _tenths(Floor(folder, cgroup2).run("create_whole_keep", of_floor)["handoff_us"])
     with provider(folder, *options) as daemon:
         creations(path, WARM)
         memory = Memory(daemon.pid, cgroup2)
@@ -75,11 +86,17 @@ def measure(folder: Path, cgroup2: Path, count: int) -> dict[str, object]:
         started = time.perf_counter()
         with provider(folder, *options):
             ready_s = time.perf_counter() - started
-            adopted = len(survey_node(folder / "state", Features.probe()).allocations)
+            adopted = len(survey_node(folder / "state", features).allocations)
             started = time.perf_counter()
             end_all(path, names)
             ended_s = time.perf_counter() - started
+            # An end is told after a while, also of what is not released yet.
+            while survey_node(folder / "state", features).allocations:
+                time.sleep(POLL_S)
+            released_s = time.perf_counter() - started
+    missing = f"{asked} alive: the limit of descriptors is too low" if asked > count else "nothing"
     return {
+        "not reached": missing,
         "alive": count,
         "creation in each tenth, us": [round(tenth) for tenth in tenths],
         "last tenth / first": round(tenths[-1] / tenths[0], 2),
@@ -89,7 +106,22 @@ def measure(folder: Path, cgroup2: Path, count: int) -> dict[str, object]:
         "restart until it serves, s": round(ready_s, 2),
         "adopted": adopted,
         "all ended in, s": round(ended_s, 2),
+        "all released in, s": round(released_s, 2),
+        "creation by the C floor, each tenth, us": [round(tenth) for tenth in floor],
+        "last tenth / first, of the floor": round(floor[-1] / floor[0], 2),
     }
+
+
+def allow_descriptors(count: int) -> int:
+    """Have descriptors for so many allocations, or as many as may be had; return for how many."""
+    wanted = descriptors_for(Limits(allocations_per_uid=count, connections_per_uid=CONNECTIONS))
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, max(wanted, hard)))
+    except ValueError:  # without CAP_SYS_RESOURCE
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        count -= -(-(wanted - hard) // DESCRIPTORS_PER_ALLOCATION)
+    return count
 
 
 class Memory:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import re
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,7 +201,8 @@ class Ledger:
     def on_refused(self, name: str, reason: str) -> None:
         del self.entries[name]
         self.fates["refused"] += 1
-        self.refusals[reason.replace(name, "NAME")[:120]] += 1
+        alike = re.sub(r"\d+", "N", reason.replace(name, "NAME"))  # whatever the numbers in it
+        self.refusals[alike[:120]] += 1
 
     def on_broken(self, name: str, what: str) -> None:
         self.breaks(f"{name}: {what}")
