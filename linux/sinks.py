@@ -24,6 +24,9 @@ from .syscalls import FileDescriptor, SyscallError
 QUEUE_BYTES_MAX: Final = 1 << 20
 """Most bytes that wait to be written; one line may wait whatever its size."""
 
+UNMADE_BYTES: Final = 1024
+"""What a line counts for that is not made yet; it is shorter as a rule."""
+
 GATHER_S: Final = 0.01
 """How long lines are gathered before they are written: to wake a thread costs more than a line."""
 
@@ -37,7 +40,9 @@ SLOW_READER: Final = "what reads it is too slow"
 class _QueuedLine(NamedTuple):
     lost_before: int
     """How many lines were lost between the line before it and this one, for want of room."""
-    text: bytes
+    text: bytes | Callable[[], bytes]
+    size: int
+    """What it counts for while it waits."""
 
 
 class Sink:
@@ -95,23 +100,29 @@ class Sink:
         except RuntimeError as error:  # all that Python says of it
             raise SyscallError("pthread_create(3)", errno.EAGAIN) from error
 
-    def write(self, line: bytes) -> None:
-        """Have a line written, its end included; never raises, and waits `wait_s` at most."""
+    def write(self, line: bytes | Callable[[], bytes]) -> None:
+        """
+        Have a line written, its end included; never raises, and waits `wait_s` at most.
+
+        Args:
+            line: The line, or what makes it in this sink's thread, and must not raise.
+        """
+        size = len(line) if isinstance(line, bytes) else UNMADE_BYTES
         with self._changed:
             if self._is_closed:
                 return
-            if self._bytes and self._bytes + len(line) > QUEUE_BYTES_MAX:
+            if self._bytes and self._bytes + size > QUEUE_BYTES_MAX:
                 self._lost_last += 1
                 is_first = self._lost_last == 1
             else:
-                self._queue.append(_QueuedLine(self._lost_last, line))
-                self._bytes += len(line)
+                self._queue.append(_QueuedLine(self._lost_last, line, size))
+                self._bytes += size
                 self._lines += 1
                 self._lost_last, is_first = 0, False
                 if self._wait_s or len(self._queue) == 1 or self._bytes > QUEUE_BYTES_MAX // 2:
                     self._changed.notify_all()
                 # Not while an earlier line waits: that one has had its time already.
-                if self._wait_s and self._bytes == len(line) and not self._lost:
+                if self._wait_s and self._bytes == size and not self._lost:
                     self._changed.wait_for(lambda: not self._bytes, self._wait_s)
         if is_first and not self._lost:
             self._tell(0, SLOW_READER)
@@ -137,7 +148,7 @@ class Sink:
             for part in _split(lines):
                 self._put(part)
             with self._changed:
-                self._bytes -= sum(len(line.text) for line in lines)
+                self._bytes -= sum(line.size for line in lines)
                 self._lines -= len(lines)
                 self._changed.notify_all()
         if self._lost or self._lost_last:
@@ -158,7 +169,8 @@ class Sink:
             self._why = SLOW_READER
         preface = self._preface(self._lost, self._why) if self._lost and self._preface else b""
         begin = b"\n" * self._is_cut + preface
-        data = begin + b"".join(line.text for line in lines)
+        texts = (each if isinstance(each, bytes) else each() for _, each, _ in lines)
+        data = begin + b"".join(texts)
         written, error = self._write(data)
         if written:
             self._is_cut = data[written - 1 : written] != b"\n"

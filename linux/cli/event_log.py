@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from functools import cache
-from typing import Any, Final
+from functools import cache, partial
+from typing import Any, Final, TypeAlias
 
 from statemachine import effects as do
 from statemachine import events as on
@@ -18,6 +18,9 @@ from statemachine.states import AllocationState
 
 _UNKNOWN: Final = AllocationState.UNKNOWN
 
+_Line: TypeAlias = tuple[str, Mapping[str, Any]]
+"""The name of an event, and its fields."""
+
 
 class EventLog:
     """
@@ -27,12 +30,13 @@ class EventLog:
     allocations (readiness, after which waiting requests are handled) is logged again for each.
 
     Args:
-        tell: Logs an event, by its name and fields.
+        tell: Logs an event: is given what makes its name and fields, at any later time and in any
+            thread.
     """
 
     kernel: ProviderKernel
 
-    def __init__(self, tell: Callable[[str, Mapping[str, Any]], None]) -> None:
+    def __init__(self, tell: Callable[[Callable[[], _Line]], None]) -> None:
         self._tell: Final = tell
         self._states: dict[str, AllocationState] = {}
         self._delays: dict[str, str] = {}
@@ -59,21 +63,32 @@ class EventLog:
         return isinstance(event, on.RetryDue)
 
     def _write(self, event: ProviderInput, effects: tuple[Effect, ...], name: str) -> None:
-        fields: dict[str, Any] = {"allocation_id": name} if name else {}
-        if name:
-            fields |= self._row(event, name)
-        fields |= _details_of(event)
-        fields["effects"] = [_word_for(effect) for effect in effects]
-        self._tell(_snake(type(event).__name__), fields)
+        states = self._move(name) if name else None
+        self._tell(partial(_record_of, event, effects, name, states))
 
-    def _row(self, event: ProviderInput, name: str) -> dict[str, str]:
+    def _move(self, name: str) -> tuple[AllocationState, AllocationState]:
+        """Return in which state an allocation was, and in which it is."""
         before = self._states.pop(name, _UNKNOWN)
         after = self.kernel.state_of(name)
         if after not in (_UNKNOWN, AllocationState.RELEASED):
             self._states[name] = after
-        if before is after and ALLOCATION.row(type(event), before) is None:
-            return {}
-        return {"from": before.value, "to": after.value}
+        return before, after
+
+
+def _record_of(
+    event: ProviderInput,
+    effects: tuple[Effect, ...],
+    name: str,
+    states: tuple[AllocationState, AllocationState] | None,
+) -> _Line:
+    fields: dict[str, Any] = {"allocation_id": name} if name else {}
+    if states is not None:
+        before, after = states
+        if before is not after or ALLOCATION.row(type(event), before) is not None:
+            fields |= {"from": before.value, "to": after.value}
+    fields |= _details_of(event)
+    fields["effects"] = [_word_for(effect) for effect in effects]
+    return _snake(type(event).__name__), fields
 
 
 @cache

@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -58,9 +58,15 @@ class LogHandler(logging.Handler):
         """Have a record written; never waits."""
         self._put(self.format(record))
 
-    def tell(self, event: str, fields: Mapping[str, Any]) -> None:
-        """Have an event written, of which there are thousands a second: without a record."""
-        self._put(_line_of(time.time(), "info", event, fields))
+    def tell(self, make: Callable[[], tuple[str, Mapping[str, Any]]]) -> None:
+        """
+        Have an event written, of which there are thousands a second: without a record.
+
+        Args:
+            make: Makes its name and fields, in the thread that writes; must not raise.
+        """
+        moment = time.time()
+        self._sink.write(lambda: f"{_line_of(moment, 'info', *make())}\n".encode())
 
     def close(self) -> None:
         """Write what waits, as far as that is possible in a short time."""

@@ -69,6 +69,23 @@ def test_basic_lines_arrive_in_order(pipe: PipeEnds) -> None:
     assert drain(reading) == b""
 
 
+def test_a_line_may_be_made_in_the_thread_that_writes_it(pipe: PipeEnds) -> None:
+    reading, writing = pipe
+    sink = Sink(writing)
+    makers = []
+
+    def make() -> bytes:
+        makers.append(threading.get_ident())
+        return b"made\n"
+
+    sink.write(b"first\n")
+    sink.write(make)
+    sink.write(b"last\n")
+    assert sink.close()
+    assert drain(reading) == b"first\nmade\nlast\n"
+    assert makers != [threading.get_ident()]
+
+
 @pytest.mark.clause("DAEMON-6")
 def test_full_pipe_blocks_no_writer_and_its_losses_are_told_in_their_place(pipe: PipeEnds) -> None:
     reading, writing = pipe
