@@ -74,7 +74,7 @@ PURE_IMPORTS: Final = re.compile(
 
 TESTING: Final = r"\w+/testing/.*"
 """Tools for tests: they touch what they like, and only tests and each other may import them."""
-FOR_TESTING: Final = ("hypothesis", "pytest", "specs")
+FOR_TESTING: Final = ("hypothesis", "pytest", "specs", "z3")
 
 
 @dataclass(frozen=True)
