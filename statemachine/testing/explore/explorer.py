@@ -138,6 +138,7 @@ class Explorer:
         tables: the tables that the kernels use, to be replaced by mutants.
         lockstep: judge every distinct step of a kernel by the reference model.
         has_symmetry: take worlds that differ only in names for one.
+        also: what else to check of every server state with a provider; raises `AssertionError`.
     """
 
     def __init__(
@@ -149,12 +150,13 @@ class Explorer:
         tables: tuple[Table, Table, Table] = (ALLOCATION, CONSUMER, NOTICE),
         lockstep: bool = True,
         has_symmetry: bool = True,
+        also: Callable[[Setting, ServerState], None] | None = None,
     ) -> None:
         self.bounds = bounds
         self._tables = tables
         self._has_symmetry = has_symmetry
         kernels = Kernels(bounds, provider, consumer, has_model=lockstep)
-        self._setting = Setting(bounds, kernels)
+        self._setting = Setting(bounds, kernels, also=also)
 
     def explore(
         self,

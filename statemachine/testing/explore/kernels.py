@@ -145,6 +145,11 @@ class Kernels:
         self.decided = step.effects
         return step
 
+    def snapshot_of(self, number: int) -> ProviderSnapshot:
+        """Look up the snapshot of a provider."""
+        snapshot: ProviderSnapshot = self._providers.things[number][0]
+        return snapshot
+
     def _take_provider_step(self, number: int, event: ProviderInput) -> Reaction:
         before, known = self._providers.things[number]
         kernel = self._provider.restore(before, self._limits)

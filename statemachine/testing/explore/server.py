@@ -86,6 +86,8 @@ class Setting:
     """Every moment at which one did."""
     story: Story | None = None
     """Who tells what happens, while a script is replayed."""
+    also: Callable[[Setting, ServerState], None] | None = None
+    """What else is checked of every server state; raises `AssertionError`."""
 
     def see(self, situation: str) -> None:
         """Note that a situation has come about."""
@@ -751,6 +753,8 @@ def check_server(setting: Setting, server: ServerState) -> None:
             raise Violation(f"{name} lives on after its end")
         if node.timers & bit_of(Timer.CLAIM) and _is_claimed(server, index):
             raise Violation(f"the claim timer of {name} runs in vain")
+    if setting.also is not None:
+        setting.also(setting, server)
 
 
 def _is_claimed(server: ServerState, index: int) -> bool:
