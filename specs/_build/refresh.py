@@ -5,6 +5,7 @@ A generated part stands between `<!-- generated: <how> <of what> -->` and `<!-- 
     mermaid, markdown   a table of `statemachine.lifecycle`, as a diagram or row by row
     guards              conditions of events besides their rows
     recovery            the table of `linux.recovery`, row by row
+    invariants          those proved of a table, what they rest on, and what breaks them
     sequence            a scenario as a sequence diagram: what befalls whom, messages, states
 
 What is long, and shown elsewhere in the repository, is made for the site only, in the place of
@@ -31,6 +32,11 @@ from typing import Final
 from linux import recovery
 from specs._build import api, clauses, make_vectors, pictures
 from statemachine import drawing, lifecycle
+from statemachine.effects import Order, Timing
+from statemachine.provider import ProviderKernel
+from statemachine.provider.kernel import _check
+from statemachine.provider.state import State
+from statemachine.testing.induction import allocation, variants
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 """The project's folder."""
@@ -92,6 +98,34 @@ def _facts(kind: type[Enum], facts: tuple[Enum, ...]) -> str:
 
 def _guards(listed: str) -> str:
     return drawing.guards(getattr(lifecycle, listed))
+
+
+def _invariants(_: str) -> str:
+    """Show each invariant of the allocation's relation, and a variant that breaks it."""
+    relation = allocation.relation_of()
+    touched = [transition.changed for transition in relation.transitions if transition.is_made]
+    lines = ["| invariant | | obligations | broken by | code |", "|---|---|---|---|---|"]
+    for each in allocation.INVARIANTS:
+        own = each.names(relation)
+        count = sum(not own.isdisjoint(changed) for changed in touched)
+        of_clauses = f" ({', '.join(each.clauses)})" if each.clauses else ""
+        shown = next(v for v in variants.variants() if v.breaks == each.name)
+        code = _code_of(shown.concerns)
+        lines.append(f"| {each.name} | {each.says}{of_clauses} | {count} | {shown.says} | {code} |")
+    return "\n".join(lines)
+
+
+def _code_of(concerned: Order | lifecycle.Guard | None) -> str:
+    """Name the function that a variant leaves out; without one, it is the row."""
+    if concerned is None:
+        return "the row"
+    if isinstance(concerned, lifecycle.Guard):
+        function: Callable[..., object] = _check
+    elif isinstance(concerned, Timing):
+        function = State.time
+    else:
+        function = ProviderKernel.orders[concerned]
+    return f"`{function.__module__.rpartition('.')[2]}.{function.__qualname__}`"
 
 
 def _sequence(scenario: str) -> str:
@@ -158,6 +192,7 @@ _MAKERS: Final[dict[str, Callable[[str], str]]] = {
     "markdown": _markdown,
     "guards": _guards,
     "recovery": _recovery,
+    "invariants": _invariants,
     "sequence": _sequence,
     "module": _module,
     "clauses": _index,

@@ -40,10 +40,10 @@ from .relation import (
     ACTING,
     STATE,
     Declared,
+    Execution,
     Happening,
     Invariant,
     Relation,
-    Step,
     View,
 )
 from .terms import Sort, Term, Variable, all_of, any_of, choice, every, negated, some
@@ -105,7 +105,7 @@ IS_SAME: Final = Variable("is_it_the_same_request", Sort.TRUTH)
 IS_REFUSED: Final = Variable("is_it_refused", Sort.TRUTH)
 TURNS: Final = Variable("is_it_so_many", Sort.COUNT)
 
-Counts = Mapping[MessageState, str]
+CounterNames = Mapping[MessageState, str]
 
 
 class Orders:
@@ -145,35 +145,35 @@ class Orders:
             do.Forget: forget,
         }
 
-    def create(self, step: Step) -> None:
+    def create(self, step: Execution) -> None:
         step.put("being_made", _TRUE)
         step.put("creations", step.v.creations + 1)
 
-    def grant(self, step: Step) -> None:
+    def grant(self, step: Execution) -> None:
         self._must_be_open(step, step.v.asked)
         self.move(step, on.MessageGranted, REQUESTS, MessageState.OPEN, step.v.asked)
 
-    def withdraw_grants(self, step: Step) -> None:
+    def withdraw_grants(self, step: Execution) -> None:
         self._must_be_open(step, step.v.asked)
         self.move(step, on.GrantWithdrawn, REQUESTS, MessageState.GRANTED, step.v.asked)
 
-    def defer(self, step: Step) -> None:
+    def defer(self, step: Execution) -> None:
         self._one(step, on.MessageDeferred, REQUESTS)
         step.put_of("queued", ACTING, step.v.queued(ACTING) + 1)
 
-    def withdraw_deferred(self, step: Step) -> None:
+    def withdraw_deferred(self, step: Execution) -> None:
         of = ACTING.equals
         self.move(step, on.MessageRefused, REQUESTS, MessageState.DEFERRED, of)
         step.put_of("queued", ACTING, 0)
 
-    def refuse_request(self, step: Step) -> None:
+    def refuse_request(self, step: Execution) -> None:
         self._one(step, on.MessageRefused, REQUESTS)
 
-    def confirm_end(self, step: Step) -> None:
+    def confirm_end(self, step: Execution) -> None:
         self._one(step, on.EndConfirmed, ENDS)
         step.put_of("answered", ACTING, _TRUE)
 
-    def answer_end(self, step: Step) -> None:
+    def answer_end(self, step: Execution) -> None:
         party, ending, holder = step.v.party, step.v.ending, step.v.holder
         self._must_be_open(step, party)
 
@@ -185,16 +185,16 @@ class Orders:
         step.put_each("holder", lambda c: all_of(holder(c), negated(is_answered(c))))
         step.put_each("answered", lambda c: any_of(answered(c), is_answered(c)))
 
-    def fail(self, step: Step, *states: MessageState) -> None:
+    def fail(self, step: Execution, *states: MessageState) -> None:
         self._must_be_open(step, step.v.party)
         for state in states:
             self.move(step, on.MessageRefused, REQUESTS, state, step.v.party)
 
     def move(
         self,
-        step: Step,
+        step: Execution,
         event: type[Event],
-        counts: Counts,
+        counts: CounterNames,
         source: MessageState,
         which: Callable[[Term], Term],
     ) -> None:
@@ -202,15 +202,15 @@ class Orders:
         count = step.now[counts[source]]
         self._take(step, event, counts, source, lambda c: choice(which(c), count(c), 0))
 
-    def _one(self, step: Step, event: type[Event], counts: Counts) -> None:
+    def _one(self, step: Execution, event: type[Event], counts: CounterNames) -> None:
         """Take a row of `MESSAGE` for the message that has just been put to the allocation."""
         self._take(step, event, counts, MessageState.OPEN, lambda c: choice(c.equals(ACTING), 1, 0))
 
     def _take(
         self,
-        step: Step,
+        step: Execution,
         event: type[Event],
-        counts: Counts,
+        counts: CounterNames,
         source: MessageState,
         many: Callable[[Term], Term],
     ) -> None:
@@ -228,7 +228,9 @@ class Orders:
             there = step.now[target]
             step.put_each(target, lambda c: there(c) + many(c))
 
-    def put_to_allocation(self, step: Step, counts: Counts, source: MessageState) -> None:
+    def put_to_allocation(
+        self, step: Execution, counts: CounterNames, source: MessageState
+    ) -> None:
         """Dispatch one message of the acting connection; it is open then."""
         if self._messages.row(on.MessageDispatched, source) is None:
             why = f"message: MessageDispatched has a row in {source.value}"
@@ -237,21 +239,21 @@ class Orders:
         opened = step.now[counts[MessageState.OPEN]]
         step.put_of(counts[MessageState.OPEN], ACTING, opened(ACTING) + 1)
 
-    def _must_be_open(self, step: Step, which: Callable[[Term], Term]) -> None:
+    def _must_be_open(self, step: Execution, which: Callable[[Term], Term]) -> None:
         is_open = step.v.open
         step.insist(
             every(lambda c: which(c).implies(is_open(c))), "a connection that is looked up is open"
         )
 
 
-def check_claim(step: Step) -> None:
+def check_claim(step: Execution) -> None:
     """Name it `Unclaimed`, if so."""
     asked = step.v.asked
     if step.decide(all_of(every(lambda c: negated(asked(c))), negated(step.v.populated))):
         step.fire(on.Unclaimed)
 
 
-def push_end(step: Step) -> None:
+def push_end(step: Execution) -> None:
     v = step.v
     is_open, holder, closing, pushes = v.open, v.holder, v.closing, v.pushes
     step.insist(
@@ -266,7 +268,7 @@ def push_end(step: Step) -> None:
     step.put("announced", _TRUE)
 
 
-def forget(step: Step) -> None:
+def forget(step: Execution) -> None:
     """Nothing is kept but the name; the driver's timers and work are not the kernel's to forget."""
     v = step.v
     deferred, due, is_open, party = v.deferred, v.due, v.open, v.party
@@ -300,25 +302,25 @@ HOLDS: Final[Mapping[Guard, Callable[[View, type[Event]], Term]]] = {
 """What each guard of `PROVIDER_GUARDS` says of the variables."""
 
 
-def _note_made(step: Step) -> None:
+def _note_made(step: Execution) -> None:
     step.put("being_made", _FALSE)
     step.put("creations", step.v.creations - 1)
 
 
-def _note_created(step: Step) -> None:
+def _note_created(step: Execution) -> None:
     _note_made(step)
     step.put("has_response", _TRUE)
 
 
-def _note_populated(step: Step) -> None:
+def _note_populated(step: Execution) -> None:
     step.put("populated", _TRUE)
 
 
-def _note_report(step: Step) -> None:
+def _note_report(step: Execution) -> None:
     step.put("releases", step.v.releases - 1)
 
 
-def _note_sent(step: Step) -> None:
+def _note_sent(step: Execution) -> None:
     step.require(step.v.sending(ACTING) > 0)
     step.put_of("sending", ACTING, step.v.sending(ACTING) - 1)
     is_open = step.v.open(ACTING)
@@ -326,18 +328,13 @@ def _note_sent(step: Step) -> None:
         step.put_of(name, ACTING, any_of(step.now[name](ACTING), is_open))
 
 
-def _note_not_sent(step: Step) -> None:
+def _note_not_sent(step: Execution) -> None:
     step.require(step.v.sending(ACTING) > 0)
     step.put_of("sending", ACTING, step.v.sending(ACTING) - 1)
 
 
-def no_hand_over_is_under_way(step: Step) -> None:
-    """
-    Require what a driver does: it reports a hand-over before it feeds anything else.
-
-    Only here does the kernel depend on it: a hand-over that is reported after the end was
-    announced makes its connection be told twice.
-    """
+def no_hand_over_is_under_way(step: Execution) -> None:
+    """Require what `HandOver` asks of a driver; without it a connection may be told twice."""
     sending = step.v.sending
     step.require(every(lambda c: negated(sending(c) > 0)))
 
@@ -378,7 +375,7 @@ def _reported(
 ) -> Happening:
     """Make the occurrence that is an event of the driver: guards, what it says, its row."""
 
-    def happen(step: Step) -> None:
+    def happen(step: Execution) -> None:
         for guard, holds in guards.items():
             if event in guard.events:
                 step.require(holds(step.v, event))
@@ -392,7 +389,7 @@ def _reported(
 
 
 def _adopted(event: type[Event]) -> Happening:
-    def happen(step: Step) -> None:
+    def happen(step: Execution) -> None:
         step.require(step.v.state.among(_UNKNOWN, _RELEASED))
         step.put(STATE, _UNKNOWN)
         if event is not on.RemainsFound:
@@ -403,7 +400,7 @@ def _adopted(event: type[Event]) -> Happening:
     return happen
 
 
-def _begin_incarnation(step: Step) -> None:
+def _begin_incarnation(step: Execution) -> None:
     """What was sent of the incarnation before is of no more interest."""
     for name in ("handed", "answered"):
         step.put_each(name, lambda c: _FALSE)
@@ -448,24 +445,25 @@ class Occurrences:
             "ConnectionOpened": self.open,
             "ConnectionLost": self.lose,
             "a connection is being closed": self.close,
+            "a hand-over is lost with its connection": self.lose_hand_over,
             "an answer's turn comes": self.turn,
             "the provider stops": self.stop,
             "the name is forgotten": self.forget_name,
         }
 
-    def request(self, step: Step) -> None:
+    def request(self, step: Execution) -> None:
         # One that was held for a while is dropped with its connection.
         self._check(step, on.RequestReceived)
         self._orders.put_to_allocation(step, REQUESTS, MessageState.ARRIVED)
         self._dispatch_request(step)
 
-    def due_request(self, step: Step) -> None:
+    def due_request(self, step: Execution) -> None:
         step.require(step.v.due(ACTING) > 0)
         step.put_of("due", ACTING, step.v.due(ACTING) - 1)
         self._orders.put_to_allocation(step, REQUESTS, MessageState.DEFERRED)
         self._dispatch_request(step)
 
-    def _dispatch_request(self, step: Step) -> None:
+    def _dispatch_request(self, step: Execution) -> None:
         if step.decide(IS_REFUSED):
             self._orders.refuse_request(step)
             return
@@ -482,7 +480,7 @@ class Occurrences:
             is_same = step.decide(IS_SAME)
             step.fire(on.RequestRepeated if is_same else on.RequestConflicting)
 
-    def end(self, step: Step) -> None:
+    def end(self, step: Execution) -> None:
         self._check(step, on.EndReceived)
         self._orders.put_to_allocation(step, ENDS, MessageState.ARRIVED)
         state = step.state()
@@ -491,13 +489,13 @@ class Occurrences:
         is_over = state is _RELEASED or step.decide(step.v.announced)
         step.fire(on.EndRepeated if is_over else on.EndReceived)
 
-    def open(self, step: Step) -> None:
+    def open(self, step: Execution) -> None:
         self._check(step, on.ConnectionOpened)
         # A number is used again only when all that concerned the connection before is reported.
         step.require(negated(step.v.sending(ACTING) > 0))
         step.put_of("open", ACTING, _TRUE)
 
-    def lose(self, step: Step) -> None:
+    def lose(self, step: Execution) -> None:
         self._check(step, on.ConnectionLost)
         had_asked = step.decide(step.v.asked(ACTING))
         for name in ("open", "closing", "asked", "party", "holder", "handed", "answered"):
@@ -507,11 +505,16 @@ class Occurrences:
         if had_asked:
             check_claim(step)
 
-    def close(self, step: Step) -> None:
+    def lose_hand_over(self, step: Execution) -> None:
+        """Only the loss is reported, which may have been before."""
+        step.require(all_of(step.v.sending(ACTING) > 0, negated(step.v.open(ACTING))))
+        step.put_of("sending", ACTING, 0)
+
+    def close(self, step: Execution) -> None:
         step.require(step.v.open(ACTING))
         step.put_of("closing", ACTING, _TRUE)
 
-    def turn(self, step: Step) -> None:
+    def turn(self, step: Execution) -> None:
         """Answers that are known leave, on one connection: with the descriptors."""
         granted, sending = step.v.granted(ACTING), step.v.sending(ACTING)
         step.require(all_of(TURNS > 0, granted >= TURNS, negated(step.v.closing(ACTING))))
@@ -520,14 +523,14 @@ class Occurrences:
         step.put_of("granted", ACTING, granted - TURNS)
         step.put_of("sending", ACTING, sending + TURNS)
 
-    def stop(self, step: Step) -> None:
+    def stop(self, step: Execution) -> None:
         self._orders.move(step, on.MessageRefused, REQUESTS, MessageState.DEFERRED, lambda c: _TRUE)
 
-    def forget_name(self, step: Step) -> None:
+    def forget_name(self, step: Execution) -> None:
         step.require(step.v.state.equals(_RELEASED))
         step.put(STATE, _UNKNOWN)
 
-    def _check(self, step: Step, event: type[Event]) -> None:
+    def _check(self, step: Execution, event: type[Event]) -> None:
         for guard, holds in self._guards.items():
             if event in guard.events:
                 step.require(holds(step.v, event))

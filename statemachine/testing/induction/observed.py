@@ -1,6 +1,6 @@
 """Relation and kernel compared: what a kernel does must be a transition, and keep the invariants.
 
-`Observer.kernel` makes a `ProviderKernel` for the explorer that looks at itself. Each `receive` is
+`Comparer.kernel` makes a `ProviderKernel` for the explorer that looks at itself. Each `receive` is
 taken apart where a message is put to its allocation, so that each part is one occurrence of the
 relation. For each allocation there has to be exactly one transition that can be made, with the rows
 that the kernel took and the values that it has come to.
@@ -49,7 +49,7 @@ class RelationBroken(AssertionError):
 
 
 @dataclass
-class _Part:
+class _StepPart:
     """What a kernel did from one moment to the next."""
 
     before: ProviderSnapshot
@@ -64,15 +64,15 @@ class _Part:
     """Ends that were answered, by connection and allocation."""
 
 
-class _ObservedState(State):
+class _RecordingState(State):
     """A state that takes down which rows are taken, and when a message is put to an allocation."""
 
-    parts: list[_Part]
+    parts: list[_StepPart]
 
     def fire_message(self, message: Message, event: type[Event]) -> None:
         if event is on.MessageDispatched:
             is_due = message.state is MessageState.DEFERRED
-            self.parts.append(_Part(self.freeze(), message, is_due, len(self.effects)))
+            self.parts.append(_StepPart(self.freeze(), message, is_due, len(self.effects)))
         elif isinstance(message.question, AllocationEnded):
             key = message.connection, message.question.allocation_id
             if event is on.EndConfirmed:
@@ -89,7 +89,7 @@ class _ObservedState(State):
         super().fire_allocation(allocation, event, cause)
 
 
-class Observer:
+class Comparer:
     """
     Compares a relation with the kernels that it makes.
 
@@ -114,29 +114,30 @@ class Observer:
         self._all = _compiled(self.relation, invariants, is_of_kernel=False)
         self._known = _compiled(self.relation, invariants, is_of_kernel=True)
 
-    def kernel(self) -> type[ProviderKernel]:
-        """Make a class of kernels that raise `RelationBroken`, for `Explorer(provider=…)`."""
-        observer = self
+    def kernel(self, provider: type[ProviderKernel] = ProviderKernel) -> type[ProviderKernel]:
+        """Make kernels like `provider` that raise `RelationBroken`, for `Explorer(provider=…)`."""
+        comparer = self
+        base: Any = provider
 
-        class ObservedKernel(ProviderKernel):
+        class RecordingKernel(base):  # type: ignore[misc]
             def __init__(self, limits: Limits | None = None) -> None:
                 super().__init__(limits)
-                self._state = _ObservedState(limits or Limits(), self.orders)
+                self._state = _RecordingState(limits or Limits(), self.orders)
 
             def receive(self, event: ProviderInput) -> tuple[Effect, ...]:
                 state = self._state
-                assert isinstance(state, _ObservedState)
-                state.parts = [_Part(self.snapshot(), event)]
-                effects = super().receive(event)
-                observer.check_step(state.parts, effects, self.snapshot())
+                assert isinstance(state, _RecordingState)
+                state.parts = [_StepPart(self.snapshot(), event)]
+                effects: tuple[Effect, ...] = super().receive(event)
+                comparer.check_step(state.parts, effects, self.snapshot())
                 return effects
 
-        return ObservedKernel
+        return RecordingKernel
 
     # --- Steps -------------------------------------------------------------------------------
 
     def check_step(
-        self, parts: list[_Part], effects: tuple[Effect, ...], after: ProviderSnapshot
+        self, parts: list[_StepPart], effects: tuple[Effect, ...], after: ProviderSnapshot
     ) -> None:
         """
         Compare a step of a kernel with the relation.
@@ -157,7 +158,12 @@ class Observer:
             self._evaluate(self._known, _moment(after, name), name)
 
     def _check_part(
-        self, part: _Part, effects: tuple[Effect, ...], name: str, before: _Moment, now: _Moment
+        self,
+        part: _StepPart,
+        effects: tuple[Effect, ...],
+        name: str,
+        before: _Abstraction,
+        now: _Abstraction,
     ) -> None:
         connections = before.connections | now.connections
         _suppose_ghosts(part, before)
@@ -224,7 +230,7 @@ class Observer:
                     moment.values["pushes"][number] = link.pushed >> index & 1
             self._evaluate(self._all, moment, name)
 
-    def _evaluate(self, invariants: dict[str, Evaluated], moment: _Moment, name: str) -> None:
+    def _evaluate(self, invariants: dict[str, Evaluated], moment: _Abstraction, name: str) -> None:
         self.states += 1
         for invariant, holds in invariants.items():
             if not holds(moment.values, moment.connections):
@@ -245,14 +251,14 @@ def _compiled(
 
 
 @dataclass
-class _Moment:
+class _Abstraction:
     """The variables of one allocation at one moment, and the connections there are."""
 
     values: dict[str, Any]
     connections: set[int]
 
 
-def _moment(snapshot: ProviderSnapshot, name: str, *, is_due: bool = False) -> _Moment:
+def _moment(snapshot: ProviderSnapshot, name: str, *, is_due: bool = False) -> _Abstraction:
     """Say what a snapshot says of an allocation, by variable."""
     values: dict[str, Any] = {each.name: _zero(each.sort) for each in _ALONE}
     for each in _EACH:
@@ -275,7 +281,7 @@ def _moment(snapshot: ProviderSnapshot, name: str, *, is_due: bool = False) -> _
             _read_allocation(allocation, values)
             named = (*allocation.asked, *allocation.parties, *allocation.holders)
             connections |= {*named, *allocation.deferred}
-    return _Moment(values, connections)
+    return _Abstraction(values, connections)
 
 
 def _read_allocation(allocation: AllocationSnapshot, values: dict[str, Any]) -> None:
@@ -335,7 +341,7 @@ def _names(before: ProviderSnapshot, after: ProviderSnapshot, event: object) -> 
 # --- Steps as occurrences ----------------------------------------------------------------------
 
 
-def _occurrence(part: _Part, name: str) -> tuple[str, dict[str, Any]]:
+def _occurrence(part: _StepPart, name: str) -> tuple[str, dict[str, Any]]:
     """Name what happens to an allocation, with what is to be known of it; "": nothing."""
     cause = part.cause
     inputs: dict[str, Any] = {"acting": getattr(cause, "connection", None)}
@@ -356,7 +362,7 @@ def _occurrence(part: _Part, name: str) -> tuple[str, dict[str, Any]]:
     return (type(cause).__name__ if is_for_all or is_for_it else ""), inputs
 
 
-def _suppose_ghosts(part: _Part, before: _Moment) -> None:
+def _suppose_ghosts(part: _StepPart, before: _Abstraction) -> None:
     """Suppose what the kernel cannot know, as the invariants say that it is."""
     values, cause = before.values, part.cause
     is_ended = values[STATE] is AllocationState.ENDED
@@ -367,7 +373,7 @@ def _suppose_ghosts(part: _Part, before: _Moment) -> None:
 
 
 def _note_effects(
-    part: _Part, effects: tuple[Effect, ...], name: str, before: _Moment, now: _Moment
+    part: _StepPart, effects: tuple[Effect, ...], name: str, before: _Abstraction, now: _Abstraction
 ) -> None:
     """Say what the ghosts are afterwards, by the effects that there are."""
     cause, old, new = part.cause, before.values, now.values

@@ -35,8 +35,8 @@ from .terms import (
     parts_of,
 )
 
-TIMEOUT_MS: Final = 20_000
-"""How long z3 may take for one obligation."""
+EFFORT_MAX: Final = 20_000_000
+"""How much z3 may do for one obligation, in its own unit, which no clock has a part in."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Proof:
     """How many hold."""
     refuted: list[Refuted] = field(default_factory=list)
     undecided: list[Obligation] = field(default_factory=list)
-    """Those of which z3 could not say in time."""
+    """Those of which z3 could not say with that effort."""
 
     @property
     def is_complete(self) -> bool:
@@ -105,7 +105,7 @@ class Prover:
             Sort.ELEMENT: self._connection,
         }
         self._solver = z3.Solver(ctx=self._context)
-        self._solver.set("timeout", TIMEOUT_MS)
+        self._solver.set("rlimit", EFFORT_MAX)
         for invariant in self.invariants:
             self._solver.add(self._formula(invariant.term(relation.before())))
 

@@ -1,7 +1,7 @@
 """Transition relation of a table: what each row does to variables, as terms.
 
 A row says which state follows and what is asked for. What its orders do to the variables around it
-is declared once, as a function of a `Step`; so is what happens outside of the table, an
+is declared once, as a function of an `Execution`; so is what happens outside of the table, an
 *occurrence*: a message arrives, a connection is lost. `Relation.transitions` executes the
 occurrences symbolically. Where one depends on what is so, there is a transition for each case, and
 a transition has the condition under which it is made and a term for the value of each variable
@@ -79,7 +79,7 @@ class _NoSuchStep(Exception):
     """In this case nothing happens."""
 
 
-class Step:
+class Execution:
     """One occurrence, while it is executed symbolically: variables change as terms."""
 
     def __init__(self, relation: Relation, decisions: list[int]) -> None:
@@ -179,7 +179,7 @@ class Step:
         return taken
 
 
-Happening = Callable[[Step], None]
+Happening = Callable[[Execution], None]
 """Says what an order or an occurrence does."""
 
 
@@ -286,7 +286,7 @@ class Relation:
         """Execute an occurrence again and again, until every decision has had every case."""
         decisions: list[int] = []
         while True:
-            step = Step(self, decisions)
+            step = Execution(self, decisions)
             is_made = True
             try:
                 happening(step)
@@ -300,7 +300,7 @@ class Relation:
                 return
             decisions[-1] += 1
 
-    def _transition(self, name: str, step: Step, is_made: bool) -> Transition:
+    def _transition(self, name: str, step: Execution, is_made: bool) -> Transition:
         before, after = self.before(), []
         for each in self.variables if is_made else ():
             old, new = before[each.name], step.now[each.name]

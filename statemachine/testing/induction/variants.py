@@ -6,9 +6,9 @@ one guard or one thing that a driver must do; what it breaks is shown by a count
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import cache
 from typing import Final
 
 from ... import effects as do
@@ -46,6 +46,8 @@ class Variant:
     says: str
     """What is wrong with it."""
     relation: Relation
+    concerns: Order | Guard | None = None
+    """What it leaves out or asks for too much; None: a row leads elsewhere, or is missing."""
 
 
 def edited(table: Table, event: type[Event], state: Enum, new: Row | None) -> Table:
@@ -79,17 +81,19 @@ def row_of(table: Table, event: type[Event], state: Enum) -> Row:
 
 def _forgetful(breaks: str, event: type[Event], state: AllocationState, order: Order) -> Variant:
     says = f"{event.__name__} in {state.value} without {order_name(order)}"
-    return Variant(breaks, says, relation_of(without_order(ALLOCATION, event, state, order)))
+    made = relation_of(without_order(ALLOCATION, event, state, order))
+    return Variant(breaks, says, made, order)
 
 
 def _excessive(breaks: str, event: type[Event], state: AllocationState, order: Order) -> Variant:
     says = f"{event.__name__} in {state.value} with {order_name(order)}"
-    return Variant(breaks, says, relation_of(with_order(ALLOCATION, event, state, order)))
+    made = relation_of(with_order(ALLOCATION, event, state, order))
+    return Variant(breaks, says, made, order)
 
 
 def _unguarded(breaks: str, guard: Guard) -> Variant:
     guards = tuple(each for each in PROVIDER_GUARDS if each is not guard)
-    return Variant(breaks, f"without the guard {guard.name}", relation_of(guards=guards))
+    return Variant(breaks, f"without the guard *{guard.name}*", relation_of(guards=guards), guard)
 
 
 def _redirected(
@@ -114,10 +118,11 @@ def _late_reports() -> Variant:
         for event, all_notes in NOTES.items()
     }
     says = "a hand-over may be reported after the end is announced"
-    return Variant("hand-overs under way", says, relation_of(notes=notes))
+    return Variant("hand-overs under way", says, relation_of(notes=notes), do.HandOver)
 
 
-def variants() -> Iterable[Variant]:
+@cache
+def variants() -> tuple[Variant, ...]:
     """Make every broken variant; the first for an invariant is the one that the book shows."""
     return (
         _unguarded("counts", IS_BEING_MADE),
