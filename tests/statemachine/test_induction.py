@@ -24,14 +24,14 @@ from statemachine.states import AllocationState
 from statemachine.table import Row, Table, compile_table
 from statemachine.testing.explore import Counterexample, Explorer
 from statemachine.testing.induction.allocation import INVARIANTS, VARIABLES, relation_of
-from statemachine.testing.induction.observed import Observer
+from statemachine.testing.induction.observed import Comparer
 from statemachine.testing.induction.proof import Proof, Prover
 from statemachine.testing.induction.relation import (
     ACTING,
     Declared,
+    Execution,
     Invariant,
     Relation,
-    Step,
     Transition,
     obligations,
 )
@@ -75,18 +75,18 @@ def relation() -> Relation:
 
 
 @cache
-def observed() -> Observer:
+def observed() -> Comparer:
     """What the kernels of all compared spaces did; this is where a difference shows."""
-    observer = Observer(relation())
+    comparer = Comparer(relation())
     for name in COMPARED:
-        explore(observer, SPACES[name])
-    return observer
+        explore(comparer, SPACES[name])
+    return comparer
 
 
-def explore(observer: Observer, space: Space, provider: type[ProviderKernel] | None = None) -> None:
-    kernel = observer.kernel(provider or ProviderKernel)
+def explore(comparer: Comparer, space: Space, provider: type[ProviderKernel] | None = None) -> None:
+    kernel = comparer.kernel(provider or ProviderKernel)
     # The model would find most of what is found here, and is left out so that it does not.
-    Explorer(space.bounds, provider=kernel, lockstep=False, also=observer.check_world).explore()
+    Explorer(space.bounds, provider=kernel, lockstep=False, also=comparer.check_world).explore()
 
 
 # --- The proof ---------------------------------------------------------------------------------
@@ -153,11 +153,11 @@ def test_z3_is_imported_only_for_a_proof() -> None:
 
 
 def test_basic_every_step_of_the_kernel_is_a_transition() -> None:
-    observer = observed()
+    comparer = observed()
 
-    assert observer.rows == {(row.event, row.source) for row in ALLOCATION.rows}
-    assert sum(observer.taken.values()) > 5_000
-    assert observer.states > 20_000
+    assert comparer.rows == {(row.event, row.source) for row in ALLOCATION.rows}
+    assert sum(comparer.taken.values()) > 5_000
+    assert comparer.states > 20_000
 
 
 AT_ONCE: Final = {
@@ -193,7 +193,7 @@ def test_a_relation_that_is_not_the_kernels_is_noticed(
     other = relation_of(without_order(ALLOCATION, event, state, order))
 
     with pytest.raises(Counterexample, match=r", not "):
-        explore(Observer(other), WIDE)
+        explore(Comparer(other), WIDE)
 
 
 def not_withdrawn(state: State, allocation: Allocation, _: object) -> None:
@@ -223,7 +223,7 @@ def test_a_kernel_that_does_something_else_is_noticed(order: Any, handler: Any) 
         orders: ClassVar = {**ProviderKernel.orders, order: handler}
 
     with pytest.raises(Counterexample, match=r", not |, the relation "):
-        explore(Observer(relation()), WIDE, Broken)
+        explore(Comparer(relation()), WIDE, Broken)
 
 
 @pytest.mark.parametrize(
@@ -240,15 +240,15 @@ def test_what_breaks_an_invariant_in_the_proof_breaks_it_in_a_kernel(
 ) -> None:
     broken = without_order(ALLOCATION, event, state, order)
     invariants = [each for each in INVARIANTS if each.name == breaks]
-    observer = Observer(relation_of(broken), invariants)
+    comparer = Comparer(relation_of(broken), invariants)
 
     with pytest.raises(Counterexample, match=f"{breaks} does not hold"):
         Explorer(
             WIDE.bounds,
-            provider=observer.kernel(),
+            provider=comparer.kernel(),
             tables=(broken, CONSUMER, NOTICE),
             lockstep=False,
-            also=observer.check_world,
+            also=comparer.check_world,
         ).explore()
 
 
@@ -277,7 +277,7 @@ def test_a_hand_over_that_is_reported_too_late_makes_the_end_be_pushed_twice() -
 
 
 def test_the_book_lists_every_invariant() -> None:
-    drawn = refresh.refreshed("<!-- generated: invariants ALLOCATION -->\n<!-- end -->")
+    drawn = refresh.refreshed("<!-- generated: invariants allocation -->\n<!-- end -->")
 
     assert [name for name in NAMES if f"| {name} |" not in drawn] == []
 
@@ -313,23 +313,23 @@ class LeaseState(Enum):
     CLOSED = "closed"
 
 
-class Asked(PeerEvent):
+class LeaseAsked(PeerEvent):
     pass
 
 
-class Renewed(PeerEvent):
+class LeaseRenewed(PeerEvent):
     pass
 
 
-class Returned(PeerEvent):
+class LeaseReturned(PeerEvent):
     pass
 
 
-class Expired(LocalEvent):
+class LeaseExpired(LocalEvent):
     pass
 
 
-class Closed(LocalEvent):
+class LeaseClosed(LocalEvent):
     pass
 
 
@@ -346,12 +346,12 @@ def lease(*, returned: tuple[Any, ...] = (Take, do.stop(Timer.CLAIM))) -> Table:
     return compile_table(
         "lease",
         (
-            Row(Asked, free, taken, (Give, do.start(Timer.CLAIM))),
-            Row(Asked, taken, taken),
-            Row(Renewed, taken, taken, (do.start(Timer.CLAIM),)),
-            Row(Returned, taken, free, returned),
-            Row(Expired, taken, free, (Take,)),
-            Row(Closed, free, closed),
+            Row(LeaseAsked, free, taken, (Give, do.start(Timer.CLAIM))),
+            Row(LeaseAsked, taken, taken),
+            Row(LeaseRenewed, taken, taken, (do.start(Timer.CLAIM),)),
+            Row(LeaseReturned, taken, free, returned),
+            Row(LeaseExpired, taken, free, (Take,)),
+            Row(LeaseClosed, free, closed),
         ),
         initial=free,
         finals=(closed,),
@@ -372,26 +372,26 @@ LEASE_ORDERS: Final = {
 }
 
 
-def _ask(step: Step) -> None:
+def _ask(step: Execution) -> None:
     step.put_of("wants", ACTING, TRUE)
-    step.fire(Asked, is_refusable=True)
+    step.fire(LeaseAsked, is_refusable=True)
 
 
-def _renew(step: Step) -> None:
+def _renew(step: Execution) -> None:
     step.require(step.v.has(ACTING))
     step.put_of("renewals", ACTING, step.v.renewals(ACTING) + 1)
-    step.fire(Renewed)
+    step.fire(LeaseRenewed)
 
 
-def _return(step: Step) -> None:
+def _return(step: Execution) -> None:
     step.require(step.v.has(ACTING))
-    step.fire(Returned)
+    step.fire(LeaseReturned)
 
 
-def _expire(step: Step) -> None:
+def _expire(step: Execution) -> None:
     step.require(step.v.expiry)
     step.put("expiry", FALSE)
-    step.fire(Expired)
+    step.fire(LeaseExpired)
 
 
 LEASE_INVARIANTS: Final = (
@@ -453,19 +453,19 @@ def test_an_order_of_which_nothing_is_declared_is_an_error() -> None:
 
 
 def test_an_event_without_a_row_is_refused_or_an_obligation() -> None:
-    def renew(step: Step) -> None:
-        step.fire(Renewed)
+    def renew(step: Execution) -> None:
+        step.fire(LeaseRenewed)
 
     made: Relation = Relation(
         LEASE, LEASES, orders=LEASE_ORDERS, occurrences={"renew": renew}, timers=LEASE_TIMERS
     )
     found: tuple[Transition, ...] = made.transitions
     assert [(t.is_made, len(t.insisted)) for t in found] == [(False, 1), (True, 0), (False, 1)]
-    assert [t.name for t in found][1] == "renew: Renewed in taken"
+    assert [t.name for t in found][1] == "renew: LeaseRenewed in taken"
 
 
 def test_a_variable_that_is_not_declared_is_an_error() -> None:
-    def happen(step: Step) -> None:
+    def happen(step: Execution) -> None:
         _ = step.v.nothing
 
     made = Relation(
