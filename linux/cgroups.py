@@ -270,6 +270,8 @@ class Scope:
     def __init__(self, path: Path, owner: str) -> None:
         self.path: Final = path
         self._token: Final = owner
+        self._was_made = False
+        """Whether its directory was made by this object."""
         self._was_seen_populated = False
 
     @classmethod
@@ -307,9 +309,7 @@ class Scope:
         scope = cls(path, owner)
         try:
             with spare:
-                if not _make_or_claim(path, root, owner, description):
-                    _expect_unused(path)
-                    _note_past_use(path)
+                scope._make_or_claim(root, description)
                 _expect_usable(path)
         except BaseException:
             scope._abandon()
@@ -444,9 +444,8 @@ class Scope:
         try:
             with _open_directory(self.path) as directory:
                 number = directory.fileno()
-                is_ours = _read_owner(number) == self._token
-                is_made_here = syscall(os.fstat, number).st_mode & stat.S_ISVTX
-                if not (is_ours and is_made_here) or _is_populated_in(directory, "cgroup.events"):
+                is_ours = _read_owner(number) == self._token and _is_made_here_at(directory)
+                if not is_ours or _is_populated_in(directory, "cgroup.events"):
                     return False
             # Its events could be read, so it was there until then, and no other had its path.
             syscall(os.rmdir, self.path)
@@ -471,16 +470,22 @@ class Scope:
         # Keeps NODE-4, NODE-19, END-11.
         if self.is_gone():
             return True
-        if self.owner() is None:
-            return _remove_unowned(self.path, self._token)
-        with (
-            _calling("rmdir(2)", self.path, *_GONE),
-            _open_directory(self.path) as directory,
-            _Cursor(directory) as cursor,
-        ):
-            if _is_populated(directory) or not cursor.remove_below():
-                return False
-        return self._give_back_if_adopted() or remove_cgroup(self.path)
+        with _calling("rmdir(2)", self.path, *_GONE), _open_directory(self.path) as directory:
+            # Asked of what was opened: another program may have put its own there meanwhile.
+            owner, is_made_here = _read_owner(directory.fileno()), _is_made_here_at(directory)
+            if owner is None and is_made_here:
+                return self._remove_unowned(directory)
+            if owner != self._token:
+                return True
+            with _Cursor(directory) as cursor:
+                if _is_populated(directory) or not cursor.remove_below():
+                    return False
+            if not is_made_here:
+                self._give_back(directory)
+                return True
+        # By its path, because rmdir(2) takes no descriptor. If another program puts its own there
+        # just now, that stays if anything is in it.
+        return remove_cgroup(self.path)
 
     def processes(self) -> list[int]:
         """
@@ -522,23 +527,135 @@ class Scope:
     def _abandon(self) -> None:
         """Undo what a creation that failed has done, with one descriptor."""
         with suppress(OSError):
-            if self.owner() == self._token and not self._give_back_if_adopted():
+            with _open_directory(self.path) as directory:
+                owner, is_made_here = _read_owner(directory.fileno()), _is_made_here_at(directory)
+                if owner == self._token and not is_made_here:
+                    self._give_back(directory)
+                is_half_made = self._was_made and is_made_here and owner is None
+                is_half_made = is_half_made and self._can_claim(directory)
+                is_ours = (is_made_here and owner == self._token) or is_half_made
+            if is_ours:
                 remove_cgroup(self.path)
 
-    def _give_back_if_adopted(self) -> bool:
-        if _is_made_here(self.path) is not False:
+    def _can_claim(self, directory: Descriptor) -> bool:
+        """Claim it, unless another program is faster; what has no room for a token is free, too."""
+        try:
+            return self._claim(directory)
+        except ScopeError:
+            return True
+
+    def _make_or_claim(self, root: Path, description: str | None) -> None:
+        """Make the scope, or claim one that is there and unused."""
+        for _ in range(MAKE_ATTEMPTS_MAX):
+            try:
+                _make_in_slice(self.path, root, mode=SCOPE_MODE, exist_ok=False)
+                self._was_made = True
+            except ScopeError as error:
+                if error.errno != errno.EEXIST:
+                    raise
+                self._was_made = False
+            # From here on it is what was opened, whatever another program puts in its place.
+            with _calling("open(2)", self.path, *_GONE), _open_directory(self.path) as directory:
+                self._was_made = self._was_made and _is_made_here_at(directory)
+                if self._has_claimed(directory, description):
+                    return
+        raise ScopeError(
+            "mkdir(2)", errno.EEXIST, self.path, "another program keeps making it; find out which"
+        )
+
+    def _has_claimed(self, directory: Descriptor, description: str | None) -> bool:
+        if self._was_made:
+            # Described before it has an owner: what has an owner of ours says what it is for.
+            self._describe(directory, description)
+            return self._claim(directory)
+        self._expect_unowned(directory)
+        self._expect_unused(directory)
+        if not self._claim(directory):
             return False
-        if read_attribute(self.path, FROZEN_ATTRIBUTE) is not None:
+        # Only now, because another program may have been about to claim it as well.
+        self._describe(directory, description)
+        self._expect_unused(directory)
+        self._note_past_use(directory)
+        return True
+
+    def _expect_unowned(self, directory: Descriptor) -> None:
+        owner = _read_owner(directory.fileno())
+        if owner is not None:
+            advice = f"it belongs to owner {owner}; `nshandoff doctor` says whose that is"
+            raise ScopeError("mkdir(2)", errno.EEXIST, self.path, advice)
+
+    def _expect_unused(self, directory: Descriptor) -> None:
+        use = self._use_of(directory)
+        if use is not None:
+            advice = f"it has no owner, and {use}"
+            raise ScopeError("mkdir(2)", errno.EEXIST, self.path, advice)
+
+    def _use_of(self, directory: Descriptor) -> str | None:
+        """Say what is in a cgroup, and what to do about it; None if nothing is, or it is gone."""
+        with _calling("read(2)", self.path, *_GONE):
+            if _is_populated_in(directory, "cgroup.events"):
+                return "processes are in it; end them first"
+            below = _children_of(directory)
+            if below:
+                return f"cgroups are below it, {below[0]!a} for one; remove them first"
+        return None
+
+    def _note_past_use(self, directory: Descriptor) -> None:
+        """Note the CPU time that an adopted scope has used, since only what comes later counts."""
+        with _calling("read(2)", self.path / "cpu.stat", *_GONE):
+            before = 0
+            for _ in range(LEAVING_ATTEMPTS_MAX):
+                usage = _usage_of(_read_in(directory, "cpu.stat"))
+                if usage == before:
+                    break
+                # The last of it is counted a moment after the scope is empty.
+                before = usage
+                select.poll().poll(LEAVING_PAUSE_MS)
+        if before:
+            self._stamp(directory, USED_ATTRIBUTE, str(before))
+
+    def _claim(self, directory: Descriptor) -> bool:
+        """Become the owner of a scope that has none; False if another was faster, or it is gone."""
+        # XATTR_CREATE: of two that claim one directory, exactly one becomes its owner.
+        return self._stamp(directory, OWNER_ATTRIBUTE, self._token, os.XATTR_CREATE)
+
+    def _describe(self, directory: Descriptor, description: str | None) -> None:
+        if description is not None:
+            # If it is gone, claiming it finds that, too.
+            self._stamp(directory, ALLOCATION_ATTRIBUTE, description)
+
+    def _stamp(self, directory: Descriptor, attribute: str, text: str, flags: int = 0) -> bool:
+        """Set an attribute of a scope; False if the scope is gone, or with XATTR_CREATE has it."""
+        with _calling("setxattr(2)", self.path, *_GONE, errno.EEXIST):
+            syscall(os.setxattr, directory.fileno(), attribute, text.encode(), flags)
+            return True
+        return False
+
+    def _remove_unowned(self, directory: Descriptor) -> bool:
+        """Remove a scope that was made here and has no owner; False while something is in it."""
+        if self._use_of(directory) is not None:
+            return False
+        # It is claimed first: only the owner of a scope may remove it, and its maker may be about
+        # to claim it.
+        if not self._claim(directory) or remove_cgroup(self.path):
+            return True
+        with suppress(OSError):
+            syscall(os.removexattr, directory.fileno(), OWNER_ATTRIBUTE)
+        return False
+
+    def _give_back(self, directory: Descriptor) -> None:
+        """Leave an adopted scope to the program that made it, as it was."""
+        number = directory.fileno()
+        if read_attribute(number, FROZEN_ATTRIBUTE) is not None:
             with _calling("write(2)", self.path / "cgroup.freeze", *_GONE):
-                syscall((self.path / "cgroup.freeze").write_text, "0")
+                _write_in(directory, "cgroup.freeze", "0")
         ours: list[str] = []
         with _calling("listxattr(2)", self.path, *_GONE):
-            ours = [each for each in syscall(os.listxattr, self.path) if each.startswith(_OURS)]
+            ours = [each for each in syscall(os.listxattr, number) if each.startswith(_OURS)]
         # The token last: without it nothing would be tried again.
         for name in sorted(ours, key=OWNER_ATTRIBUTE.__eq__):
             with _calling("removexattr(2)", self.path, *_GONE, errno.ENODATA):
-                syscall(os.removexattr, self.path, name)
-        return True
+                syscall(os.removexattr, number, name)
 
     def _note_populated(self, events: Descriptor) -> bool:
         populated = _reads_populated(events)
@@ -903,6 +1020,11 @@ def _open_directory(path: Path) -> Descriptor:
     return Descriptor(syscall(os.open, path, _DIRECTORY))
 
 
+def _children_of(directory: Descriptor) -> list[str]:
+    with syscall(os.scandir, directory.fileno()) as listing:
+        return [entry.name for entry in listing if entry.is_dir(follow_symlinks=False)]
+
+
 class _Cursor:
     """
     A position in a tree of cgroups, moved one level at a time.
@@ -962,8 +1084,7 @@ class _Cursor:
         self._depth += -1 if name == ".." else 1
 
     def _children(self) -> list[str]:
-        with syscall(os.scandir, self._here.fileno()) as listing:
-            return [entry.name for entry in listing if entry.is_dir(follow_symlinks=False)]
+        return _children_of(self._here)
 
 
 def _expect_name(name: str) -> None:
@@ -973,72 +1094,6 @@ def _expect_name(name: str) -> None:
         raise ScopeError("mkdir(2)", errno.EINVAL, Path(ascii(name)), objection)
 
 
-def _make_or_claim(path: Path, root: Path, owner: str, description: str | None) -> bool:
-    """Make a scope, or claim one that is there and unused; say whether it was made."""
-    for _ in range(MAKE_ATTEMPTS_MAX):
-        try:
-            _make_in_slice(path, root, mode=SCOPE_MODE, exist_ok=False)
-            is_made = True
-        except ScopeError as error:
-            if error.errno != errno.EEXIST:
-                raise
-            is_made = False
-            _expect_unowned(path)
-            _expect_unused(path)
-        if is_made:
-            # Described before it has an owner: what has an owner of ours says what it is for.
-            _describe(path, description)
-        if _claim(path, owner):
-            if not is_made:
-                # Only now, because another program may have been about to claim it as well.
-                _describe(path, description)
-            return is_made
-    raise ScopeError(
-        "mkdir(2)", errno.EEXIST, path, "another program keeps making it; find out which"
-    )
-
-
-def _expect_unowned(path: Path) -> None:
-    owner = _read_owner(path)
-    if owner is not None:
-        advice = f"it belongs to owner {owner}; `nshandoff doctor` says whose that is"
-        raise ScopeError("mkdir(2)", errno.EEXIST, path, advice)
-
-
-def _expect_unused(path: Path) -> None:
-    use = _use_of(path)
-    if use is not None:
-        raise ScopeError("mkdir(2)", errno.EEXIST, path, f"it has no owner, and {use}")
-
-
-def _use_of(path: Path) -> str | None:
-    """Say what is in a cgroup, and what to do about it; None if nothing is, or it is gone."""
-    with _calling("read(2)", path, *_GONE):
-        if _is_populated_in(None, f"{path}/cgroup.events"):
-            return "processes are in it; end them first"
-        below = [entry.name for entry in syscall(path.iterdir) if entry.is_dir()]
-        if below:
-            return f"cgroups are below it, {below[0]!a} for one; remove them first"
-    return None
-
-
-def _note_past_use(path: Path) -> None:
-    """Note the CPU time that an adopted scope has used, since only what comes later counts."""
-    statistics = f"{path}/cpu.stat"
-    with _calling("read(2)", statistics, *_GONE):
-        before = 0
-        for _ in range(LEAVING_ATTEMPTS_MAX):
-            usage = _usage_of(_read_in(None, statistics))
-            if usage == before:
-                break
-            # The last of it is counted a moment after the scope is empty.
-            before = usage
-            select.poll().poll(LEAVING_PAUSE_MS)
-    if before:
-        with _calling("setxattr(2)", path, *_GONE):
-            syscall(os.setxattr, path, USED_ATTRIBUTE, str(before).encode())
-
-
 def _usage_of(statistics: str) -> int:
     """Read the CPU time, in microseconds, from a `cpu.stat`."""
     for line in statistics.splitlines():
@@ -1046,45 +1101,6 @@ def _usage_of(statistics: str) -> int:
         if name == "usage_usec":
             return int(value)
     return 0
-
-
-def _remove_unowned(path: Path, owner: str) -> bool:
-    """Remove a scope that was made here and has no owner; False while something is in it."""
-    if _use_of(path) is not None:
-        return False
-    # It is claimed first: only the owner of a scope may remove it, and its maker may be about to
-    # claim it.
-    if not _claim(path, owner) or remove_cgroup(path):
-        return True
-    with suppress(OSError):
-        syscall(os.removexattr, path, OWNER_ATTRIBUTE)
-    return False
-
-
-def _claim(path: Path, owner: str) -> bool:
-    """Set the owner of a scope that has none; False if another was faster, or it is gone."""
-    # XATTR_CREATE: of two that claim one directory, exactly one becomes its owner.
-    return _stamp(path, OWNER_ATTRIBUTE, owner, os.XATTR_CREATE)
-
-
-def _describe(path: Path, description: str | None) -> None:
-    if description is not None:
-        # If it is gone, claiming it finds that, too.
-        _stamp(path, ALLOCATION_ATTRIBUTE, description)
-
-
-def _stamp(path: Path, attribute: str, text: str, flags: int = 0) -> bool:
-    """Set an attribute of a scope; False if the scope is gone, or with XATTR_CREATE has it."""
-    try:
-        syscall(os.setxattr, path, attribute, text.encode(), flags)
-    except OSError as error:
-        if error.errno in (*_GONE, errno.EEXIST):
-            return False
-        with suppress(OSError):
-            if _is_made_here(path):
-                remove_cgroup(path)
-        raise ScopeError.of("setxattr(2)", error, path) from error
-    return True
 
 
 def _make_in_slice(path: Path, root: Path, *, mode: int = 0o755, exist_ok: bool = True) -> None:
@@ -1150,6 +1166,11 @@ def _is_made_here(path: Path) -> bool | None:
     with _calling("stat(2)", path, *_GONE):
         return bool(syscall(path.lstat).st_mode & stat.S_ISVTX)
     return None
+
+
+def _is_made_here_at(directory: Descriptor) -> bool:
+    with _calling("fstat(2)"):
+        return bool(syscall(os.fstat, directory.fileno()).st_mode & stat.S_ISVTX)
 
 
 def _is_there(path: Path) -> bool:

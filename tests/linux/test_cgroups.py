@@ -325,8 +325,8 @@ def test_a_crash_at_any_moment_leaves_no_scope_that_could_be_a_consumers(root: P
     made: list[int] = []
 
     def note(event: str, arguments: tuple[object, ...]) -> None:
-        if event == "os.setxattr" and str(arguments[0]).endswith("alloc.scope"):
-            made.append(Path(str(arguments[0])).stat().st_mode)
+        if event == "os.setxattr" and arguments[1] == OWNER_ATTRIBUTE:
+            made.append(os.fstat(int(str(arguments[0]))).st_mode)
 
     sys.addaudithook(note)
     Scope.create(root, "alloc", OWNER)

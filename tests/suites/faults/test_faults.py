@@ -219,7 +219,7 @@ ONCE_BROKEN: Final = (
     # Its changes were never heard of again when it could not be read once.
     ("whole life", "provider", "cgroups._rearm", "pread", "ENOMEM"),
     # These left the backend without saying what failed, and so past what undoes a creation.
-    ("end by consumer", "provider", "cgroups._is_made_here", "lstat", "EACCES"),
+    ("end by consumer", "provider", "cgroups._is_made_here_at", "fstat", "EIO"),
     ("end by consumer", "provider", "anchor._inode_of", "fstat", "EIO"),
     ("with image", "provider", "mounts._status_of", "fstat", "ENOMEM"),
     ("whole life", "provider", "cgroups.ScopeWatch.poll", "poll", "ENOMEM"),
