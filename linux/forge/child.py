@@ -591,10 +591,9 @@ class ForgeProgram:
         self._tied = [tied for tied in self._tied if not self._is_over(tied)]
         scope = None
         if work.plan.scope is not None:
-            path = Path(work.plan.scope)
-            # The scope's owner now is the one that this forge works for. A scope of the same name
-            # that is made later by another owner is not touched.
-            scope = Scope(path, Scope(path, "").owner() or "")
+            # It has the anchor's token. A scope of the same name that another owner has, by now or
+            # later, is not touched.
+            scope = Scope(Path(work.plan.scope), work.plan.token)
         anchor = work.started
         try:
             pidfd = anchor.pidfd.duplicate()

@@ -46,6 +46,7 @@ from tests.support.forging import (
     own_links,
     pids_with_token,
     plan,
+    plan_in,
     run_within,
     scope,
     tmpfs,
@@ -759,7 +760,7 @@ def test_anchors_are_born_in_their_cgroup(features: Features, anchors_cgroup: Pa
 
 def test_tied_anchors_end_with_the_forges_context(features: Features, scope: Scope) -> None:
     with Forge(cgroup=None, tied=True, features=features) as forge:
-        kept = forge.make(plan(scope=str(scope.path)))
+        kept = forge.make(plan_in(scope))
         gone = forge.make(plan())
         end(gone)
         with made(forge, plan()):
@@ -786,11 +787,23 @@ def test_tied_forge_leaves_a_successors_scope_alone(
 ) -> None:
     with (
         Forge(cgroup=None, tied=True, features=features) as forge,
-        made(forge, plan(scope=str(scope.path))),
+        made(forge, plan_in(scope)),
     ):
         assert scope.remove()
         name = scope.path.name.removesuffix(".scope")
         successor = Scope.create(cgroup2, name, "another owner")
+    assert successor.owner() == "another owner"
+    assert successor.remove()
+
+
+def test_tied_forge_leaves_a_scope_alone_that_another_owner_had_before_its_anchor_was_made(
+    features: Features, scope: Scope, cgroup2: Path
+) -> None:
+    wanted = plan_in(scope)
+    assert scope.remove()
+    successor = Scope.create(cgroup2, scope.path.name.removesuffix(".scope"), "another owner")
+    with Forge(cgroup=None, tied=True, features=features) as forge, made(forge, wanted):
+        pass
     assert successor.owner() == "another owner"
     assert successor.remove()
 

@@ -70,6 +70,11 @@ def plan(kinds: Sequence[NamespaceType] = ALL, **more: str) -> AnchorPlan:
     return AnchorPlan(new_token(), tuple(kinds), **more)
 
 
+def plan_in(scope: Scope, kinds: Sequence[NamespaceType] = ALL) -> AnchorPlan:
+    """A plan of the allocation that a scope belongs to."""
+    return AnchorPlan(str(scope.owner()), tuple(kinds), scope=str(scope.path))
+
+
 @contextmanager
 def made(forge: Forge, wanted: AnchorPlan, image: Descriptor | None = None) -> Iterator[Anchor]:
     """An anchor that is ended with the test, however that goes."""
