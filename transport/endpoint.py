@@ -45,6 +45,9 @@ let a flood of connections make others wait for longer.
 SO_PEERPIDFD: Final = 77
 """Socket option (Linux 6.5): a pidfd of the process that connected."""
 
+SIOCUNIXFILE: Final = 0x89E0
+"""Request of a bound socket (Linux 4.13): a descriptor, close-on-exec, of its file."""
+
 SO_PASSRIGHTS: Final = 83
 """Socket option (Linux 6.16): whether a peer may send descriptors; on by default."""
 
@@ -164,12 +167,16 @@ def listen(
         with _sole_starter(address), ExitStack() as undo:
             sock = undo.enter_context(_stream_socket())
             syscall(os.fchmod, sock.fileno(), mode)
-            _bind(sock, address)
-            inode = _inode_of(address)
-            undo.callback(_unlink_if, address, inode)
-            if gid is not None:
-                syscall(os.chown, address, -1, gid)
-            syscall(address.chmod, mode)  # bind() let the umask take bits away.
+            with _open_reserve():  # so that what was bound can be opened, and so be removed again
+                _bind(sock, address)
+            with _open_bound(sock, address) as file:
+                # By its descriptor, because the path may lead to another program's by now.
+                inode = _inode_of(file)
+                undo.callback(_unlink_if, address, inode)
+                itself = f"/proc/self/fd/{file.fileno()}"
+                if gid is not None:
+                    syscall(os.chown, itself, -1, gid)
+                syscall(os.chmod, itself, mode)  # bind() let the umask take bits away.
             if use_passrights:
                 _refuse_descriptors(sock)
             syscall(sock.listen, backlog)
@@ -500,7 +507,9 @@ def _sole_starter(path: Path) -> Iterator[None]:
             try:
                 yield
             finally:
-                syscall(lock_path.unlink, missing_ok=True)
+                # Another program may have put its own there: then it excludes others by that.
+                if _is_at(lock_path, lock):
+                    syscall(lock_path.unlink, missing_ok=True)
             return
 
 
@@ -542,8 +551,25 @@ def _is_listening(path: Path) -> bool:
     return True
 
 
-def _inode_of(path: Path) -> tuple[int, int]:
-    status = syscall(path.lstat)
+def _open_bound(sock: socket.socket, path: Path) -> Descriptor:
+    """
+    Open the file that a socket was bound to, as a place: O_PATH.
+
+    Source:
+        unix(7) does not have SIOCUNIXFILE (Linux 4.13); it needs CAP_NET_ADMIN.
+    """
+    try:
+        return Descriptor(syscall(fcntl.ioctl, sock.fileno(), SIOCUNIXFILE))
+    except OSError:
+        # What is at its path, then: it was bound a moment ago.
+        return Descriptor(syscall(os.open, path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC))
+
+
+def _inode_of(file: Path | Descriptor) -> tuple[int, int]:
+    if isinstance(file, Descriptor):
+        status = syscall(os.fstat, file.fileno())
+    else:
+        status = syscall(file.lstat)
     return status.st_dev, status.st_ino
 
 

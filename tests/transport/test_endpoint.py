@@ -283,7 +283,7 @@ def test_what_cannot_be_a_socket_is_named(name: str) -> None:
 
 @pytest.mark.parametrize("left", range(3))
 def test_a_failure_leaves_nothing_at_the_path(path: Path, left: int) -> None:
-    # The lock, the socket and the reserve need one each.
+    # The lock, the socket and the file that it is bound to need one each.
     with descriptors_left(left), pytest.raises(SocketUnavailable, match="Too many open files"):
         listen(path)
     assert list(path.parent.iterdir()) == []
@@ -316,8 +316,41 @@ def test_a_lock_that_was_removed_meanwhile_is_taken_again(
 
     monkeypatch.setattr(endpoint, "_is_at", removed_once)
     with listen(path):
-        assert len(checks) == 2
+        assert len(checks) == 3, "twice when it is locked, and once before it is removed"
         assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_lock_that_another_program_has_put_there_since_stays(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock_path = path.with_name(f".{path.name}.lock")
+    bind = endpoint._bind
+
+    def replace(sock: socket.socket, address: Path) -> None:
+        lock_path.unlink()
+        lock_path.write_text("another's")
+        bind(sock, address)
+
+    monkeypatch.setattr(endpoint, "_bind", replace)
+    with listen(path):
+        assert lock_path.read_text() == "another's"
+
+
+def test_what_another_program_has_put_there_since_it_was_bound_is_not_changed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bind = endpoint._bind
+
+    def replace(sock: socket.socket, address: Path) -> None:
+        bind(sock, address)
+        address.rename(address.with_name("ours"))
+        address.write_text("another's")
+        address.chmod(0o640)
+
+    monkeypatch.setattr(endpoint, "_bind", replace)
+    with listen(path):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert path.read_text() == "another's"
 
 
 def test_of_many_that_start_at_once_one_listens(path: Path) -> None:
