@@ -10,7 +10,7 @@ import stat
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from transport.calls import syscall
 from transport.descriptors import Descriptor
@@ -40,6 +40,26 @@ def read_file(path: Path) -> str:
         if not stat.S_ISREG(syscall(os.fstat, file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "it is no regular file", str(path))
         return syscall(os.read, file.fileno(), READ_BYTES_MAX).decode()
+
+
+class OwnFile(NamedTuple):
+    """A file as this process made it."""
+
+    path: Path
+    """Where it is."""
+    status: os.stat_result
+    """To tell it from one that another program has put there since."""
+
+    def remove(self) -> None:
+        """
+        Remove it, if it is still there and no other program's.
+
+        Raises:
+            OSError: it cannot be removed.
+        """
+        with suppress(FileNotFoundError):
+            if os.path.samestat(syscall(self.path.lstat), self.status):
+                syscall(self.path.unlink)
 
 
 def replace_file(path: Path, text: str, mode: int | None = None) -> os.stat_result:

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import errno
 import json
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from transport.calls import syscall
 
 from .cgroups import ScopePlace
-from .files import read_file, replace_file
+from .files import OwnFile, read_file, replace_file
 from .syscalls import calling
 
 SUFFIX: Final = ".scopes"
@@ -36,22 +34,7 @@ class ScopesSaid(NamedTuple):
     """Where they are below that."""
 
 
-class ScopeFile(NamedTuple):
-    """The file as one provider wrote it."""
-
-    path: Path
-    """Where it is."""
-    status: os.stat_result
-    """To tell it from that of a provider that came later."""
-
-    def remove(self) -> None:
-        """Remove it, if it is still there and no other provider's."""
-        with suppress(FileNotFoundError):
-            if os.path.samestat(syscall(self.path.lstat), self.status):
-                syscall(self.path.unlink)
-
-
-def write_scope_file(address: Path, cgroup2: Path | None, place: ScopePlace) -> ScopeFile:
+def write_scope_file(address: Path, cgroup2: Path | None, place: ScopePlace) -> OwnFile:
     """
     Say where the scopes of a provider are.
 
@@ -71,7 +54,7 @@ def write_scope_file(address: Path, cgroup2: Path | None, place: ScopePlace) -> 
     with calling("stat(2)", cgroup2):
         cgroup_id = None if cgroup2 is None else syscall(cgroup2.stat).st_ino
     said = {"cgroup_id": cgroup_id, "parent": place.parent, "name": place.name}
-    return ScopeFile(path, replace_file(path, json.dumps(said) + "\n", MODE))
+    return OwnFile(path, replace_file(path, json.dumps(said) + "\n", MODE))
 
 
 def read_scope_file(address: Path) -> ScopesSaid | None:

@@ -10,6 +10,7 @@ from typing import Final
 
 from transport.calls import syscall
 
+from ..files import OwnFile
 from ..syscalls import calling
 
 READY_SOCKET_NAME: Final = "ready.sock"
@@ -40,6 +41,7 @@ class ReadySocket:
         self._is_ready: Final = asyncio.Event()
         self._waiting = 0
         self._server: asyncio.Server | None = None
+        self._file: OwnFile | None = None
 
     async def open(self) -> None:
         """
@@ -50,6 +52,7 @@ class ReadySocket:
         """
         with calling("bind(2)", self._path):
             self._server = await asyncio.start_unix_server(self._tell, self._path)
+            self._file = OwnFile(self._path, syscall(self._path.lstat))
             if self._gid is not None:
                 syscall(os.chown, self._path, -1, self._gid)
             syscall(self._path.chmod, self._mode)
@@ -63,8 +66,10 @@ class ReadySocket:
         if self._server is not None:
             self._server.close()
             self._server = None
+        file, self._file = self._file, None
+        if file is not None:
             with suppress(OSError):
-                syscall(self._path.unlink)
+                file.remove()
 
     async def _tell(self, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._waiting += 1

@@ -37,7 +37,7 @@ from transport.serve import Observer, Provider, Spans
 
 from ..backend import LinuxBackend, NodeSettings
 from ..cgroups import CgroupUnavailable, ScopePlace, find_cgroup2
-from ..files import replace_file
+from ..files import OwnFile, replace_file
 from ..forge.plan import ForgeError
 from ..instance import InstanceBusy
 from ..journal import JournalError
@@ -182,7 +182,7 @@ def _start(options: argparse.Namespace, log: LogHandler, stack: ExitStack) -> _S
     _make_directory(path.parent)
     backend = _backend(options, stack)
     readiness = Readiness(state_dir / READY_NAME, path)
-    readiness.withdraw()  # that of a provider that was killed
+    readiness.clear()  # that of a provider that was killed
     listener = listen(path, mode=options.mode, gid=options.group)
     stack.callback(listener.close)
     # Only now: while another provider listens there, they are that one's.
@@ -414,6 +414,7 @@ class Readiness:
 
     def __init__(self, file: Path, path: Path) -> None:
         self._files: Final = [file]
+        self._made: Final[dict[Path, OwnFile]] = {}
         plain = json.dumps({"pid": os.getpid(), "socket": str(path.absolute())})
         self.content: Final = f"{plain}\n"
         # Taken out of the environment of child processes.
@@ -422,18 +423,26 @@ class Readiness:
     def show_at(self, file: Path) -> None:
         """Have one more file, which is removed if it is there."""
         self._files.append(file)
-        self.withdraw()
+        self.clear()
 
     def announce(self) -> None:
         """Make the files, and notify systemd; a failure is only logged."""
         # Keeps DAEMON-5, DAEMON-12.
         for file in self._files:
             with logging_failure("ready_file_failed"):
-                replace_file(file, self.content)
+                self._made[file] = OwnFile(file, replace_file(file, self.content))
         self.notify("READY=1")
 
     def withdraw(self) -> None:
-        """Remove the files that are there; a failure is only logged."""
+        """Remove the files that were made; a failure is only logged."""
+        for file in self._files:
+            made = self._made.pop(file, None)
+            if made is not None:
+                with logging_failure("ready_file_failed"), calling("unlink(2)", file):
+                    made.remove()
+
+    def clear(self) -> None:
+        """Remove what a provider has left that was killed; a failure is only logged."""
         for file in self._files:
             with logging_failure("ready_file_failed"), calling("unlink(2)", file):
                 syscall(file.unlink, missing_ok=True)
