@@ -64,7 +64,10 @@ class Fault:
 
     call: CallSite
     kind: str
-    """An errno's name; or `one byte`, `half`, `death`, `FORGE_KILLED`, `ANCHOR_KILLED`."""
+    """
+    An errno's name; or `one byte`, `half`, `death`, `FORGE_KILLED`, `ANCHOR_KILLED`, or one of
+    `interference.ACTS`.
+    """
 
     def __str__(self) -> str:
         return f"{self.call}: {self.kind}"
@@ -220,8 +223,10 @@ class FaultInjector:
     fired: list[Fault] = field(default_factory=list)
     """What of the plan has happened."""
     on_pass: Callable[[CallSite], None] | None = None
-    killers: Mapping[str, Callable[[], None]] = field(default_factory=dict)
-    """What kills a process, by the kind of fault; the call is made then."""
+    interferences: Mapping[str, Callable[[], None]] = field(default_factory=dict)
+    """What others do just before a call, by the kind of fault; the call is made then."""
+    after_interference: Callable[[], None] | None = None
+    """Called when a call has been made that was interfered with."""
     dead: set[str] = field(default_factory=set)
     """Programs that make no calls any more."""
     _counts: Counter[tuple[str, str, str]] = field(default_factory=Counter)
@@ -235,9 +240,13 @@ class FaultInjector:
         name = _name_of(function, args)
         call = self.note(self.who or who, where, name)
         kind = self.kind_for(call)
-        if kind in self.killers:
-            self.killers[kind]()
-            kind = None
+        if kind in self.interferences:
+            self.interferences[kind]()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                if self.after_interference is not None:
+                    self.after_interference()
         if kind is None:
             return function(*args, **kwargs)
         if kind in SHORT:
@@ -279,7 +288,9 @@ class FaultInjector:
         if kind == "death":
             self.dead.add(call.who)
             raise Death(call.who)
-        if kind is not None:
+        if kind in self.interferences:
+            self.interferences[kind]()
+        elif kind is not None:
             raise SimulatedFailure(f"{where}: {kind}")
 
 

@@ -23,7 +23,7 @@ class ForgeFaultInjector(FaultInjector):
     """One that asks anew what to do whenever the forge may have begun something new."""
 
     def __init__(self, plan: Path, log: Path) -> None:
-        super().__init__(who="forge", on_pass=self._tell, killers={FORGE_KILLED: self._die})
+        super().__init__(who="forge", on_pass=self._tell, interferences={FORGE_KILLED: self._die})
         self._plan_path = plan
         self._log_path = log
         self._log = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -17,7 +17,10 @@ import itertools
 import json
 import logging
 import os
+import resource
 import selectors
+import signal
+import socket
 import time
 import types
 from abc import ABC, abstractmethod
@@ -26,14 +29,20 @@ from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from linux.anchor import token_of
-from linux.backend import LinuxBackend
-from linux.cgroups import WORKLOAD_SLICE
+from linux.backend import SELF_SERVICE_SLICE, LinuxBackend
+from linux.cgroups import DEFAULT_PLACE, WORKLOAD_SLICE
+from linux.cli.ready_socket import ReadySocket
 from linux.forge.client import FORGE_COMMAND, Forge
+from linux.instance import InstanceBusy
+from linux.journal import JournalError
+from linux.scope_file import write_scope_file
 from linux.simulated import SimulatedBackend, SimulatedNode
+from linux.syscalls import SyscallError
 from linux.testing.worlds import (
     HOLD_TIME_S,
     IMAGE,
@@ -54,6 +63,12 @@ from tests.suites.faults.faults import (
     FaultInjector,
     FaultPlan,
 )
+from tests.suites.faults.interference import (
+    ACTS,
+    READY_SOCKET,
+    Act,
+    Stranger,
+)
 from transport import calls
 from transport.channel import Channel, Delivery
 from transport.contract import SelfService
@@ -69,6 +84,9 @@ SETTLING_S: Final = 0.004
 LIFE_S: Final = 10_000.0
 """How long a life may take on its own clock."""
 
+ENDURED_S: Final = 1_000.0
+"""After which time strangers go, if a life waits for that."""
+
 UNHEARD_S: Final = 100.0
 """After which time it is clear that the end of an allocation will not be heard."""
 
@@ -76,6 +94,12 @@ DYING_MS: Final = 20_000
 """How long an anchor that was killed may take to die; it takes milliseconds."""
 
 POLL_S: Final = 0.005
+
+RELEASES_MAX: Final = 100
+"""How often self-service tries to release what a stranger was in; each takes milliseconds."""
+
+START_FAILURES: Final = (JournalError, InstanceBusy, SyscallError)
+"""What a program says that may not start, beside what its system calls and its socket do."""
 
 TRIED_AGAIN: Final = ("accepting", "listening")
 """How the driver begins to say that what the kernel refused it is tried again."""
@@ -185,6 +209,16 @@ class FaultSetup(ABC):
         self.running: asyncio.Task[None] | None = None
         self.usual: Counter[str] | None = None
         """What is open and alive between two lives."""
+        self.state_dir = directory / "state"
+        self.strangers: list[Stranger] = []
+        """Who has interfered with the present life."""
+        self.raw_peers: list[Channel] = []
+        """Peers of the present life that are led by hand, and may just go."""
+        self._known: frozenset[int] = frozenset()
+        """The connections that were there before the present life."""
+        self._is_starved = False
+        self._limits: tuple[int, int] | None = None
+        """The limits of descriptors, while they are lowered."""
 
     # The provider's program.
 
@@ -273,6 +307,10 @@ class FaultSetup(ABC):
         """Drop the images that self-service holds, as the end of its program would."""
 
     @abstractmethod
+    def release_own(self) -> None:
+        """Release once more what self-service could not, as the end of its program would."""
+
+    @abstractmethod
     def own_leftovers(self) -> list[str]:
         """What self-service has left."""
 
@@ -280,10 +318,99 @@ class FaultSetup(ABC):
     def unseen(self) -> Iterator[None]:
         """Let the body's calls pass: they are not the program's."""
         self.injector.is_asleep = True
+        is_starved = self._limits is not None
+        self._lift()
         try:
             yield
         finally:
             self.injector.is_asleep = False
+            if is_starved and self._is_starved:
+                self.starve()
+
+    async def restart(self) -> None:
+        """
+        Stop the program, and start another on the machine as it is.
+
+        If that may not start, as strangers do what they do, another one may when they have gone.
+        """
+        await self.stop()
+        try:
+            await self._start_again()
+        except (OSError, NamespaceError, *START_FAILURES):
+            with self.unseen():
+                self.send_strangers_away()
+                await self._start_again()
+
+    async def _start_again(self) -> None:
+        self.world.launch()
+        self.prepare_backend()
+        await self._serve()
+
+    # What strangers do.
+
+    def interfere(self, act: Act, name: str) -> None:
+        """Do to the life of an allocation what a stranger does."""
+        with self.unseen():
+            stranger = act(self, name)
+        if stranger is not None:
+            self.strangers.append(stranger)
+
+    def send_strangers_away(self) -> None:
+        """Expect that what is the strangers' is as it was, and let them remove it."""
+        with ExitStack() as stack:
+            for stranger in self.strangers:
+                stack.callback(stranger.tidy)
+            present, self.strangers = self.strangers, []
+            for stranger in present:
+                stranger.check()
+
+    def starve(self) -> None:
+        """Let no further descriptor be opened, until `feed`."""
+        self._is_starved = True
+        self._limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        probe = os.dup(0)  # the lowest number that is free
+        os.close(probe)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (probe, self._limits[1]))
+
+    def feed(self) -> None:
+        """Let descriptors be opened again."""
+        self._is_starved = False
+        self._lift()
+
+    def _lift(self) -> None:
+        limits, self._limits = self._limits, None
+        if limits is not None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+    def calm(self) -> None:
+        """Let no further signals arrive."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def drop_raw_peer(self, bytes_read: int) -> bool:
+        """Let the last peer that is led by hand go, after it has read some bytes."""
+        for channel in self.raw_peers:
+            if not channel.closed:
+                if bytes_read:
+                    with suppress(OSError):
+                        channel.sock.recv(bytes_read)
+                channel.close()
+                return True
+        return False
+
+    def served_sockets(self) -> list[socket.socket]:
+        """The provider's ends of the life's connections."""
+        if self.provider is None:
+            return []
+        found = self.provider._connections._open
+        return [found[number].channel.sock for number in found if number not in self._known]
+
+    def scope_paths(self, name: str) -> list[Path]:
+        """Where the scopes of a life can be."""
+        return []
+
+    def anchors_of(self, name: str) -> list[tuple[int, str]]:
+        """The anchors of a life, with their tokens."""
+        return []
 
     # Consumers.
 
@@ -313,7 +440,16 @@ class FaultSetup(ABC):
         """
         name = self.new_name()
         self.complaints.clear()
-        injector = self.injector = FaultInjector(plan, killers={ANCHOR_KILLED: self.kill_anchors})
+        injector = self.injector = FaultInjector(
+            plan,
+            interferences={
+                ANCHOR_KILLED: self.kill_anchors,
+                **{kind: partial(self.interfere, act, name) for kind, act in ACTS.items()},
+            },
+            after_interference=self.calm,
+        )
+        if self.provider is not None:
+            self._known = frozenset(self.provider._connections._open)
         self.plan_forge(plan)
         spent = self.hurry.passed_s
         self.hurry.turns = 0
@@ -323,6 +459,9 @@ class FaultSetup(ABC):
                     outcome = self._run(self._outcome(life, name))
             finally:
                 injector.is_asleep = True
+                self.calm()
+                self.feed()
+                self.raw_peers.clear()
                 forge_passed, forge_fired = self.passed_in_forge()
                 self.plan_forge(())
             told = Told(outcome, [*injector.passed, *forge_passed], [*injector.fired, *forge_fired])
@@ -345,7 +484,14 @@ class FaultSetup(ABC):
 
     async def _outcome(self, life: Workload, name: str) -> str:
         try:
-            return await life(self, name)
+            telling = asyncio.ensure_future(life(self, name))
+            await asyncio.wait({telling}, timeout=ENDURED_S)
+            if not telling.done() and (self.strangers or self._is_starved):
+                # A consumer may wait for its provider as long as a stranger has that one's place.
+                with self.unseen():
+                    self.feed()
+                    self.send_strangers_away()
+            return await telling
         except NamespaceError as error:
             return f"refused: {type(error).__name__}"
         except TimeoutError:
@@ -355,6 +501,13 @@ class FaultSetup(ABC):
 
     def _look(self, name: str, told: Told, asks_afterwards: bool) -> None:
         """Look whether all is as it was before, and the provider at work."""
+        if self.strangers:
+            try:
+                # What they have must be safe from the end of the life as well.
+                self._run(self._try_to_end(name))
+            finally:
+                self.send_strangers_away()
+            self.release_own()
         self._run(self._settle(name))
         if asks_afterwards and told.outcome != "died":
             outcome = self._run(self._outcome(end_by_consumer, self.new_name()))
@@ -369,6 +522,12 @@ class FaultSetup(ABC):
                 if not self.count() - self.usual:
                     return
             raise NotTolerated(f"left behind: {dict(self.count() - self.usual)}")
+
+    async def _try_to_end(self, name: str) -> None:
+        """Let the provider do what it would to end the life, while there are strangers."""
+        with suppress(NamespaceError, OSError, TimeoutError):
+            await asyncio.wait_for(self.consumer().end(name), UNHEARD_S)
+        await asyncio.sleep(UNHEARD_S)
 
     async def _settle(self, name: str) -> None:
         """End what the life may have left alive, as an operator would."""
@@ -568,6 +727,9 @@ class SimulatedStage(FaultSetup):
     def tidy_own(self) -> None:
         self._own.tidy()
 
+    def release_own(self) -> None:
+        """There is nothing in which a stranger can be."""
+
     def own_leftovers(self) -> list[str]:
         self.own_node.sweep()
         return sorted({*self.own_node.allocations, *self._own._allocations})
@@ -627,6 +789,18 @@ class LinuxStage(FaultSetup):
     def nest(self, name: str) -> None:
         (self._cgroup2 / WORKLOAD_SLICE / f"{name}.scope" / "below").mkdir()
 
+    def scope_paths(self, name: str) -> list[Path]:
+        scope = Path(WORKLOAD_SLICE, f"{name}.scope")
+        return [self._cgroup2 / scope, self._cgroup2 / SELF_SERVICE_SLICE / scope]
+
+    def anchors_of(self, name: str) -> list[tuple[int, str]]:
+        return [
+            (allocation.anchor.pid, allocation.anchor.token)
+            for backend in (self.world.program_now, self._own)
+            for each, allocation in backend._allocations.items()
+            if each == name and allocation.anchor is not None
+        ]
+
     def service(self) -> SelfService:
         return self._own
 
@@ -660,6 +834,15 @@ class LinuxStage(FaultSetup):
 
     def own_leftovers(self) -> list[str]:
         return list(self._own._allocations)
+
+    def release_own(self) -> None:
+        for name in list(self._own._allocations):
+            for _ in range(RELEASES_MAX):
+                with suppress(NamespaceError):
+                    self._own.release_namespaces(name)
+                if name not in self._own._allocations:
+                    break
+                time.sleep(POLL_S)
 
     def anchors(self) -> list[int]:
         return anchors_alive()
@@ -762,11 +945,14 @@ async def overtaken(stage: FaultSetup, name: str) -> str:
             channel = stack.enter_context(
                 Channel(begin_connect(stage.path), accepts_descriptors=True)
             )
+            stage.raw_peers.append(channel)
             channel.send(NamespaceRequest(name, stage.kinds))
             channel.send(AllocationEnded(name))
         heard: list[str] = []
         for _ in range(1000):
             await asyncio.sleep(0.01)
+            if channel.closed:
+                return "left"
             with stage.unseen():
                 received = channel.receive()
             for each in received:
@@ -798,6 +984,38 @@ LIVES: Final[dict[str, Workload]] = {
         self_served,
     )
 }
+
+
+async def recovered(stage: FaultSetup, name: str) -> str:
+    """Obtained; the program stops, with all that a daemon has, and another one recovers it."""
+    request_ = NamespaceRequest(name, stage.kinds)
+    async with await stage.consumer().obtain(request_) as one, AsyncExitStack() as stack:
+        stack.push_async_callback(one.end)
+        with stage.unseen():
+            said = write_scope_file(stage.path, None, DEFAULT_PLACE)
+            ready = ReadySocket(stage.path.with_name(READY_SOCKET), 0o600, None, "ready\n")
+            await ready.open()
+        said.remove()
+        ready.close()
+        await stage.restart()
+        async with await stage.consumer().obtain(request_) as other:
+            is_same = one.is_degraded or other.is_degraded or one.identities == other.identities
+            if not (is_same or await _is_heard_ended(one)):
+                raise NotTolerated("it had not ended, and is another now")
+            await other.end()
+        return _how(other)
+
+
+async def _is_heard_ended(handoff: AsyncHandoff) -> bool:
+    with suppress(TimeoutError):
+        await asyncio.wait_for(handoff.wait_ended(), UNHEARD_S)
+    return handoff.is_ended
+
+
+RECOVERED: Final = {"recovered": recovered}
+"""What is not told with faults: a program that may not start is none of them."""
+
+ALL_LIVES: Final[dict[str, Workload]] = {**LIVES, **RECOVERED}
 
 
 @contextmanager
