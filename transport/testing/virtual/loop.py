@@ -13,7 +13,7 @@ import select
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from .world import VirtualWorld
+from .world import Ended, VirtualWorld
 
 
 class Firing(NamedTuple):
@@ -193,6 +193,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def _note_exception(self, _: Any, context: dict[str, Any]) -> None:
         error = context.get("exception")
+        if isinstance(error, Ended):
+            return  # it is raised again at the next step
         self.world.fail(error if error is not None else AssertionError(context["message"]))
 
 

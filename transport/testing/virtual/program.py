@@ -70,9 +70,10 @@ class ProviderProgram:
 
     def _main(self) -> None:
         remembering = self.rules.remember
-        self.loop.run_until_complete(
-            self.provider.run(self._note_ready, on_recovered=lambda _: remembering())
-        )
+        running = self.provider.run(self._note_ready, on_recovered=lambda _: remembering())
+        # Kept, because what is killed is closed by hand.
+        self._task = self.loop.create_task(running)
+        self.loop.run_until_complete(self._task)
         self.has_ended = True
         self.rules.end()
         self.loop.close()
@@ -226,6 +227,8 @@ class VirtualPeer:
         self.name = name
         self.stage = stage
         self.heard: list[Message] = []
+        self.has_heard_all = False
+        """Whether the provider has hung up."""
         self._channel: Channel | None = None
         self._uid = uid
 
@@ -233,20 +236,22 @@ class VirtualPeer:
     def link(self) -> Link:
         return next(link for link in reversed(self.stage.network.links) if link.who == self.name)
 
-    def connect(self) -> None:
-        """Connect; what was connected before is closed."""
+    def connect(self) -> bool:
+        """Connect, if a provider listens; what was connected before is closed."""
         self.close()
+        self.has_heard_all = False
         sock = socket.socket(socket.AF_UNIX)
         network = self.stage.network
         network.who, network.uids[self.name] = self.name, self._uid
         try:
             network.hook(sock.connect, (str(self.stage.path),), {})
-        except BaseException:
+        except OSError:
             sock.close()
-            raise
+            return False
         finally:
             network.who = ""
         self._channel = Channel(sock, accepts_descriptors=True)
+        return True
 
     def say(self, what: Message | bytes) -> None:
         """Say something, as far as the provider still takes it."""
@@ -264,9 +269,12 @@ class VirtualPeer:
     def hear(self) -> Hearing:
         """Wait for the next message."""
         assert self._channel is not None
+        if self.has_heard_all:
+            return None
         while (received := self._channel.receive_next()) is None:
             yield self._has_news
         if not isinstance(received, Delivery):
+            self.has_heard_all = True
             return None
         received.bundle.close()
         self.heard.append(received.message)

@@ -146,6 +146,7 @@ class VirtualWorld:
         self._root = threading.Lock()
         self._root.acquire()
         self._steps = 0
+        self._is_ending = False
 
     # --- For the run -----------------------------------------------------------------------------
 
@@ -180,6 +181,7 @@ class VirtualWorld:
 
     def end(self) -> None:
         """End all threads, where they stand."""
+        self._is_ending = True
         for thread in self.threads:
             thread.is_ended = True
             thread.is_done |= not thread.has_begun
@@ -243,8 +245,7 @@ class VirtualWorld:
     def leave(self, thread: VirtualThread) -> None:
         """Go on without a thread that has come to its end."""
         self._check()
-        is_ending = all(each.is_ended for each in self.threads)
-        self._give(self._to_be_ended() if is_ending else self._pick())
+        self._give(self._to_be_ended() if self._is_ending else self._pick())
 
     def choose(self, *options: str) -> int:
         """Choose one of several ways in which a step can go; the first is the usual one."""
