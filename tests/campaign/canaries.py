@@ -97,6 +97,15 @@ _audit = partial(_in, "audit", "linux/test_cli_audit.py", is_linux=True)
 _interruption = partial(_in, "interruption", "linux/test_interruption.py")
 _linux = partial(_in, "contract, Linux", "linux/test_backend_contract.py", is_linux=True)
 
+_PREEMPTED: Final = "test_in_every_order_with_one_preemption_a_life_keeps_the_rules"
+_AT_RANDOM: Final = "test_in_an_order_at_random_a_life_keeps_the_rules"
+
+
+def _virtual(life: str) -> Layer:
+    tests = (f"{each}[{life}]" for each in (_PREEMPTED, _AT_RANDOM))
+    return _in("virtual loop", "suites/test_virtual.py", *tests)
+
+
 _sinks = partial(_in, "sinks", "linux/test_sinks.py")
 
 STATEFUL: Final = Layer("stateful", "stateful", is_seeded=True)
@@ -117,6 +126,7 @@ _DESCRIPTORS: Final = "transport/descriptors.py"
 _SERVE: Final = "transport/serve/provider.py"
 _PEERS: Final = "transport/serve/peers.py"
 _WORK: Final = "transport/serve/work.py"
+_TIMERS: Final = "transport/serve/timers.py"
 _EXCHANGE: Final = "transport/request/exchange.py"
 _BACKEND: Final = "linux/backend.py"
 
@@ -736,6 +746,139 @@ CANARIES: Final = (
         "self._arrived_identities = tuple(\n"
         "                    self.inspector.inspect(each.fileno()) for _, each in bundle\n"
         "                )\n",
+    ),
+    # --- Drivers, in an order that hardly ever comes -------------------------------------------
+    _bug(
+        "the deadline of a frame goes on when it is whole, and hits the next one",
+        "what survived the tests of before: state that outlives what it belongs to",
+        _virtual("in pieces"),
+        _PEERS,
+        "                self._stop_frame_deadline()\n                self._take(event_of",
+        "                self._take(event_of",
+    ),
+    _bug(
+        "what is handed over to a peer that takes nothing any more is reported as sent",
+        "what survived the tests of before: what is reported is not what happened",
+        _virtual("left alone"),
+        _PEERS,
+        "        if self.write_closed:\n            return False\n",
+        "        if self.write_closed:\n            return True\n",
+        _PEERS,
+        "        return not self.write_closed\n\n    def _offer",
+        "        return True\n\n    def _offer",
+    ),
+    _bug(
+        "answers that wait when a connection is closed are lost",
+        "what survived the tests of before: closing does not wait",
+        _virtual("closed while it waits"),
+        _PEERS,
+        '            self._start_linger("closed")\n        else:\n            self.drop("closed")\n',
+        '            self.drop("closed")\n        else:\n            self.drop("closed")\n',
+    ),
+    _bug(
+        "a timer that is to be stopped runs out all the same",
+        "it is forgotten, so it is taken for stopped",
+        _virtual("left alone"),
+        _TIMERS,
+        "        if handle is not None:\n            handle.cancel()\n",
+        "        if handle is None:\n            return\n",
+    ),
+    _bug(
+        "the pauses between tries to release go on in the next life of an id",
+        "a name outlives what it names",
+        _virtual("again and again"),
+        _SERVE,
+        "            self._timers.forget(name)\n",
+        "",
+    ),
+    _bug(
+        "who reads at last is not read again",
+        "a wake-up that is lost: the socket says once that there is something to read",
+        _virtual("it reads no more"),
+        _PEERS,
+        '            self.drop("closed")\n        else:\n            self._others.enqueue(self)\n',
+        '            self.drop("closed")\n',
+    ),
+    _bug(
+        "an image that there was no turn for is made after all",
+        "reporting a failure is one thing, and taking the work back another",
+        _virtual("images"),
+        _WORK,
+        "        if job.workers.withdraw(job) or queue[0] is not job:\n",
+        "        if queue[0] is not job:\n",
+    ),
+    _bug(
+        "of what was written in part, all is written again",
+        "send says how much it has taken, and it is nearly always all of it",
+        _virtual("a life, cut"),
+        _CHANNEL,
+        "        frame.rest = frame.rest[sent:]\n",
+        "        frame.rest = frame.rest[sent:] if sent > 1 else frame.rest\n",
+    ),
+    _bug(
+        "an end overtakes the response that waits for room",
+        "what is small can be sent at once",
+        _virtual("a slow reader"),
+        _PEERS,
+        "        if self.is_blocked:\n            self._wait(_Waiting(message,",
+        "        if self.channel.wants_write:\n            self._wait(_Waiting(message,",
+    ),
+    _bug(
+        "a connection is read until nothing is left, and the others wait",
+        "what is there can be read at once",
+        _virtual("a crowd"),
+        _PEERS,
+        "            if connection.read():\n                self._put(connection)\n",
+        "            while connection.read():\n                pass\n",
+    ),
+    _bug(
+        "a peer that reads is given up for having been slow before",
+        "a timer that is not stopped",
+        _virtual("it reads no more"),
+        _PEERS,
+        "            self._read_deadline.cancel()\n            self._read_deadline = None\n",
+        "            self._read_deadline = None\n",
+    ),
+    _bug(
+        "who connects again is read before it is known that it was gone",
+        "two connections, two descriptors, and no order between them",
+        _virtual("it calls back"),
+        _PEERS,
+        "        self._notice()\n        must_wait = bool(self._in_order[connection.uid])\n",
+        "        must_wait = False\n",
+    ),
+    _bug(
+        "work that a worker has left alone is not looked at again",
+        "a wake-up that is lost: one of two is told, and it is the one that may not",
+        _virtual("images"),
+        _WORK,
+        "            self._turns.put(job.lane, job)\n            self._changed.notify()\n",
+        "            if not self._turns:\n                self._changed.notify()\n"
+        "            self._turns.put(job.lane, job)\n",
+    ),
+    _bug(
+        "the end is recorded when the release begins, and not when it is decided",
+        "the work does it as well",
+        _virtual("shared"),
+        _SERVE,
+        "            self._backend.record_ended(name)\n",
+        "            self._loop.call_soon(self._backend.record_ended, name)\n",
+    ),
+    _bug(
+        "half a frame is waited for for ever",
+        "a timer that is not started",
+        _virtual("in pieces"),
+        _PEERS,
+        "                self._time_frame()\n",
+        "",
+    ),
+    _bug(
+        "an operation that was asked for is done again when the next one is",
+        "adding to a queue and beginning are the same when it is empty",
+        _virtual("one after the other"),
+        _WORK,
+        "        if queue[0] is job:\n            self._begin(job)\n",
+        "        self._begin(queue[0])\n",
     ),
     # --- This node -----------------------------------------------------------------------------
     _bug(

@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from statemachine.errors import CreationFailed, FdPassing, SocketUnavailable
+from statemachine.errors import AllocationNotFound, CreationFailed, FdPassing, SocketUnavailable
 from statemachine.messages import (
     AllocationEnded,
     NamespaceRequest,
@@ -29,6 +31,8 @@ from transport.testing.virtual.world import ActorSteps
 
 NET: Final = (NamespaceType.NET,)
 OTHER_UID: Final = 4242
+SMALL_ROOM: Final = 1
+"""How much may wait in a connection; Linux makes of it the least that there is."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,7 @@ def _in_pieces(stage: VirtualStage) -> None:
         if isinstance(answer, NamespaceResponse):
             peer.say(end[:6])
             yield None
+            yield from peer.pause(3.0)
             peer.say(end[6:] + ask[:9])
             yield None
         yield from peer.hear_all()
@@ -158,7 +163,7 @@ def _left_alone(stage: VirtualStage) -> None:
     def life(peer: VirtualPeer) -> ActorSteps:
         peer.connect()
         peer.ask("a", NET)
-        yield None
+        yield lambda: "a" in stage.backend.made
         peer.close()
         yield None
         peer.connect()
@@ -226,30 +231,60 @@ def _called_again(stage: VirtualStage) -> None:
     stage.peer("B", other, OTHER_UID)
 
 
+def _calls_back(stage: VirtualStage) -> None:
+    """A peer leaves while much of what it said is unread, and connects again."""
+
+    def life(peer: VirtualPeer) -> ActorSteps:
+        peer.connect()
+        yield None
+        peer.ask("a", NET)
+        for _ in range(5):
+            peer.end("x")
+        yield None
+        peer.close()
+        yield None
+        peer.connect()
+        peer.end("a")
+        yield None
+        answer = yield from peer.hear()
+        assert answer == AllocationEnded("a"), answer
+        peer.close()
+
+    stage.peer("A", life)
+
+
 def _slow_reader(stage: VirtualStage) -> None:
     """A peer reads late what it has asked for, and meanwhile it ends."""
 
     def slow(peer: VirtualPeer) -> ActorSteps:
         peer.connect()
-        peer.ask("a", NET)
-        for _ in range(12):
+        for _ in range(ANSWERS_IN_ROOM):
             peer.end("x")
-        yield None
         peer.ask("a", NET)
         yield lambda: stage.peers[1].heard[-1:] == [AllocationEnded("a")]
-        yield from peer.hear_all() if stage.backend.is_short else _some(peer, 3)
+        yield from _some(peer, ANSWERS_IN_ROOM + 1)
         peer.close()
 
     def quick(peer: VirtualPeer) -> ActorSteps:
         peer.connect()
-        yield None
+        yield lambda: "a" in stage.backend.made
         peer.end("a")
         yield None
-        while (yield from peer.hear()) != AllocationEnded("a"):
-            peer.end("a")
+        assert (yield from peer.hear()) == AllocationEnded("a"), peer.heard
 
     stage.peer("A", slow)
     stage.peer("B", quick)
+
+
+def _answers_in_room() -> int:
+    """Count the answers that wait in a connection with little room before one does not fit."""
+    answer, count = frame_of(AllocationNotFound("x")), 0
+    ours, other = socket.socketpair()
+    with ours, other, suppress(BlockingIOError):
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL_ROOM)
+        while ours.send(answer, socket.MSG_DONTWAIT):
+            count += 1
+    return count
 
 
 def _some(peer: VirtualPeer, count: int) -> ActorSteps:
@@ -266,10 +301,31 @@ def _never_reads(stage: VirtualStage) -> None:
             peer.end("x")
         yield None
         yield from _some(peer, 14)
+        yield from peer.pause(20.0)
         for _ in range(16):
             peer.end("y")
         yield None
         yield lambda: len(stage.program.provider._connections) == 0
+
+    stage.peer("A", life)
+
+
+def _closed_while_it_waits(stage: VirtualStage) -> None:
+    """A peer says what is no frame, and then reads all that it is owed."""
+
+    def life(peer: VirtualPeer) -> ActorSteps:
+        peer.connect()
+        for _ in range(8):
+            peer.end("x")
+        peer.say(bytes(4))
+        yield None
+        yield lambda: not stage.world.is_able(stage.program)
+        yield from peer.hear_all()
+        # Unless it has read so late that it was given up.
+        if stage.world.now < 1030.0:
+            assert len(peer.heard) == 9, peer.heard
+            assert isinstance(peer.heard[-1], FdPassing), peer.heard
+        peer.close()
 
     stage.peer("A", life)
 
@@ -325,12 +381,12 @@ def _used(stage: VirtualStage) -> None:
 
 def _images(stage: VirtualStage) -> None:
     """Three ask for images, two for the same, which hangs for a while."""
-    stage.backend.hanging.add("i")
+    stage.backend.hanging.add("i.sqfs")
 
     def asks(name: str, image: str) -> Callable[[VirtualPeer], ActorSteps]:
         def life(peer: VirtualPeer) -> ActorSteps:
             peer.connect()
-            peer.ask(name, NET, image)
+            peer.ask(name, (NamespaceType.MOUNT,), image)
             yield None
             answer = yield from peer.hear()
             assert isinstance(answer, NamespaceResponse | CreationFailed), answer
@@ -341,7 +397,7 @@ def _images(stage: VirtualStage) -> None:
 
         return life
 
-    for name, image in (("a", "i"), ("b", "i"), ("c", "j")):
+    for name, image in (("a", "i.sqfs"), ("b", "i.sqfs"), ("c", "j.sqfs")):
         stage.peer(name.upper(), asks(name, image))
     stage.may("the node: the image answers", stage.backend.hanging.clear)
 
@@ -397,7 +453,7 @@ def _killed(stage: VirtualStage) -> None:
     stage.peer("A", life)
 
 
-SMALL_ROOM: Final = 1  # Linux makes of it the least there is: two or three short answers
+ANSWERS_IN_ROOM: Final = _answers_in_room()
 BOTH: Final = Limits(frozenset({os.geteuid(), OTHER_UID}))
 QUICK: Final = Spans(partial_frame_s=5.0, unread_s=30.0, linger_s=1.0, empty_grace_s=0.5)
 
@@ -416,8 +472,10 @@ LIVES: Final = {
         VirtualLife("left alone", _left_alone),
         VirtualLife("shared", _shared),
         VirtualLife("called again", _called_again, {"limits": BOTH}),
+        VirtualLife("it calls back", _calls_back),
         VirtualLife("a slow reader", _slow_reader, {"room": SMALL_ROOM}),
         VirtualLife("it reads no more", _never_reads, {"room": SMALL_ROOM}),
+        VirtualLife("closed while it waits", _closed_while_it_waits, {"room": SMALL_ROOM}),
         VirtualLife("a crowd", _crowd, {"limits": BOTH}),
         VirtualLife("used", _used, {"spans": QUICK}),
         VirtualLife("images", _images),

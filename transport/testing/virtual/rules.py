@@ -90,6 +90,12 @@ class _Served:
         """How many messages of others were handled while one of this one waited."""
 
     @property
+    def number(self) -> int:
+        """What the provider calls it."""
+        assert self.link.number is not None
+        return self.link.number
+
+    @property
     def waits(self) -> bool:
         """Whether a whole message waits to be handled."""
         return bool(self.link.unfed) or self.link.said.count > self.link.read.count
@@ -132,7 +138,11 @@ class ProviderRules:
         self._doing: dict[str, str] = {}
         self._done: Counter[tuple[str, str]] = Counter()
         """Work that is done and not reported."""
+        self._images: defaultdict[str, str | None] = defaultdict(lambda: None)
+        self._had_no_turn = False
+        """Whether no worker has taken up the creation that is given up."""
         self._abandoned: set[str] = set()
+        """Creations that were given up while a worker was at it."""
         self._unrecorded: set[str] = set()
         self._sightings: Counter[tuple[str, Sighting]] = Counter()
         self._starting: deque[do.StartTimer] = deque()
@@ -203,6 +213,9 @@ class ProviderRules:
         expect(message == said, f"{served.link} has said {message}, not {said}")
         served.others = 0
         for other in self._served.values():
+            # Who connects again has closed what it was connected by before.
+            is_before = other.link.who == served.link.who and other.number < served.number
+            expect(not is_before, f"{event} is read before the loss of {other.link}")
             if other is not served and other.waits and not self._is_blocked(other):
                 other.others += 1
                 expect(
@@ -242,10 +255,12 @@ class ProviderRules:
     def _made(self, event: on.NamespacesCreated | on.NamespacesNotCreated) -> None:
         name = event.allocation_id
         if self._fires("BackendWork._give_up"):
-            if self._doing.get(name) == "create":
-                self._abandoned.add(name)
-            else:
+            if self._had_no_turn:
                 self._asked[name].remove("create")
+            elif self._done["create", name]:
+                self._done["create", name] -= 1
+            else:
+                self._abandoned.add(name)
             return
         expect(self._done["create", name], f"{event}, which was not done")
         self._done["create", name] -= 1
@@ -312,6 +327,7 @@ class ProviderRules:
 
     def _to_create(self, effect: do.CreateNamespaces) -> None:
         self._asked[effect.request.allocation_id].append("create")
+        self._images[effect.request.allocation_id] = effect.request.uenv_image
 
     def _to_release(self, effect: do.ReleaseNamespaces) -> None:
         self._asked[effect.allocation_id].append("release")
@@ -387,6 +403,7 @@ class ProviderRules:
         expect(self._asked[name], f"{kind} {name} was not asked for, or is begun twice")
         asked = self._asked[name].popleft()
         expect(asked == kind, f"{kind} {name}, where it is time for {asked}")
+        expect(name not in self._unrecorded, f"{kind} {name}, whose end is not recorded")
         self._doing[name] = kind
 
     @_noted
@@ -466,6 +483,8 @@ class ProviderRules:
             is_slow = since is not None and since <= latest
             expect(is_slow, f"{served.link} reads, and is given up")
             served.is_given_up = True
+        elif kind == "BackendWork._give_up":
+            self._had_no_turn = _is_waiting(_arguments(timer)[0])
         elif kind == "ServedConnection.drop":
             self._connection_of(timer).is_given_up = True
 
@@ -479,6 +498,7 @@ class ProviderRules:
             return
         running = {_arguments(t) for t, _ in self._loop.timers() if _is_kernels(t)}
         expect(not self._starting, f"{list(self._starting)} was not started")
+        expect(not self._unrecorded, f"the end of {self._unrecorded} is not recorded")
         expect(
             running == self.model.timers,
             f"timers that run: {_named(running)}; that should: {_named(self.model.timers)}",
@@ -517,9 +537,12 @@ class ProviderRules:
         expect(not self._doing or self._backend.hanging, f"{self._doing} is not done")
         reports = {key for key, count in self._done.items() if count}
         expect(not reports, f"{reports} is not reported")
-        asked = {name: list(kinds) for name, kinds in self._asked.items() if kinds}
-        if not self._backend.hanging and not self.is_stopping:
-            expect(not asked, f"{asked} is not begun")
+        idle = {
+            name: list(kinds)
+            for name, kinds in self._asked.items()
+            if kinds and name not in self._doing and self._images[name] not in self._backend.hanging
+        }
+        expect(not idle or self.is_stopping, f"{idle} is not begun")
 
     def _check_served_at_rest(self, served: _Served) -> None:
         link = served.link
@@ -538,6 +561,14 @@ class ProviderRules:
         if link.read.rest:
             is_timed = served.frame_timer is not None and not served.frame_timer[0].cancelled()
             expect(is_timed, f"{link} may take as long as it likes for a frame")
+
+
+def _is_waiting(job: Any) -> bool:
+    """Say whether no worker has taken up a piece of work."""
+    user, connection = job.lane
+    lanes = job.workers._turns._users.find(user)
+    queue = None if lanes is None else lanes.find(connection)
+    return queue is not None and job in queue
 
 
 def _has_news(sock: socket.socket) -> bool:

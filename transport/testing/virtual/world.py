@@ -136,6 +136,8 @@ class VirtualWorld:
         """Called when only time can bring anything about; raise what they find."""
         self.urgent: Final[deque[Callable[[], None]]] = deque()
         """What is done as soon as no thread is left that is to be ended."""
+        self.alarms: Final[list[float]] = []
+        """Times that actors wait for."""
         self.is_choosing = True
         """Whether the scheduler is asked; what goes before and after is always as by default."""
         self.failure: BaseException | None = None
@@ -193,6 +195,10 @@ class VirtualWorld:
             self.urgent.popleft()()
         for thread in self.threads:
             thread.join()
+
+    def is_able(self, program: object) -> bool:
+        """Say whether a program can go on before time passes."""
+        return any(t.program is program and t.is_runnable(self.now) for t in self.threads)
 
     def is_anything_able(self) -> bool:
         """Say whether anything can happen before time passes."""
@@ -336,5 +342,5 @@ class VirtualWorld:
 
     def _next_deadline(self) -> float | None:
         ends = [t.deadline() for t in self.threads if not t.is_done and t.deadline is not None]
-        later = [end for end in ends if end is not None and end > self.now]
+        later = [end for end in (*ends, *self.alarms) if end is not None and end > self.now]
         return min(later, default=None)
