@@ -22,6 +22,7 @@ from statemachine.messages import (
     NamespaceType,
 )
 from statemachine.provider import Limits
+from tests.suites.virtual import consumers
 from transport.contract import Sighting
 from transport.serve import Spans
 from transport.testing.peer import frame_of
@@ -481,5 +482,16 @@ LIVES: Final = {
         VirtualLife("images", _images),
         VirtualLife("stopped", _stopped, is_start_chosen=True),
         VirtualLife("killed", _killed, is_start_chosen=True),
+        # Consumers' own drivers.
+        VirtualLife("a consumer blocks", consumers.blocks),
+        VirtualLife("a consumer loops", consumers.loops),
+        VirtualLife("consumers of both kinds", consumers.both),
+        VirtualLife("consumers, and a kill", consumers.both_and_a_kill),
+        VirtualLife("it blocks, and is killed", consumers.blocks_and_is_killed),
+        VirtualLife("it loops, and is killed", consumers.loops_and_is_killed),
+        VirtualLife("it blocks, and is cancelled", consumers.blocks_and_is_cancelled),
+        VirtualLife("it loops, and is cancelled", consumers.loops_and_is_cancelled),
+        VirtualLife("a connection is kept", consumers.keeps),
+        VirtualLife("impatient", consumers.impatient),
     )
 }

@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import heapq
 import select
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from .world import Ended, VirtualWorld
@@ -107,6 +109,25 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
         self.world.start(work, f"{self._name}'s executor", self._program)
         return future
+
+    def abandon(self) -> None:
+        """Close it as it is; what is left of coroutines is not to be run any more."""
+        if self.is_closed():
+            return
+        self.set_exception_handler(lambda *_: None)
+        with warnings.catch_warnings():
+            # What they would do at their end is begun, and not awaited.
+            warnings.simplefilter("ignore")
+            tasks: list[Any] = list(asyncio.all_tasks(self))
+            for task in tasks:
+                task._log_destroy_pending = False
+                with suppress(BaseException):
+                    task.get_coro().close()
+            tasks.clear()
+            self._ready.clear()
+            self._scheduled.clear()
+            self.started.clear()
+            self.close()
 
     # Descriptors.
 

@@ -61,6 +61,16 @@ class Link:
         self.said = Stream()
         self.read = Stream()
         self.sent = Stream()
+        self.said_messages: list[Message] = []
+        """What its client has said whole."""
+        self.sent_messages: list[Message] = []
+        """What the provider has sent whole."""
+        self.due_of_client: list[Message] = []
+        """What its client's kernel has decided to say."""
+        self.fed = 0
+        """How many of the provider's messages its client's kernels have been fed."""
+        self.left_before: list[Link] = []
+        """The connections of the same client that it had closed before."""
         self.unfed: deque[Message | None] = deque()
         """What the provider has read whole and not fed to its kernel; None: no message."""
 
@@ -112,6 +122,10 @@ class VirtualNetwork:
         """Find the connection of a provider's socket."""
         return self._served[sock]
 
+    def of_client(self, sock: socket.socket) -> Link:
+        """Find the connection of a client's socket."""
+        return self._clients[sock]
+
     def reset(self) -> None:
         """Forget what waits to be accepted: the listener is closed."""
         self._waiting.clear()
@@ -124,6 +138,9 @@ class VirtualNetwork:
         sock = getattr(function, "__self__", None)
         if special is None or not isinstance(sock, socket.socket):
             return function(*args, **kwargs)
+        running = self._world.running
+        if running is not None and getattr(running.program, "steps_at_calls", False):
+            self._world.switch(f"calls {function.__name__}")
         return special(self, function, sock, args)
 
     def _connect(self, function: Any, sock: socket.socket, args: tuple[Any, ...]) -> None:
@@ -131,6 +148,7 @@ class VirtualNetwork:
         running = self._world.running
         who = self.who or (running.name if running is not None else "?")
         link = Link(who, self.uids.get(who, os.geteuid()), sock)
+        link.left_before += [each for each in self.links if each.who == who and each.has_left]
         self.links.append(link)
         self._waiting.append(link)
         self._clients[sock] = link
@@ -159,7 +177,9 @@ class VirtualNetwork:
             sent: int = function(*args)
             said = self._clients.get(sock)
             if said is not None:
-                said.said.feed(data[:sent])
+                for body in said.said.feed(data[:sent]):
+                    with suppress(Exception):
+                        said.said_messages.append(decode_message(body))
                 if self.rules is not None:
                     self.rules.note_said(said)
             return sent
@@ -183,7 +203,8 @@ class VirtualNetwork:
         elif inodes:
             raise AssertionError(f"{served}: descriptors leave in the middle of a frame")
         for body in served.sent.feed(data[:sent]):
-            self.rules.note_sent(served, decode_message(body))
+            served.sent_messages.append(decode_message(body))
+            self.rules.note_sent(served, served.sent_messages[-1])
         return sent
 
     def _recvmsg(self, function: Any, sock: socket.socket, args: tuple[Any, ...]) -> Any:

@@ -16,12 +16,14 @@ from statemachine.provider import Limits
 from ...calls import hook_syscalls
 from ...channel import Channel, Delivery, send_once
 from ...endpoint import listen
+from ...request import blocking
 from ...serve import Provider, Spans, work
 from ..peer import frame_of
 from .backend import VirtualBackend
 from .choices import Scheduler
 from .loop import VirtualLoop
 from .network import Link, VirtualNetwork
+from .polling import VirtualSelect
 from .rules import ProviderRules, expect
 from .threads import VirtualThreading, replaced
 from .world import Actor, ActorSteps, VirtualWorld
@@ -93,14 +95,7 @@ class ProviderProgram:
         connections._listener._reserve.close()
         connections._listener._sock.close()
         self._stage.network.reset()
-        # What is left of coroutines is not to be run any more.
-        self.loop.set_exception_handler(lambda *_: None)
-        for task in asyncio.all_tasks(self.loop):
-            unfinished: Any = task
-            unfinished._log_destroy_pending = False
-            with suppress(BaseException):
-                unfinished.get_coro().close()
-        self.loop.close()
+        self.loop.abandon()
         self.has_ended = True
 
     def drop(self) -> None:
@@ -138,6 +133,8 @@ class VirtualStage:
         self.network = VirtualNetwork(self.world, **network)
         self.threading = VirtualThreading(self.world)
         self.peers: list[VirtualPeer] = []
+        self.consumers: list[Any] = []
+        """Programs of consumers; a `ConsumerProgram` each."""
         self._limits = limits or Limits(frozenset({os.geteuid()}))
         self._spans = spans or Spans()
         self.programs: list[ProviderProgram] = []
@@ -178,7 +175,13 @@ class VirtualStage:
         self.world.is_choosing = is_start_chosen
         self.start()
         musts = [actor for actor in self.world.actors if not actor.is_optional]
-        self.world.run(lambda: all(actor.is_done for actor in musts) and self._is_at_rest())
+        self.world.run(
+            lambda: (
+                all(actor.is_done for actor in musts)
+                and all(each.has_ended for each in self.consumers)
+                and self._is_at_rest()
+            )
+        )
         for actor in self.world.actors:
             actor.is_done = True
         self.world.is_choosing = False
@@ -200,6 +203,8 @@ class VirtualStage:
             program.drop()
         for peer in self.peers:
             peer.close()
+        for consumer in self.consumers:
+            consumer.drop()
         self.backend.close()
         self.path.unlink(missing_ok=True)
 
@@ -212,6 +217,7 @@ def staged(stage: VirtualStage) -> Iterator[VirtualStage]:
         stack.enter_context(replaced(work, "threading", stage.threading))
         # Two are as good as four at getting in each other's way, and make half the orders.
         stack.enter_context(replaced(work, "IMAGE_WORKERS_MAX", 2))
+        stack.enter_context(replaced(blocking, "select", VirtualSelect(stage.world)))
         stack.enter_context(hook_syscalls(stage.network.hook))
         yield stage
 

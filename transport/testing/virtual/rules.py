@@ -214,7 +214,7 @@ class ProviderRules:
         served.others = 0
         for other in self._served.values():
             # Who connects again has closed what it was connected by before.
-            is_before = other.link.who == served.link.who and other.number < served.number
+            is_before = other.link in served.link.left_before
             expect(not is_before, f"{event} is read before the loss of {other.link}")
             if other is not served and other.waits and not self._is_blocked(other):
                 other.others += 1
