@@ -43,7 +43,7 @@
 
 #define ABSENT 0        /* states of a connection */
 #define READING 1
-#define DEAF 2          /* a frame was not readable: nothing is read any more */
+#define READ_CLOSED 2          /* a frame was not readable: nothing is read any more */
 #define CLOSED 3        /* by the provider; its loss is not reported yet */
 
 #define FIRST 1         /* what a message says: one request, another request for the same name, an end */
@@ -93,7 +93,9 @@ chan held = [SLOTS] of { byte };
 #endif
 #ifdef CRASH
 byte left[ALLOCATIONS], leftwanted[ALLOCATIONS];                 /* what the journal says: a state, or UNKNOWN */
-bit over[ALLOCATIONS];                                          /* its end was announced */
+#ifdef GHOST
+bit over[ALLOCATIONS];                                          /* its end was announced; no rule reads it */
+#endif
 #endif
 #ifdef LIMITS
 byte owner[ALLOCATIONS];                                        /* the user whose allocation it is, plus 1 */
@@ -108,9 +110,10 @@ hidden int before[ALLOCATIONS];
 
 #define PAIR(a, c) ((a) * CONNECTIONS + (c))
 #define ALIVE(a) (state[a] == CREATED || state[a] == HANDED_OFF)
-#define LISTENS(c) (link[c] == READING || link[c] == DEAF)
+#define LISTENS(c) (link[c] == READING || link[c] == READ_CLOSED)
 #define UNREPORTED(c) (unreported[PAIR(0, c)] + (ALLOCATIONS > 1 -> unreported[PAIR(ALLOCATIONS - 1, c)] : 0))
 #define HAS_ROOM(c) (UNREPORTED(c) < M && !owed[c * M + M - 1 - UNREPORTED(c)])
+#define REPORTED(a) (!unreported[PAIR(a, 0)] && !unreported[PAIR(a, CONNECTIONS - 1)])
 #define ANNOUNCED(a) (state[a] == ENDED && !deadline[a])
 
 /* --- what of an allocation must stay as it was (S05, S11) --- */
@@ -174,6 +177,10 @@ inline close(c) {   /* its messages are dropped, and it is no live connection an
         :: else
         fi
     }
+    if
+    :: empty(held) -> readiness = 0
+    :: else
+    fi;
 #endif
     for (q : c * M .. c * M + M - 1) { says[q] = 0; about[q] = 0; owed[q] = 0 }
 #ifdef LIVENESS
@@ -288,7 +295,7 @@ inline announce(a, with_deferred) {
     :: else
     fi
 #endif
-#ifdef CRASH
+#ifdef GHOST
     ; over[a] = 1
 #endif
 }
@@ -322,8 +329,8 @@ inline judge(c, at) {   /* MessageDispatched */
        fi
     :: says[j] != END && state[k] == UNKNOWN && !OVER_LIMIT(c) ->
        owed[j] = OPEN;
-       state[k] = REQUESTED; wanted[k] = says[j]; asks[PAIR(k, c)] = 1;
-#ifdef CRASH
+       state[k] = REQUESTED; remembered[k] = 0; wanted[k] = says[j]; asks[PAIR(k, c)] = 1;
+#ifdef GHOST
        over[k] = 0;
 #endif
 #ifdef LIMITS
@@ -455,20 +462,22 @@ inline refuse(what) {   /* every message that is held, or deferred, is answered 
 }
 
 inline adopt(a, as, what) {
-    state[a] = as; wanted[a] = what; claim[a] = 1;
+    state[a] = as; remembered[a] = 0; wanted[a] = what; claim[a] = 1;
     sets[a] = 1;
-#ifdef CRASH
+#ifdef GHOST
     assert(!over[a]);                                           /* S24 */
-    left[a] = UNKNOWN
+#endif
+#ifdef CRASH
+    left[a] = UNKNOWN; leftwanted[a] = 0
 #endif
 }
 
 inline find_remains(a) {
-    state[a] = CREATED;
+    state[a] = CREATED; remembered[a] = 0;
     sets[a] = 1;
     end_of(a);
 #ifdef CRASH
-    left[a] = UNKNOWN
+    left[a] = UNKNOWN; leftwanted[a] = 0
 #endif
 }
 #endif
@@ -502,12 +511,19 @@ inline crash() {
 #endif
 
 #ifdef DUMP
-/* One line for each state, for a comparison of the sets. */
+/* One line for each state: the sets of states can be compared, not only their numbers. */
 inline print_state() {
     printf("STATE");
     for (z : 0 .. ALLOCATIONS - 1) {
-        printf(" %d%d%d%d%d%d%d%d%d:", state[z], wanted[z], used[z], remembered[z], creating[z], releasing[z],
+        printf(" %d%d%d%d%d%d%d%d%d", state[z], wanted[z], used[z], remembered[z], creating[z], releasing[z],
                claim[z], deadline[z], retry[z]);
+#ifdef LIMITS
+        printf("%d", owner[z]);
+#endif
+#ifdef CRASH
+        printf("%d%d", left[z], leftwanted[z]);
+#endif
+        printf(":");
         for (q : 0 .. CONNECTIONS - 1) { printf("%d%d%d", asks[PAIR(z, q)], handed[PAIR(z, q)], unreported[PAIR(z, q)]) }
         printf(":");
         w = len(line[z]);
@@ -517,6 +533,11 @@ inline print_state() {
         printf(" %d:", link[z]);
         for (q : z * M .. z * M + M - 1) { printf("%d%d%d", says[q], about[q], owed[q]) }
     }
+#ifdef READINESS
+    printf(" %d%d:", service, readiness);
+    w = len(held);
+    for (q : 1 .. w) { held?x; printf("%d", x); held!x }
+#endif
     printf("\n")
 }
 #else
@@ -573,8 +594,6 @@ end: do
     od
 }
 
-#define REPORTED(a) (!unreported[PAIR(a, 0)] && !unreported[PAIR(a, CONNECTIONS - 1)])
-
 active [ALLOCATIONS] proctype release() {
     byte a = _pid % ALLOCATIONS;
 end: do
@@ -603,7 +622,7 @@ end: do
 active [ALLOCATIONS] proctype draining() {
     byte a = _pid % ALLOCATIONS;
 end: do
-    :: d_step { deadline[a] ->                                  /* ReleaseOverdue */
+    :: d_step { deadline[a] && REPORTED(a) ->                   /* ReleaseOverdue */
            deadline[a] = 0;
 #ifndef BREAK_L05
            announce(a, true);
@@ -675,7 +694,7 @@ end: do
     :: d_step { link[c] != ABSENT -> lose(c); done() }          /* ConnectionLost */
     :: d_step { link[c] == READING && HAS_ROOM(c) ->            /* FrameRejected */
            count(c);
-           says[c * M + n] = NOISE; owed[c * M + n] = UNREADABLE; link[c] = DEAF;
+           says[c * M + n] = NOISE; owed[c * M + n] = UNREADABLE; link[c] = READ_CLOSED;
            answer(c); done() }
     MAY_IDLE
     od
@@ -686,6 +705,11 @@ end: do
 #define MAY_ADOPT(a, as) (service == STARTING && left[a] == as)
 #else
 #define MAY_ADOPT(a, as) (service == STARTING && state[a] == UNKNOWN && !remembered[a])
+#endif
+#ifdef BREAK_L06
+#define UNDONE(a) (left[a] != ENDED)
+#else
+#define UNDONE(a) true
 #endif
 #define ADOPTED (LEFT(0) == UNKNOWN && LEFT(ALLOCATIONS - 1) == UNKNOWN)
 
@@ -720,12 +744,8 @@ end: do
 #ifdef CRASH
     :: d_step { MAY_ADOPT(a, CREATED) -> adopt(a, CREATED, leftwanted[a]); done() }
     :: d_step { MAY_ADOPT(a, REQUESTED) -> adopt(a, CREATED, leftwanted[a]); done() }
-    :: d_step { MAY_ADOPT(a, REQUESTED) -> left[a] = UNKNOWN; sets[a] = 0; done() }     /* nothing was made yet */
     :: d_step { MAY_ADOPT(a, HANDED_OFF) -> adopt(a, HANDED_OFF, leftwanted[a]); done() }
-#ifndef BREAK_L06
-    :: d_step { service == STARTING && left[a] -> find_remains(a); done() }             /* it is dead, or has ended */
-#endif
-    :: d_step { MAY_ADOPT(a, ENDED) -> left[a] = UNKNOWN; sets[a] = 0; remembered[a] = 1; done() }  /* all released */
+    :: d_step { service == STARTING && left[a] && UNDONE(a) -> find_remains(a); done() }    /* dead, or has ended */
 #else
     :: d_step { MAY_ADOPT(a, CREATED) -> adopt(a, CREATED, FIRST); done() }
     :: d_step { MAY_ADOPT(a, CREATED) -> adopt(a, CREATED, OTHER); done() }
@@ -744,7 +764,7 @@ end: do
 ltl L01 { !(<>[] STUCK(0, 0)) && !(<>[] STUCK(0, 1)) }
 ltl L02 { (<>[] (retry[0] == 0)) -> [] (state[0] == ENDED -> <> (state[0] != ENDED)) }
 ltl L02again { [] (state[0] == ENDED -> <> (releasing[0] || state[0] != ENDED)) }
-ltl L05 { [] ((handed[0] && deadline[0]) -> <> !handed[0]) }
+ltl L05 { [] ((handed[0] && state[0] == ENDED) -> <> !handed[0]) }
 #define UNCLAIMED (ALIVE(0) && !used[0] && !asks[0])
 #ifdef CRASH
 ltl L06 { [] ((left[0] && service == STARTING) -> <> (!left[0] || service != STARTING)) }
