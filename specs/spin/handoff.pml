@@ -159,33 +159,14 @@ inline leave(a, c) {    /* the deferred requests of a connection do not wait for
     }
 }
 
-inline close(c) {   /* its messages are dropped, and it is no live connection any more */
+inline close(c) {   /* by the provider: it is no live connection any more, and nothing is answered */
     link[c] = CLOSED;
     for (z : 0 .. ALLOCATIONS - 1) {
-        leave(z, c);
 #ifndef BREAK_S16
         handed[PAIR(z, c)] = 0;
 #endif
         holds[PAIR(z, c)] = 0
     }
-#ifdef READINESS
-    w = len(held);
-    for (q : 1 .. w) {
-        held?x;
-        if
-        :: x != c -> held!x
-        :: else
-        fi
-    }
-    if
-    :: empty(held) -> readiness = 0
-    :: else
-    fi;
-#endif
-    for (q : c * M .. c * M + M - 1) { says[q] = 0; about[q] = 0; owed[q] = 0 }
-#ifdef LIVENESS
-    turn[c] = 1 - turn[c]
-#endif
 }
 
 inline answer(c) {  /* TurnCame, as long as the answer of the first message is known (WIRE-14) */
@@ -198,7 +179,7 @@ inline answer(c) {  /* TurnCame, as long as the answer of the first message is k
        od;
 #endif
        if
-       :: owed[c * M + p] < GRANTED -> break
+       :: owed[c * M + p] < GRANTED || link[c] == CLOSED -> break
        :: else
        fi;
        assert(p == 0);                                          /* WIRE-14 */
@@ -370,7 +351,7 @@ inline arrive(c, a, what) {
     says[c * M + n] = what; about[c * M + n] = a; i = n;
     if
 #ifdef LIMITS
-    :: n >= 2 -> close(c)                                       /* ConnectionFlooded */
+    :: n >= 2 -> says[c * M + n] = 0; about[c * M + n] = 0; close(c)    /* ConnectionFlooded */
     :: n == 1 && what != END -> owed[c * M + n] = FAILED       /* RequestOverLimit */
 #endif
 #ifdef READINESS
@@ -412,9 +393,28 @@ inline forget(a) {
     answer_all()
 }
 
-inline lose(c) {
+inline lose(c) {    /* its messages are dropped */
     close(c);
     link[c] = ABSENT;
+    for (z : 0 .. ALLOCATIONS - 1) { leave(z, c) }
+#ifdef READINESS
+    w = len(held);
+    for (q : 1 .. w) {
+        held?x;
+        if
+        :: x != c -> held!x
+        :: else
+        fi
+    }
+    if
+    :: len(held) == 0 -> readiness = 0
+    :: else
+    fi;
+#endif
+    for (q : c * M .. c * M + M - 1) { says[q] = 0; about[q] = 0; owed[q] = 0 }
+#ifdef LIVENESS
+    turn[c] = 1 - turn[c];
+#endif
     for (p : 0 .. ALLOCATIONS - 1) {
         unreported[PAIR(p, c)] = 0;
         if
@@ -499,11 +499,7 @@ inline crash() {
         state[y] = UNKNOWN; wanted[y] = 0; used[y] = 0; creating[y] = 0; releasing[y] = 0;
         claim[y] = 0; deadline[y] = 0; retry[y] = 0
     }
-    for (y : 0 .. CONNECTIONS - 1) {
-        close(y);
-        link[y] = ABSENT
-    }
-    for (y : 0 .. PAIRS - 1) { asks[y] = 0; unreported[y] = 0 }
+    for (y : 0 .. CONNECTIONS - 1) { lose(y) }
     service = STARTING; readiness = 0
 }
 #else

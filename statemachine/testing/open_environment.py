@@ -429,7 +429,8 @@ def _line_of_connection(environment: Environment, connection: ConnectionSnapshot
     messages: tuple[MessageSnapshot, ...] = ()
     link = 0
     if connection is not None:
-        messages = connection.messages
+        # One that was too many is not processed, and stands there until the loss is reported.
+        messages = tuple(m for m in connection.messages if m.state is not MessageState.ARRIVED)
         is_unreadable = bool(messages) and messages[-1].question is None
         link = 3 if connection.is_closing else 2 if is_unreadable else 1
     line = "".join(_line_of_message(message) for message in messages)
