@@ -129,7 +129,12 @@ class Comparer:
                 assert isinstance(state, _RecordingState)
                 state.parts = [_StepPart(self.snapshot(), event)]
                 effects: tuple[Effect, ...] = super().receive(event)
-                comparer.check_step(state.parts, effects, self.snapshot())
+                after = self.snapshot()
+                comparer.check_step(state.parts, effects, after)
+                # The explorer restores a kernel before each step, so that it never sees these.
+                again = provider.restore(after, state.limits)._state
+                if _derived(state) != _derived(again):
+                    raise RelationBroken(f"derived: {_derived(state)}, not {_derived(again)}")
                 return effects
 
         return RecordingKernel
@@ -297,6 +302,16 @@ def _read_allocation(allocation: AllocationSnapshot, values: dict[str, Any]) -> 
         values[variable].update(dict.fromkeys(numbers, True))
     for number in allocation.deferred:
         values["queued"][number] += 1
+
+
+def _derived(state: State) -> tuple[object, ...]:
+    """Say what a state keeps besides what is in its snapshot."""
+    usage = {
+        uid: (used.connections, used.messages, used.allocations)
+        for uid, used in state.usage.items()
+        if used.connections or used.messages or used.allocations
+    }
+    return usage, {number: each.concerns for number, each in state.connections.items()}
 
 
 def _confirmed(snapshot: ProviderSnapshot, name: str) -> set[int]:

@@ -157,6 +157,9 @@ class Execution:
                 why = f"{name}: {event.__name__} has no row in {state.value}"
                 self.insist(FALSE, why)
             raise _NoSuchStep
+        if len(self.rows) > len(self.relation.table.rows):
+            self.insist(FALSE, f"{self.relation.table.name}: one row leads to the next for ever")
+            raise _NoSuchStep
         self.rows.append((event, state))
         self.put(STATE, row.target)
         for order in row.effects:

@@ -155,6 +155,10 @@ def variants() -> tuple[Variant, ...]:
         _excessive("told once", on.EndReceived, _ENDED, do.ConfirmEnd),
         _forgetful("told at all", on.NamespacesReleased, _ENDED, do.PushEnd),
         _late_reports(),
+        _lacking("ResponseSent is not refused", ALLOCATION, on.ResponseSent, _ENDED),
+        _lacking("NamespacesCreated is not refused", ALLOCATION, on.NamespacesCreated, _ENDED),
+        _lacking("InitDied is not refused", ALLOCATION, on.InitDied, _ENDED),
+        _lacking("RetryDue is not refused", ALLOCATION, on.RetryDue, _ENDED),
         _lacking("allocation: Unclaimed has no row in ended", ALLOCATION, on.Unclaimed, _ENDED),
         _lacking(
             "message: MessageDispatched has a row in deferred",
