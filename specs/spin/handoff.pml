@@ -30,7 +30,7 @@
  * nor the askers count. `sets` (what the node has) and `holds` (what a consumer was handed, and not told the end of)
  * are for the assertions: they follow from the rest, and no rule reads them.
  *
- * BREAK_... is one deliberate error each, which the assertion or formula of that name has to find.
+ * BREAK_X, with the name of a property for the X, is one deliberate error each, which the assertion or formula of that name has to find.
  *
  * Changed after it was compared with the kernel, each time in favour of a text that had been overlooked or is not in
  * the chapters:
@@ -787,7 +787,6 @@ end: do
 #define STUCK(c, t) (owed[c * M] != 0 && turn[c] == t)
 ltl L01 { !(<>[] STUCK(0, 0)) && !(<>[] STUCK(0, 1)) }
 ltl L02 { (<>[] (retry[0] == 0)) -> [] (state[0] == ENDED -> <> (state[0] != ENDED)) }
-ltl L02_retry { [] (state[0] == ENDED -> <> (releasing[0] || state[0] != ENDED)) }
 ltl L05 { [] ((handed[0] && state[0] == ENDED) -> <> !handed[0]) }
 #define UNCLAIMED (ALIVE(0) && !used[0] && !asks[0])
 #ifdef CRASH
