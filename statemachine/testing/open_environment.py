@@ -151,7 +151,7 @@ def search_all(environment: Environment) -> Found:
                     met.add(after)
                     following.append(after)
                     found.before.setdefault(line_after, (line, event))
-            # A step that changes nothing of the line may be possible in one state and not in another.
+            # A step that changes nothing of the line may be possible in one state only.
             lines.add(line)
             first = followed.setdefault(line, frozenset(lines))
             assert lines == first, f"{line} is followed by {lines} or by {first}"

@@ -1,6 +1,6 @@
 """The Promela program beside the kernel: the same states; and each property holds, and can fail.
 
-What is checked, and within which bounds, is read from the tables of chapter 13.
+What is checked, and within which bounds, is read from chapter 13.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ from statemachine.testing.open_environment import Environment, search, search_al
 ROOT: Final = Path(__file__).parents[2]
 PROGRAM: Final = ROOT / "specs" / "spin" / "handoff.pml"
 CHAPTER: Final = (ROOT / "specs" / "13-model.md").read_text(encoding="utf-8")
-LIMITS: Final = Limits(
-    allowed_uids=frozenset({0, 1}), open_per_connection=1, allocations_per_uid=1
-)
+LIMITS: Final = Limits(allowed_uids=frozenset({0, 1}), open_per_connection=1, allocations_per_uid=1)
 SECONDS_MAX: Final = 280
 
 pytestmark = pytest.mark.skipif(shutil.which("spin") is None, reason="spin is missing")
@@ -30,7 +28,7 @@ pytestmark = pytest.mark.skipif(shutil.which("spin") is None, reason="spin is mi
 
 @dataclass(frozen=True)
 class Space:
-    """Bounds as a row of the chapter has them: `2 × 1, 2, CRASH`."""
+    """Bounds as the chapter writes them: `2 x 1, 2, CRASH`."""
 
     text: str
     states: int = 0
@@ -64,11 +62,11 @@ def rows(pattern: str) -> list[tuple[str, ...]]:
 
 SPACES: Final = [
     Space(text, int(states.replace(",", "")))
-    for text, states in rows(r"^\| (\d × \d, \d[A-Z, ]*) \| ([\d,]+) \|")
+    for text, states in rows(r"`(\d x \d, \d[A-Z, ]*)`: ([\d,]+)[;.]")
 ]
 LARGE: Final = 5_000
 """From how many states on a space is left to the campaign."""
-PROPERTIES: Final = rows(r"^\| `(\w+)` \| .* \| (\d × \d, \d[A-Z, ]*) \| .* \|$")
+PROPERTIES: Final = rows(r"^\| `(\w+)` \| .* \| (\d x \d, \d[A-Z, ]*) \| .* \|$")
 ASSERTIONS: Final = [row for row in PROPERTIES if not re.match(r"L\d|END", row[0])]
 FORMULAS: Final = [row for row in PROPERTIES if re.match(r"L\d|END", row[0])]
 
@@ -77,7 +75,7 @@ def checker(folder: Path, options: list[str], *definitions: str) -> Path:
     """Compile the program to one that searches all its states."""
     for command in (
         ["spin", "-o1", "-o2", "-a", *options, str(PROGRAM)],
-        ["cc", "-O1", "-w", "-DNOREDUCE", "-DNFAIR=4", *definitions, "-o", "pan", "pan.c"],
+        ["cc", "-O0", "-w", "-DNOREDUCE", "-DNFAIR=4", *definitions, "-o", "pan", "pan.c"],
     ):
         made = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         assert made.returncode == 0, made.stdout + made.stderr
@@ -123,9 +121,7 @@ def test_kernel_and_program_reach_the_same_states_of_large_spaces(
     check_same_states(tmp_path, space)
 
 
-@pytest.mark.parametrize(
-    "text", ["1 × 1, 2", "1 × 1, 1, READINESS CRASH", "1 × 1, 3, LIMITS"]
-)
+@pytest.mark.parametrize("text", ["1 x 1, 2", "1 x 1, 1, READINESS CRASH", "1 x 1, 2, LIMITS"])
 def test_states_of_one_line_are_followed_by_the_same_lines(text: str) -> None:
     """So it is enough that `search` follows one of them."""
     environment = Space(text).environment
