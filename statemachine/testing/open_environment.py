@@ -5,7 +5,7 @@ which comes next. What it keeps to is written at the head of the Promela file; t
 refuses by its rows and guards. Nothing here is made from that file, nor it from this: the two are
 compared by what they reach.
 
-    found = search(Environment(allocations=1, connections=2, messages=2))
+    found = search(OpenEnvironment(allocations=1, connections=2, messages=2))
     len(found), found.script_of(line)
 
 A line of text says what of a state counts; the Promela program prints the same if it is compiled
@@ -41,7 +41,7 @@ OTHER: Final = {name: NamespaceRequest(name, ()) for name in NAMES}
 """Two different requests for each name."""
 
 
-class Environment(NamedTuple):
+class OpenEnvironment(NamedTuple):
     """What the environment has, and which of its parts."""
 
     allocations: int
@@ -64,26 +64,26 @@ class Environment(NamedTuple):
         return range(self.connections)
 
 
-class Left(NamedTuple):
+class LeftBehind(NamedTuple):
     """What the journal says of an allocation, from the death of a provider to its adoption."""
 
     state: AllocationState
     request: NamespaceRequest | None
 
 
-class State(NamedTuple):
+class OpenState(NamedTuple):
     """Where kernel and environment stand."""
 
     kernel: ProviderSnapshot
     unreported: tuple[tuple[str, int], ...]
     """Hand-overs that the driver has not reported: of which allocation, to which connection."""
-    left: tuple[tuple[str, Left], ...]
+    left: tuple[tuple[str, LeftBehind], ...]
 
 
-class Found:
+class Reached:
     """The lines that can be reached, and how."""
 
-    def __init__(self, environment: Environment) -> None:
+    def __init__(self, environment: OpenEnvironment) -> None:
         self.environment = environment
         self.events: Final = tuple(events_of(environment))
         self.states = 0
@@ -103,14 +103,14 @@ class Found:
         return script[::-1]
 
 
-def search(environment: Environment) -> Found:
+def search(environment: OpenEnvironment) -> Reached:
     """
     Find every line, breadth first, from one state of each.
 
     Raises:
         AssertionError: a kernel made a second set of namespaces for a name.
     """
-    found, start = Found(environment), _start(environment)
+    found, start = Reached(environment), _start(environment)
     found.before[line_of(environment, start)] = None
     level = [start]
     while level:
@@ -127,14 +127,14 @@ def search(environment: Environment) -> Found:
     return found
 
 
-def search_all(environment: Environment) -> Found:
+def search_all(environment: OpenEnvironment) -> Reached:
     """
     Find every line from every state, and compare what follows those of the same line.
 
     Raises:
         AssertionError: two states of one line are followed by different lines, or as `search`.
     """
-    found, start = Found(environment), _start(environment)
+    found, start = Reached(environment), _start(environment)
     found.before[line_of(environment, start)] = None
     met, level = {start}, [start]
     followed: dict[str, frozenset[str]] = {}
@@ -159,14 +159,14 @@ def search_all(environment: Environment) -> Found:
     return found
 
 
-def _start(environment: Environment) -> State:
+def _start(environment: OpenEnvironment) -> OpenState:
     kernel = ProviderKernel(environment.limits)
     if not environment.readiness:
         kernel.receive(on.ProviderReady())
-    return State(kernel.snapshot(), (), ())
+    return OpenState(kernel.snapshot(), (), ())
 
 
-def events_of(environment: Environment) -> Iterator[ProviderInput]:
+def events_of(environment: OpenEnvironment) -> Iterator[ProviderInput]:
     """List everything that can be reported to a kernel."""
     for number in environment.numbers:
         yield on.ConnectionOpened(number, number % 2 if environment.limits else 0)
@@ -211,8 +211,8 @@ def response_to(request: NamespaceRequest) -> NamespaceResponse:
 
 
 def _steps(
-    environment: Environment, events: tuple[ProviderInput, ...], state: State
-) -> Iterator[tuple[ProviderInput | None, State]]:
+    environment: OpenEnvironment, events: tuple[ProviderInput, ...], state: OpenState
+) -> Iterator[tuple[ProviderInput | None, OpenState]]:
     kernel = ProviderKernel.restore(state.kernel, environment.limits)
     for event in events:
         if not _may_be(environment, state, event):
@@ -230,7 +230,7 @@ def _steps(
 # --- What an environment keeps to ----------------------------------------------------------------
 
 
-def _may_be(environment: Environment, state: State, event: ProviderInput) -> bool:
+def _may_be(environment: OpenEnvironment, state: OpenState, event: ProviderInput) -> bool:
     """Say whether the environment may feed an event: the rules that no row or guard has."""
     match event:
         case on.RequestReceived() | on.EndReceived() | on.FrameRejected():
@@ -251,7 +251,7 @@ def _may_be(environment: Environment, state: State, event: ProviderInput) -> boo
     return True
 
 
-def _has_room(environment: Environment, state: State, number: int) -> bool:
+def _has_room(environment: OpenEnvironment, state: OpenState, number: int) -> bool:
     for connection in state.kernel.connections:
         if connection.number == number:
             handed = sum(to == number for _, to in state.unreported)
@@ -260,8 +260,8 @@ def _has_room(environment: Environment, state: State, number: int) -> bool:
 
 
 def _may_adopt(
-    environment: Environment,
-    state: State,
+    environment: OpenEnvironment,
+    state: OpenState,
     event: on.CreatedAdopted | on.HandedOffAdopted | on.RemainsFound,
 ) -> bool:
     name = event.allocation_id
@@ -278,8 +278,8 @@ def _may_adopt(
 
 
 def _after(
-    kernel: ProviderKernel, state: State, event: ProviderInput, effects: tuple[Effect, ...]
-) -> State:
+    kernel: ProviderKernel, state: OpenState, event: ProviderInput, effects: tuple[Effect, ...]
+) -> OpenState:
     unreported, left = list(state.unreported), state.left
     match event:
         case on.ResponseSent() | on.ResponseNotSent():
@@ -295,18 +295,18 @@ def _after(
         elif isinstance(effect, CreateNamespaces):
             name = effect.request.allocation_id
             assert name not in alive or isinstance(event, on.NamespacesReleased), "a second set"
-    return State(kernel.snapshot(), tuple(sorted(unreported)), left)
+    return OpenState(kernel.snapshot(), tuple(sorted(unreported)), left)
 
 
-def _after_crash(environment: Environment, state: State) -> State:
+def _after_crash(environment: OpenEnvironment, state: OpenState) -> OpenState:
     left = dict(state.left)
     for allocation in state.kernel.allocations:
         has_ended = allocation.state is AllocationState.ENDED
         request = None if has_ended else allocation.request
-        left[allocation.allocation_id] = Left(allocation.state, request)
+        left[allocation.allocation_id] = LeftBehind(allocation.state, request)
     kernel = ProviderKernel(environment.limits)
     kernel.remember(state.kernel.remembered)
-    return State(kernel.snapshot(), (), tuple(sorted(left.items())))
+    return OpenState(kernel.snapshot(), (), tuple(sorted(left.items())))
 
 
 # --- A state as a line ---------------------------------------------------------------------------
@@ -339,7 +339,7 @@ _REFUSED: Final[dict[type[Any], int]] = {
 _NOTHING: Final = "0" * 9
 
 
-def line_of(environment: Environment, state: State) -> str:
+def line_of(environment: OpenEnvironment, state: OpenState) -> str:
     """Say a state as the Promela program prints it."""
     connections = {c.number: c for c in state.kernel.connections}
     allocations = {a.allocation_id: a for a in state.kernel.allocations}
@@ -355,8 +355,8 @@ def line_of(environment: Environment, state: State) -> str:
 
 
 def _line_of_allocation(
-    environment: Environment,
-    state: State,
+    environment: OpenEnvironment,
+    state: OpenState,
     name: str,
     allocation: AllocationSnapshot | None,
     connections: dict[int, ConnectionSnapshot],
@@ -406,7 +406,7 @@ def _line_of_life(allocation: AllocationSnapshot) -> str:
     return f"{_ALLOCATIONS[allocation.state]}{wanted}" + "".join(f"{bit:d}" for bit in bits)
 
 
-def _owner(environment: Environment, allocation: AllocationSnapshot) -> str:
+def _owner(environment: OpenEnvironment, allocation: AllocationSnapshot) -> str:
     if environment.limits is None:
         return ""
     return "0" if allocation.uid is None else str(allocation.uid + 1)
@@ -425,7 +425,7 @@ def _has_deferred(connection: ConnectionSnapshot, name: str) -> bool:
     )
 
 
-def _line_of_connection(environment: Environment, connection: ConnectionSnapshot | None) -> str:
+def _line_of_connection(environment: OpenEnvironment, connection: ConnectionSnapshot | None) -> str:
     messages: tuple[MessageSnapshot, ...] = ()
     link = 0
     if connection is not None:

@@ -15,7 +15,7 @@ from typing import Final
 import pytest
 
 from statemachine.provider import Limits
-from statemachine.testing.open_environment import Environment, search, search_all
+from statemachine.testing.open_environment import OpenEnvironment, search, search_all
 
 ROOT: Final = Path(__file__).parents[2]
 PROGRAM: Final = ROOT / "specs" / "spin" / "handoff.pml"
@@ -27,16 +27,16 @@ pytestmark = pytest.mark.skipif(shutil.which("spin") is None, reason="spin is mi
 
 
 @dataclass(frozen=True)
-class Space:
+class SpinSpace:
     """Bounds as the chapter writes them: `2 x 1, 2, CRASH`."""
 
     text: str
     states: int = 0
 
     @property
-    def environment(self) -> Environment:
+    def environment(self) -> OpenEnvironment:
         allocations, connections, messages = map(int, re.findall(r"\d+", self.text)[:3])
-        return Environment(
+        return OpenEnvironment(
             allocations,
             connections,
             messages,
@@ -61,7 +61,7 @@ def rows(pattern: str) -> list[tuple[str, ...]]:
 
 
 SPACES: Final = [
-    Space(text, int(states.replace(",", "")))
+    SpinSpace(text, int(states.replace(",", "")))
     for text, states in rows(r"`(\d x \d, \d[A-Z, ]*)`: ([\d,]+)[;.]")
 ]
 LARGE: Final = 5_000
@@ -93,7 +93,7 @@ def run(program: Path, *options: str) -> str:
     return said.stdout.decode()
 
 
-def check_same_states(folder: Path, space: Space) -> None:
+def check_same_states(folder: Path, space: SpinSpace) -> None:
     said = run(checker(folder, [*space.options, "-DDUMP"], "-DSAFETY", "-DPRINTF"))
     assert "errors: 0" in said
     [stored] = re.findall(r"(\d+) states, stored", said)
@@ -106,7 +106,7 @@ def check_same_states(folder: Path, space: Space) -> None:
 @pytest.mark.parametrize(
     "space", [space for space in SPACES if space.states < LARGE], ids=lambda space: space.text
 )
-def test_basic_kernel_and_program_reach_the_same_states(space: Space, tmp_path: Path) -> None:
+def test_basic_kernel_and_program_reach_the_same_states(space: SpinSpace, tmp_path: Path) -> None:
     check_same_states(tmp_path, space)
 
 
@@ -116,7 +116,7 @@ def test_basic_kernel_and_program_reach_the_same_states(space: Space, tmp_path: 
     "space", [space for space in SPACES if space.states >= LARGE], ids=lambda space: space.text
 )
 def test_kernel_and_program_reach_the_same_states_of_large_spaces(
-    space: Space, tmp_path: Path
+    space: SpinSpace, tmp_path: Path
 ) -> None:
     check_same_states(tmp_path, space)
 
@@ -124,7 +124,7 @@ def test_kernel_and_program_reach_the_same_states_of_large_spaces(
 @pytest.mark.parametrize("text", ["1 x 1, 2", "1 x 1, 1, READINESS CRASH", "1 x 1, 2, LIMITS"])
 def test_states_of_one_line_are_followed_by_the_same_lines(text: str) -> None:
     """So it is enough that `search` follows one of them."""
-    environment = Space(text).environment
+    environment = SpinSpace(text).environment
     everything, found = search_all(environment), search(environment)
     assert everything.before.keys() == found.before.keys()
     assert everything.states > found.states
@@ -132,7 +132,7 @@ def test_states_of_one_line_are_followed_by_the_same_lines(text: str) -> None:
 
 @pytest.mark.parametrize(("name", "text"), ASSERTIONS, ids=lambda value: value.split(" ")[0])
 def test_a_broken_rule_violates_the_assertion(name: str, text: str, tmp_path: Path) -> None:
-    options = [*Space(text).options, "-DGHOST"] if "CRASH" in text else Space(text).options
+    options = [*SpinSpace(text).options, "-DGHOST"] if "CRASH" in text else SpinSpace(text).options
     said = run(checker(tmp_path, [*options, f"-DBREAK_{name}"], "-DSAFETY"))
     assert re.search(rf"assertion violated [ (]*(\w+\|\|)*{name}\b", said), said
 
@@ -143,7 +143,7 @@ def test_every_formula_holds_and_is_violated_where_its_rule_is_broken(
 ) -> None:
     """Under weak fairness, in one compiled program for all that hold."""
     names = [name for name, bounds in FORMULAS if bounds == text]
-    options = [*Space(text).options, "-DLIVENESS"]
+    options = [*SpinSpace(text).options, "-DLIVENESS"]
     program = checker(tmp_path, options)
     for name in names:
         assert "errors: 0" in run(program, "-a", "-f", "-N", name), name
