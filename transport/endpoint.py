@@ -500,6 +500,8 @@ def _sole_starter(path: Path) -> Iterator[None]:
                 syscall(fcntl.flock, lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise SocketUnavailable(f"another provider is starting on {path}") from error
+            if syscall(os.fstat, lock.fileno()).st_size:
+                raise SocketUnavailable(f"{lock_path} is another program's; it is left alone")
             # The one that had the lock before has removed the file, so it may not be at its path
             # any more; then the lock excludes nothing.
             if not _is_at(lock_path, lock):

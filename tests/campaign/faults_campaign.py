@@ -34,7 +34,15 @@ from tests.suites.faults.faults import (
     kills_of,
     short_faults_of,
 )
-from tests.suites.faults.lives import LIVES, FaultSetup, LinuxStage, linux_stage, simulated_stage
+from tests.suites.faults.interference import interferences_of
+from tests.suites.faults.lives import (
+    ALL_LIVES,
+    LIVES,
+    FaultSetup,
+    LinuxStage,
+    linux_stage,
+    simulated_stage,
+)
 from tests.suites.faults.traced import THREADS, Traced
 from tests.suites.test_strace import POINTS, survive
 from tests.support.census import Session
@@ -65,6 +73,11 @@ def tasks(scale: float) -> list[Task]:
     found += [_task("linux", life, kind, part) for kind in ("single", "kills") for life in LIVES]
     found += [_task(POOLED, life, "single", part / 4) for life in LIVES]
     found += [_task(backend, life, "short", 1.0) for backend in BACKENDS for life in LIVES]
+    found += [
+        _task(backend, life, "interferences", 1.0 if backend == "simulated" else part / 2)
+        for backend in BACKENDS
+        for life in ALL_LIVES
+    ]
     pairs = {"simulated": PAIRS["simulated"] * scale, "linux": max(0.0, scale - 1) * 1_000}
     for backend, life in itertools.product(BACKENDS, LIVES):
         left = round(pairs[backend] / len(LIVES))
@@ -204,7 +217,7 @@ class _Sweep:
         self._place = place
         self._backend = backend
         self._name = life
-        self._life = LIVES[life]
+        self._life = ALL_LIVES[life]
         self._points: Counter[tuple[str, str]] = Counter()
         self._missed = 0
         self._found: list[Discovery] = []
@@ -218,7 +231,7 @@ class _Sweep:
                 with self._place.stage(self._backend) as stage:
                     if left is None:
                         calls = stage.tell(self._life).passed
-                        left = _drawn(kind, calls, part, count, chosen)[::-1]
+                        left = _drawn(kind, self._backend, calls, part, count, chosen)[::-1]
                     while left:
                         plan = left.pop()
                         told += 1
@@ -280,17 +293,26 @@ _FIGURES: Final = {
     "pairs": "pairs",
     "short": "short transfers",
     "kills": "kills of anchors and forges",
+    "interferences": "interferences of strangers",
 }
 
 
 def _drawn(
-    kind: str, calls: Sequence[CallSite], part: float, count: int, chosen: random.Random
+    kind: str,
+    backend: str,
+    calls: Sequence[CallSite],
+    part: float,
+    count: int,
+    chosen: random.Random,
 ) -> list[FaultPlan]:
     if kind == "short":
         return [(fault,) for call in calls for fault in short_faults_of(call)]
-    faults_in = kills_of if kind == "kills" else faults_of
-    faults = [fault for call in calls for fault in faults_in(call)]
-    if kind in ("single", "kills"):
+    if kind == "interferences":
+        faults = [fault for call in calls for fault in interferences_of(call, backend)]
+    else:
+        faults_in = kills_of if kind == "kills" else faults_of
+        faults = [fault for call in calls for fault in faults_in(call)]
+    if kind in ("single", "kills", "interferences"):
         some = faults if part >= 1 else chosen.sample(faults, max(1, round(len(faults) * part)))
         return [(fault,) for fault in some]
     faults += [fault for call in calls for fault in short_faults_of(call)]
@@ -365,7 +387,7 @@ def _replay(backend: str, name: str, said: str) -> None:
         else:
             plan = tuple(map(Fault.of_json, json.loads(said)))
             with place.stage(backend) as stage:
-                print(stage.tell(LIVES[name], plan))
+                print(stage.tell(ALL_LIVES[name], plan))
 
 
 if __name__ == "__main__":

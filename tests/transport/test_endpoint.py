@@ -320,6 +320,14 @@ def test_a_lock_that_was_removed_meanwhile_is_taken_again(
         assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_file_in_the_place_of_the_lock_is_left_alone(path: Path) -> None:
+    lock_path = path.with_name(f".{path.name}.lock")
+    lock_path.write_text("another's")
+    with pytest.raises(SocketUnavailable, match="another program's; it is left alone"):
+        listen(path)
+    assert lock_path.read_text() == "another's"
+
+
 def test_a_lock_that_another_program_has_put_there_since_stays(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -424,9 +424,24 @@ ON_LINUX: Final[dict[str, Act]] = {
 ACTS: Final = {**ANYWHERE, **ON_LINUX}
 
 
-def interferences_of(call: CallSite, acts: Sequence[str] = tuple(ACTS)) -> list[Fault]:
+BY_PATH: Final = frozenset({"unlink"})
+"""
+Calls that take a path and nothing else, made after what is there was found to be ours: a stranger
+that puts its own file there between the two loses it. There is no call that compares as well.
+rmdir(2) is none of them: it removes nothing in which anything is.
+"""
+
+ON_FILES: Final = frozenset(
+    name for name in ACTS if name.startswith(("other ", "stranger listens", "file for "))
+) - {"other half closed"}
+
+
+def interferences_of(call: CallSite, backend: str) -> list[Fault]:
     """Everything that a stranger can do just before a call."""
-    return [Fault(call, act) for act in acts]
+    if call.who == "forge":
+        return []  # it has no hook in here
+    acts = ANYWHERE if backend == "simulated" else ACTS
+    return [Fault(call, act) for act in acts if call.name not in BY_PATH or act not in ON_FILES]
 
 
 # --- Helpers --------------------------------------------------------------------------------------

@@ -36,7 +36,14 @@ from tests.suites.faults.faults import (
     kills_of,
     short_faults_of,
 )
+from tests.suites.faults.interference import (
+    ANYWHERE,
+    ON_LINUX,
+    interferences_of,
+    put_file_there,
+)
 from tests.suites.faults.lives import (
+    ALL_LIVES,
     LIVES,
     FaultSetup,
     NotTolerated,
@@ -59,6 +66,8 @@ KILLS_ON_LINUX: Final = 2
 """For each life: of its anchor, and of the forge."""
 DEATHS_ON_LINUX: Final = 2
 """For each phase."""
+ACTS_ON_LINUX: Final = 2
+"""For each life: at how many calls a stranger does each thing."""
 KILLS_AT_RANDOM: Final = 8
 
 
@@ -195,7 +204,7 @@ def test_two_calls_can_fail(stage: FaultSetup, name: str) -> None:
 def tell(stage: FaultSetup, name: str, *plan: Fault, asks_afterwards: bool = True) -> list[Fault]:
     """Tell a life under a plan; what of it has happened."""
     try:
-        return stage.tell(LIVES[name], plan, asks_afterwards=asks_afterwards).fired
+        return stage.tell(ALL_LIVES[name], plan, asks_afterwards=asks_afterwards).fired
     except BaseException as error:
         error.add_note(f"{name!r} on {stage.backend_name}: {'; '.join(map(str, plan))}")
         raise
@@ -419,6 +428,44 @@ def test_on_linux_anchor_and_forge_can_be_killed_at_any_call(
                 found = list(alike)
                 for fault in chosen.sample(found, min(KILLS_ON_LINUX, len(found))):
                     tell(stage, name, fault)
+
+
+# --- Strangers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.sample(8)
+@pytest.mark.parametrize("act", ANYWHERE)
+@pytest.mark.parametrize("name", ALL_LIVES)
+def test_a_stranger_can_interfere_at_every_call(stage: FaultSetup, name: str, act: str) -> None:
+    for call in stage.tell(ALL_LIVES[name]).passed:
+        for fault in interferences_of(call, stage.backend_name):
+            if fault.kind == act:
+                tell(stage, name, fault)
+
+
+@pytest.mark.clause("NODE-4", "END-11")
+@pytest.mark.needs_root
+@pytest.mark.parametrize("name", ALL_LIVES)
+def test_on_linux_a_stranger_can_interfere_at_any_call(
+    tmp_path: Path, cgroup2: Path, image_root: Path, name: str
+) -> None:
+    chosen = random.Random(f"{SEED} {name}")
+    with linux_stage(tmp_path, cgroup2, image_root) as stage:
+        calls = stage.tell(ALL_LIVES[name]).passed
+        faults = [f for call in calls for f in interferences_of(call, stage.backend_name)]
+        for act in ON_LINUX:
+            for fault in chosen.sample([f for f in faults if f.kind == act], ACTS_ON_LINUX):
+                tell(stage, name, fault)
+
+
+def test_what_a_stranger_loses_is_seen(stage: FaultSetup) -> None:
+    async def unkind(stage: FaultSetup, name: str) -> str:
+        stage.interfere(put_file_there, name)
+        stage.path.write_text("what the program wrote")
+        return "served"
+
+    with pytest.raises(NotTolerated, match=r"the content of handoff\.sock was changed"):
+        stage.tell(unkind)
 
 
 # --- That all this can fail ---------------------------------------------------------------------
