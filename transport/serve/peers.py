@@ -249,9 +249,15 @@ class ServedConnection:
             # Room cannot be watched for (no memory), so the rest would wait for ever.
             self._close_write(f"the rest cannot be sent: {error.strerror}")
             return
-        span_s = self._spans.unread_s
-        reason = f"the peer did not read for {span_s:g} s"
-        self._read_deadline = self._loop.call_later(span_s, self._close_write, reason)
+        self._read_deadline = self._loop.call_later(self._spans.unread_s, self._close_slow)
+
+    def _close_slow(self) -> None:
+        """Give up a peer that has not read for so long, unless there is room after all."""
+        # Keeps PEER-13.
+        # This is late where the loop has stood still, and the room may not have been noticed yet.
+        self.write()
+        if self.is_blocked:
+            self._close_write(f"the peer did not read for {self._spans.unread_s:g} s")
 
     def write(self) -> None:
         """Send what waits, as far as there is room."""
@@ -377,12 +383,20 @@ class ServedConnection:
 
     def _reject_slow(self) -> None:
         # Keeps PEER-7.
-        self._reject(f"a frame was not whole within {self._spans.partial_frame_s:g} s")
+        # What has come counts, though it was not read yet: it was not its turn, or its answers
+        # wait. In the latter case the frame is timed anew when it is read on.
+        if self.is_blocked:
+            self._frame_deadline = None
+        elif self.read():
+            self._others.enqueue(self)
+        if self._frame_deadline is not None:
+            self._reject(f"a frame was not whole within {self._spans.partial_frame_s:g} s")
 
     def _stop_frame_deadline(self) -> None:
         if self._frame_deadline is not None:
             self._frame_deadline.cancel()
             self._frame_deadline = None
+        if self._unread_bytes:
             self._count_unread(0)
 
     def _count_unread(self, count: int) -> bool:
