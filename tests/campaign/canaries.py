@@ -772,8 +772,8 @@ CANARIES: Final = (
         "what survived the tests of before: closing does not wait",
         _virtual("closed while it waits"),
         _PEERS,
-        '            self._start_linger("closed")\n        else:\n            self.drop("closed")\n',
-        '            self.drop("closed")\n        else:\n            self.drop("closed")\n',
+        '            self._start_linger("closed")\n        else:\n',
+        '            self.drop("closed")\n        else:\n',
     ),
     _bug(
         "a timer that is to be stopped runs out all the same",

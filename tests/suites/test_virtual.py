@@ -42,6 +42,21 @@ def test_in_an_order_at_random_a_life_keeps_the_rules(life: VirtualLife) -> None
     assert sample(life.run, SEEDS, replay=life.replay).choices > 100
 
 
+@pytest.mark.parametrize(
+    ("name", "script"),
+    [
+        # The rest of its frame had come, and was not read, because its answers waited.
+        ("half a frame, and blocked", ""),
+        # The rest of its frame had come while the loop stood still, and was not read yet.
+        ("late together", "29:1"),
+        # It had read everything while the loop stood still, and the room was not noticed yet.
+        ("it reads no more", "15:1"),
+    ],
+)
+def test_a_peer_that_kept_its_time_is_not_refused(name: str, script: str) -> None:
+    LIVES[name].run(Scheduler(read(script.split())))
+
+
 def test_a_run_is_the_same_whenever_it_is_run() -> None:
     for name in ("a life, cut", "killed", "a crowd"):
         scheduler = Scheduler((), random.Random(5), 0.2)

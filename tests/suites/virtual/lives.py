@@ -1,6 +1,6 @@
 """What peers, the node and an operator do to a provider, each life small enough for every order.
 
-    python -m tests.suites.virtual LIFE [PLACE:OPTION ...]      one run, told step by step
+python -m tests.suites.virtual LIFE [PLACE:OPTION ...]      one run, told step by step
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from transport.serve import Spans
 from transport.testing.peer import frame_of
 from transport.testing.virtual.choices import ChoiceScript, Scheduler, written
 from transport.testing.virtual.program import VirtualPeer, VirtualStage, staged
-from transport.testing.virtual.world import ActorSteps
+from transport.testing.virtual.world import Actor, ActorSteps
 
 NET: Final = (NamespaceType.NET,)
 OTHER_UID: Final = 4242
@@ -254,6 +254,52 @@ def _calls_back(stage: VirtualStage) -> None:
     stage.peer("A", life)
 
 
+def _late_together(stage: VirtualStage) -> None:
+    """Half a frame of each of four, and the rest of all at once; the provider may be slow."""
+
+    def life(peer: VirtualPeer) -> ActorSteps:
+        peer.connect()
+        peer.say(frame_of(AllocationEnded(peer.name))[:3])
+        yield None
+        answer = yield from peer.hear()
+        # Refused, if the rest is late; that it is, the rules see to.
+        assert isinstance(answer, AllocationNotFound | FdPassing), answer
+        peer.close()
+
+    def rest() -> ActorSteps:
+        links = stage.network.links
+        yield lambda: [link.number is not None for link in links] == [True] * 4
+        yield lambda: not stage.world.is_able(stage.program)
+        for peer in stage.peers:
+            if not peer.has_heard_all:
+                peer.say(frame_of(AllocationEnded(peer.name))[3:])
+
+    for name in "ABCD":
+        stage.peer(name, life)
+    stage.world.add(Actor("the rest of all four", rest()))
+
+
+def _half_and_blocked(stage: VirtualStage) -> None:
+    """A peer has said half a frame when it is sent more than it reads, and then says the rest."""
+
+    def life(peer: VirtualPeer) -> ActorSteps:
+        end = frame_of(AllocationEnded("y"))
+        peer.connect()
+        peer.ask("a", NET)
+        for _ in range(ANSWERS_IN_ROOM):
+            peer.end("x")
+        peer.say(end[:3])
+        yield lambda: not stage.world.is_able(stage.program)
+        peer.say(end[3:])
+        yield from peer.pause(7.0)
+        yield from _some(peer, ANSWERS_IN_ROOM + 2)
+        if stage.world.now < 1012.0:
+            assert peer.heard[-1] == AllocationNotFound("y"), peer.heard
+        peer.close()
+
+    stage.peer("A", life)
+
+
 def _slow_reader(stage: VirtualStage) -> None:
     """A peer reads late what it has asked for, and meanwhile it ends."""
 
@@ -474,6 +520,8 @@ LIVES: Final = {
         VirtualLife("shared", _shared),
         VirtualLife("called again", _called_again, {"limits": BOTH}),
         VirtualLife("it calls back", _calls_back),
+        VirtualLife("late together", _late_together),
+        VirtualLife("half a frame, and blocked", _half_and_blocked, {"room": SMALL_ROOM}),
         VirtualLife("a slow reader", _slow_reader, {"room": SMALL_ROOM}),
         VirtualLife("it reads no more", _never_reads, {"room": SMALL_ROOM}),
         VirtualLife("closed while it waits", _closed_while_it_waits, {"room": SMALL_ROOM}),

@@ -215,5 +215,3 @@ class VirtualInspector:
 
     def own(self, kind: NamespaceType) -> NamespaceIdentity | None:
         return None
-
-

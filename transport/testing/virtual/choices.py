@@ -120,7 +120,7 @@ def explore(
     return Explored(runs, choices, is_complete=True)
 
 
-class _Found:
+class _Scripted:
     """A script, and after its run the widths of its choices."""
 
     def __init__(self, choices: ChoiceScript) -> None:
@@ -128,18 +128,18 @@ class _Found:
         self.widths: list[int] = []
 
 
-def _scripts(deviations: int, depth: int) -> Iterator[_Found]:
-    root = _Found(())
+def _scripts(deviations: int, depth: int) -> Iterator[_Scripted]:
+    root = _Scripted(())
     yield root
     level = [root]
     for left in range(deviations, 0, -1):
-        grown: list[_Found] = []
+        grown: list[_Scripted] = []
         for parent in level:
             first = parent.choices[-1][0] + 1 if parent.choices else 0
             widths, parent.widths = parent.widths[:depth], []
             for place in range(first, len(widths)):
                 for option in range(1, widths[place]):
-                    child = _Found((*parent.choices, (place, option)))
+                    child = _Scripted((*parent.choices, (place, option)))
                     yield child
                     if left > 1:
                         grown.append(child)

@@ -29,11 +29,11 @@ from statemachine.messages import (
 from ...request import AsyncConsumer, Consumer, Patience
 from ...request.exchange import Exchange
 from .loop import VirtualLoop
-from .network import Link
+from .network import VirtualConnection
 from .program import VirtualStage
 from .rules import Broken, expect
 
-_EXPIRED: Final = {
+_EXPIRED: Final[dict[type[Any], Timer]] = {
     on.AnswerOverdue: Timer.ANSWER,
     on.NoticeOverdue: Timer.NOTICE,
     on.NoticeDue: Timer.REDIAL,
@@ -116,7 +116,7 @@ class ExchangeRules:
         if link is not None:
             link.due_of_client.append(message)
 
-    def _link(self) -> Link | None:
+    def _link(self) -> VirtualConnection | None:
         channel = self.exchange.channel
         return None if channel is None else self._stage.network.of_client(channel.sock)
 
@@ -310,6 +310,8 @@ class LoopConsumerProgram(ConsumerProgram):
             self._task = self.loop.create_task(work())
             with suppress(asyncio.CancelledError):
                 self.loop.run_until_complete(self._task)
+            left = asyncio.all_tasks(self.loop)
+            expect(not left, f"tasks are left: {left}")
             self.loop.close()
             self.has_ended = True
 

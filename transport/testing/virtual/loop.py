@@ -73,7 +73,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def time(self) -> float:
         return self.world.now
 
-    def call_at(
+    def call_at(  # type: ignore[override]
         self, when: float, callback: Callable[..., object], *args: Any, context: Any = None
     ) -> asyncio.TimerHandle:
         timer = super().call_at(when, callback, *args, context=context)
@@ -88,7 +88,9 @@ class VirtualLoop(asyncio.BaseEventLoop):
             del self.started[key]
         return list(self.started.values())
 
-    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> Any:
+    def run_in_executor(  # type: ignore[override]
+        self, executor: Any, func: Callable[..., Any], *args: Any
+    ) -> Any:
         future: asyncio.Future[Any] = self.create_future()
 
         def settle(result: Any, error: Exception | None) -> None:
@@ -100,12 +102,13 @@ class VirtualLoop(asyncio.BaseEventLoop):
                 future.set_exception(error)
 
         def work() -> None:
+            result, error = None, None
             try:
-                outcome = (func(*args), None)
-            except Exception as error:
-                outcome = (None, error)
+                result = func(*args)
+            except Exception as raised:
+                error = raised
             if not self.is_closed():
-                self.call_soon_threadsafe(settle, *outcome)
+                self.call_soon_threadsafe(settle, result, error)
 
         self.world.start(work, f"{self._name}'s executor", self._program)
         return future
@@ -118,23 +121,31 @@ class VirtualLoop(asyncio.BaseEventLoop):
         with warnings.catch_warnings():
             # What they would do at their end is begun, and not awaited.
             warnings.simplefilter("ignore")
-            tasks: list[Any] = list(asyncio.all_tasks(self))
-            for task in tasks:
-                task._log_destroy_pending = False
-                with suppress(BaseException):
-                    task.get_coro().close()
-            tasks.clear()
+            closed: list[Any] = []
+            while tasks := [t for t in asyncio.all_tasks(self) if t not in closed]:
+                for task in tasks:
+                    self._close_task(task)
+                closed += tasks
             self._ready.clear()
             self._scheduled.clear()
             self.started.clear()
             self.close()
 
+    def _close_task(self, task: Any) -> None:
+        task._log_destroy_pending = False
+        with suppress(BaseException):
+            task.get_coro().close()
+
     # Descriptors.
 
-    def add_reader(self, fd: Any, callback: Callable[..., Any], *args: Any) -> None:
+    def add_reader(  # type: ignore[override]
+        self, fd: Any, callback: Callable[..., Any], *args: Any
+    ) -> None:
         self._watch(fd, select.POLLIN, callback, args)
 
-    def add_writer(self, fd: Any, callback: Callable[..., Any], *args: Any) -> None:
+    def add_writer(  # type: ignore[override]
+        self, fd: Any, callback: Callable[..., Any], *args: Any
+    ) -> None:
         self._watch(fd, select.POLLOUT, callback, args)
 
     def remove_reader(self, fd: Any) -> bool:

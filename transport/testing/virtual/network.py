@@ -24,7 +24,7 @@ from .world import VirtualWorld
 _UCRED = struct.Struct("iII")
 
 
-class Stream:
+class FrameStream:
     """One direction of a connection, cut into frames."""
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Stream:
         return bodies
 
 
-class Link:
+class VirtualConnection:
     """A connection, as seen from outside."""
 
     def __init__(self, who: str, uid: int, client: socket.socket) -> None:
@@ -58,9 +58,9 @@ class Link:
         """The provider's end, once it is accepted."""
         self.number: int | None = None
         """What the provider calls it."""
-        self.said = Stream()
-        self.read = Stream()
-        self.sent = Stream()
+        self.said = FrameStream()
+        self.read = FrameStream()
+        self.sent = FrameStream()
         self.said_messages: list[Message] = []
         """What its client has said whole."""
         self.sent_messages: list[Message] = []
@@ -69,7 +69,7 @@ class Link:
         """What its client's kernel has decided to say."""
         self.fed = 0
         """How many of the provider's messages its client's kernels have been fed."""
-        self.left_before: list[Link] = []
+        self.left_before: list[VirtualConnection] = []
         """The connections of the same client that it had closed before."""
         self.unfed: deque[Message | None] = deque()
         """What the provider has read whole and not fed to its kernel; None: no message."""
@@ -86,10 +86,10 @@ class Link:
 class WireRules(Protocol):
     """Told of what a provider does with its sockets."""
 
-    def note_said(self, link: Link) -> None: ...
-    def note_read(self, link: Link) -> None: ...
-    def note_leaving(self, link: Link, inodes: list[int]) -> None: ...
-    def note_sent(self, link: Link, message: Message) -> None: ...
+    def note_said(self, link: VirtualConnection) -> None: ...
+    def note_read(self, link: VirtualConnection) -> None: ...
+    def note_leaving(self, link: VirtualConnection, inodes: list[int]) -> None: ...
+    def note_sent(self, link: VirtualConnection, message: Message) -> None: ...
 
 
 class VirtualNetwork:
@@ -104,7 +104,7 @@ class VirtualNetwork:
 
     def __init__(self, world: VirtualWorld, *, cuts: bool = False, room: int | None = None) -> None:
         self.rules: WireRules | None = None
-        self.links: list[Link] = []
+        self.links: list[VirtualConnection] = []
         self.uids: dict[str, int] = {}
         """Whose each client is; by default this process's."""
         self.who = ""
@@ -112,17 +112,17 @@ class VirtualNetwork:
         self._world = world
         self._cuts = cuts
         self._room = room
-        self._waiting: deque[Link] = deque()
-        self._clients: dict[socket.socket, Link] = {}
-        self._served: dict[socket.socket, Link] = {}
+        self._waiting: deque[VirtualConnection] = deque()
+        self._clients: dict[socket.socket, VirtualConnection] = {}
+        self._served: dict[socket.socket, VirtualConnection] = {}
         self._full: set[socket.socket] = set()
         world.after_step.append(self._full.clear)
 
-    def of_served(self, sock: socket.socket) -> Link:
+    def of_served(self, sock: socket.socket) -> VirtualConnection:
         """Find the connection of a provider's socket."""
         return self._served[sock]
 
-    def of_client(self, sock: socket.socket) -> Link:
+    def of_client(self, sock: socket.socket) -> VirtualConnection:
         """Find the connection of a client's socket."""
         return self._clients[sock]
 
@@ -147,7 +147,7 @@ class VirtualNetwork:
         function(*args)
         running = self._world.running
         who = self.who or (running.name if running is not None else "?")
-        link = Link(who, self.uids.get(who, os.geteuid()), sock)
+        link = VirtualConnection(who, self.uids.get(who, os.geteuid()), sock)
         link.left_before += [each for each in self.links if each.who == who and each.has_left]
         self.links.append(link)
         self._waiting.append(link)

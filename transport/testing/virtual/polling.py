@@ -32,4 +32,3 @@ class _VirtualPoll:
             until = None if timeout_ms is None else self._world.now + timeout_ms / 1000.0
             self._world.switch("polls", lambda: bool(self._poll.poll(0)), lambda: until)
         return self._poll.poll(0)
-

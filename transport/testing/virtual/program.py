@@ -1,8 +1,7 @@
-"""A provider's program and its peers in a virtual world: started, stopped, killed, started again."""
+"""A provider's program and its peers in a virtual world: started, stopped, and killed."""
 
 from __future__ import annotations
 
-import asyncio
 import os
 import socket
 from collections.abc import Callable, Generator, Iterator
@@ -22,7 +21,7 @@ from ..peer import frame_of
 from .backend import VirtualBackend
 from .choices import Scheduler
 from .loop import VirtualLoop
-from .network import Link, VirtualNetwork
+from .network import VirtualConnection, VirtualNetwork
 from .polling import VirtualSelect
 from .rules import ProviderRules, expect
 from .threads import VirtualThreading, replaced
@@ -241,7 +240,7 @@ class VirtualPeer:
         self._uid = uid
 
     @property
-    def link(self) -> Link:
+    def link(self) -> VirtualConnection:
         return next(link for link in reversed(self.stage.network.links) if link.who == self.name)
 
     def connect(self) -> bool:
@@ -262,8 +261,9 @@ class VirtualPeer:
         return True
 
     def say(self, what: Message | bytes) -> None:
-        """Say something, as far as the provider still takes it."""
-        assert self._channel is not None
+        """Say something, as far as the provider still takes it; nothing if it is closed."""
+        if self._channel is None:
+            return
         data = what if isinstance(what, bytes) else frame_of(what)
         with suppress(BrokenPipeError, ConnectionResetError):
             send_once(self._channel.sock, data)

@@ -30,7 +30,7 @@ from ...serve import Provider, Spans
 from ...serve.timers import RETRY_FIRST_S, RETRY_MAX_S
 from .backend import VirtualBackend
 from .loop import Firing, VirtualLoop
-from .network import Link, VirtualNetwork
+from .network import VirtualConnection, VirtualNetwork
 from .world import VirtualWorld
 
 OTHERS_MAX: Final = 12
@@ -62,7 +62,7 @@ P = ParamSpec("P")
 def _noted(check: Callable[Concatenate[R, P], None]) -> Callable[Concatenate[R, P], None]:
     """Let what is found end the run, also where the caller takes it for a failure of its own."""
 
-    def noting(rules: R, *args: P.args, **kwargs: P.kwargs) -> None:
+    def noting(rules: R, /, *args: P.args, **kwargs: P.kwargs) -> None:
         try:
             check(rules, *args, **kwargs)
         except Broken as error:
@@ -72,10 +72,10 @@ def _noted(check: Callable[Concatenate[R, P], None]) -> Callable[Concatenate[R, 
     return noting
 
 
-class _Served:
+class FollowedConnection:
     """What is due on a connection that the provider has told its kernel of."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: VirtualConnection) -> None:
         self.link = link
         self.due: deque[Effect] = deque()
         """What is to be sent, in order."""
@@ -132,7 +132,7 @@ class ProviderRules:
         self.is_stopping = False
         self.world, self._loop, self._network = world, loop, network
         self._backend, self._spans = backend, spans
-        self._served: dict[int, _Served] = {}
+        self._served: dict[int, FollowedConnection] = {}
         self._asked: defaultdict[str, deque[str]] = defaultdict(deque)
         """Of each allocation, the work that was asked for and has not begun."""
         self._doing: dict[str, str] = {}
@@ -147,6 +147,8 @@ class ProviderRules:
         self._sightings: Counter[tuple[str, Sighting]] = Counter()
         self._starting: deque[do.StartTimer] = deque()
         self._tries: Counter[str] = Counter()
+        self._suspects: deque[FollowedConnection] = deque()
+        """Those whose time to read is over."""
         loop.on_timer, loop.on_fire = self._note_timer, self._note_firing
         world.after_step.append(self._check_step)
         world.at_rest.append(self._check_rest)
@@ -199,7 +201,7 @@ class ProviderRules:
         expect(link.number is None, f"{link} is opened again as {event.connection}")
         expect(link.uid == event.uid, f"{link} is of user {link.uid}, not {event.uid}")
         link.number = event.connection
-        self._served[event.connection] = _Served(link)
+        self._served[event.connection] = FollowedConnection(link)
 
     def _message(self, event: on.RequestReceived | on.EndReceived) -> None:
         served = self._of(event)
@@ -226,6 +228,8 @@ class ProviderRules:
     def _rejected(self, event: on.FrameRejected) -> None:
         link = self._of(event).link
         is_slow = self._fires("ServedConnection._reject_slow")
+        is_whole = is_slow and link.said.count > link.read.count
+        expect(not is_whole, f"{link} has said the whole frame, and is refused: {event.reason}")
         is_none = bool(link.unfed) and not isinstance(
             link.unfed[0], NamespaceRequest | AllocationEnded
         )
@@ -303,7 +307,7 @@ class ProviderRules:
         is_so = is_so and self._fires("Timers.expire")
         expect(is_so, f"{event}, and no timer of that has run out")
 
-    def _of(self, event: Any) -> _Served:
+    def _of(self, event: Any) -> FollowedConnection:
         served = self._served.get(event.connection)
         expect(served is not None, f"{event}: the connection is lost")
         assert served is not None
@@ -338,14 +342,14 @@ class ProviderRules:
 
     # --- What is sent ----------------------------------------------------------------------------
 
-    def note_said(self, link: Link) -> None:
+    def note_said(self, link: VirtualConnection) -> None:
         """A client has said something."""
 
-    def note_read(self, link: Link) -> None:
+    def note_read(self, link: VirtualConnection) -> None:
         """The provider has read something."""
 
     @_noted
-    def note_leaving(self, link: Link, inodes: list[int]) -> None:
+    def note_leaving(self, link: VirtualConnection, inodes: list[int]) -> None:
         """The first byte of a frame leaves, with these descriptors."""
         expect(not self._unrecorded, f"the end of {self._unrecorded} is not recorded yet")
         if link.number is None:
@@ -366,7 +370,7 @@ class ProviderRules:
         expect(inodes == self._backend.identities_of(name), f"{link}: descriptors of another")
 
     @_noted
-    def note_sent(self, link: Link, message: Message) -> None:
+    def note_sent(self, link: VirtualConnection, message: Message) -> None:
         """A frame has left whole."""
         self.world.story.append(f"        to {link}: {message}")
         if link.number is None:
@@ -379,8 +383,8 @@ class ProviderRules:
     def _is_answer(self, effect: Effect, message: Message) -> bool:
         match effect:
             case do.Refuse(error=error):
-                is_same = isinstance(message, type(error)) and isinstance(message, NamespaceError)
-                return is_same and message.text[:99] == error.text[:99]
+                is_same = isinstance(message, NamespaceError) and type(message) is type(error)
+                return is_same and getattr(message, "text", "")[:99] == error.text[:99]
             case do.AnnounceEnd(allocation_id=name):
                 return message == AllocationEnded(name)
             case do.HandOver(response=response):
@@ -463,7 +467,7 @@ class ProviderRules:
     def _image_timer(self, _: asyncio.TimerHandle, span_s: float) -> None:
         expect(span_s == self._spans.image_s, f"an image has {span_s:g} s")
 
-    def _connection_of(self, timer: asyncio.TimerHandle) -> _Served:
+    def _connection_of(self, timer: asyncio.TimerHandle) -> FollowedConnection:
         served = self._served.get(owner_of(timer).number)
         expect(served is not None, f"{timer} is of a connection that is lost")
         assert served is not None
@@ -476,13 +480,13 @@ class ProviderRules:
         if kind == "ServedConnection._reject_slow":
             served = self._connection_of(timer)
             self._check_frame_timer(served)
-        elif kind == "ServedConnection._close_write":
+        elif kind == "ServedConnection._close_slow":
             served = self._connection_of(timer)
             since = served.blocked_since
             latest = self.world.now - self._spans.unread_s + 1e-6
             is_slow = since is not None and since <= latest
             expect(is_slow, f"{served.link} reads, and is given up")
-            served.is_given_up = True
+            self._suspects.append(served)
         elif kind == "BackendWork._give_up":
             self._had_no_turn = _is_waiting(_arguments(timer)[0])
         elif kind == "ServedConnection.drop":
@@ -503,6 +507,8 @@ class ProviderRules:
             running == self.model.timers,
             f"timers that run: {_named(running)}; that should: {_named(self.model.timers)}",
         )
+        while self._suspects:
+            self._check_given_up(self._suspects.popleft())
         for served in self._served.values():
             self._check_frame_timer(served)
             if not self._is_blocked(served):
@@ -510,7 +516,16 @@ class ProviderRules:
             elif served.blocked_since is None:
                 served.blocked_since = self.world.now
 
-    def _check_frame_timer(self, served: _Served) -> None:
+    def _check_given_up(self, served: FollowedConnection) -> None:
+        connection = self.provider._connections.get(served.number)
+        if connection is None or not connection.write_closed:
+            return
+        served.is_given_up = True
+        client = served.link.client
+        waits = served.link.has_left or _has_news(client)
+        expect(waits, f"{served.link} has read all it was sent, and is given up")
+
+    def _check_frame_timer(self, served: FollowedConnection) -> None:
         if served.frame_timer is None:
             return
         timer, count = served.frame_timer
@@ -522,7 +537,7 @@ class ProviderRules:
         is_of_it = is_of_it or bool(served.link.unfed)
         expect(is_of_it, f"{served.link}: the deadline of a frame runs on for the next")
 
-    def _is_blocked(self, served: _Served) -> bool:
+    def _is_blocked(self, served: FollowedConnection) -> bool:
         assert served.link.number is not None
         connection = self.provider._connections.get(served.link.number)
         return connection is not None and connection.is_blocked
@@ -544,9 +559,10 @@ class ProviderRules:
         }
         expect(not idle or self.is_stopping, f"{idle} is not begun")
 
-    def _check_served_at_rest(self, served: _Served) -> None:
+    def _check_served_at_rest(self, served: FollowedConnection) -> None:
         link = served.link
-        assert link.number is not None and link.served is not None
+        assert link.number is not None
+        assert link.served is not None
         connection = self.provider._connections.get(link.number)
         assert connection is not None
         expect(not any(served.unreported.values()), f"{link}: {served.unreported} is not reported")
@@ -632,7 +648,7 @@ _EFFECTS: Final[dict[type[Any], Callable[[ProviderRules, Any], None]]] = {
 _TIMERS: Final[dict[str, Callable[[ProviderRules, asyncio.TimerHandle, float], None]]] = {
     "Timers.expire": ProviderRules._kernel_timer,
     "ServedConnection._reject_slow": ProviderRules._frame_timer,
-    "ServedConnection._close_write": ProviderRules._unread_timer,
+    "ServedConnection._close_slow": ProviderRules._unread_timer,
     "ServedConnection.drop": ProviderRules._linger_timer,
     "BackendWork._give_up": ProviderRules._image_timer,
 }

@@ -112,4 +112,3 @@ class VirtualCondition:
 
     def notify_all(self) -> None:
         self.notify(len(self._waiting))
-

@@ -152,9 +152,7 @@ class VirtualWorld:
 
     # --- For the run -----------------------------------------------------------------------------
 
-    def start(
-        self, body: Callable[[], object], name: str, program: object = None
-    ) -> VirtualThread:
+    def start(self, body: Callable[[], object], name: str, program: object = None) -> VirtualThread:
         """Have a thread run, in steps."""
         thread = VirtualThread(self, body, name, program)
         self.threads.append(thread)
