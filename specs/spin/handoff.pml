@@ -35,7 +35,7 @@
  * Changed after it was compared with the kernel, each time in favour of a text that had been overlooked or is not in
  * the chapters:
  *   - A hand-over is reported before ReleaseOverdue as well, and not only before the release: a rule for drivers in
- *     the docstring of HandOver, which no chapter has. Without it a holder can be told twice, or not while it drains.
+ *     the docstring of HandOver, which no chapter had (now END-24). Without it a holder can be told twice, or not while it drains.
  *   - The readiness timer stops with the last held message: else one that comes later waits for less than LIFE-14 says.
  *   - What a closed connection has sent before is still processed until its loss is reported (PEER-6).
  *   - What is adopted is what chapter 7's table adopts: a journal's entry is never found to be of nothing at all.

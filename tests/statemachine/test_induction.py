@@ -259,6 +259,7 @@ def test_what_breaks_an_invariant_in_the_proof_breaks_it_in_a_kernel(
         ).explore()
 
 
+@pytest.mark.clause("END-24")
 def test_a_hand_over_that_is_reported_too_late_makes_the_end_be_pushed_twice() -> None:
     """Why `HandOver` says when to report it; the proof needs it in the same two places."""
     request = NamespaceRequest("a", (NamespaceType.NET,))

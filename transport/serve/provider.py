@@ -272,7 +272,7 @@ class Provider:
             _log.exception("recording the hand-off of %s failed", effect.allocation_id)
 
     def _hand_over(self, effect: do.HandOver) -> None:
-        # Keeps FD-13.
+        # Keeps FD-13, END-24.
         connection = self._connections.get(effect.connection)
         if connection is None:
             return
