@@ -45,6 +45,8 @@ class VirtualLife:
     world: dict[str, Any] = field(default_factory=dict)
     """For `VirtualStage`."""
     is_start_chosen: bool = False
+    orders: int | None = None
+    """How many of the orders with one preemption a run of the tests tries; None for all."""
 
     def run(self, scheduler: Scheduler) -> VirtualStage:
         """
@@ -504,6 +506,11 @@ ANSWERS_IN_ROOM: Final = _answers_in_room()
 BOTH: Final = Limits(frozenset({os.geteuid(), OTHER_UID}))
 QUICK: Final = Spans(partial_frame_s=5.0, unread_s=30.0, linger_s=1.0, empty_grace_s=0.5)
 
+
+def _of_consumers(name: str, prepare: Callable[[VirtualStage], None]) -> VirtualLife:
+    return VirtualLife(name, prepare, orders=70)
+
+
 LIVES: Final = {
     life.name: life
     for life in (
@@ -531,15 +538,15 @@ LIVES: Final = {
         VirtualLife("stopped", _stopped, is_start_chosen=True),
         VirtualLife("killed", _killed, is_start_chosen=True),
         # Consumers' own drivers.
-        VirtualLife("a consumer blocks", consumers.blocks),
-        VirtualLife("a consumer loops", consumers.loops),
-        VirtualLife("consumers of both kinds", consumers.both),
-        VirtualLife("consumers, and a kill", consumers.both_and_a_kill),
-        VirtualLife("it blocks, and is killed", consumers.blocks_and_is_killed),
-        VirtualLife("it loops, and is killed", consumers.loops_and_is_killed),
-        VirtualLife("it blocks, and is cancelled", consumers.blocks_and_is_cancelled),
-        VirtualLife("it loops, and is cancelled", consumers.loops_and_is_cancelled),
-        VirtualLife("a connection is kept", consumers.keeps),
-        VirtualLife("impatient", consumers.impatient),
+        _of_consumers("a consumer blocks", consumers.blocks),
+        _of_consumers("a consumer loops", consumers.loops),
+        _of_consumers("consumers of both kinds", consumers.both),
+        _of_consumers("consumers, and a kill", consumers.both_and_a_kill),
+        _of_consumers("it blocks, and is killed", consumers.blocks_and_is_killed),
+        _of_consumers("it loops, and is killed", consumers.loops_and_is_killed),
+        _of_consumers("it blocks, and is cancelled", consumers.blocks_and_is_cancelled),
+        _of_consumers("it loops, and is cancelled", consumers.loops_and_is_cancelled),
+        _of_consumers("a connection is kept", consumers.keeps),
+        _of_consumers("impatient", consumers.impatient),
     )
 }

@@ -8,6 +8,7 @@ passes when nothing else is left to do, or when the scheduler says so.
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Generator
 from typing import Any, Final, TypeAlias
@@ -76,8 +77,11 @@ class VirtualThread:
         try:
             if not self.is_ended:
                 self._body()
-        except Ended:
-            pass
+        except Ended as ended:
+            with warnings.catch_warnings():
+                # What it had in hand goes with it, as when a program is killed.
+                warnings.simplefilter("ignore", ResourceWarning)
+                ended.__context__ = ended.__traceback__ = None
         except BaseException as error:
             self._world.fail(error)
         self.is_done = True
