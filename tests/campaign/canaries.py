@@ -880,6 +880,30 @@ CANARIES: Final = (
         "        if queue[0] is job:\n            self._begin(job)\n",
         "        self._begin(queue[0])\n",
     ),
+    _bug(
+        "a frame is refused as late whose rest has come and is not read",
+        "found in a virtual world: nothing is read from a peer whose answers wait",
+        _virtual("half a frame, and blocked"),
+        _PEERS,
+        "        if self.is_blocked:\n            self._frame_deadline = None\n        elif",
+        "        if",
+    ),
+    _bug(
+        "a consumer waits for the confirmation of an end as long as between two calls",
+        "what survived the tests of before: a timer with another timer's length",
+        _virtual("a consumer loops"),
+        _EXCHANGE,
+        "        is_redial = effect.timer is Timer.REDIAL\n",
+        "        is_redial = effect.timer is not Timer.ANSWER\n",
+    ),
+    _bug(
+        "the time for an answer runs on when the answer has come",
+        "a timer that is not stopped",
+        _virtual("a consumer loops"),
+        _EXCHANGE,
+        "        self.deadlines.pop(effect.timer, None)\n",
+        "",
+    ),
     # --- This node -----------------------------------------------------------------------------
     _bug(
         "a cgroup that was not used yet is over",

@@ -364,15 +364,15 @@ def _closed_while_it_waits(stage: VirtualStage) -> None:
 
     def life(peer: VirtualPeer) -> ActorSteps:
         peer.connect()
-        for _ in range(8):
+        for _ in range(ANSWERS_IN_ROOM):
             peer.end("x")
         peer.say(bytes(4))
         yield None
         yield lambda: not stage.world.is_able(stage.program)
         yield from peer.hear_all()
         # Unless it has read so late that it was given up.
-        if stage.world.now < 1030.0:
-            assert len(peer.heard) == 9, peer.heard
+        if stage.world.now < 1001.0:
+            assert len(peer.heard) == ANSWERS_IN_ROOM + 1, peer.heard
             assert isinstance(peer.heard[-1], FdPassing), peer.heard
         peer.close()
 
