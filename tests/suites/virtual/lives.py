@@ -310,13 +310,14 @@ def _slow_reader(stage: VirtualStage) -> None:
         for _ in range(ANSWERS_IN_ROOM):
             peer.end("x")
         peer.ask("a", NET)
-        yield lambda: stage.peers[1].heard[-1:] == [AllocationEnded("a")]
+        yield lambda: bool(stage.peers[1].heard)
         yield from _some(peer, ANSWERS_IN_ROOM + 1)
         peer.close()
 
     def quick(peer: VirtualPeer) -> ActorSteps:
         peer.connect()
-        yield lambda: "a" in stage.backend.made
+        # Or it is over already, because the other was given up in the meantime.
+        yield lambda: "a" in stage.backend.made or "a" in stage.backend.remembered
         peer.end("a")
         yield None
         assert (yield from peer.hear()) == AllocationEnded("a"), peer.heard
