@@ -66,6 +66,7 @@ ARGUMENTS: Final[dict[str, Any]] = {
     "number": errno.EPERM,
     "path": Path("/run/x"),
     "reason": "why",
+    "replay": "again",
     "script": (),
     "state": "unknown",
     "step": "mounting",

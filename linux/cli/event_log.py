@@ -18,7 +18,7 @@ from statemachine.states import AllocationState
 
 _UNKNOWN: Final = AllocationState.UNKNOWN
 
-_Line: TypeAlias = tuple[str, Mapping[str, Any]]
+_EventRecord: TypeAlias = tuple[str, Mapping[str, Any]]
 """The name of an event, and its fields."""
 
 
@@ -36,7 +36,7 @@ class EventLog:
 
     kernel: ProviderKernel
 
-    def __init__(self, tell: Callable[[Callable[[], _Line]], None]) -> None:
+    def __init__(self, tell: Callable[[Callable[[], _EventRecord]], None]) -> None:
         self._tell: Final = tell
         self._states: dict[str, AllocationState] = {}
         self._delays: dict[str, str] = {}
@@ -80,7 +80,7 @@ def _record_of(
     effects: tuple[Effect, ...],
     name: str,
     states: tuple[AllocationState, AllocationState] | None,
-) -> _Line:
+) -> _EventRecord:
     fields: dict[str, Any] = {"allocation_id": name} if name else {}
     if states is not None:
         before, after = states

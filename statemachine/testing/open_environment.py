@@ -110,7 +110,7 @@ def search(environment: OpenEnvironment) -> Reached:
     Raises:
         AssertionError: a kernel made a second set of namespaces for a name.
     """
-    found, start = Reached(environment), _start(environment)
+    found, start = Reached(environment), first_state(environment)
     found.before[line_of(environment, start)] = None
     level = [start]
     while level:
@@ -134,7 +134,7 @@ def search_all(environment: OpenEnvironment) -> Reached:
     Raises:
         AssertionError: two states of one line are followed by different lines, or as `search`.
     """
-    found, start = Reached(environment), _start(environment)
+    found, start = Reached(environment), first_state(environment)
     found.before[line_of(environment, start)] = None
     met, level = {start}, [start]
     followed: dict[str, frozenset[str]] = {}
@@ -159,7 +159,7 @@ def search_all(environment: OpenEnvironment) -> Reached:
     return found
 
 
-def _start(environment: OpenEnvironment) -> OpenState:
+def first_state(environment: OpenEnvironment) -> OpenState:
     kernel = ProviderKernel(environment.limits)
     if not environment.readiness:
         kernel.receive(on.ProviderReady())
@@ -215,22 +215,22 @@ def _steps(
 ) -> Iterator[tuple[ProviderInput | None, OpenState]]:
     kernel = ProviderKernel.restore(state.kernel, environment.limits)
     for event in events:
-        if not _may_be(environment, state, event):
+        if not may_be(environment, state, event):
             continue
         try:
             effects = kernel.receive(event)
         except LocalProtocolError:
             continue  # Nothing has changed: `lockstep` looks after that.
-        yield event, _after(kernel, state, event, effects)
+        yield event, after_event(kernel, state, event, effects)
         kernel = ProviderKernel.restore(state.kernel, environment.limits)
     if environment.crash:
-        yield None, _after_crash(environment, state)
+        yield None, after_crash(environment, state)
 
 
 # --- What an environment keeps to ----------------------------------------------------------------
 
 
-def _may_be(environment: OpenEnvironment, state: OpenState, event: ProviderInput) -> bool:
+def may_be(environment: OpenEnvironment, state: OpenState, event: ProviderInput) -> bool:
     """Say whether the environment may feed an event: the rules that no row or guard has."""
     match event:
         case on.RequestReceived() | on.EndReceived() | on.FrameRejected():
@@ -277,7 +277,7 @@ def _may_adopt(
     return left.state in states[type(event)] and left.request == event.request
 
 
-def _after(
+def after_event(
     kernel: ProviderKernel, state: OpenState, event: ProviderInput, effects: tuple[Effect, ...]
 ) -> OpenState:
     unreported, left = list(state.unreported), state.left
@@ -298,7 +298,7 @@ def _after(
     return OpenState(kernel.snapshot(), tuple(sorted(unreported)), left)
 
 
-def _after_crash(environment: OpenEnvironment, state: OpenState) -> OpenState:
+def after_crash(environment: OpenEnvironment, state: OpenState) -> OpenState:
     left = dict(state.left)
     for allocation in state.kernel.allocations:
         has_ended = allocation.state is AllocationState.ENDED

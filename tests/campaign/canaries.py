@@ -570,7 +570,7 @@ CANARIES: Final = (
         "a queue before a thread is quickly written, and its bound forgotten",
         _sinks("test_full_pipe_blocks_no_writer_and_its_losses_are_told_in_their_place"),
         "linux/sinks.py",
-        "if self._bytes and self._bytes + len(line) > QUEUE_BYTES_MAX:",
+        "if self._bytes and self._bytes + size > QUEUE_BYTES_MAX:",
         "if False:",
     ),
     _bug(
@@ -1069,7 +1069,7 @@ CANARIES: Final = (
         "it had removed the file, if it had been stopped",
         _serve("test_readiness_of_a_killed_provider_is_withdrawn_before_the_next_one_serves"),
         "linux/cli/serve.py",
-        "    readiness.withdraw()  # that of a provider that was killed\n",
+        "    readiness.clear()  # that of a provider that was killed\n",
         "",
     ),
     _bug(

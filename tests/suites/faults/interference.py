@@ -66,13 +66,13 @@ _SYS_CLONE3: Final = 435
 _libc: Final = ctypes.PyDLL(None, use_errno=True)
 
 
-class Violation(AssertionError):
+class InterferenceFound(AssertionError):
     """Something of a stranger was killed, removed, opened, answered or changed."""
 
 
 def expect(is_so: object, what: str) -> None:
     if not is_so:
-        raise Violation(what)
+        raise InterferenceFound(what)
 
 
 class Stranger(ABC):
@@ -87,7 +87,7 @@ class Stranger(ABC):
         """Remove what is the stranger's."""
 
 
-class Process(Stranger):
+class StrangersProcess(Stranger):
     """A process that has nothing to do with any allocation."""
 
     def __init__(self, cgroup: Path | None = None, *, is_spared: bool = True) -> None:
@@ -136,7 +136,7 @@ class Directory(Stranger):
             os.setxattr(path, name, text)
         if not has_process:
             (path / "stranger").mkdir()  # so that it cannot be removed by rmdir(2) alone
-        self._process = Process(path) if has_process else None
+        self._process = StrangersProcess(path) if has_process else None
         self._inode = path.stat().st_ino
         self._mode = path.stat().st_mode
 
@@ -172,7 +172,7 @@ class Stamp(Stranger):
             os.setxattr(path, OWNER_ATTRIBUTE, stamp)
         else:
             os.removexattr(path, OWNER_ATTRIBUTE)
-        self._process = Process(path, is_spared=is_spared)
+        self._process = StrangersProcess(path, is_spared=is_spared)
         self._inode = path.stat().st_ino
         self._is_spared = is_spared
 
@@ -243,7 +243,7 @@ class Gone(Stranger):
 
 # --- The acts -------------------------------------------------------------------------------------
 
-Act = Callable[["FaultSetup", str], Stranger | None]
+InterferenceAct = Callable[["FaultSetup", str], Stranger | None]
 """Is given the stage and the name of the life; None: there is nothing that it could be done to."""
 
 
@@ -260,14 +260,14 @@ def reuse_number(stage: FaultSetup, name: str) -> Stranger | None:
 def enter(stage: FaultSetup, name: str) -> Stranger | None:
     """A stranger's process enters the scope, and stays."""
     for path in _scopes(stage, name):
-        return Process(path, is_spared=False)
+        return StrangersProcess(path, is_spared=False)
     return None
 
 
 def pass_through(stage: FaultSetup, name: str) -> Stranger | None:
     """A stranger's process enters the scope and leaves it again."""
     for path in _scopes(stage, name):
-        process = Process(path)
+        process = StrangersProcess(path)
         process.move(path.parent.parent if path.parent.name == WORKLOAD_SLICE else path.parent)
         return process
     return None
@@ -389,7 +389,7 @@ def keep_signalling(stage: FaultSetup, name: str) -> Stranger | None:
     return Gone()
 
 
-ANYWHERE: Final[dict[str, Act]] = {
+ANYWHERE: Final[dict[str, InterferenceAct]] = {
     "stranger listens": listen_there,
     "file for the socket": put_file_there,
     "other start lock": replace_start_lock,
@@ -403,7 +403,7 @@ ANYWHERE: Final[dict[str, Act]] = {
 }
 """What can be done on any backend."""
 
-ON_LINUX: Final[dict[str, Act]] = {
+ON_LINUX: Final[dict[str, InterferenceAct]] = {
     "number reused": reuse_number,
     "entered": enter,
     "passed through": pass_through,

@@ -11,6 +11,8 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple, TypeAlias
 
+from statemachine.errors import Copyable
+
 ChoiceScript: TypeAlias = tuple[tuple[int, int], ...]
 """Place and option of every choice that is not the default, in order."""
 
@@ -69,12 +71,13 @@ class Explored(NamedTuple):
     """Whether everything within the bounds was run."""
 
 
-class BrokenRun(AssertionError):
+class BrokenRun(Copyable, AssertionError):
     """A run that found something, shrunk."""
 
     def __init__(self, script: ChoiceScript, finding: BaseException, replay: str) -> None:
         self.script = script
         self.finding = finding
+        self.replay = replay
         super().__init__(f"{finding}\nAgain: {replay}")
 
 
