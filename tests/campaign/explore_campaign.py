@@ -44,7 +44,7 @@ def _outcome(name: str, space: Space, result: Result, seconds: float) -> Outcome
     return Outcome(
         discoveries=[Discovery(f"{name} is smaller than it was", AGAIN)] if is_short else [],
         figures={
-            "states": result.states,
+            "worlds": result.states,
             "moves": result.moves,
             "kernel steps": result.kernel_steps,
             "spaces": 1,
@@ -54,10 +54,10 @@ def _outcome(name: str, space: Space, result: Result, seconds: float) -> Outcome
         rows=[
             {
                 "space": name,
-                "states": f"{result.states:,}",
+                "worlds": f"{result.states:,}",
                 "moves": f"{result.moves:,}",
                 "seconds": f"{seconds:.1f}",
-                "states a second": f"{result.states / seconds:,.0f}",
+                "worlds a second": f"{result.states / seconds:,.0f}",
                 "complete": "yes" if result.is_complete else "no",
                 "kernel steps": f"{result.kernel_steps:,}",
             }

@@ -291,8 +291,8 @@ def _rated(part: Part, goals: Callable[[str], float | None], *columns: str) -> l
 
 
 def _explore(part: Part) -> Iterable[str]:
-    these = _rated(part, lambda _: STATES_A_SECOND, "states/s", "a second", "per second")
-    return _bars("states a second", these, "Distinct states a second, by space.")
+    these = _rated(part, lambda _: STATES_A_SECOND, "worlds/s", "a second", "per second")
+    return _bars("worlds a second", these, "Distinct worlds a second, by space.")
 
 
 def _rates(part: Part) -> Iterable[str]:

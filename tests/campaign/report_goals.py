@@ -2,7 +2,9 @@
 
 A figure is looked for where its part shows it, and one that is not there was not measured:
 
-    explore       rows: space, states, moves, seconds, states a second, complete
+    explore       rows: space, worlds, moves, seconds, worlds a second, complete
+    open          figures: kernel snapshots, kernel steps
+    virtual       figures: orders of steps
     faults        figures: single faults, single faults there are, pairs
                   rows: call, outcomes ("served x 3, refused x 5")
     differential  figures: programs, of each family
@@ -24,6 +26,9 @@ RATES_A_SECOND: Final = {"events through the kernel": 100_000.0, "trace events c
 STATES: Final = 200_000
 STATES_S: Final = 60.0
 STATES_A_SECOND: Final = STATES / STATES_S
+SNAPSHOTS: Final = 50_000
+STEPS: Final = 500_000
+ORDERS: Final = 5_000
 PAIRS: Final = 50_000
 PROGRAMS: Final = 100_000
 CODE_MUTANTS_SHARE: Final = 0.98
@@ -58,11 +63,16 @@ class Goal:
 def goals_of(summary: Summary) -> list[Goal]:
     """Hold a campaign to every goal, in the order in which they are read."""
     explore = summary.parts.get("explore", Part("explore"))
+    open_ = summary.parts.get("open", Part("open"))
+    virtual = summary.parts.get("virtual", Part("virtual"))
     faults = summary.parts.get("faults", Part("faults"))
     mutants = summary.parts.get("mutants", Part("mutants"))
     return [
         _states_in_time(explore),
         _full_space(explore),
+        _at_least(open_, "distinct kernel snapshots, beside the model", ("snapshots",), SNAPSHOTS),
+        _at_least(open_, "distinct kernel steps, beside the model", ("steps",), STEPS),
+        _at_least(virtual, "orders of drivers' steps", ("orders",), ORDERS),
         *_rates(summary.parts.get("rates", Part("rates"))),
         *_cells(summary),
         _single_faults(faults),
@@ -156,11 +166,14 @@ def _code_mutants(mutants: Part) -> Goal:
 
 
 def _states_in_time(explore: Part) -> Goal:
-    name, goal = "distinct states of the kernels, in lock-step", f"≥ {STATES:,} in ≤ {STATES_S:g} s"
+    name, goal = (
+        "distinct worlds: kernels, connections and node",
+        f"≥ {STATES:,} in ≤ {STATES_S:g} s",
+    )
     rates = [
         (states / seconds, states, seconds, label_of(row))
         for row in explore.rows
-        if (states := column(row, "states")) and (seconds := column(row, "seconds"))
+        if (states := column(row, "worlds")) and (seconds := column(row, "seconds"))
     ]
     if not rates:
         return _judge(name, goal, "", None)
@@ -180,9 +193,9 @@ def _full_space(explore: Part) -> Goal:
     rows = [row for row in explore.rows if all(word in label_of(row) for word in words)]
     if not rows:
         return _judge(name, "finished", "", None)
-    largest = max(rows, key=lambda row: column(row, "states") or 0.0)
+    largest = max(rows, key=lambda row: column(row, "worlds") or 0.0)
     is_whole = all(row.get("complete") == "yes" for row in rows)
-    reached = f"{largest.get('states')} states, {largest.get('moves')} moves: {label_of(largest)}"
+    reached = f"{largest.get('worlds')} worlds, {largest.get('moves')} moves: {label_of(largest)}"
     return _judge(name, "finished", reached, is_whole)
 
 

@@ -45,10 +45,10 @@ def outcomes() -> list[Done]:
             del cells[" ".join(MISSED)]
         rows = [{"adapter": adapter, "steps": "1,000"}]
         done.append(of("stateful", adapter, Outcome({"steps": 1000}, {adapter: cells}, rows)))
-    rows = [{"space": "full", "states": "400,000", "seconds": "50.0", "finished": "yes"}]
-    done.append(of("explore", "full", Outcome({"states": 400_000}, rows=rows)))
+    rows = [{"space": "full", "worlds": "400,000", "seconds": "50.0", "finished": "yes"}]
+    done.append(of("explore", "full", Outcome({"worlds": 400_000}, rows=rows)))
     found = Discovery("<b>broken</b>", "replay(['<&>'])", "sequenceDiagram\nA->>B: <hello>")
-    done.append(of("explore", "small", Outcome({"states": 10}, discoveries=[found])))
+    done.append(of("explore", "small", Outcome({"worlds": 10}, discoveries=[found])))
     return done
 
 
@@ -170,7 +170,7 @@ def goal(figure: str, *done: Done) -> Goal:
 
 
 def explored(states: int, seconds: float) -> Done:
-    row = {"space": "s", "states": f"{states:,}", "seconds": f"{seconds}"}
+    row = {"space": "s", "worlds": f"{states:,}", "seconds": f"{seconds}"}
     return of("explore", "s", Outcome(rows=[row]))
 
 
@@ -185,7 +185,7 @@ def explored(states: int, seconds: float) -> Done:
     ],
 )
 def test_states_are_held_to_their_minute(done: tuple[Done, ...], verdict: GoalStatus) -> None:
-    assert goal("distinct states of the kernels, in lock-step", *done).verdict is verdict
+    assert goal("distinct worlds: kernels, connections and node", *done).verdict is verdict
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_states_are_held_to_their_minute(done: tuple[Done, ...], verdict: GoalSt
 def test_the_full_space_is_finished_or_not(complete: list[str], verdict: GoalStatus) -> None:
     name = "two consumers, two allocations, two connections, crashes"
     done = [
-        of("explore", f"{number}", Outcome(rows=[{"space": name, "states": "7", "complete": said}]))
+        of("explore", f"{number}", Outcome(rows=[{"space": name, "worlds": "7", "complete": said}]))
         for number, said in enumerate(complete)
     ]
     this = goal("the space of 2 allocations by 2 connections, with crashes", *done)
@@ -237,7 +237,7 @@ def test_the_pictures_of_the_parts_show_what_their_rows_say() -> None:
             {"call": "read", "outcomes": "served x 2"},
         ],
         "canaries": [{"canary": "a leak", "layer": "explorer", "seconds": "2.5"}],
-        "explore": [{"space": "small", "states a second": "9,876"}],
+        "explore": [{"space": "small", "worlds a second": "9,876"}],
         "rates": [{"what": "trace events checked", "a second": "54,321"}],
     }
     done = [of(part, "t", Outcome(rows=r)) for part, r in rows.items()]

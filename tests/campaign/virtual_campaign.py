@@ -10,10 +10,10 @@ from tests.campaign.outcome import Discovery, Outcome, Task
 from tests.suites.virtual.lives import LIVES
 from transport.testing.virtual.choices import BrokenRun, Explored, explore, sample
 
-ORDERS: Final = 4_000
+ORDERS: Final = 1_000
 """Of each life: how many of the orders with at most two preemptions are run at scale 1.0."""
 
-SEEDS: Final = 1_000
+SEEDS: Final = 250
 """And how many at random."""
 
 DEPTH: Final = 1_000

@@ -424,7 +424,7 @@ def test_a_campaign_shows_what_was_explored() -> None:
     assert any(explore_campaign.ALL[name].bounds == TWO_BY_TWO for name in names)
     outcome = explore_campaign.run(0, "a request twice")
     assert outcome.rows[0]["complete"] == "yes"
-    assert outcome.figures["states"] >= SPACES["a request twice"].states
+    assert outcome.figures["worlds"] >= SPACES["a request twice"].states
     cells = {f"{table} {state} {event}" for table, event, state in all_rows(*TABLES)}
     assert {*outcome.cells["explorer"]} <= cells
     assert min(outcome.cells["explorer"].values()) > 0
