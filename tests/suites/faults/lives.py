@@ -66,7 +66,7 @@ from tests.suites.faults.faults import (
 from tests.suites.faults.interference import (
     ACTS,
     READY_SOCKET,
-    Act,
+    InterferenceAct,
     Stranger,
 )
 from transport import calls
@@ -348,7 +348,7 @@ class FaultSetup(ABC):
 
     # What strangers do.
 
-    def interfere(self, act: Act, name: str) -> None:
+    def interfere(self, act: InterferenceAct, name: str) -> None:
         """Do to the life of an allocation what a stranger does."""
         with self.unseen():
             stranger = act(self, name)
