@@ -272,6 +272,8 @@ class Scope:
         self._token: Final = owner
         self._was_made = False
         """Whether its directory was made by this object."""
+        self._inode: int | None = None
+        """Of the directory that this object has claimed; the Linux kernel never uses one twice."""
         self._was_seen_populated = False
 
     @classmethod
@@ -474,8 +476,12 @@ class Scope:
             # Asked of what was opened: another program may have put its own there meanwhile.
             owner, is_made_here = _read_owner(directory.fileno()), _is_made_here_at(directory)
             if owner is None and is_made_here:
-                return self._remove_unowned(directory)
-            if owner != self._token:
+                # Of one that was claimed here, and lost its token since, it is known whose it is.
+                if self._inode is None or self._inode != _inode_of(directory):
+                    return self._remove_unowned(directory)
+                if not self._claim(directory):
+                    return True
+            elif owner != self._token:
                 return True
             with _Cursor(directory) as cursor:
                 if _is_populated(directory) or not cursor.remove_below():
@@ -558,6 +564,7 @@ class Scope:
             with _calling("open(2)", self.path, *_GONE), _open_directory(self.path) as directory:
                 self._was_made = self._was_made and _is_made_here_at(directory)
                 if self._has_claimed(directory, description):
+                    self._inode = _inode_of(directory)
                     return
         raise ScopeError(
             "mkdir(2)", errno.EEXIST, self.path, "another program keeps making it; find out which"
@@ -1171,6 +1178,11 @@ def _is_made_here(path: Path) -> bool | None:
 def _is_made_here_at(directory: Descriptor) -> bool:
     with _calling("fstat(2)"):
         return bool(syscall(os.fstat, directory.fileno()).st_mode & stat.S_ISVTX)
+
+
+def _inode_of(directory: Descriptor) -> int:
+    with _calling("fstat(2)"):
+        return syscall(os.fstat, directory.fileno()).st_ino
 
 
 def _is_there(path: Path) -> bool:

@@ -517,7 +517,8 @@ def _sole_starter(path: Path) -> Iterator[None]:
 
 def _is_at(path: Path, descriptor: Descriptor) -> bool:
     with suppress(FileNotFoundError):
-        return os.path.samestat(syscall(path.lstat), syscall(os.fstat, descriptor.fileno()))
+        ours = syscall(os.fstat, descriptor.fileno())
+        return os.path.samestat(syscall(path.lstat), ours)  # the path last: it can change
     return False
 
 

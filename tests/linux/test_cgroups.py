@@ -20,6 +20,7 @@ from typing import Any, Final
 
 import pytest
 
+from linux import cgroups
 from linux.cgroups import (
     ANCHOR_SLICE,
     OWNER_ATTRIBUTE,
@@ -317,6 +318,35 @@ def test_an_adopted_scope_that_lost_its_owner_is_not_ours(root: Path, theirs: Pa
     assert Scope.open(root, "alloc", OWNER) is None
     assert scope.remove()
     assert theirs.is_dir()
+
+
+def test_a_scope_that_has_lost_its_token_is_still_its_makers_to_remove(root: Path) -> None:
+    scope = Scope.create(root, "alloc", OWNER)
+    (scope.path / "below").mkdir()
+    os.removexattr(scope.path, OWNER_ATTRIBUTE)
+    assert not Scope(scope.path, OWNER).remove(), "who did not make it has no proof"
+    assert scope.remove()
+    assert not scope.path.exists()
+
+
+@pytest.mark.clause("NODE-4")
+def test_what_another_program_puts_there_while_a_scope_is_made_is_not_claimed(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, theirs = cgroups._make_in_slice, root / WORKLOAD_SLICE / "alloc.scope"
+
+    def replaced(path: Path, *arguments: object, **more: object) -> None:
+        make(path, *arguments, **more)  # type: ignore[arg-type]
+        path.rmdir()
+        path.mkdir()
+        (path / "below").mkdir()
+
+    monkeypatch.setattr(cgroups, "_make_in_slice", replaced)
+    with pytest.raises(ScopeError, match="cgroups are below it"):
+        Scope.create(root, "alloc", OWNER, description="a description")
+    assert not [name for name in os.listxattr(theirs) if name.startswith("user.")]
+    (theirs / "below").rmdir()
+    theirs.rmdir()
 
 
 @pytest.mark.clause("NODE-19")
