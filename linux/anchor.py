@@ -239,6 +239,7 @@ def adopt(identity: AnchorIdentity, token: str, features: Features) -> Anchor | 
         anchor = Anchor(identity.pid, pidfd, token)
         # The pidfd came first: if its process lives at the end, everything that was read in between
         # was read from this one process.
+        # Guard: the number is the same process's.
         if _is_other(anchor, identity, features) or not anchor.is_alive():
             return None
         undo.pop_all()
@@ -276,6 +277,7 @@ def find_anchors(cgroup: Path) -> dict[str, Anchor]:
         living = {
             token: anchor
             for token, anchor in found.items()
+            # Guard: the anchors' cgroup is read again.
             if anchor.pid in members and anchor.is_alive()
         }
         undo.pop_all()

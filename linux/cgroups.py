@@ -349,6 +349,7 @@ class Scope:
             ScopeError: the scope is gone or another's, or the Linux kernel has no memory for it.
         """
         with _calling("setxattr(2)", self.path), _open_directory(self.path) as directory:
+            # Guard: what is marked is ours.
             if _read_owner(directory.fileno()) != self._token:
                 raise OSError(errno.ENOENT, "it is another owner's")
             syscall(os.setxattr, directory.fileno(), STATE_ATTRIBUTE, state.encode())
@@ -404,6 +405,7 @@ class Scope:
                 return Use.RUNNING
             if not (self._was_seen_populated or self.was_used()):
                 return Use.NONE
+            # Guard: empty in two readings.
             return Use.RUNNING if self._note_populated(events) else Use.OVER
         return Use.OVER if self.is_gone() else Use.NONE
 
@@ -428,6 +430,7 @@ class Scope:
             owner = _read_owner(directory.fileno())
             if not _is_populated(directory):
                 return
+            # Guard: what is killed is ours.
             if owner == self._token:
                 self._kill_all(directory)
             elif owner is None:
@@ -477,10 +480,12 @@ class Scope:
             owner, is_made_here = _read_owner(directory.fileno()), _is_made_here_at(directory)
             if owner is None and is_made_here:
                 # Of one that was claimed here, and lost its token since, it is known whose it is.
+                # Guard: what lost its token was claimed here.
                 if self._inode is None or self._inode != _inode_of(directory):
                     return self._remove_unowned(directory)
                 if not self._claim(directory):
                     return True
+            # Guard: what is emptied was opened.
             elif owner != self._token:
                 return True
             with _Cursor(directory) as cursor:
@@ -562,6 +567,7 @@ class Scope:
                 self._was_made = False
             # From here on it is what was opened, whatever another program puts in its place.
             with _calling("open(2)", self.path, *_GONE), _open_directory(self.path) as directory:
+                # Guard: what was made was opened.
                 self._was_made = self._was_made and _is_made_here_at(directory)
                 if self._has_claimed(directory, description):
                     self._inode = _inode_of(directory)
@@ -624,6 +630,7 @@ class Scope:
     def _claim(self, directory: Descriptor) -> bool:
         """Become the owner of a scope that has none; False if another was faster, or it is gone."""
         # XATTR_CREATE: of two that claim one directory, exactly one becomes its owner.
+        # Guard: one owner.
         return self._stamp(directory, OWNER_ATTRIBUTE, self._token, os.XATTR_CREATE)
 
     def _describe(self, directory: Descriptor, description: str | None) -> None:
@@ -721,6 +728,7 @@ class Scope:
                     pidfds[pid] = stack.enter_context(pidfd_open(pid))
             # The pidfds were opened first: a pid that is still listed now is listed for the process
             # of its pidfd, or that process is dead and the signal has no effect.
+            # Guard: a process is still listed when it is killed.
             for pid in pidfds.keys() & set(self._processes_in(directory)):
                 with _calling("pidfd_send_signal(2)", self.path, errno.ESRCH):
                     pidfd_send_signal(pidfds[pid], signal.SIGKILL)

@@ -58,6 +58,7 @@ class OwnFile(NamedTuple):
             OSError: it cannot be removed.
         """
         with suppress(FileNotFoundError):
+            # Guard: the file that is removed is ours.
             if os.path.samestat(syscall(self.path.lstat), self.status):
                 syscall(self.path.unlink)
 

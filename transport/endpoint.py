@@ -500,16 +500,19 @@ def _sole_starter(path: Path) -> Iterator[None]:
                 syscall(fcntl.flock, lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise SocketUnavailable(f"another provider is starting on {path}") from error
+            # Guard: the start lock is a lock.
             if syscall(os.fstat, lock.fileno()).st_size:
                 raise SocketUnavailable(f"{lock_path} is another program's; it is left alone")
             # The one that had the lock before has removed the file, so it may not be at its path
             # any more; then the lock excludes nothing.
+            # Guard: the start lock is still at its path.
             if not _is_at(lock_path, lock):
                 continue
             try:
                 yield
             finally:
                 # Another program may have put its own there: then it excludes others by that.
+                # Guard: the start lock is removed by who has it.
                 if _is_at(lock_path, lock):
                     syscall(lock_path.unlink, missing_ok=True)
             return
@@ -534,8 +537,10 @@ def _bind(sock: socket.socket, path: Path) -> None:
 
 
 def _remove_stale(path: Path) -> None:
+    # Guard: what is no socket is left alone.
     if not syscall(path.is_socket) or syscall(path.is_symlink):
         raise SocketUnavailable(f"{path} is not a socket; it is left alone")
+    # Guard: who listens is left alone.
     if _is_listening(path):
         raise SocketUnavailable(f"another process listens on {path}")
     syscall(path.unlink)
@@ -578,6 +583,7 @@ def _inode_of(file: Path | Descriptor) -> tuple[int, int]:
 
 def _unlink_if(path: Path, inode: tuple[int, int]) -> None:
     with suppress(FileNotFoundError):
+        # Guard: the socket that is removed is ours.
         if _inode_of(path) == inode:
             syscall(path.unlink)
 

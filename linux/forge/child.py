@@ -593,6 +593,7 @@ class ForgeProgram:
         if work.plan.scope is not None:
             # It has the anchor's token. A scope of the same name that another owner has, by now or
             # later, is not touched.
+            # Guard: a tied scope has its anchor's token.
             scope = Scope(Path(work.plan.scope), work.plan.token)
         anchor = work.started
         try:

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, Final
 
 from tests.campaign.canaries_tree import CanaryResult, Change, run_changed
+from tests.campaign.guards import GUARD, SWEPT, TESTED
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,10 @@ def _explorer(space: str) -> Layer:
 
 def _model(table: str, names: str = "ab") -> Layer:
     return Layer("reference model", "model", (table, names))
+
+
+def _strangers(backend: str, *swept: str) -> Layer:
+    return Layer("strangers", "interference", (backend, *swept), is_linux=backend == "linux")
 
 
 def _in(name: str, file: str, *tests: str, is_linux: bool = False) -> Layer:
@@ -1106,6 +1111,12 @@ CANARIES: Final = (
         "transport/request/exchange.py",
         "        if self.channel is not None and self.channel.wants_write:\n",
         "        if False:\n",
+    ),
+    # --- Guards --------------------------------------------------------------------------------
+    *(Canary(name, GUARD, _strangers(*swept), (change,)) for name, swept, change in SWEPT),
+    *(
+        Canary(name, GUARD, Layer("guard", "tests", (test,), is_linux=True), (change,))
+        for name, test, change in TESTED
     ),
 )
 

@@ -137,3 +137,33 @@ class _FirstFailure:
             self.account = f"{report.nodeid.rpartition('/')[2]}: {why.splitlines()[0]}"
 
     pytest_collectreport = pytest_runtest_logreport
+
+
+# --- Strangers ---------------------------------------------------------------------------------
+
+
+def interference(backend: str, life: str, act: str, where: str = "") -> LayerCheck:
+    """Sweep a stranger's act over the calls of a life, until something of anyone's is lost."""
+    import tempfile
+
+    from tests.campaign.faults_campaign import StageDir
+    from tests.suites.faults.faults import Fault
+    from tests.suites.faults.interference import interferences_of
+    from tests.suites.faults.lives import ALL_LIVES
+    from tests.support.census import Session
+
+    def sweep() -> None:
+        Session()
+        with (
+            tempfile.TemporaryDirectory(prefix="nsh-test-") as directory,
+            StageDir(Path(directory)).stage(backend) as stage,
+        ):
+            told = ALL_LIVES[life]
+            faults: list[Fault] = []
+            for call in stage.tell(told).passed:
+                if call.where.startswith(where):
+                    faults += [f for f in interferences_of(call, backend) if f.kind == act]
+            for fault in faults:
+                stage.tell(told, (fault,))
+
+    return sweep

@@ -140,9 +140,7 @@ def run(
     began = time.monotonic()
     with ExitStack() as stack:
         Session()  # so that processes of ours can be told from others
-        place = _StageDir(
-            Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nsh-test-")))
-        )
+        place = StageDir(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nsh-test-"))))
         if kind == "strace":
             outcome = _strace(place, life)
         elif kind == "deaths":
@@ -156,7 +154,7 @@ def run(
     return outcome
 
 
-class _StageDir:
+class StageDir:
     """A directory with an image, and room for stages."""
 
     def __init__(self, directory: Path) -> None:
@@ -213,7 +211,7 @@ def _cgroup2() -> Path:
 class _Sweep:
     """One life on one backend under many plans; a stage that broke is replaced."""
 
-    def __init__(self, place: _StageDir, backend: str, life: str) -> None:
+    def __init__(self, place: StageDir, backend: str, life: str) -> None:
         self._place = place
         self._backend = backend
         self._name = life
@@ -319,7 +317,7 @@ def _drawn(
     return [tuple(chosen.sample(faults, 2)) for _ in range(count)]
 
 
-def _deaths(place: _StageDir, backend: str, phase: str, scale: float, seed: int) -> Outcome:
+def _deaths(place: StageDir, backend: str, phase: str, scale: float, seed: int) -> Outcome:
     outcome, dead = Outcome(), 0
     step = 1 if backend == "simulated" else max(1, round(1 / scale))
     k = random.Random(f"{seed} {backend} {phase}").randint(1, step)
@@ -343,7 +341,7 @@ def _deaths(place: _StageDir, backend: str, phase: str, scale: float, seed: int)
     return outcome
 
 
-def _kills_at_random(place: _StageDir, seed: str, count: int) -> Outcome:
+def _kills_at_random(place: StageDir, seed: str, count: int) -> Outcome:
     outcome = Outcome()
     try:
         with place.program("linux") as program:
@@ -356,7 +354,7 @@ def _kills_at_random(place: _StageDir, seed: str, count: int) -> Outcome:
     return outcome
 
 
-def _strace(place: _StageDir, sort: str) -> Outcome:
+def _strace(place: StageDir, sort: str) -> Outcome:
     outcome = Outcome()
     directory = place.new()
     with warm_daemon_in(directory, place.make_image()) as daemon:
@@ -376,7 +374,7 @@ def _replay(backend: str, name: str, said: str) -> None:
     """What a discovery says: once more, with its traceback."""
     Session()
     with tempfile.TemporaryDirectory(prefix="nsh-test-") as directory:
-        place = _StageDir(Path(directory))
+        place = StageDir(Path(directory))
         if said.isdigit():
             with place.program(backend) as program:
                 if name in (*PHASES, *CONSUMERS):

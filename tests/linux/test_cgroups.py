@@ -356,7 +356,9 @@ def test_a_crash_at_any_moment_leaves_no_scope_that_could_be_a_consumers(root: P
 
     def note(event: str, arguments: tuple[object, ...]) -> None:
         if event == "os.setxattr" and arguments[1] == OWNER_ATTRIBUTE:
-            made.append(os.fstat(int(str(arguments[0]))).st_mode)
+            directory = arguments[0]
+            if isinstance(directory, int):
+                made.append(os.fstat(directory).st_mode)
 
     sys.addaudithook(note)
     Scope.create(root, "alloc", OWNER)
@@ -586,6 +588,51 @@ def removals_noted() -> Iterator[list[tuple[str, bool]]]:
         yield _removals[-1]
     finally:
         _removals.pop()
+
+
+@pytest.mark.clause("END-4")
+def test_what_enters_between_two_readings_counts(scope: Scope) -> None:
+    with running(scope.path):
+        pass
+    wait_until(scope.is_over)
+    readings: list[int] = []
+    with ExitStack() as stack:
+
+        def enter(function: Any, arguments: Any, more: Any) -> Any:
+            if function is os.pread:
+                readings.append(1)
+                if len(readings) == 2:
+                    stack.enter_context(running(scope.path))
+            return function(*arguments, **more)
+
+        with hook_syscalls(enter):
+            assert Scope(scope.path, OWNER).use() is Use.RUNNING
+
+
+@pytest.mark.clause("NODE-4")
+def test_a_process_that_only_passes_through_while_a_scope_is_killed_lives(
+    scope: Scope, root: Path
+) -> None:
+    passing = subprocess.Popen(["sleep", "infinity"])
+
+    def pass_through(function: Any, arguments: Any, more: Any) -> Any:
+        if function is os.open and arguments[0] == "cgroup.procs" and not entered:
+            entered.append(passing.pid)
+            (scope.path / "cgroup.procs").write_text(str(passing.pid))
+        result = function(*arguments, **more)
+        if function.__name__ == "_once" and arguments[0] == "pidfd_open(2)":
+            (root / "cgroup.procs").write_text(str(passing.pid))
+        return result
+
+    entered: list[int] = []
+    try:
+        with running(scope.path), hook_syscalls(pass_through):
+            scope.kill()
+        assert entered
+        assert passing.poll() is None
+    finally:
+        passing.kill()
+        passing.wait()
 
 
 @pytest.mark.clause("NODE-17")

@@ -165,6 +165,8 @@ class Stamp(Stranger):
     def __init__(self, path: Path, stamp: bytes | None, *, is_spared: bool) -> None:
         self._path = path
         self._stamp = stamp
+        self._is_being_marked = _is_in("Scope.mark")
+        self._is_being_marked = _is_in("Scope.mark")
         # As the consumer does that serves itself, so that it is known to live.
         self._hold = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         fcntl.flock(self._hold, fcntl.LOCK_SH)
@@ -175,6 +177,8 @@ class Stamp(Stranger):
         self._process = StrangersProcess(path, is_spared=is_spared)
         self._inode = path.stat().st_ino
         self._is_spared = is_spared
+        self._state = _state_of(path)
+        self._state = _state_of(path)
 
     def check(self) -> None:
         self._process.check()
@@ -185,6 +189,10 @@ class Stamp(Stranger):
             with suppress(OSError):
                 owner = os.getxattr(self._path, OWNER_ATTRIBUTE)
             expect(owner == self._stamp, f"the owner of {self._path.name} is {owner!r}")
+            is_same = _state_of(self._path) == self._state or self._is_being_marked
+            expect(is_same, f"the state of {self._path.name} was changed")
+            is_same = _state_of(self._path) == self._state or self._is_being_marked
+            expect(is_same, f"the state of {self._path.name} was changed")
 
     def tidy(self) -> None:
         self._process.tidy()
@@ -505,6 +513,34 @@ def _is_being_killed() -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _is_in(function: str) -> bool:
+    """Whether a function of this name has made the call that is about to be made."""
+    frame: Any = sys._getframe()
+    while frame is not None and frame.f_code.co_qualname != function:
+        frame = frame.f_back
+    return frame is not None and "directory" in frame.f_locals
+
+
+def _state_of(path: Path) -> bytes | None:
+    with suppress(OSError):
+        return os.getxattr(path, STATE_ATTRIBUTE)
+    return None
+
+
+def _is_in(function: str) -> bool:
+    """Whether a function of this name has made the call that is about to be made."""
+    frame: Any = sys._getframe()
+    while frame is not None and frame.f_code.co_qualname != function:
+        frame = frame.f_back
+    return frame is not None and "directory" in frame.f_locals
+
+
+def _state_of(path: Path) -> bytes | None:
+    with suppress(OSError):
+        return os.getxattr(path, STATE_ATTRIBUTE)
+    return None
 
 
 def _is_free(pid: int) -> bool:

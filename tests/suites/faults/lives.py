@@ -95,6 +95,9 @@ DYING_MS: Final = 20_000
 
 POLL_S: Final = 0.005
 
+RESTS_MAX: Final = 3_000
+"""How often it is looked whether everything is over; a few times are enough."""
+
 RELEASES_MAX: Final = 100
 """How often self-service tries to release what a stranger was in; each takes milliseconds."""
 
@@ -547,7 +550,7 @@ class FaultSetup(ABC):
         """Wait until nothing is alive but the neighbour, and none is connected but it."""
         assert self.provider is not None
         kernel = self.provider.kernel
-        while True:
+        for _ in range(RESTS_MAX):
             await asyncio.sleep(0.001)
             names = list(self.provider._work._queues)
             alive = [n for n in self.world_names() if n != self.neighbour]
@@ -557,6 +560,7 @@ class FaultSetup(ABC):
                 kernel.state_of(name) in (AllocationState.CREATED, AllocationState.HANDED_OFF)
                 for name in alive
             ), f"{alive} is alive"
+        raise NotTolerated(f"{alive} is never released")
 
     async def _unmounted(self) -> None:
         """Wait until the images are dropped, whose hold time passes now."""
