@@ -1,7 +1,7 @@
 """The guards of the source, each with the bug of leaving it out, and what sees that.
 
-A guard is a second look: it only ever matters when somebody has done something in between. So no
-plain test fails without it. In the source each is marked `# Guard: name.`; `test_canaries.py`
+A guard is a second look: it only ever matters when another program has done something in between.
+So no plain test fails without it. In the source each is marked `# Guard: name.`; `test_canaries.py`
 collects the marks, and each has to have a canary in here, which takes away the lines at the mark.
 Where nothing else is said, the sweep of a stranger's act over every call of a life sees it.
 """

@@ -109,7 +109,7 @@ def test_every_guard_has_a_canary_that_takes_it_away() -> None:
 SECOND_LOOKS = re.compile(
     r"\b(os\.XATTR_CREATE|samestat\(|_is_at\(\w+, \w+\):|_inode_of\(\w+\) ==)"
 )
-"""How some guards look in the source, whoever writes them."""
+"""How some guards look in the source."""
 
 UNSWEPT = {
     "linux/mounts.py": "a loop device: of the image's owner, whom no sweep plays",
