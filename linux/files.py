@@ -59,8 +59,13 @@ class OwnFile(NamedTuple):
         """
         with suppress(FileNotFoundError):
             # Guard: the file that is removed is ours.
-            if os.path.samestat(syscall(self.path.lstat), self.status):
+            if _identity(syscall(self.path.lstat)) == _identity(self.status):
                 syscall(self.path.unlink)
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int]:
+    # A file system gives the inode of a file that was removed to one that is made later.
+    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 def replace_file(path: Path, text: str, mode: int | None = None) -> os.stat_result:
@@ -73,7 +78,7 @@ def replace_file(path: Path, text: str, mode: int | None = None) -> os.stat_resu
         mode: Its permissions; None has the umask say.
 
     Returns:
-        Its status, to know it again by (`os.path.samestat`).
+        Its status, to know it again by: `OwnFile`.
 
     Raises:
         SyscallError: what was there before is unchanged, and nothing else is left.

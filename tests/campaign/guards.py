@@ -98,8 +98,8 @@ SWEPT: Final[tuple[tuple[str, tuple[str, ...], Change], ...]] = (
         ("linux", "recovered", "other scope file", "files.OwnFile"),
         Change(
             "linux/files.py",
-            "if os.path.samestat(syscall(self.path.lstat), self.status):",
-            "if os.path.samestat(syscall(self.path.lstat), self.status) or True:",
+            "if _identity(syscall(self.path.lstat)) == _identity(self.status):",
+            "if True:",
         ),
     ),
     (

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from linux.cgroups import DEFAULT_PLACE, ScopePlace
+from linux.files import OwnFile
 from linux.scope_file import SUFFIX, ScopesSaid, read_scope_file, write_scope_file
 
 PLACE = ScopePlace("jobs.slice/mine", "alloc-{id}.scope")
@@ -53,3 +55,15 @@ def test_what_another_provider_says_is_not_removed(tmp_path: Path) -> None:
     second.remove()
     second.remove()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_later_file_that_has_the_inode_of_the_own_one_is_not_removed(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("ours")
+    own = OwnFile(path, path.lstat())
+    # As after a removal: file systems use inodes again.
+    os.utime(path, ns=(0, own.status.st_mtime_ns + 1))
+    own.remove()
+    assert path.exists()
+    OwnFile(path, path.lstat()).remove()
+    assert not path.exists()
