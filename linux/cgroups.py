@@ -483,8 +483,6 @@ class Scope:
                 # Guard: what lost its token was claimed here.
                 if self._inode is None or self._inode != _inode_of(directory):
                     return self._remove_unowned(directory)
-                if not self._claim(directory):
-                    return True
             # Guard: what is emptied was opened.
             elif owner != self._token:
                 return True
@@ -494,6 +492,8 @@ class Scope:
             if not is_made_here:
                 self._give_back(directory)
                 return True
+            if owner is None:
+                return self._remove_unowned(directory)
         # By its path, because rmdir(2) takes no descriptor. If another program puts its own there
         # just now, that stays if anything is in it.
         return remove_cgroup(self.path)

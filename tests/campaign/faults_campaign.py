@@ -2,8 +2,8 @@
 
 A task is a life, a backend, a kind of plan and a share of the plans; a share has the same plans
 whenever it is asked for. Single faults, kills, short transfers and deaths are complete at every
-scale but on Linux, where a scale below 1 takes some; pairs and random kills are drawn, more of them
-with scale.
+scale but on Linux, where a scale below 1 takes some, as it does of interferences; pairs and random
+kills are drawn, more of them with scale.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def tasks(scale: float) -> list[Task]:
     found += [_task(POOLED, life, "single", part / 4) for life in LIVES]
     found += [_task(backend, life, "short", 1.0) for backend in BACKENDS for life in LIVES]
     found += [
-        _task(backend, life, "interferences", 1.0 if backend == "simulated" else part / 2)
+        # Of those on Linux there are so many that a quarter of the time is enough for a sixteenth.
+        _task(backend, life, "interferences", part if backend == "simulated" else part**2)
         for backend in BACKENDS
         for life in ALL_LIVES
     ]

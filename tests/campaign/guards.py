@@ -69,7 +69,7 @@ SWEPT: Final[tuple[tuple[str, tuple[str, ...], Change], ...]] = (
     ),
     (
         "what lost its token was claimed here",
-        ("linux", "end by consumer", "unstamped"),
+        ("linux", "end by consumer", "unstamped", "cgroups._open_directory"),
         Change(
             _CGROUPS, "if self._inode is None or self._inode != _inode_of(directory):", "if True:"
         ),

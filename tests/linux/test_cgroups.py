@@ -325,6 +325,12 @@ def test_a_scope_that_has_lost_its_token_is_still_its_makers_to_remove(root: Pat
     (scope.path / "below").mkdir()
     os.removexattr(scope.path, OWNER_ATTRIBUTE)
     assert not Scope(scope.path, OWNER).remove(), "who did not make it has no proof"
+    with running(scope.path) as process:
+        assert not scope.remove()
+        with pytest.raises(ScopeError, match="it has no owner"):
+            scope.kill()
+        assert process.poll() is None
+    wait_until(lambda: not scope.is_populated())
     assert scope.remove()
     assert not scope.path.exists()
 

@@ -66,13 +66,13 @@ _SYS_CLONE3: Final = 435
 _libc: Final = ctypes.PyDLL(None, use_errno=True)
 
 
-class InterferenceFound(AssertionError):
+class NotSpared(AssertionError):
     """Something of a stranger was killed, removed, opened, answered or changed."""
 
 
 def expect(is_so: object, what: str) -> None:
     if not is_so:
-        raise InterferenceFound(what)
+        raise NotSpared(what)
 
 
 class Stranger(ABC):
@@ -251,7 +251,7 @@ class Gone(Stranger):
 
 # --- The acts -------------------------------------------------------------------------------------
 
-InterferenceAct = Callable[["FaultSetup", str], Stranger | None]
+StrangersAct = Callable[["FaultSetup", str], Stranger | None]
 """Is given the stage and the name of the life; None: there is nothing that it could be done to."""
 
 
@@ -397,7 +397,7 @@ def keep_signalling(stage: FaultSetup, name: str) -> Stranger | None:
     return Gone()
 
 
-ANYWHERE: Final[dict[str, InterferenceAct]] = {
+ANYWHERE: Final[dict[str, StrangersAct]] = {
     "stranger listens": listen_there,
     "file for the socket": put_file_there,
     "other start lock": replace_start_lock,
@@ -411,7 +411,7 @@ ANYWHERE: Final[dict[str, InterferenceAct]] = {
 }
 """What can be done on any backend."""
 
-ON_LINUX: Final[dict[str, InterferenceAct]] = {
+ON_LINUX: Final[dict[str, StrangersAct]] = {
     "number reused": reuse_number,
     "entered": enter,
     "passed through": pass_through,

@@ -66,8 +66,8 @@ from tests.suites.faults.faults import (
 from tests.suites.faults.interference import (
     ACTS,
     READY_SOCKET,
-    InterferenceAct,
     Stranger,
+    StrangersAct,
 )
 from transport import calls
 from transport.channel import Channel, Delivery
@@ -351,7 +351,7 @@ class FaultSetup(ABC):
 
     # What strangers do.
 
-    def interfere(self, act: InterferenceAct, name: str) -> None:
+    def interfere(self, act: StrangersAct, name: str) -> None:
         """Do to the life of an allocation what a stranger does."""
         with self.unseen():
             stranger = act(self, name)
