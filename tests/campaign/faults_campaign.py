@@ -242,7 +242,9 @@ class _Sweep:
         is_single = kind == "single"
         figures = {
             "calls of golden lives": float(len(calls)) if is_single else 0.0,
-            "single faults there are": float(sum(map(len, map(faults_of, calls)))) * is_single,
+            "single faults there are": float(sum(map(len, map(faults_of, calls))))
+            if is_single
+            else 0.0,
             _FIGURES[kind]: float(told),
             "planned calls that were not made": float(self._missed),
         }
