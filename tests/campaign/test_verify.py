@@ -20,7 +20,7 @@ from linux.cli import command as cli
 from linux.cli import verify as cli_verify
 from tests.campaign import long_campaign, verify, verify_record
 from tests.campaign.outcome import Outcome, Task
-from tests.campaign.verify_pool import PoolTask
+from tests.campaign.verify_pool import PoolTask, file_name_of
 from tests.campaign.verify_record import CampaignRecord, Head
 from tests.support.programs import DEADLINE_S, ROOT, environment, nshandoff, wait_until
 
@@ -255,8 +255,8 @@ def test_a_task_that_fails_is_a_finding_and_not_the_end(tree: Tree) -> None:
         assert log in discovery["script"]
         seed = next(one["seed"] for one in done if one["name"] == name)
         assert f"{discovery['title']} (seed {seed})" in told.stderr
-    assert (tree.output / "logs" / "0-broken-raises.log").exists()
-    assert not (tree.output / "logs" / "0-broken-is-well.log").exists()
+    assert (tree.output / "logs" / f"{file_name_of('0-broken-raises')}.log").exists()
+    assert not (tree.output / "logs" / f"{file_name_of('0-broken-is well')}.log").exists()
     page = (tree.output / "report.html").read_text()
     assert "5 promises are broken" in page
     assert "RuntimeError: no luck" in page
@@ -500,3 +500,8 @@ def test_a_long_test_that_fails_is_a_finding(
     (task,) = long_campaign.tasks(1.0)
     (found,) = long_campaign.run(1, **task.arguments).discoveries
     assert "1 failed, 2 deselected" in found.title
+
+
+def test_no_two_tasks_have_one_file() -> None:
+    names = ["a" * 200, "a" * 201, "a b", "a/b", "a-b"]
+    assert len({file_name_of(name) for name in names}) == len(names)

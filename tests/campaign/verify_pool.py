@@ -7,6 +7,7 @@ process group can be ended with it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -106,12 +107,19 @@ class Pool:
                 pass
 
 
+def file_name_of(name: str) -> str:
+    """Make a file's name of a task's: as readable as is possible, and no other task has it."""
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    readable = re.sub(r"[^\w.-]+", "-", name)[:100]
+    return f"{readable}-{digest}"
+
+
 class _Process:
     """One task's process; it must be finished, which also takes it off the system's table."""
 
     def __init__(self, job: PoolTask, logs: Path) -> None:
         self.job = job
-        name = re.sub(r"[^\w.-]+", "-", f"{job.round}-{job.part}-{job.task.name}")[:100]
+        name = file_name_of(f"{job.round}-{job.part}-{job.task.name}")
         self._log = logs / f"{name}.log"
         self._outcome = logs / f"{name}.json"
         self._outcome.unlink(missing_ok=True)
