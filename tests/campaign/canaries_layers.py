@@ -162,7 +162,7 @@ def interference(backend: str, life: str, act: str, where: str = "") -> LayerChe
             faults: list[Fault] = []
             for call in stage.tell(told).passed:
                 if call.where.startswith(where):
-                    faults += [f for f in interferences_of(call, backend) if f.kind == act]
+                    faults += [f for f in interferences_of(call, backend, life) if f.kind == act]
             for fault in faults:
                 stage.tell(told, (fault,))
 

@@ -66,6 +66,17 @@ KILLS: Final = 2_000
 KILLS_SHARE: Final = 50
 
 
+_POWERS: Final = {
+    **{("simulated", life): 1 for life in ALL_LIVES},
+    **{("linux", life): 2 for life in ALL_LIVES},
+    ("linux", "recovered"): 4,
+}
+"""
+With which power of the scale the share of interferences goes: on Linux there are 25,000, and those
+of a life with two programs take half a second or more each.
+"""
+
+
 def tasks(scale: float) -> list[Task]:
     """Everything at the given scale, in tasks of at most some ten seconds."""
     found = [_task("simulated", life, "single", 1.0) for life in LIVES]
@@ -74,8 +85,7 @@ def tasks(scale: float) -> list[Task]:
     found += [_task(POOLED, life, "single", part / 4) for life in LIVES]
     found += [_task(backend, life, "short", 1.0) for backend in BACKENDS for life in LIVES]
     found += [
-        # Of those on Linux there are so many that a quarter of the time is enough for a sixteenth.
-        _task(backend, life, "interferences", part if backend == "simulated" else part**2)
+        _task(backend, life, "interferences", part ** _POWERS[backend, life])
         for backend in BACKENDS
         for life in ALL_LIVES
     ]
@@ -230,7 +240,9 @@ class _Sweep:
                 with self._place.stage(self._backend) as stage:
                     if left is None:
                         calls = stage.tell(self._life).passed
-                        left = _drawn(kind, self._backend, calls, part, count, chosen)[::-1]
+                        left = _drawn(
+                            kind, (self._backend, self._name), calls, part, count, chosen
+                        )[::-1]
                     while left:
                         plan = left.pop()
                         told += 1
@@ -300,7 +312,7 @@ _FIGURES: Final = {
 
 def _drawn(
     kind: str,
-    backend: str,
+    of: tuple[str, str],
     calls: Sequence[CallSite],
     part: float,
     count: int,
@@ -309,7 +321,7 @@ def _drawn(
     if kind == "short":
         return [(fault,) for call in calls for fault in short_faults_of(call)]
     if kind == "interferences":
-        faults = [fault for call in calls for fault in interferences_of(call, backend)]
+        faults = [fault for call in calls for fault in interferences_of(call, *of)]
     else:
         faults_in = kills_of if kind == "kills" else faults_of
         faults = [fault for call in calls for fault in faults_in(call)]

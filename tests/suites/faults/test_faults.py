@@ -438,7 +438,7 @@ def test_on_linux_anchor_and_forge_can_be_killed_at_any_call(
 @pytest.mark.parametrize("name", ALL_LIVES)
 def test_a_stranger_can_interfere_at_every_call(stage: FaultSetup, name: str, act: str) -> None:
     for call in stage.tell(ALL_LIVES[name]).passed:
-        for fault in interferences_of(call, stage.backend_name):
+        for fault in interferences_of(call, stage.backend_name, name):
             if fault.kind == act:
                 tell(stage, name, fault)
 
@@ -452,7 +452,7 @@ def test_on_linux_a_stranger_can_interfere_at_any_call(
     chosen = random.Random(f"{SEED} {name}")
     with linux_stage(tmp_path, cgroup2, image_root) as stage:
         calls = stage.tell(ALL_LIVES[name]).passed
-        faults = [f for call in calls for f in interferences_of(call, stage.backend_name)]
+        faults = [f for call in calls for f in interferences_of(call, stage.backend_name, name)]
         for act in ON_LINUX:
             for fault in chosen.sample([f for f in faults if f.kind == act], ACTS_ON_LINUX):
                 tell(stage, name, fault)
