@@ -444,11 +444,14 @@ ON_FILES: Final = frozenset(
 ) - {"other half closed"}
 
 
-NOT_SWEPT: Final = frozenset({("linux", "recovered", "no descriptor")})
+NOT_SWEPT: Final = frozenset(
+    {("linux", "recovered", "no descriptor"), ("linux", "recovered", "other journal")}
+)
 """
 Backend, life and act that are not tried. Without a descriptor a provider may not start, which is no
 promise; whether one that started serves again once there are some is not decided by this sweep: a
-life takes half a minute there, and some had not come to their end.
+life takes half a minute there, and some had not come to their end. And a provider that starts takes
+what is at its journal's path for its journal, in a directory of its own: it sets its permissions.
 """
 
 
