@@ -13,6 +13,7 @@
     recovery     what a starting provider does with what it finds: journal x kernel -> action
     doctor       the same for an operator, and the release of what is proved dead
     steps        creation and release, step by step, for both backends
+    pool         anchors with namespaces that are made before they are asked for
     backend      `LinuxBackend`: all of that as `transport.contract.Backend`
     consumer     `Consumer`, and in consumer_async `AsyncConsumer`, with this node's defaults
     self_service the namespaces that they make themselves when the provider cannot be reached

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from transport.calls import syscall
-from transport.descriptors import Descriptor
+from transport.descriptors import Descriptor, Owner
 
 from .syscalls import calling
 
@@ -65,9 +65,11 @@ def _unescape(field: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
 
 
-class MountWatch:
+class MountWatch(Owner):
     """
     Says whether the mounts have changed in the mount namespace in which it was made.
+
+    A poll(2) of it for POLLPRI is an asking as well: it reports a change, once.
 
     Raises:
         SyscallError: the table cannot be opened.
@@ -90,3 +92,17 @@ class MountWatch:
         How mounts propagate is not watched.
         """
         return bool(self._poll.poll(0))
+
+    def fileno(self) -> int:
+        """Return the descriptor, to be waited for; it stays this object's."""
+        return self._table.fileno()
+
+    def close(self) -> None:
+        """Close the table. Idempotent."""
+        self._table.close()
+
+    def __enter__(self) -> MountWatch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -31,6 +31,7 @@ from transport.descriptors import Descriptor, Owner
 
 from .anchor import Anchor
 from .forge.plan import ForgeError
+from .mountinfo import MountWatch
 from .syscalls import SyscallError, calling
 
 POOL_TOKEN_PREFIX: Final = "pool-"
@@ -124,9 +125,8 @@ class AnchorPool(Owner):
                 self._wake: Final = Descriptor(syscall(os.eventfd, 0))
             undo.callback(self._wake.close)
             # One for each that looks: a look takes the news away from the next one.
-            self._mounts: Final = _open_mounts()
-            undo.callback(self._mounts.close)
-            self._mounts_of_thread: Final = _open_mounts()
+            self._mounts: Final = undo.enter_context(MountWatch())
+            self._mounts_of_thread: Final = MountWatch()
             undo.pop_all()
 
     def __len__(self) -> int:
@@ -158,7 +158,7 @@ class AnchorPool(Owner):
             shelf = self._shelves.get(types)
             if shelf is None:
                 return None
-            if _has_changed(self._mounts):
+            if self._mounts.has_changed():
                 dropped += self._drop_mounts()
             shelf.asked_at = now
             taken = shelf.ready.popleft()[0] if shelf.ready else None
@@ -244,8 +244,8 @@ class AnchorPool(Owner):
             self._thread.join()
         # Else the cgroup that they are in could not be removed.
         self.drop("the provider stops", patience_ms=DYING_MS)
-        for descriptor in (self._wake, self._mounts, self._mounts_of_thread):
-            descriptor.close()
+        for owner in (self._wake, self._mounts, self._mounts_of_thread):
+            owner.close()
 
     def __enter__(self) -> AnchorPool:
         return self
@@ -346,18 +346,3 @@ def _waiting_for_memory(pressure: Path) -> float:
         return 0.0
     found = re.search(r"^some avg10=([0-9.]+)", text)
     return float(found[1]) if found else 0.0
-
-
-def _open_mounts() -> Descriptor:
-    """Open this process's table of mounts, to be told of changes from now on."""
-    path = "/proc/self/mountinfo"
-    with calling("open(2)", path):
-        mounts = Descriptor(syscall(os.open, path, os.O_RDONLY | os.O_CLOEXEC))
-    _has_changed(mounts)
-    return mounts
-
-
-def _has_changed(mounts: Descriptor) -> bool:
-    poll = select.poll()
-    poll.register(mounts, select.POLLPRI)
-    return bool(poll.poll(0))
