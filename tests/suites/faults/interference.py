@@ -545,20 +545,6 @@ def _state_of(path: Path) -> bytes | None:
     return None
 
 
-def _is_in(function: str) -> bool:
-    """Whether a function of this name has made the call that is about to be made."""
-    frame: Any = sys._getframe()
-    while frame is not None and frame.f_code.co_qualname != function:
-        frame = frame.f_back
-    return frame is not None and "directory" in frame.f_locals
-
-
-def _state_of(path: Path) -> bytes | None:
-    with suppress(OSError):
-        return os.getxattr(path, STATE_ATTRIBUTE)
-    return None
-
-
 def _is_free(pid: int) -> bool:
     deadline = time.monotonic() + PATIENCE_S
     while Path(f"/proc/{pid}").exists():
