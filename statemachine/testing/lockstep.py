@@ -168,11 +168,16 @@ def step(kernel: K, state: S, event: Event) -> tuple[K, S]:
     Raises:
         Difference: they do not agree.
     """
+    return taken(kernel, state, event)[:2]
+
+
+def taken(kernel: K, state: S, event: Event) -> tuple[K, S, tuple[Effect, ...] | None]:
+    """As `step`, and return the effects as well; None: it cannot be, and both refused it."""
     take: Any = model.provider_step if isinstance(state, model.Provider) else model.consumer_step
     try:
         after, said = take(state, event)
     except model.Impossible as impossible:
-        return _refused(kernel, state, event, impossible), state
+        return _refused(kernel, state, event, impossible), state, None
     try:
         effects = kernel.receive(event)
     except ProtocolError as error:
@@ -180,7 +185,7 @@ def step(kernel: K, state: S, event: Event) -> tuple[K, S]:
     found = model.differences(effects, said) + other_states(kernel, after)
     if found:
         raise Difference(f"{event}: {found}")
-    return kernel, after
+    return kernel, after, tuple(effects)
 
 
 def _refused(kernel: K, state: Any, event: Event, impossible: model.Impossible) -> K:

@@ -17,10 +17,9 @@ from typing import NamedTuple, get_args
 from specs import model
 
 from .. import events as on
-from ..errors import ProtocolError
 from ..events import ProviderInput
 from ..provider import Limits, ProviderKernel
-from .lockstep import Difference, model_limits, other_states
+from .lockstep import Difference, model_limits, taken
 from .open_environment import (
     OpenEnvironment,
     OpenState,
@@ -113,7 +112,7 @@ class _ModelSearch:
         for index, event in enumerate(self.events):
             if not may_be(self.environment, pair.open, event):
                 continue
-            after = self._step(kernel, pair, event)
+            kernel, after = self._step(kernel, pair, event)
             if after is None:
                 self.refused.add((number, index))
                 continue
@@ -138,29 +137,18 @@ class _ModelSearch:
 
     def _step(
         self, kernel: ProviderKernel, pair: _KernelAndModel, event: ProviderInput
-    ) -> _KernelAndModel | None:
+    ) -> tuple[ProviderKernel, _KernelAndModel | None]:
         try:
-            after, said = model.provider_step(pair.model, event)
-        except model.Impossible:
-            after, said = None, []
-        try:
-            effects = tuple(kernel.receive(event))
-        except ProtocolError as error:
-            if after is not None:
-                raise self._difference(pair, event, f"the kernel refuses it: {error}") from error
-            if kernel.snapshot() != pair.open.kernel:
-                raise self._difference(
-                    pair, event, "it was refused and changed something"
-                ) from None
-            return None
-        if after is None:
-            raise self._difference(pair, event, "the kernel takes it, which cannot be")
-        found = model.differences(effects, said) + other_states(kernel, after)
-        if found:
-            raise self._difference(pair, event, str(found))
-        return _KernelAndModel(after_event(kernel, pair.open, event, effects), after)
+            kernel, after, effects = taken(kernel, pair.model, event)
+        except Difference as difference:
+            raise self._with_script(difference, pair, event) from None
+        if effects is None:
+            return kernel, None
+        return kernel, _KernelAndModel(after_event(kernel, pair.open, event, effects), after)
 
-    def _difference(self, pair: _KernelAndModel, event: ProviderInput, what: str) -> Difference:
+    def _with_script(
+        self, difference: Difference, pair: _KernelAndModel, event: ProviderInput
+    ) -> Difference:
         script: list[ProviderInput | None] = [event]
         step = self.before[pair]
         while step is not None:
@@ -168,7 +156,7 @@ class _ModelSearch:
             script.append(earlier)
             step = self.before[pair]
         lines = [repr(each) if each else "the provider dies" for each in reversed(script)]
-        return Difference("\n".join([f"{event}: {what}, after", *lines]))
+        return Difference("\n".join([f"{difference}, after", *lines]))
 
 
 def _first_model(environment: OpenEnvironment) -> model.Provider:

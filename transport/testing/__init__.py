@@ -5,6 +5,7 @@
     lies             what such a provider can say, each with what must be said of it
     in_process       a provider and its consumers in one thread, without a socket
     gated_backend    a backend that can be held up
+    virtual          drivers whose every step a scheduler chooses: orders, time, kills
     explored         a counterexample of `statemachine.testing.explore` as a trace
 
 Chapter 11 shows their use.
