@@ -18,7 +18,7 @@ import logging
 import select
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Final, NamedTuple, TypeAlias
 
 from statemachine import events as on
@@ -482,7 +482,9 @@ class Connections:
         self._stopping: Final = stopping
         self._open: Final[dict[int, ServedConnection]] = {}
         self._by_fd: Final[dict[int, ServedConnection]] = {}
-        self._epoll: Final = syscall(select.epoll)
+        self._epoll: select.epoll
+        self._started: Final = ExitStack()
+        """Undoes `start`."""
         self._turns: Final[Turns[ServedConnection]] = Turns()
         self._is_turn_due = False
         self._in_order: Final[defaultdict[int, deque[ServedConnection]]] = defaultdict(deque)
@@ -496,7 +498,9 @@ class Connections:
     def start(self) -> None:
         """Accept the connections that come, and read them."""
         loop = asyncio.get_running_loop()
+        self._epoll = self._started.enter_context(syscall(select.epoll))
         loop.add_reader(self._epoll.fileno(), self._read_ready)
+        self._started.callback(loop.remove_reader, self._epoll.fileno())
         loop.add_reader(self._listener.fileno(), self._accept)
 
     def get(self, number: int) -> ServedConnection | None:
@@ -527,8 +531,7 @@ class Connections:
         """Close every connection now, and read nothing more."""
         for connection in tuple(self._open.values()):
             connection.drop(reason)
-        asyncio.get_running_loop().remove_reader(self._epoll.fileno())
-        self._epoll.close()
+        self._started.close()
 
     # For a connection.
 

@@ -166,7 +166,6 @@ class Stamp(Stranger):
         self._path = path
         self._stamp = stamp
         self._is_being_marked = _is_in("Scope.mark")
-        self._is_being_marked = _is_in("Scope.mark")
         # As the consumer does that serves itself, so that it is known to live.
         self._hold = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         fcntl.flock(self._hold, fcntl.LOCK_SH)
@@ -178,7 +177,6 @@ class Stamp(Stranger):
         self._inode = path.stat().st_ino
         self._is_spared = is_spared
         self._state = _state_of(path)
-        self._state = _state_of(path)
 
     def check(self) -> None:
         self._process.check()
@@ -189,8 +187,6 @@ class Stamp(Stranger):
             with suppress(OSError):
                 owner = os.getxattr(self._path, OWNER_ATTRIBUTE)
             expect(owner == self._stamp, f"the owner of {self._path.name} is {owner!r}")
-            is_same = _state_of(self._path) == self._state or self._is_being_marked
-            expect(is_same, f"the state of {self._path.name} was changed")
             is_same = _state_of(self._path) == self._state or self._is_being_marked
             expect(is_same, f"the state of {self._path.name} was changed")
 
@@ -444,14 +440,10 @@ ON_FILES: Final = frozenset(
 ) - {"other half closed"}
 
 
-NOT_SWEPT: Final = frozenset(
-    {("linux", "recovered", "no descriptor"), ("linux", "recovered", "other journal")}
-)
+NOT_SWEPT: Final = frozenset({("linux", "recovered", "other journal")})
 """
-Backend, life and act that are not tried. Without a descriptor a provider may not start, which is no
-promise; whether one that started serves again once there are some is not decided by this sweep: a
-life takes half a minute there, and some had not come to their end. And a provider that starts takes
-what is at its journal's path for its journal, in a directory of its own: it sets its permissions.
+Backend, life and act that are not tried. A provider that starts takes what is at its journal's path
+for its journal, in a directory of its own: it sets its permissions.
 """
 
 

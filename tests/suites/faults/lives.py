@@ -232,13 +232,16 @@ class FaultSetup(ABC):
         self.loop.run_until_complete(self._serve())
 
     async def _serve(self) -> None:
-        ready = asyncio.Event()
         try:
-            listener = listen(self.path)
+            await self._begin_to_serve()
         except BaseException:
+            self.provider = self.running = None
             self.world.backend.close()
             raise
-        self.provider = Provider(listener, self.world.backend)
+
+    async def _begin_to_serve(self) -> None:
+        ready = asyncio.Event()
+        self.provider = Provider(listen(self.path), self.world.backend)
         work: Any = self.provider._work
         work._creators, work._releasers, work._image_workers = work._all_workers = (
             InlineWorkers(),
@@ -267,14 +270,13 @@ class FaultSetup(ABC):
         connections = provider._connections
         listener = connections._listener
         self.loop.remove_reader(listener._sock.fileno())
-        self.loop.remove_reader(connections._epoll.fileno())
         with suppress(ValueError):
             self.loop.remove_reader(self.world.backend.fileno())
         for connection in connections._open.values():
             connection.abandon()
         connections._open.clear()
         connections._turns.clear()
-        connections._epoll.close()
+        connections._started.close()
         provider._timers.close()
         provider._watcher.close()
         listener._reserve.close()

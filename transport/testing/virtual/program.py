@@ -90,7 +90,7 @@ class ProviderProgram:
         for connection in connections._open.values():
             connection.abandon()
         with suppress(ValueError, OSError):
-            connections._epoll.close()
+            connections._started.close()
         connections._listener._reserve.close()
         connections._listener._sock.close()
         self._stage.network.reset()
