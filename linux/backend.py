@@ -17,8 +17,8 @@ import errno
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -257,10 +257,11 @@ class LinuxBackend(StepwiseBackend[_OnLinux]):
             def on_close() -> None:
                 journal.close()
                 if root is not None and instance is not None:
-                    with instance:
+                    with instance, _leaving_what_cannot_be_removed():
                         remove_anchor_cgroup(root, instance.name)
                     for parent in sorted(instance.scope_parents):
-                        remove_slices(root, ScopePlace(parent))
+                        with _leaving_what_cannot_be_removed():
+                            remove_slices(root, ScopePlace(parent))
 
             undo.callback(on_close)
             if instance is not None:
@@ -295,8 +296,9 @@ class LinuxBackend(StepwiseBackend[_OnLinux]):
 
         def on_close() -> None:
             if root is not None:
-                remove_slices(root, settings.place)
-                _remove_own_slice(root, settings.place)
+                with _leaving_what_cannot_be_removed():
+                    remove_slices(root, settings.place)
+                    _remove_own_slice(root, settings.place)
 
         return cls(
             settings,
@@ -939,13 +941,13 @@ def _create_scope(
 def _sweep_ownerless(root: Path) -> None:
     """Release what is left of self-service whose consumers are dead."""
     for above in (root, root / SELF_SERVICE_SLICE):
-        for path, owner, _ in described_scopes(above):
-            try:
-                if release_ownerless(path):
-                    _warn("released_ownerless", f"{path}: its consumer was dead", owner=owner)
-            except ScopeError as error:
-                _log.warning("%s", error)  # it is tried again when its name is wanted
-    _remove_own_slice(root, DEFAULT_PLACE)
+        with _leaving_what_cannot_be_removed():
+            for path, owner, _ in described_scopes(above):
+                with _leaving_what_cannot_be_removed():
+                    if release_ownerless(path):
+                        _warn("released_ownerless", f"{path}: its consumer was dead", owner=owner)
+    with _leaving_what_cannot_be_removed():
+        _remove_own_slice(root, DEFAULT_PLACE)
 
 
 def _make_own_slice(root: Path) -> Path:
@@ -955,9 +957,24 @@ def _make_own_slice(root: Path) -> Path:
     return path
 
 
+@contextmanager
+def _leaving_what_cannot_be_removed() -> Iterator[None]:
+    """
+    Log that a cgroup which is not in use could not be removed.
+
+    It is tried again when its name is wanted, and by what starts or closes next.
+    """
+    try:
+        yield
+    except SyscallError as error:
+        _log.warning("a cgroup that is not in use stays: %s", error)
+
+
 def _remove_own_slice(root: Path, place: ScopePlace) -> None:
     path = root / SELF_SERVICE_SLICE
-    if syscall(path.is_dir):
+    with calling("stat(2)", path):
+        is_there = syscall(path.is_dir)
+    if is_there:
         remove_slices(path, place)
         with suppress(OSError):
             remove_cgroup(path)

@@ -777,7 +777,7 @@ def described_scopes(
     for parent in sorted(set(parents)):
         names: list[str] = []
         with _calling("readdir(2)", root / parent, *_GONE):
-            names = sorted(syscall(os.listdir, root / parent))
+            names = sorted(_children_of(root / parent))
         for path in (root / parent / name for name in names):
             owner = _read_owner(path)
             # Elsewhere other programs may have scopes: systemd has.
@@ -1035,8 +1035,9 @@ def _open_directory(path: Path) -> Descriptor:
     return Descriptor(syscall(os.open, path, _DIRECTORY))
 
 
-def _children_of(directory: Descriptor) -> list[str]:
-    with syscall(os.scandir, directory.fileno()) as listing:
+def _children_of(directory: Descriptor | Path) -> list[str]:
+    where = directory.fileno() if isinstance(directory, Descriptor) else directory
+    with syscall(os.scandir, where) as listing:
         return [entry.name for entry in listing if entry.is_dir(follow_symlinks=False)]
 
 
