@@ -40,6 +40,16 @@ FIRST: Final = {name: NamespaceRequest(name, (NamespaceType.NET,)) for name in N
 OTHER: Final = {name: NamespaceRequest(name, ()) for name in NAMES}
 """Two different requests for each name."""
 
+WITH_IMAGE: Final = {
+    name: NamespaceRequest(name, (NamespaceType.MOUNT,), "an image.sqfs") for name in NAMES
+}
+REFUSED: Final = {
+    name: NamespaceRequest(name, (NamespaceType.NET,), "an image.sqfs") for name in NAMES
+}
+"""An image, and no mount namespace to see it in."""
+
+REFUSED_UID: Final = 9
+
 
 class OpenEnvironment(NamedTuple):
     """What the environment has, and which of its parts."""
@@ -54,6 +64,10 @@ class OpenEnvironment(NamedTuple):
     """Whether the provider may die at any moment. The next one is told what the journal says."""
     limits: Limits | None = None
     """Limits of the provider, for two users; None: those by default, which none comes near."""
+    images: bool = False
+    """Whether the second request for a name is for an image; else it is for no namespaces."""
+    refusals: bool = False
+    """Whether a user connects who may not, and requests come that no provider may grant."""
 
     @property
     def names(self) -> str:
@@ -62,6 +76,10 @@ class OpenEnvironment(NamedTuple):
     @property
     def numbers(self) -> range:
         return range(self.connections)
+
+    def requests(self, name: str) -> tuple[NamespaceRequest, NamespaceRequest]:
+        """The two requests for a name that can be granted."""
+        return FIRST[name], WITH_IMAGE[name] if self.images else OTHER[name]
 
 
 class LeftBehind(NamedTuple):
@@ -172,14 +190,18 @@ def events_of(environment: OpenEnvironment) -> Iterator[ProviderInput]:
         yield on.ConnectionOpened(number, number % 2 if environment.limits else 0)
         yield on.ConnectionLost(number)
         yield on.FrameRejected("unreadable", number)
+        if environment.refusals:
+            yield on.ConnectionOpened(number, REFUSED_UID)
         for name in environment.names:
-            yield on.RequestReceived(number, FIRST[name])
-            yield on.RequestReceived(number, OTHER[name])
+            for request in environment.requests(name):
+                yield on.RequestReceived(number, request)
+            if environment.refusals:
+                yield on.RequestReceived(number, REFUSED[name])
             yield on.EndReceived(number, name)
             yield on.ResponseSent(name, number)
             yield on.ResponseNotSent(name, number, FdPassing("no descriptors"))
     for name in environment.names:
-        for request in (FIRST[name], OTHER[name]):
+        for request in environment.requests(name):
             yield on.NamespacesCreated(name, response_to(request))
             if environment.readiness:
                 yield on.CreatedAdopted(name, request, response_to(request))
@@ -207,7 +229,8 @@ _AT_ONCE: Final[tuple[type[Any], ...]] = (
 
 
 def response_to(request: NamespaceRequest) -> NamespaceResponse:
-    return NamespaceResponse(request.allocation_id, request.namespaces)
+    path = None if request.uenv_image is None else "/where it is mounted"
+    return NamespaceResponse(request.allocation_id, request.namespaces, path)
 
 
 def _steps(

@@ -21,7 +21,12 @@ SPACES: Final[dict[str, tuple[float, OpenEnvironment]]] = {
     "1 x 2, 2": (0.0, OpenEnvironment(1, 2, 2)),
     "1 x 1, 2, starts and stops and dies": (0.0, OpenEnvironment(1, 1, 2, True, True)),
     "2 x 1, 2, limits of two users": (0.0, OpenEnvironment(2, 1, 2, limits=LIMITS)),
+    "1 x 2, 1, images, refusals": (0.0, OpenEnvironment(1, 2, 1, images=True, refusals=True)),
     "2 x 1, 2": (1.0, OpenEnvironment(2, 1, 2)),
+    "1 x 2, 2, limits, images, refusals": (
+        1.0,
+        OpenEnvironment(1, 2, 2, limits=LIMITS, images=True, refusals=True),
+    ),
     "1 x 2, 1, starts and stops and dies": (1.0, OpenEnvironment(1, 2, 1, True, True)),
     "2 x 2, 1": (4.0, OpenEnvironment(2, 2, 1)),
 }

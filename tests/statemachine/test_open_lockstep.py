@@ -59,8 +59,9 @@ class Careless(ProviderKernel):
         (ONE, 730, 6_134),
         (OpenEnvironment(1, 1, 2), 1_536, 13_390),
         (OpenEnvironment(1, 1, 1, readiness=True, crash=True), 2_000, 10_000),
+        (OpenEnvironment(1, 1, 1, images=True, refusals=True), 730, 6_800),
     ],
-    ids=["ready", "two messages", "starts, stops and dies"],
+    ids=["ready", "two messages", "starts, stops and dies", "images, refusals"],
 )
 def test_basic_they_agree_in_every_state(
     environment: OpenEnvironment, snapshots: int, steps: int
