@@ -70,7 +70,7 @@ def name_of(layer: Layer) -> str:
 
 
 def _discovery(canary: Canary, layer: Layer, what: str) -> Discovery:
-    return Discovery(f"the layer {layer.name} {what}", again(canary))
+    return Discovery(f"the layer {layer.name} {what}", again(canary), culprit="campaign")
 
 
 def again(canary: Canary) -> str:

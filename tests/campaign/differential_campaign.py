@@ -40,6 +40,7 @@ def run(seed: int, family: str, first: int, programs: int) -> Outcome:
             Discovery(
                 f"{family}: {finding.difference}",
                 f"# seed {finding.seed}\n{script(kind, finding.program)}",
+                culprit="simulation",
             )
             for finding in search(comparison, seeds)
         ]

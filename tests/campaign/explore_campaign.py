@@ -41,8 +41,9 @@ def _outcome(name: str, space: Space, result: Result, seconds: float) -> Outcome
         f"{table} {state} {event}": count for (table, event, state), count in result.hits.items()
     }
     is_short = result.states < space.states or not result.at_rest
+    smaller = Discovery(f"{name} is smaller than it was", AGAIN, culprit="campaign")
     return Outcome(
-        discoveries=[Discovery(f"{name} is smaller than it was", AGAIN)] if is_short else [],
+        discoveries=[smaller] if is_short else [],
         figures={
             "worlds": result.states,
             "moves": result.moves,

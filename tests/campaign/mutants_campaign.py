@@ -72,7 +72,9 @@ def _fate(mutant: Mutant, outcome: Outcome) -> str:
     if argument_for(mutant) is not None:
         return "equivalent"
     title = f"nothing notices that in the {mutant.table} table {mutant.name}"
-    outcome.discoveries.append(Discovery(title, "nshandoff verify --part mutants"))
+    outcome.discoveries.append(
+        Discovery(title, "nshandoff verify --part mutants", culprit="campaign")
+    )
     return "survived"
 
 

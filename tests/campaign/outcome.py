@@ -10,7 +10,10 @@ with two functions. A task is small enough to be done again when a campaign was 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias
+
+Culprit: TypeAlias = Literal["promise", "simulation", "campaign"]
+"""What is wrong: the code, the simulated node, or the campaign, as with a task that died."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +29,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Discovery:
-    """A promise that was broken, and how to see it again."""
+    """Something that is wrong, and how to see it again."""
 
     title: str
     script: str
     """A test that shows it, as Python; or the command that does."""
     diagram: str = ""
     """A Mermaid sequence diagram."""
+    culprit: Culprit = "promise"
 
 
 @dataclass

@@ -23,10 +23,10 @@ from tests.campaign.report_goals import (
     column,
     goal_of_layer,
     goals_of,
-    is_good,
     label_of,
 )
 from tests.campaign.report_summary import Cell, FoundBy, Part, Summary, number_in, plain
+from tests.campaign.report_verdict import verdict_of
 from tests.campaign.verify_progress import clock
 from tests.campaign.verify_record import Head
 
@@ -35,12 +35,12 @@ STYLE: Final = Path(__file__).with_name("report.css")
 ReportRow = Mapping[str, str]
 
 
-def report(head: Head, summary: Summary) -> str:
-    """Write the page."""
+def report(head: Head, summary: Summary, not_run: Sequence[str] = ()) -> str:
+    """Write the page; `not_run` are the parts that were not asked for."""
     sections = [
-        _section("goals", "What was to be reached", _goals(goals_of(summary))),
         _section("found", "What was found", _found(summary.found)),
         _section("states", "The life of an allocation, by visits", _graphs(summary)),
+        _section("goals", "What was to be reached", _goals(goals_of(summary))),
         _section("cells", "Every state, every event, every adapter", _heat_maps(summary)),
         *(_part(part) for part in summary.parts.values()),
         _section("machine", "On what, and from what", _environment(head, summary)),
@@ -51,24 +51,19 @@ def report(head: Head, summary: Summary) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>{title}</title>\n<style>\n{STYLE.read_text()}</style>\n</head>\n<body>\n"
-        f"{arrow_heads()}\n<header>\n<h1>{title}</h1>\n{_banner(head, summary)}</header>\n<main>\n"
-        + "".join(sections)
-        + "</main>\n</body>\n</html>\n"
+        f"{arrow_heads()}\n<header>\n<h1>{title}</h1>\n{_banner(head, summary, not_run)}"
+        "</header>\n<main>\n" + "".join(sections) + "</main>\n</body>\n</html>\n"
     )
 
 
-def _banner(head: Head, summary: Summary) -> str:
+def _banner(head: Head, summary: Summary, not_run: Sequence[str]) -> str:
     goals = goals_of(summary)
     reached = sum(goal.verdict is GoalStatus.REACHED for goal in goals)
     found = len(summary.found)
     tasks = sum(part.tasks for part in summary.parts.values())
     missed = sum(len(cells) for cells in summary.missed.values())
-    if is_good(summary):
-        says = "Every promise held"
-    elif found:
-        says = "A promise is broken" if found == 1 else f"{found:,} promises are broken"
-    else:
-        says = "Nothing was found, but cells that were to be hit were missed"
+    verdict = verdict_of(summary, not_run)
+    says = [said for said in (verdict.missing, verdict.found) if said]
     tiles = {
         "tasks": f"{tasks:,}",
         "found": f"{found:,}",
@@ -77,8 +72,8 @@ def _banner(head: Head, summary: Summary) -> str:
         "computed for": clock(sum(part.seconds for part in summary.parts.values())),
         "seed": f"{head.seed}",
     }
-    name = "good" if is_good(summary) else "bad"
-    return f'<p class="verdict {name}">{says}</p>\n{_tiles(tiles)}'
+    lines = "".join(f'<p class="verdict {verdict.colour}">{escape(line)}.</p>\n' for line in says)
+    return lines + _tiles(tiles)
 
 
 def _section(name: str, title: str, inside: str) -> str:
@@ -203,7 +198,8 @@ def _heat_maps(summary: Summary) -> str:
     if not summary.cells:
         return '<p class="nothing">No adapter was tried.</p>\n'
     about = (
-        "<p>How often each adapter was in this state when this event happened. "
+        "<p>A cell is a state and an event of a table. Each number says how often an adapter was "
+        "in this state when this event happened. "
         'Outlined in <span class="missed-word">red</span>: there is a row, and it was never taken. '
         "Blank: there is no row, the event is refused.</p>\n"
     )
@@ -262,7 +258,8 @@ _TITLES: Final = {
     ),
     "explore": (
         "Every world within bounds",
-        "Breadth first over the real kernels, in lock-step with the independent model.",
+        "A world is a provider's kernel, its peers' kernels, what is under way between them, and "
+        "the node. Breadth first, in lock-step with the independent model.",
     ),
     "faults": (
         "Faults in system calls",
@@ -270,12 +267,23 @@ _TITLES: Final = {
     ),
     "mutants": (
         "Mutants of the tables and of the code",
-        "A test that no mutant fails tests nothing.",
+        "A mutant is the table, or the code, with one small change: some test has to fail. One "
+        "that is argued behaves like the original.",
+    ),
+    "open": (
+        "The kernel in an open environment",
+        "Every event that a driver may report, in any order, to kernel and model alike. Counted "
+        "are distinct snapshots of the kernel, and distinct steps: a snapshot and an event.",
     ),
     "rates": ("How fast", "Processor time on one core."),
     "stateful": (
         "Random lives on every adapter",
-        "One machine of rules plays consumers, processes and crashes.",
+        "An adapter is what the machine of rules drives: the model, the kernels, the simulated "
+        "node, this node. The rules play consumers, processes and crashes.",
+    ),
+    "virtual": (
+        "Drivers under a virtual loop and clock",
+        "A scheduler chooses whose step comes next: all orders up to a depth, then random ones.",
     ),
 }
 

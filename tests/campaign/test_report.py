@@ -21,11 +21,12 @@ from statemachine.lifecycle import TABLES
 from statemachine.provider import Limits
 from statemachine.table import Table
 from statemachine.testing.explore import Bounds, Counterexample, Explorer
-from tests.campaign.outcome import Discovery, Outcome
+from tests.campaign.outcome import Culprit, Discovery, Outcome
 from tests.campaign.report import report
 from tests.campaign.report_charts import Bar, Dots, bars, dots, heat_map, stacks
 from tests.campaign.report_goals import ADAPTERS, Goal, GoalStatus, goals_of, is_good
 from tests.campaign.report_summary import LEGAL, Cell, Summary, number_in, plain, summary_of
+from tests.campaign.report_verdict import verdict_of
 from tests.campaign.verify_record import Done, Head
 from transport.trace import Start, Turn
 from transport.trace.diagram import sequence_diagram
@@ -128,6 +129,42 @@ def test_what_is_said_is_text_and_never_markup(page: str) -> None:
 
 def test_a_campaign_without_outcomes_has_a_page() -> None:
     Balanced().feed(report(HEAD, Summary()))
+
+
+# --- What is said first ------------------------------------------------------------------------
+
+
+def test_basic_what_is_missing_comes_first(page: str) -> None:
+    lines = re.findall(r'<p class="verdict (\w+)">(.*?)</p>', page)
+    assert [colour for colour, _ in lines] == ["bad", "bad"]
+    assert lines[0][1].startswith("Not reached: ")
+    assert "not measured: " in lines[0][1]
+    assert lines[1][1].startswith("1 promise is broken; 1 cells")
+    assert page.index("<figure>") < page.index("Goals, and what this campaign reached")
+
+
+def test_a_part_that_was_not_run_is_named() -> None:
+    assert verdict_of(Summary(), ["faults", "rates"]).missing.endswith("not run: faults, rates")
+
+
+def test_what_is_missing_is_no_success() -> None:
+    verdict = verdict_of(summary_of(outcomes()[:3]))
+    assert verdict.colour == "short"
+    assert verdict.found == "Of what was run, every promise held"
+
+
+@pytest.mark.parametrize(
+    ("culprit", "says"),
+    [
+        ("promise", "2 promises are broken"),
+        ("simulation", "2 differences between the simulation and Linux"),
+        ("campaign", "2 faults of the campaign itself, which may hide others"),
+    ],
+)
+def test_it_is_said_what_is_wrong(culprit: Culprit, says: str) -> None:
+    found = [Discovery("t", "s", culprit=culprit)] * 2
+    verdict = verdict_of(summary_of([of("explore", "x", Outcome(discoveries=found))]))
+    assert (verdict.found, verdict.colour) == (says, "bad")
 
 
 # --- Goals -------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from tests.campaign.outcome import Task  # noqa: E402
 from tests.campaign.report import report  # noqa: E402
 from tests.campaign.report_goals import goals_of, is_good  # noqa: E402
 from tests.campaign.report_summary import Summary, plain, summary_of, text_table  # noqa: E402
+from tests.campaign.report_verdict import verdict_of  # noqa: E402
 from tests.campaign.verify_pool import Pool, PoolTask, failure_of  # noqa: E402
 from tests.campaign.verify_progress import Progress, clock  # noqa: E402
 from tests.campaign.verify_record import (  # noqa: E402
@@ -119,9 +120,10 @@ def _campaign(options: argparse.Namespace, record: CampaignRecord) -> int:
     finally:
         campaign.end()
     summary = summary_of(record.done.values())
+    not_run = [part for part in parts_of(Path(__file__).parent) if part not in summary.parts]
     page = record.directory / "report.html"
-    page.write_text(report(record.head, summary), encoding="utf-8")
-    _show(summary)
+    page.write_text(report(record.head, summary, not_run), encoding="utf-8")
+    _show(summary, not_run)
     print(f"\n{page.resolve()}")
     if interruption is not None:
         print_error("interrupted; the same command goes on where it was")
@@ -132,8 +134,10 @@ def _campaign(options: argparse.Namespace, record: CampaignRecord) -> int:
     return ExitCode.OK if is_good(summary) else ExitCode.NO
 
 
-def _show(summary: Summary) -> None:
-    """Print what there is to show, and what of it was to be reached."""
+def _show(summary: Summary, not_run: list[str]) -> None:
+    """Print what is missing, what there is to show, and what of it was to be reached."""
+    verdict = verdict_of(summary, not_run)
+    print(*(said for said in (verdict.missing, verdict.found) if said), sep="\n", end="\n\n")
     for part in summary.parts.values():
         found = f"{len(part.found)} found" if part.found else "nothing found"
         print(f"{part.name}: {part.tasks} tasks, {clock(part.seconds)}, {found}")

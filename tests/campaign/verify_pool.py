@@ -190,4 +190,5 @@ class _Process:
 def failure_of(job: PoolTask, how: str, log: list[str], seconds: float = 0.0) -> Outcome:
     """Make the outcome of a task that came to no end of its own."""
     script = "\n".join([job.command, "", *(f"# {line}".rstrip() for line in log)])
-    return Outcome(discoveries=[Discovery(f"{job.task.name}: {how}", script)], seconds=seconds)
+    found = Discovery(f"{job.task.name}: {how}", script, culprit="campaign")
+    return Outcome(discoveries=[found], seconds=seconds)
