@@ -25,8 +25,8 @@ from tests.campaign.report_goals import (
     goals_of,
     label_of,
 )
+from tests.campaign.report_opening import opening_of
 from tests.campaign.report_summary import Cell, FoundBy, Part, Summary, number_in, plain
-from tests.campaign.report_verdict import verdict_of
 from tests.campaign.verify_progress import clock
 from tests.campaign.verify_record import Head
 
@@ -62,8 +62,8 @@ def _banner(head: Head, summary: Summary, not_run: Sequence[str]) -> str:
     found = len(summary.found)
     tasks = sum(part.tasks for part in summary.parts.values())
     missed = sum(len(cells) for cells in summary.missed.values())
-    verdict = verdict_of(summary, not_run)
-    says = [said for said in (verdict.missing, verdict.found) if said]
+    opening = opening_of(summary, not_run)
+    says = [said for said in (opening.missing, opening.found) if said]
     tiles = {
         "tasks": f"{tasks:,}",
         "found": f"{found:,}",
@@ -72,7 +72,7 @@ def _banner(head: Head, summary: Summary, not_run: Sequence[str]) -> str:
         "computed for": clock(sum(part.seconds for part in summary.parts.values())),
         "seed": f"{head.seed}",
     }
-    lines = "".join(f'<p class="verdict {verdict.colour}">{escape(line)}.</p>\n' for line in says)
+    lines = "".join(f'<p class="verdict {opening.colour}">{escape(line)}.</p>\n' for line in says)
     return lines + _tiles(tiles)
 
 

@@ -25,8 +25,8 @@ from tests.campaign.outcome import Culprit, Discovery, Outcome
 from tests.campaign.report import report
 from tests.campaign.report_charts import Bar, Dots, bars, dots, heat_map, stacks
 from tests.campaign.report_goals import ADAPTERS, Goal, GoalStatus, goals_of, is_good
+from tests.campaign.report_opening import opening_of
 from tests.campaign.report_summary import LEGAL, Cell, Summary, number_in, plain, summary_of
-from tests.campaign.report_verdict import verdict_of
 from tests.campaign.verify_record import Done, Head
 from transport.trace import Start, Turn
 from transport.trace.diagram import sequence_diagram
@@ -144,13 +144,13 @@ def test_basic_what_is_missing_comes_first(page: str) -> None:
 
 
 def test_a_part_that_was_not_run_is_named() -> None:
-    assert verdict_of(Summary(), ["faults", "rates"]).missing.endswith("not run: faults, rates")
+    assert opening_of(Summary(), ["faults", "rates"]).missing.endswith("not run: faults, rates")
 
 
 def test_what_is_missing_is_no_success() -> None:
-    verdict = verdict_of(summary_of(outcomes()[:3]))
-    assert verdict.colour == "short"
-    assert verdict.found == "Of what was run, every promise held"
+    opening = opening_of(summary_of(outcomes()[:3]))
+    assert opening.colour == "short"
+    assert opening.found == "Of what was run, every promise held"
 
 
 @pytest.mark.parametrize(
@@ -163,8 +163,8 @@ def test_what_is_missing_is_no_success() -> None:
 )
 def test_it_is_said_what_is_wrong(culprit: Culprit, says: str) -> None:
     found = [Discovery("t", "s", culprit=culprit)] * 2
-    verdict = verdict_of(summary_of([of("explore", "x", Outcome(discoveries=found))]))
-    assert (verdict.found, verdict.colour) == (says, "bad")
+    opening = opening_of(summary_of([of("explore", "x", Outcome(discoveries=found))]))
+    assert (opening.found, opening.colour) == (says, "bad")
 
 
 # --- Goals -------------------------------------------------------------------------------------

@@ -31,8 +31,8 @@ from linux.cli.exits import SIGNAL_BASE, ExitCode, Interrupted, print_error  # n
 from tests.campaign.outcome import Task  # noqa: E402
 from tests.campaign.report import report  # noqa: E402
 from tests.campaign.report_goals import goals_of, is_good  # noqa: E402
+from tests.campaign.report_opening import opening_of  # noqa: E402
 from tests.campaign.report_summary import Summary, plain, summary_of, text_table  # noqa: E402
-from tests.campaign.report_verdict import verdict_of  # noqa: E402
 from tests.campaign.verify_pool import Pool, PoolTask, failure_of  # noqa: E402
 from tests.campaign.verify_progress import Progress, clock  # noqa: E402
 from tests.campaign.verify_record import (  # noqa: E402
@@ -136,8 +136,8 @@ def _campaign(options: argparse.Namespace, record: CampaignRecord) -> int:
 
 def _show(summary: Summary, not_run: list[str]) -> None:
     """Print what is missing, what there is to show, and what of it was to be reached."""
-    verdict = verdict_of(summary, not_run)
-    print(*(said for said in (verdict.missing, verdict.found) if said), sep="\n", end="\n\n")
+    opening = opening_of(summary, not_run)
+    print(*(said for said in (opening.missing, opening.found) if said), sep="\n", end="\n\n")
     for part in summary.parts.values():
         found = f"{len(part.found)} found" if part.found else "nothing found"
         print(f"{part.name}: {part.tasks} tasks, {clock(part.seconds)}, {found}")

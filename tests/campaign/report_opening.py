@@ -27,7 +27,7 @@ FINDINGS: Final[dict[Culprit, tuple[str, str]]] = {
 
 
 @dataclass(frozen=True)
-class Verdict:
+class OpeningLines:
     """The first lines of the page, and the colour that they deserve."""
 
     missing: str
@@ -37,7 +37,7 @@ class Verdict:
     colour: Literal["good", "short", "bad"]
 
 
-def verdict_of(summary: Summary, not_run: Sequence[str] = ()) -> Verdict:
+def opening_of(summary: Summary, not_run: Sequence[str] = ()) -> OpeningLines:
     """
     Say what is missing and what was found.
 
@@ -57,7 +57,7 @@ def verdict_of(summary: Summary, not_run: Sequence[str] = ()) -> Verdict:
     colour: Literal["good", "short", "bad"] = "short" if missing else "good"
     if not is_good(summary):
         colour = "bad"
-    return Verdict(said[:1].upper() + said[1:], _found(summary), colour)
+    return OpeningLines(said[:1].upper() + said[1:], _found(summary), colour)
 
 
 def _named(names: Sequence[str]) -> str:
