@@ -342,6 +342,7 @@ def _lock(root: Path, name: str) -> Descriptor:
         try:
             if not _is_locked_now(directory, path, fcntl.LOCK_EX, holder):
                 raise InstanceBusy(path, provider_of(root, name))
+            # Guard: the instance that is locked is at its path.
             if is_open_as(path, directory):
                 return directory
         except BaseException:

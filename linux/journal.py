@@ -336,7 +336,10 @@ class Journal(Owner):
 
     def is_lost(self) -> bool:
         """Say whether the lock or the journal is gone from the state directory, or another's."""
-        return not (is_open_as(self._state_dir / LOCK_NAME, self._lock) and self._path_is_ours())
+        # Guard: the lock is still in its directory.
+        is_locked = is_open_as(self._state_dir / LOCK_NAME, self._lock)
+        # Guard: the journal is still the file that was opened.
+        return not (is_locked and self._path_is_ours())
 
     def make_again(self) -> None:
         """
@@ -353,6 +356,7 @@ class Journal(Owner):
         with self._guard:
             # Closed first: SQLite removes its log by the name that the new one has as well.
             self._database.close()
+            # Guard: a lock that is gone is taken again.
             if not is_open_as(self._state_dir / LOCK_NAME, self._lock):
                 lock = lock_directory(self._state_dir)
                 before, self._lock = self._lock, lock
@@ -514,6 +518,7 @@ def _is_shared(path: Path) -> bool:
 
 
 def _is_at_rest(path: Path, fingerprint: tuple[int, ...]) -> bool:
+    # Guard: what was read has not changed meanwhile.
     return not _is_shared(path) and _fingerprint(path) == fingerprint
 
 

@@ -24,6 +24,7 @@ LINES_MAX: Final = 6
 _CGROUPS: Final = "linux/cgroups.py"
 _ENDPOINT: Final = "transport/endpoint.py"
 _ANCHOR: Final = "linux/anchor.py"
+_JOURNAL: Final = "linux/journal.py"
 
 SWEPT: Final[tuple[tuple[str, tuple[str, ...], Change], ...]] = (
     (
@@ -170,6 +171,39 @@ TESTED: Final[tuple[tuple[str, str, Change], ...]] = (
             "for pid in pidfds.keys() & set(self._processes_in(directory)):",
             "for pid in pidfds:",
         ),
+    ),
+    (
+        "the instance that is locked is at its path",
+        "linux/test_recovery.py::test_a_cgroup_that_was_made_anew_before_it_was_locked_is_locked",
+        Change("linux/instance.py", "if is_open_as(path, directory):", "if True:"),
+    ),
+    (
+        "the lock is still in its directory",
+        "linux/test_journal.py::test_a_lock_that_was_removed_is_taken_again",
+        Change(
+            _JOURNAL,
+            "is_locked = is_open_as(self._state_dir / LOCK_NAME, self._lock)",
+            "is_locked = True",
+        ),
+    ),
+    (
+        "the journal is still the file that was opened",
+        "linux/test_journal.py::test_a_journal_whose_file_is_another_is_lost",
+        Change(_JOURNAL, "not (is_locked and self._path_is_ours())", "not is_locked"),
+    ),
+    (
+        "a lock that is gone is taken again",
+        "linux/test_journal.py::test_a_lock_that_was_removed_is_taken_again",
+        Change(
+            _JOURNAL,
+            "if not is_open_as(self._state_dir / LOCK_NAME, self._lock):",
+            "if False:",
+        ),
+    ),
+    (
+        "what was read has not changed meanwhile",
+        "linux/test_journal.py::test_a_reader_sees_no_half_of_what_a_provider_changed_meanwhile",
+        Change(_JOURNAL, " and _fingerprint(path) == fingerprint", ""),
     ),
 )
 """Seen by a test, because a sweep reaches no state in which it matters; it is named."""

@@ -9,12 +9,12 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 
@@ -37,6 +37,7 @@ from statemachine.messages import NamespaceRequest, NamespaceType
 from statemachine.provider import REMEMBERED_MAX
 from statemachine.states import AllocationState
 from tests.support.programs import run_program
+from transport.calls import hook_syscalls
 
 BOOT: Final = "7b5e1b2e-0000-4000-8000-000000000001"
 OTHER_BOOT: Final = "7b5e1b2e-0000-4000-8000-000000000002"
@@ -214,6 +215,49 @@ def test_a_holder_that_has_not_written_its_pid_yet_is_still_a_holder(tmp_path: P
         (tmp_path / LOCK_NAME).write_bytes(b"")
         with pytest.raises(JournalBusy, match="another process holds"):
             Journal(tmp_path, BOOT)
+
+
+@pytest.mark.clause("CRASH-17")
+def test_a_journal_whose_file_is_another_is_lost(tmp_path: Path) -> None:
+    with Journal(tmp_path, BOOT) as journal:
+        assert not journal.is_lost()
+        shutil.copy(tmp_path / JOURNAL_NAME, tmp_path / "another")
+        (tmp_path / "another").replace(tmp_path / JOURNAL_NAME)
+        assert journal.is_lost()
+        journal.make_again()
+        assert not journal.is_lost()
+
+
+@pytest.mark.clause("CRASH-10", "CRASH-17")
+def test_a_lock_that_was_removed_is_taken_again(tmp_path: Path) -> None:
+    with Journal(tmp_path, BOOT) as journal:
+        journal.intend(requested("a"))
+        (tmp_path / LOCK_NAME).unlink()
+        assert journal.is_lost()
+        journal.make_again()
+        with pytest.raises(JournalBusy):
+            Journal(tmp_path, BOOT)
+        assert [entry.allocation_id for entry in journal.entries()] == ["a"]
+
+
+def test_a_reader_sees_no_half_of_what_a_provider_changed_meanwhile(tmp_path: Path) -> None:
+    with Journal(tmp_path, BOOT) as journal:
+        journal.intend(requested("a"))
+    queries: list[str] = []
+
+    def change_once(
+        call: Callable[..., Any], words: tuple[Any, ...], more: Mapping[str, Any]
+    ) -> Any:
+        if words and "FROM ended" in str(words[0]) and not queries:
+            queries.append(words[0])
+            with Journal(tmp_path, BOOT) as later:
+                later.intend(requested("b"))
+        return call(*words, **more)
+
+    with hook_syscalls(change_once):
+        view = read_journal(tmp_path)
+    assert queries
+    assert [entry.allocation_id for entry in view.entries] == ["a", "b"]
 
 
 def test_closing_twice_is_closing_once(tmp_path: Path) -> None:

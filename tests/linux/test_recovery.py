@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import itertools
 import json
 import os
@@ -31,6 +32,7 @@ from linux.cgroups import (
     DescribedScope,
     Scope,
     ScopeError,
+    anchor_path,
     remove_cgroup,
 )
 from linux.cli.place import PlaceWatch
@@ -745,6 +747,33 @@ def test_a_provider_that_cannot_tidy_up_at_its_end_unlocks_its_instance(
         assert "stays: rmdir(2): EIO" in caplog.text
         assert not is_locked(cgroup2, instance_of(world.state_dir))
         world.start()
+
+
+@pytest.mark.needs_root
+@pytest.mark.clause("CRASH-15")
+def test_a_cgroup_that_was_made_anew_before_it_was_locked_is_locked(
+    cgroup2: Path, tmp_path: Path
+) -> None:
+    name = f"nsh-instance-{os.getpid()}"
+    path = anchor_path(cgroup2, name)
+    flocks: list[Any] = []
+
+    def replace_once(
+        call: Callable[..., Any], words: tuple[Any, ...], more: Mapping[str, Any]
+    ) -> Any:
+        if call is fcntl.flock and not flocks:
+            flocks.append(words)
+            path.rmdir()
+            path.mkdir()
+        return call(*words, **more)
+
+    with hook_syscalls(replace_once):
+        instance = Instance.lock(cgroup2, name, tmp_path)
+    with instance:
+        assert flocks
+        assert not instance.is_lost()
+        assert is_locked(cgroup2, name)
+    path.rmdir()
 
 
 @pytest.mark.needs_root
