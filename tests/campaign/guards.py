@@ -100,7 +100,7 @@ SWEPT: Final[tuple[tuple[str, tuple[str, ...], Change], ...]] = (
         Change(
             "linux/files.py",
             "if _identity(syscall(self.path.lstat)) == _identity(self.status):",
-            "if True:",
+            "if syscall(self.path.lstat):",
         ),
     ),
     (

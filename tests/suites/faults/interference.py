@@ -427,6 +427,12 @@ ON_LINUX: Final[dict[str, StrangersAct]] = {
 
 ACTS: Final = {**ANYWHERE, **ON_LINUX}
 
+ENDING: Final = frozenset(act for act in ON_LINUX if not act.startswith("other "))
+"""
+What ends an allocation, or may: its init dies, its scope is gone, or was used and is empty. If its
+provider stands still just then, the next one releases it, and consumers of the last are not told.
+"""
+
 
 BY_PATH: Final = frozenset({"unlink"})
 """
