@@ -446,10 +446,12 @@ ON_FILES: Final = frozenset(
 ) - {"other half closed"}
 
 
-NOT_SWEPT: Final = frozenset({("linux", "recovered", "other journal")})
+NOT_SWEPT: Final = frozenset(
+    {("linux", "recovered", "other journal"), ("linux", "recovered", "other lock")}
+)
 """
-Backend, life and act that are not tried. A provider that starts takes what is at its journal's path
-for its journal, in a directory of its own: it sets its permissions.
+Backend, life and act that are not tried. A provider that starts takes what is at the paths of its
+journal and its lock for these, in a directory of its own: it sets permissions, and writes its pid.
 """
 
 

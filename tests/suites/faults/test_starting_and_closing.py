@@ -52,7 +52,6 @@ def start(world: LinuxWorld, plan: FaultPlan = ()) -> FaultInjector:
     return injector
 
 
-@pytest.mark.sample(2)
 @pytest.mark.clause("CRASH-2")
 @pytest.mark.needs_root
 def test_what_is_alive_stays_so_whatever_a_program_that_starts_is_refused(
