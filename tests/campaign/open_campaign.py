@@ -34,7 +34,10 @@ SPACES: Final[dict[str, tuple[float, OpenEnvironment]]] = {
 
 
 def tasks(scale: float) -> list[Task]:
-    return [Task(name, {"name": name}) for name, (least, _) in SPACES.items() if least <= scale]
+    found = {name: space for name, (least, space) in SPACES.items() if least <= scale}
+    return [
+        Task(name, {"name": name}, is_long=space.connections > 1) for name, space in found.items()
+    ]
 
 
 def run(seed: int, name: str) -> Outcome:

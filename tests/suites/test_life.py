@@ -120,10 +120,12 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         pass
 
 
-@pytest.fixture
-def idle_life(tmp_path: Path, cgroup2: Path, image_root: Path) -> Iterator[LiveNode]:
+@pytest.fixture(params=["made anew", pytest.param("pool", marks=pytest.mark.deep("long"))])
+def idle_life(
+    request: pytest.FixtureRequest, tmp_path: Path, cgroup2: Path, image_root: Path
+) -> Iterator[LiveNode]:
     """A provider that is not started yet."""
-    with real(tmp_path, cgroup2, image_root) as world:
+    with real(tmp_path, cgroup2, image_root, has_pool=request.param == "pool") as world:
         life = LiveNode(world, tmp_path)
         try:
             yield life
