@@ -16,21 +16,26 @@ from typing import Final
 from tests.campaign.outcome import Discovery, Outcome, Task
 
 ROOT: Final = Path(__file__).parents[2]
-MARKS: Final = ('pytest.mark.deep("long")', "pytest.mark.sample(")
 
 
 def tasks(scale: float) -> list[Task]:
     """List the files that have such tests."""
+    return tasks_of("long", "sample(")
+
+
+def tasks_of(part: str, *more_marks: str) -> list[Task]:
+    """List the files that have tests of a part."""
+    marks = [f"pytest.mark.{mark}" for mark in (f'deep("{part}")', *more_marks)]
     paths = sorted((ROOT / "tests").rglob("test_*.py"))
     texts = {path: path.read_text(encoding="utf-8") for path in paths}
-    found = [path for path, text in texts.items() if any(mark in text for mark in MARKS)]
-    return [Task(path.stem, {"file": str(path.relative_to(ROOT))}) for path in found]
+    found = [path for path, text in texts.items() if any(mark in text for mark in marks)]
+    return [Task(p.stem, {"file": str(p.relative_to(ROOT)), "part": part}) for p in found]
 
 
-def run(seed: int, file: str) -> Outcome:
+def run(seed: int, file: str, part: str) -> Outcome:
     """Run those of a file."""
     seeded = f"--randomly-seed={seed % 2**32}"
-    words = ["pytest", "-q", "--deep", "long", "-p", "no:cacheprovider", seeded, file]
+    words = ["pytest", "-q", "--deep", part, "-p", "no:cacheprovider", seeded, file]
     begin = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, check=False

@@ -65,7 +65,10 @@ SPACES: Final = [
     for text, states in rows(r"`(\d x \d, \d[A-Z, ]*)`: ([\d,]+)[;.]")
 ]
 LARGE: Final = 5_000
-"""From how many states on a space is left to the campaign."""
+LARGEST: Final = 50_000
+"""From how many states on a space is left to the campaign, and to one at scale 1."""
+_LARGE: Final = pytest.mark.deep("long")
+_LARGEST: Final = pytest.mark.deep("large")
 PROPERTIES: Final = rows(r"^\| `(\w+)` \| .* \| (\d x \d, \d[A-Z, ]*) \| .* \|$")
 ASSERTIONS: Final = [row for row in PROPERTIES if not re.match(r"L\d|END", row[0])]
 FORMULAS: Final = [row for row in PROPERTIES if re.match(r"L\d|END", row[0])]
@@ -110,10 +113,15 @@ def test_basic_kernel_and_program_reach_the_same_states(space: SpinSpace, tmp_pa
     check_same_states(tmp_path, space)
 
 
-@pytest.mark.deep("long")
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
-    "space", [space for space in SPACES if space.states >= LARGE], ids=lambda space: space.text
+    "space",
+    [
+        pytest.param(s, marks=_LARGEST if s.states >= LARGEST else _LARGE)
+        for s in SPACES
+        if s.states >= LARGE
+    ],
+    ids=lambda space: space.text,
 )
 def test_kernel_and_program_reach_the_same_states_of_large_spaces(
     space: SpinSpace, tmp_path: Path
