@@ -29,7 +29,7 @@ _JOURNAL: Final = "linux/journal.py"
 SWEPT: Final[tuple[tuple[str, tuple[str, ...], Change], ...]] = (
     (
         "what is emptied was opened",
-        ("linux", "end by consumer", "scope replaced, empty"),
+        ("linux", "end by consumer", "scope replaced, empty", "cgroups."),
         Change(
             _CGROUPS,
             "elif owner != self._token:\n                return True",
@@ -38,7 +38,7 @@ SWEPT: Final[tuple[tuple[str, tuple[str, ...], Change], ...]] = (
     ),
     (
         "what was made was opened",
-        ("linux", "end by consumer", "scope replaced"),
+        ("linux", "end by consumer", "scope replaced", "cgroups."),
         Change(
             _CGROUPS,
             "self._was_made = self._was_made and _is_made_here_at(directory)",
@@ -47,7 +47,7 @@ SWEPT: Final[tuple[tuple[str, tuple[str, ...], Change], ...]] = (
     ),
     (
         "what is killed is ours",
-        ("linux", "end by consumer", "stamped"),
+        ("linux", "end by consumer", "stamped", "cgroups."),
         Change(
             _CGROUPS,
             "if owner == self._token:\n                self._kill_all",
@@ -56,12 +56,12 @@ SWEPT: Final[tuple[tuple[str, tuple[str, ...], Change], ...]] = (
     ),
     (
         "one owner",
-        ("linux", "end by consumer", "stamped"),
+        ("linux", "end by consumer", "stamped", "cgroups."),
         Change(_CGROUPS, "self._token, os.XATTR_CREATE)", "self._token)"),
     ),
     (
         "what is marked is ours",
-        ("linux", "end by consumer", "stamped as own"),
+        ("linux", "end by consumer", "stamped as own", "cgroups."),
         Change(
             _CGROUPS,
             "if _read_owner(directory.fileno()) != self._token:\n                raise",
