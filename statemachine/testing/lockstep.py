@@ -17,12 +17,9 @@ from __future__ import annotations
 
 import copy
 import random
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import fields
-from enum import Enum
-from types import BuiltinFunctionType, FunctionType
-from typing import Any, Final, Protocol, TypeVar, cast
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any, Final, TypeVar, cast
 
 from specs import model
 
@@ -33,14 +30,13 @@ from ..errors import (
     AllocationNotFound,
     CreationFailed,
     FdPassing,
-    LocalProtocolError,
-    ProtocolError,
-    RemoteProtocolError,
     SocketUnavailable,
 )
 from ..events import Event
 from ..messages import NamespaceRequest, NamespaceResponse, NamespaceType
 from ..provider import Limits, ProviderKernel
+from .kit import KernelTrial, Receiver, Reference
+from .tables import HOMES
 
 NET, PID, MOUNT = NamespaceType.NET, NamespaceType.PID, NamespaceType.MOUNT
 REQUESTS: Final = {
@@ -143,19 +139,8 @@ CONSUMER_EVENTS: Final[list[Event]] = [
 ]
 
 
-class Receiver(Protocol):
-    """A kernel: ours, or yours."""
-
-    def receive(self, event: Any, /) -> Sequence[Effect]:
-        """Take an event; return what shall be done, or raise `ProtocolError` and change nothing."""
-
-
 K = TypeVar("K", bound=Receiver)
 S = TypeVar("S", model.Provider, model.Consumer)
-
-
-class Difference(AssertionError):
-    """The kernel and the model do not agree."""
 
 
 def step(kernel: K, state: S, event: Event) -> tuple[K, S]:
@@ -173,37 +158,13 @@ def step(kernel: K, state: S, event: Event) -> tuple[K, S]:
 
 def taken(kernel: K, state: S, event: Event) -> tuple[K, S, tuple[Effect, ...] | None]:
     """As `step`, and return the effects as well; None: it cannot be, and both refused it."""
+    return REFERENCE.taken(kernel, state, event)
+
+
+def _model_step(state: Any, event: Any) -> tuple[Any, Any]:
     take: Any = model.provider_step if isinstance(state, model.Provider) else model.consumer_step
-    try:
-        after, said = take(state, event)
-    except model.Impossible as impossible:
-        return _refused(kernel, state, event, impossible), state, None
-    try:
-        effects = kernel.receive(event)
-    except ProtocolError as error:
-        raise Difference(f"the kernel does not take {event}: {error}") from None
-    found = model.differences(effects, said) + other_states(kernel, after)
-    if found:
-        raise Difference(f"{event}: {found}")
-    return kernel, after, tuple(effects)
-
-
-def _refused(kernel: K, state: Any, event: Event, impossible: model.Impossible) -> K:
-    """Put an event to a kernel that cannot be."""
-    spare = copy.deepcopy(kernel) if _is_lax(state, event) else None
-    before = _snapshot(kernel)
-    try:
-        kernel.receive(event)
-    except ProtocolError as error:
-        if _WHOSE[type(error)] != impossible.whose or _snapshot(kernel) != before:
-            raise Difference(f"{error} changed something, or is {impossible.whose}") from None
-        return kernel
-    if spare is None:
-        raise Difference(f"the kernel takes {event}, which cannot be")
-    return spare
-
-
-_WHOSE: Final = {LocalProtocolError: "ours", RemoteProtocolError: "peer's"}
+    result: tuple[Any, Any] = take(state, event)
+    return result
 
 
 def _is_lax(state: model.Provider | model.Consumer, event: Event) -> bool:
@@ -218,34 +179,6 @@ def _is_lax(state: model.Provider | model.Consumer, event: Event) -> bool:
     assert isinstance(state, model.Provider)
     a = state.allocations.get(event.allocation_id)
     return a is not None and (a.response is not None or a.has_ended)
-
-
-def _snapshot(kernel: Any) -> object:
-    return kernel.snapshot() if hasattr(kernel, "snapshot") else None
-
-
-def _identity(kernel: Any) -> object:
-    return _snapshot(kernel) or _frozen(kernel)
-
-
-_ATOMS: Final = (type, str, int, float, bytes, Enum, FunctionType, BuiltinFunctionType)
-"""What `copy` takes as it is."""
-
-
-def _frozen(value: Any) -> object:
-    """Make a value that is equal when all that `copy` would copy is equal."""
-    if value is None or isinstance(value, _ATOMS):
-        return value
-    if isinstance(value, dict):
-        return tuple((_frozen(key), _frozen(each)) for key, each in value.items())
-    if isinstance(value, set | frozenset):
-        return frozenset(map(_frozen, value))
-    if isinstance(value, list | tuple | deque):
-        return tuple(map(_frozen, value))
-    return tuple(
-        _frozen(part if isinstance(part, dict | tuple | None) else list(part))
-        for part in value.__reduce_ex__(2)[1:]
-    )
 
 
 def _copied(kernel: K) -> K:
@@ -270,55 +203,67 @@ def other_states(kernel: Receiver, state: Any) -> list[str]:
     return found
 
 
+REFERENCE: Final[Reference[Any]] = Reference(
+    _model_step,
+    model.Impossible,
+    differences=model.differences,
+    other_states=other_states,
+    is_lax=_is_lax,
+)
+"""The reference model of `specs`."""
+
+
 # --- Many steps --------------------------------------------------------------------------------
 
 
-def explore(kernel: K, state: S, events: Sequence[Event], states_max: int | None = None) -> int:
-    """
-    Put every event to a kernel in every state that these events lead to, the nearest first.
-
-    Args:
-        kernel: as it is in the beginning.
-        state: the model's.
-        events: what may happen, and what cannot.
-        states_max: stop when there are so many.
-
-    Returns:
-        How many steps that were.
-
-    Raises:
-        Difference: the kernel and the model do not agree.
-    """
-    known, frontier, steps = {(_identity(kernel), state)}, deque([(kernel, state)]), 0
-    while frontier:
-        before, now = frontier.popleft()
-        for event in events:
-            found, after = step(_copied(before), now, event)
-            steps += 1
-            key = (_identity(found), after)
-            if key not in known and (states_max is None or len(known) < states_max):
-                known.add(key)
-                frontier.append((found, after))
-    return steps
+def consumer_trial(
+    make: Callable[[NamespaceRequest], Receiver] = ConsumerKernel,
+) -> KernelTrial[Receiver]:
+    """Say what is put to a consumer's kernel, and what it is held to."""
+    reference = replace(REFERENCE, initial=model.Consumer(CONSUMED))
+    return KernelTrial(
+        lambda: make(CONSUMED),
+        CONSUMER_EVENTS,
+        reference=reference,
+        homes=HOMES,
+        copied=_copied,
+    )
 
 
 def explore_consumer(make: Callable[[NamespaceRequest], Receiver] = ConsumerKernel) -> int:
-    """Explore a consumer's kernel, all of it; return how many steps that were."""
-    return explore(make(CONSUMED), model.Consumer(CONSUMED), CONSUMER_EVENTS)
+    """
+    Explore a consumer's kernel, all of it; return how many steps that were.
+
+    Raises:
+        ViolatingPath: the kernel and the model do not agree; with a shortest script.
+    """
+    return consumer_trial(make).explore().steps
 
 
 def explore_provider(
     make: Callable[[Limits], Receiver] = ProviderKernel, names: str = "a", states_max: int = 300
 ) -> int:
-    """Explore a provider's kernel up to a number of states; return how many steps that were."""
+    """
+    Explore a provider's kernel up to a number of states; return how many steps that were.
+
+    Raises:
+        ViolatingPath: the kernel and the model do not agree; with a shortest script.
+    """
     events = list(dict.fromkeys(provider_events(names)))
-    return explore(make(LIMITS), model.Provider(MODEL_LIMITS), events, states_max)
+    reference = replace(REFERENCE, initial=model.Provider(MODEL_LIMITS))
+    trial = KernelTrial(lambda: make(LIMITS), events, reference=reference)
+    return trial.explore(states_max).steps
 
 
 def walk_provider(
     seed: int, names: str, steps: int, make: Callable[[Limits], Receiver] = ProviderKernel
 ) -> None:
-    """Lead a provider through events at random, mostly such as can be; at times begin anew."""
+    """
+    Lead a provider through events at random, mostly such as can be; at times begin anew.
+
+    Raises:
+        Difference: the kernel and the model do not agree.
+    """
     rng, events = random.Random(seed), provider_events(names)
     kernel, state = make(LIMITS), model.Provider(MODEL_LIMITS)
     for at in range(1, steps + 1):

@@ -6,7 +6,7 @@ refuses by its rows and guards. Nothing here is made from that file, nor it from
 compared by what they reach.
 
     found = search(OpenEnvironment(allocations=1, connections=2, messages=2))
-    len(found), found.script_of(line)
+    len(found), found.script_of(found.number_of(line))
 
 A line of text says what of a state counts; the Promela program prints the same if it is compiled
 with `-DDUMP`. A kernel keeps more than that, such as who asked for what has ended. `search` follows
@@ -16,7 +16,7 @@ followed by the same lines, so that one is as good as another.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
@@ -34,6 +34,7 @@ from ..messages import AllocationEnded, NamespaceRequest, NamespaceResponse, Nam
 from ..provider import Limits, ProviderKernel
 from ..snapshots import AllocationSnapshot, ConnectionSnapshot, MessageSnapshot, ProviderSnapshot
 from ..states import AllocationState, MessageState, ServiceState
+from .kit import Reached
 
 NAMES: Final = "ab"
 FIRST: Final = {name: NamespaceRequest(name, (NamespaceType.NET,)) for name in NAMES}
@@ -98,82 +99,61 @@ class OpenState(NamedTuple):
     left: tuple[tuple[str, LeftBehind], ...]
 
 
-class Reached:
-    """The lines that can be reached, and how."""
+class ReachedLines(Reached[str, ProviderInput | None]):
+    """The lines that can be reached, and by which event; None: the provider died."""
 
     def __init__(self, environment: OpenEnvironment) -> None:
+        super().__init__()
         self.environment = environment
         self.events: Final = tuple(events_of(environment))
         self.states = 0
         """How many states of the kernel were followed."""
-        self.before: dict[str, tuple[str, ProviderInput | None] | None] = {}
-        """Each line with one before it, and the event between; None there: the provider died."""
-
-    def __len__(self) -> int:
-        return len(self.before)
-
-    def script_of(self, line: str) -> list[ProviderInput | None]:
-        """Say what leads to a line, in as few events as any; None is a death of the provider."""
-        script, step = [], self.before[line]
-        while step is not None:
-            script.append(step[1])
-            step = self.before[step[0]]
-        return script[::-1]
 
 
-def search(environment: OpenEnvironment) -> Reached:
+def search(environment: OpenEnvironment) -> ReachedLines:
     """
     Find every line, breadth first, from one state of each.
 
     Raises:
         AssertionError: a kernel made a second set of namespaces for a name.
     """
-    found, start = Reached(environment), first_state(environment)
-    found.before[line_of(environment, start)] = None
-    level = [start]
-    while level:
-        following = []
-        for state in level:
-            found.states += 1
-            line = line_of(environment, state)
-            for event, after in _steps(environment, found.events, state):
-                line_after = line_of(environment, after)
-                if line_after not in found.before:
-                    found.before[line_after] = (line, event)
-                    following.append(after)
-        level = following
+    found, start = ReachedLines(environment), first_state(environment)
+    found.arrive(line_of(environment, start))
+    waiting = deque([start])
+    for number in found.in_order():
+        found.states += 1
+        for event, after in _steps(environment, found.events, waiting.popleft()):
+            line = line_of(environment, after)
+            if line not in found:
+                found.arrive(line, number, event)
+                waiting.append(after)
     return found
 
 
-def search_all(environment: OpenEnvironment) -> Reached:
+def search_all(environment: OpenEnvironment) -> ReachedLines:
     """
     Find every line from every state, and compare what follows those of the same line.
 
     Raises:
         AssertionError: two states of one line are followed by different lines, or as `search`.
     """
-    found, start = Reached(environment), first_state(environment)
-    found.before[line_of(environment, start)] = None
-    met, level = {start}, [start]
+    found = ReachedLines(environment)
+    states: Reached[OpenState, None] = Reached()
+    states.arrive(first_state(environment))
     followed: dict[str, frozenset[str]] = {}
-    while level:
-        following = []
-        for state in level:
-            found.states += 1
-            line = line_of(environment, state)
-            lines = set()
-            for event, after in _steps(environment, found.events, state):
-                line_after = line_of(environment, after)
-                lines.add(line_after)
-                if after not in met:
-                    met.add(after)
-                    following.append(after)
-                    found.before.setdefault(line_after, (line, event))
-            # A step that changes nothing of the line may be possible in one state only.
-            lines.add(line)
-            first = followed.setdefault(line, frozenset(lines))
-            assert lines == first, f"{line} is followed by {lines} or by {first}"
-        level = following
+    for number in states.in_order():
+        state = states.nodes[number]
+        line = line_of(environment, state)
+        here = found.arrive(line)
+        # A step that changes nothing of the line may be possible in one state only.
+        lines = {line}
+        for event, after in _steps(environment, found.events, state):
+            lines.add(line_of(environment, after))
+            found.arrive(line_of(environment, after), here, event)
+            states.arrive(after)
+        first = followed.setdefault(line, frozenset(lines))
+        assert lines == first, f"{line} is followed by {lines} or by {first}"
+    found.states = len(states)
     return found
 
 

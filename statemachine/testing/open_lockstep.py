@@ -12,14 +12,15 @@ difference is as short as any.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, get_args
+from typing import Final, NamedTuple, get_args
 
 from specs import model
 
 from .. import events as on
 from ..events import ProviderInput
 from ..provider import Limits, ProviderKernel
-from .lockstep import Difference, model_limits, taken
+from .kit import Difference, Reached
+from .lockstep import model_limits, taken
 from .open_environment import (
     OpenEnvironment,
     OpenState,
@@ -29,6 +30,9 @@ from .open_environment import (
     first_state,
     may_be,
 )
+
+DEATH: Final = "the provider dies"
+"""Stands in a script for the death of a provider, which is no event."""
 
 
 class _KernelAndModel(NamedTuple):
@@ -70,7 +74,7 @@ def compare(
         pairs_max: stop when there are so many; None: go on to the end.
 
     Raises:
-        Difference: they do not agree; the text has a script that leads there.
+        ViolatingPath: they do not agree; with a shortest script, in which a provider may die.
     """
     search = _ModelSearch(environment, kernel)
     search.run(pairs_max)
@@ -85,78 +89,45 @@ class _ModelSearch:
         fed = {type(event) for event in self.events}
         left_out = sorted(kind.__name__ for kind in get_args(ProviderInput) if kind not in fed)
         self.compared = Compared(left_out=tuple(left_out))
-        self.before: dict[_KernelAndModel, tuple[_KernelAndModel, ProviderInput | None] | None] = {}
+        self.pairs: Reached[_KernelAndModel, ProviderInput | str] = Reached()
         self.steps: set[tuple[int, int]] = set()
         self.refused: set[tuple[int, int]] = set()
         self.numbers: dict[object, int] = {}
 
     def run(self, pairs_max: int | None) -> None:
-        start = _KernelAndModel(first_state(self.environment), _first_model(self.environment))
-        self.before[start] = None
-        level = [start]
-        while level and self.compared.is_complete:
-            following: list[_KernelAndModel] = []
-            for pair in level:
-                self._expand(pair, following)
-                if pairs_max is not None and len(self.before) >= pairs_max:
-                    self.compared.is_complete = False
-                    break
-            level = following
+        first = _first_model(self.environment)
+        self.pairs.arrive(_KernelAndModel(first_state(self.environment), first))
+        for number in self.pairs.in_order():
+            self._expand(number)
+            if pairs_max is not None and len(self.pairs) >= pairs_max:
+                self.compared.is_complete = False
+                break
         compared = self.compared
-        compared.snapshots, compared.pairs = len(self.numbers), len(self.before)
+        compared.snapshots, compared.pairs = len(self.numbers), len(self.pairs)
         compared.steps, compared.refused = len(self.steps), len(self.refused)
 
-    def _expand(self, pair: _KernelAndModel, following: list[_KernelAndModel]) -> None:
+    def _expand(self, at: int) -> None:
+        pair = self.pairs.nodes[at]
         number = self.numbers.setdefault(pair.open.kernel, len(self.numbers))
         kernel = self.kernel.restore(pair.open.kernel, self.environment.limits)
         for index, event in enumerate(self.events):
             if not may_be(self.environment, pair.open, event):
                 continue
-            kernel, after = self._step(kernel, pair, event)
-            if after is None:
+            try:
+                kernel, after, effects = taken(kernel, pair.model, event)
+            except Difference as difference:
+                raise self.pairs.violation(at, difference, event) from difference
+            if effects is None:
                 self.refused.add((number, index))
                 continue
             self.steps.add((number, index))
-            self._arrive(pair, event, after, following)
+            left = after_event(kernel, pair.open, event, effects)
+            self.pairs.arrive(_KernelAndModel(left, after), at, event)
             kernel = self.kernel.restore(pair.open.kernel, self.environment.limits)
         if self.environment.crash:
             died = after_crash(self.environment, pair.open)
             again = model.Provider(pair.model.limits, remembered=pair.model.remembered)
-            self._arrive(pair, None, _KernelAndModel(died, again), following)
-
-    def _arrive(
-        self,
-        pair: _KernelAndModel,
-        event: ProviderInput | None,
-        after: _KernelAndModel,
-        following: list[_KernelAndModel],
-    ) -> None:
-        if after not in self.before:
-            self.before[after] = pair, event
-            following.append(after)
-
-    def _step(
-        self, kernel: ProviderKernel, pair: _KernelAndModel, event: ProviderInput
-    ) -> tuple[ProviderKernel, _KernelAndModel | None]:
-        try:
-            kernel, after, effects = taken(kernel, pair.model, event)
-        except Difference as difference:
-            raise self._with_script(difference, pair, event) from None
-        if effects is None:
-            return kernel, None
-        return kernel, _KernelAndModel(after_event(kernel, pair.open, event, effects), after)
-
-    def _with_script(
-        self, difference: Difference, pair: _KernelAndModel, event: ProviderInput
-    ) -> Difference:
-        script: list[ProviderInput | None] = [event]
-        step = self.before[pair]
-        while step is not None:
-            pair, earlier = step
-            script.append(earlier)
-            step = self.before[pair]
-        lines = [repr(each) if each else "the provider dies" for each in reversed(script)]
-        return Difference("\n".join([f"{difference}, after", *lines]))
+            self.pairs.arrive(_KernelAndModel(died, again), at, DEATH)
 
 
 def _first_model(environment: OpenEnvironment) -> model.Provider:

@@ -1,8 +1,7 @@
-"""Tables in which one thing is different, and what notices.
+"""What notices that one thing is different in a table of this protocol, and what is no change.
 
-A mutant of a table is one edit of one cell: a row less, a row that leads elsewhere, a row where
-there is none, an effect less, more, twice, or in another place. All of them are made, so that what
-is said of them is said of all. A mutant is *killed* if any of these says no:
+All mutants of `statemachine.testing.kit` are made of every table. One is *killed* if any of these
+says no:
 
 - the checks that every table passes when it is imported (`UnsoundTable`);
 - the reference model, which is led through the same events beside the kernel that runs the mutant:
@@ -18,22 +17,25 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cache
 from itertools import combinations
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple
 
 from specs import model
 from statemachine import effects as do
 from statemachine import events as on
-from statemachine.effects import Order, order_name
+from statemachine.effects import Order
 from statemachine.errors import FdPassing
 from statemachine.events import Event
 from statemachine.lifecycle import NOTICE, TABLES
 from statemachine.provider import Limits, ProviderKernel
 from statemachine.snapshots import ProviderSnapshot
 from statemachine.states import AllocationState, ConsumerState, NoticeState, ServiceState
-from statemachine.table import Row, Table, UnsoundTable, check_vocabulary, compile_table
+from statemachine.table import Table, check_vocabulary
+from statemachine.testing import kit
+from statemachine.testing.kit import Mutant
+from statemachine.testing.kit.mutants import TableCell
 from statemachine.testing.lockstep import (
     LIMITS,
     REQUESTS,
@@ -43,9 +45,7 @@ from statemachine.testing.lockstep import (
     response_to,
     step,
 )
-from statemachine.testing.tables import replaced, watched
-
-TableCell: TypeAlias = tuple[type[Event], Any]
+from statemachine.testing.tables import HOMES
 
 MOMENTS_MAX: Final = 150
 """How many moments are kept in which a cell was looked up."""
@@ -63,87 +63,6 @@ IMPOSSIBLE_SHARES: Final = (0.1, 0.1, 0.5)
 """How often an event is fed that cannot be, when it comes up; lives differ in that."""
 
 
-@dataclass(frozen=True)
-class Mutant:
-    """A table with one edit."""
-
-    table: str
-    edit: str
-    """What kind of edit it is."""
-    name: str
-    """Which cell, and what is done to it."""
-    before: Row | None
-    """The row as it was, if there is one."""
-    after: Row | None
-    """The row as it is, if there is one."""
-    rows: tuple[Row, ...] = field(repr=False)
-
-    @property
-    def cell(self) -> TableCell:
-        """The event and the state."""
-        row = self.before or self.after
-        assert row is not None
-        return row.event, row.source
-
-    @property
-    def surplus(self) -> Order | None:
-        """The effect that is asked for in addition, or once more."""
-        if self.before is None or self.after is None:
-            return None
-        more = list(self.after.effects)
-        for order in self.before.effects:
-            if order in more:
-                more.remove(order)
-        return more[0] if len(self.after.effects) > len(self.before.effects) else None
-
-
-# --- All of them -------------------------------------------------------------------------------
-
-
-def mutants(table: Table) -> Iterator[Mutant]:
-    """Make every edit of every cell."""
-    for at, row in enumerate(table.rows):
-        for edit, name, changed in _edits(table, row):
-            rows = (*table.rows[:at], *([changed] if changed else []), *table.rows[at + 1 :])
-            full_name = f"{row.event.__name__} in {row.source.value} {name}"
-            yield Mutant(table.name, edit, full_name, row, changed, rows)
-    for event in table.events:
-        for state in table.states:
-            if table.row(event, state) is None:
-                for target in table.states:
-                    name = f"{event.__name__} in {state.value} to {target.value}"
-                    row = Row(event, state, target)
-                    yield Mutant(table.name, "add a row", name, None, row, (*table.rows, row))
-
-
-def _edits(table: Table, row: Row) -> Iterator[tuple[str, str, Row | None]]:
-    yield "delete a row", "is missing", None
-    for target in table.states:
-        if target is not row.target:
-            yield "redirect a row", f"to {target.value}", replace(row, target=target)
-    orders = row.effects
-    for at, order in enumerate(orders):
-        name = order_name(order)
-        less = (*orders[:at], *orders[at + 1 :])
-        twice = (*orders[: at + 1], *orders[at:])
-        yield "drop an effect", f"without {name}", replace(row, effects=less)
-        yield "repeat an effect", f"with {name} twice", replace(row, effects=twice)
-    for one, other in combinations(range(len(orders)), 2):
-        swapped = list(orders)
-        swapped[one], swapped[other] = swapped[other], swapped[one]
-        name = f"with {order_name(orders[one])} and {order_name(orders[other])} swapped"
-        yield "swap effects", name, replace(row, effects=tuple(swapped))
-    for order in vocabulary(table):
-        if order not in orders:
-            name = f"with {order_name(order)} as well"
-            yield "add an effect", name, replace(row, effects=(*orders, order))
-
-
-def vocabulary(table: Table) -> tuple[Order, ...]:
-    """List every effect that a table asks for anywhere."""
-    return tuple(dict.fromkeys(order for row in table.rows for order in row.effects))
-
-
 # --- Who notices -------------------------------------------------------------------------------
 
 
@@ -151,20 +70,12 @@ def killer_of(mutant: Mutant) -> str | None:
     """Say what notices a mutant: a few words of its finding; None if nothing does."""
     original = next(table for table in TABLES if table.name == mutant.table)
     moments()  # what is wrong with the table as it is counts for no mutant
-    try:
-        table = compile_table(
-            original.name, mutant.rows, initial=original.initial, finals=original.finals
-        )
-        _check_vocabulary(original, table)
-    except UnsoundTable as error:
-        return f"unsound: {error}"
-    with replaced(table):
-        try:
-            _challenge(mutant)
-        except Exception as error:
-            # A mutant may also make the kernel fail in itself.
-            return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    return None
+
+    def check() -> None:
+        _check_vocabulary(original, HOMES.running(mutant.table))
+        _challenge(mutant)
+
+    return kit.killer_of(mutant, original, HOMES, check)
 
 
 def _check_vocabulary(original: Table, table: Table) -> None:
@@ -268,7 +179,7 @@ class _RandomRun:
         def note(table: str, event: type[Event], state: Any) -> None:
             lookups.add((event, state))
 
-        with watched(note, asked=note):
+        with HOMES.watched(note, asked=note):
             while len(self.events) < LIFE_STEPS:
                 event = beginning.pop(0) if beginning else chance.choice(alphabet)
                 if not _can_be(known, event) and chance.random() >= share:

@@ -15,8 +15,8 @@ from typing import Final
 
 from statemachine.lifecycle import TABLES
 from statemachine.table import Table
-from tests.campaign import mutants
-from tests.campaign.mutants import Mutant, argument_for, killer_of
+from statemachine.testing.kit import Mutant, mutants
+from tests.campaign.mutants import argument_for, killer_of
 from tests.campaign.outcome import Discovery, Outcome, Task
 
 RECORD: Final = Path(__file__).with_name("mutants_recorded.json")
@@ -41,7 +41,7 @@ def tasks(scale: float) -> list[Task]:
 
 
 def _parts_of(table: Table) -> int:
-    return math.ceil(sum(1 for _ in mutants.mutants(table)) / MUTANTS)
+    return math.ceil(sum(1 for _ in mutants(table)) / MUTANTS)
 
 
 def run(seed: int, table: str, part: int) -> Outcome:
@@ -52,7 +52,7 @@ def run(seed: int, table: str, part: int) -> Outcome:
     original = next(each for each in TABLES if each.name == table)
     outcome = Outcome()
     counts: dict[str, Counter[str]] = {}
-    for mutant in list(mutants.mutants(original))[part :: _parts_of(original)]:
+    for mutant in list(mutants(original))[part :: _parts_of(original)]:
         counts.setdefault(mutant.edit, Counter())[_fate(mutant, outcome)] += 1
     for edit, count in sorted(counts.items()):
         outcome.rows.append(_row(f"{table} table, part {part + 1}: {edit}", count))

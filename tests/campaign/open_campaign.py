@@ -9,7 +9,7 @@ import time
 from typing import Final
 
 from statemachine.provider import Limits
-from statemachine.testing.lockstep import Difference
+from statemachine.testing.kit import ViolatingPath
 from statemachine.testing.open_environment import OpenEnvironment
 from statemachine.testing.open_lockstep import compare
 from tests.campaign.outcome import Discovery, Outcome, Task
@@ -45,7 +45,7 @@ def run(seed: int, name: str) -> Outcome:
     began = time.monotonic()
     try:
         compared = compare(SPACES[name][1])
-    except Difference as found:
+    except ViolatingPath as found:
         again = f"python -c 'from tests.campaign.open_campaign import run; run(0, {name!r})'"
         return Outcome(discoveries=[Discovery(f"{name}: {found}", again)])
     seconds = time.monotonic() - began

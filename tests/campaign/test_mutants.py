@@ -8,8 +8,8 @@ import pytest
 
 from statemachine.lifecycle import ALLOCATION, CONSUMER, TABLES
 from statemachine.table import Table
-from tests.campaign import mutants
-from tests.campaign.mutants import Mutant, killer_of
+from statemachine.testing.kit import Mutant, mutants
+from tests.campaign.mutants import killer_of
 
 EDITS = {
     "delete a row",
@@ -24,7 +24,7 @@ EDITS = {
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
 def test_the_edits_are_of_every_kind_and_each_is_one(table: Table) -> None:
-    found = list(mutants.mutants(table))
+    found = list(mutants(table))
     assert {mutant.edit for mutant in found} == EDITS
     assert Counter(mutant.name for mutant in found).most_common(1)[0][1] == 1
     for mutant in found:
@@ -50,4 +50,4 @@ def test_a_table_as_it_is_has_no_killer() -> None:
 
 
 def count(table: Table, edit: str) -> int:
-    return sum(mutant.edit == edit for mutant in mutants.mutants(table))
+    return sum(mutant.edit == edit for mutant in mutants(table))

@@ -30,9 +30,9 @@ from statemachine.testing.explore import (
     Move,
     Result,
     Violation,
-    all_rows,
     only,
 )
+from statemachine.testing.kit import all_rows
 from tests.campaign import explore_campaign
 from tests.campaign.outcome import Outcome
 from tests.campaign.report_summary import BEYOND

@@ -14,12 +14,12 @@ from statemachine import events as on
 from statemachine.effects import Effect
 from statemachine.events import Event
 from statemachine.provider import Limits, ProviderKernel
+from statemachine.testing.kit import ViolatingPath
 from statemachine.testing.lockstep import (
     CONSUMED,
     LIMITS,
     MODEL_LIMITS,
     REQUESTS,
-    Difference,
     explore_consumer,
     explore_provider,
     model_limits,
@@ -57,7 +57,7 @@ class Lazy(Opaque):
 
 def test_anything_with_receive_is_held_to_the_model() -> None:
     assert explore_provider(Opaque, states_max=30) == explore_provider(states_max=30)
-    with pytest.raises(Difference):
+    with pytest.raises(ViolatingPath):
         explore_provider(Lazy, states_max=30)
 
 

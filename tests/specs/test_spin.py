@@ -101,7 +101,7 @@ def check_same_states(folder: Path, space: SpinSpace) -> None:
     assert "errors: 0" in said
     [stored] = re.findall(r"(\d+) states, stored", said)
     lines = {line.strip() for line in re.findall(r"STATE (.*)", said)}
-    found = {line.strip() for line in search(space.environment).before}
+    found = {line.strip() for line in search(space.environment).nodes}
     assert sorted(lines - found)[:3] == sorted(found - lines)[:3] == []
     assert len(found) == int(stored) == space.states
 
@@ -134,7 +134,7 @@ def test_states_of_one_line_are_followed_by_the_same_lines(text: str) -> None:
     """So it is enough that `search` follows one of them."""
     environment = SpinSpace(text).environment
     everything, found = search_all(environment), search(environment)
-    assert everything.before.keys() == found.before.keys()
+    assert set(everything.nodes) == set(found.nodes)
     assert everything.states > found.states
 
 

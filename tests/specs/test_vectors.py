@@ -36,7 +36,7 @@ from statemachine.events import (
 )
 from statemachine.messages import NamespaceRequest, NamespaceType, objection
 from statemachine.provider import Limits, ProviderKernel
-from statemachine.testing.tables import watched
+from statemachine.testing.tables import HOMES
 from tests.transport.test_codec import VECTORS as PEER_VECTORS
 from tests.transport.test_codec import message_of
 from transport import channel as channel_module
@@ -440,7 +440,7 @@ def test_our_code_and_the_model_agree(name: str, check: Callable[[VectorCase], b
 
 def test_every_row_of_every_table_has_a_case() -> None:
     taken: set[tuple[str, str, str]] = set()
-    with watched(lambda table, event, state: taken.add((table, event.__name__, state.value))):
+    with HOMES.watched(lambda table, event, state: taken.add((table, event.__name__, state.value))):
         assert failing("provider", kernel_lives_so) == []
         assert failing("consumer", consumer_lives_so) == []
 

@@ -47,7 +47,8 @@ from statemachine.testing.induction.terms import (
     negated,
     some,
 )
-from statemachine.testing.induction.variants import Variant, edited, variants, without_order
+from statemachine.testing.induction.variants import Variant, variants, without_order
+from statemachine.testing.kit.mutants import edited
 from tests.explore.spaces import SPACES, Space
 
 NAMES: Final = [invariant.name for invariant in INVARIANTS]

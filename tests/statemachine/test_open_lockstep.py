@@ -8,7 +8,7 @@ from statemachine.effects import Effect
 from statemachine.errors import LocalProtocolError
 from statemachine.events import ProviderInput, ScopeEmptied
 from statemachine.provider import ProviderKernel
-from statemachine.testing.lockstep import Difference
+from statemachine.testing.kit import ViolatingPath
 from statemachine.testing.open_environment import OpenEnvironment
 from statemachine.testing.open_lockstep import compare
 
@@ -91,5 +91,5 @@ def test_what_is_not_fed_is_named() -> None:
 def test_a_kernel_that_differs_is_found_with_a_script(
     kernel: type[ProviderKernel], what: str
 ) -> None:
-    with pytest.raises(Difference, match=what):
+    with pytest.raises(ViolatingPath, match=what):
         compare(ONE, kernel)

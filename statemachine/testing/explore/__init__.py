@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...messages import NamespaceRequest, NamespaceType
 from ...provider import Limits
-from .explorer import MOVES, Counterexample, Explorer, Result, all_rows, only
+from .explorer import MOVES, Counterexample, Explorer, Result, only
 from .world import (
     BY_ITSELF,
     CUT,
@@ -38,6 +38,5 @@ __all__ = [
     "NamespaceType",
     "Result",
     "Violation",
-    "all_rows",
     "only",
 ]

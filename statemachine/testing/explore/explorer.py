@@ -41,11 +41,12 @@ from ...errors import Copyable
 from ...lifecycle import ALLOCATION, CONSUMER, NOTICE
 from ...provider import ProviderKernel
 from ...table import Table
-from ..tables import replaced, watched
+from ..kit import RowKey, ViolatingPath, row_key
+from ..tables import HOMES
 from .client import CLIENT_MOVES, ClientDraft, client_moves, is_provided, may_have_two_sets
-from .kernels import Kernels, RowKey
+from .kernels import Kernels
 from .liveness import check_at_rest
-from .search import Search, ViolatingPath
+from .search import Search
 from .server import (
     SERVER_MOVES,
     Cut,
@@ -116,15 +117,6 @@ class Result:
 def only(*moves: str) -> frozenset[str]:
     """Say for `Bounds.without`: nothing but these, and what happens by itself."""
     return MOVES - BY_ITSELF - set(moves)
-
-
-def all_rows(*tables: Table) -> set[RowKey]:
-    """List the rows of tables in the way in which `Result.rows` names them."""
-    return {
-        (table.name, row.event.__name__, str(row.source.value))
-        for table in tables
-        for row in table.rows
-    }
 
 
 class Explorer:
@@ -219,7 +211,7 @@ class Explorer:
         script: list[Move] = []
         world = _first(self._setting)
         for number, move in enumerate(path.script, 1):
-            goal = path.worlds[number] if number < len(path.worlds) else None
+            goal = path.nodes[number] if number < len(path.nodes) else None
             for own, after in _alike(self._setting, world, move):
                 if after is None and number == len(path.script):
                     return (*script, own)
@@ -238,10 +230,8 @@ class Explorer:
         gc.disable()
         try:
             with (
-                replaced(*self._tables),
-                watched(
-                    lambda table, event, state: rows.append((table, event.__name__, state.value))
-                ),
+                HOMES.replaced(*self._tables),
+                HOMES.watched(lambda *row: rows.append(row_key(*row))),
             ):
                 yield
         finally:

@@ -34,11 +34,9 @@ from ...messages import (
 from ...provider import Limits, ProviderKernel
 from ...snapshots import AllocationSnapshot, ConsumerSnapshot, ProviderSnapshot
 from ...states import AllocationState, ConsumerState, NoticeState, ServiceState
+from ..kit import RowKey
 from ..lockstep import model_limits, other_states
 from .world import Bounds, Numbers, Violation
-
-RowKey = tuple[str, str, str]
-"""A row of a table: the table's name, the event, the state."""
 
 Permutation = tuple[int, ...]
 """For each allocation the index of the one whose name it gets; empty: as they are."""

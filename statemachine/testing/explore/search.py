@@ -12,7 +12,6 @@ remembers names of which none can be forgotten.
 from __future__ import annotations
 
 import itertools
-from array import array
 from collections.abc import Callable, Iterator
 from operator import ge
 from typing import NamedTuple
@@ -21,6 +20,7 @@ from specs import invariants as always
 
 from ...errors import Copyable
 from ...messages import NamespaceRequest
+from ..kit import Reached
 from .client import ClientDraft, client_moves, is_provided, may_have_two_sets
 from .kernels import Permutation
 from .liveness import WAITS, Graph, check_at_rest, waits_of, waits_on
@@ -35,25 +35,7 @@ from .world import (
     Node,
     Numbers,
     ServerState,
-    Violation,
 )
-
-
-class ViolatingPath(Copyable, Exception):
-    """
-    A path to a violation of a promise.
-
-    Args:
-        script: The moves to it, each as it is called in the world before it.
-        worlds: The worlds on the way, the first one included; of the last move there may be none.
-        finding: What is broken.
-    """
-
-    def __init__(self, script: tuple[Move, ...], worlds: list[int], finding: str) -> None:
-        super().__init__(finding)
-        self.script = script
-        self.worlds = worlds
-        self.finding = finding
 
 
 class _ViolatingMove(Copyable, Exception):
@@ -88,10 +70,11 @@ class _ServerFacts(NamedTuple):
     waits: int
 
 
-class Search:
+class Search(Reached[int, Move]):
     """All worlds within bounds, the nearest first; with `has_symmetry` names make no difference."""
 
     def __init__(self, setting: Setting, *, has_symmetry: bool) -> None:
+        super().__init__()
         self.setting = setting
         self.graph = Graph()
         self.moves_made = 0
@@ -108,13 +91,6 @@ class Search:
         self._server_edges: dict[int, tuple[_Edge, ...]] = {}
         self._client_edges: dict[int, tuple[_Edge, ...]] = {}
         self._changed: dict[tuple[int, tuple[int, ...], str], int] = {}
-        self._numbers: dict[int, int] = {}
-        self._worlds = array("Q")
-        self._parents = array("I")
-        self._via = array("I")
-
-    def __len__(self) -> int:
-        return len(self._worlds)
 
     def run(
         self,
@@ -131,27 +107,16 @@ class Search:
         Raises:
             ViolatingPath: a promise is broken.
         """
-        self._arrive(0, 0, *self._enter(first))
-        index = 0
-        while index < len(self._worlds):
-            if states_max is not None and len(self._worlds) >= states_max:
+        self._arrive(0, None, *self._enter(first))
+        for index in self.in_order():
+            if states_max is not None and len(self) >= states_max:
                 return False
             self.setting.now = index
             self._expand(index)
             if progress is not None and index % 10_000 == 0:
-                progress(len(self._worlds), len(self._worlds) - index)
-            index += 1
+                progress(len(self), len(self) - index)
         self._check_liveness()
         return True
-
-    def _path(self, index: int) -> tuple[tuple[Move, ...], list[int]]:
-        """Find the moves that first led to a world, and the worlds on the way."""
-        script, worlds = [], [self._worlds[index]]
-        while index:
-            script.append(self._moves.things[self._via[index]])
-            index = self._parents[index]
-            worlds.append(self._worlds[index])
-        return tuple(reversed(script)), worlds[::-1]
 
     def identity(self, world: GlobalState) -> int:
         """Say which world one is; those that differ only in names are one."""
@@ -160,7 +125,7 @@ class Search:
     # --- One world -----------------------------------------------------------------------------
 
     def _expand(self, index: int) -> None:
-        server, clients = self._parts(self._worlds[index])
+        server, clients = self._parts(self.nodes[index])
         is_resting = True
         try:
             for edge in self._edges_of_server(server):
@@ -172,31 +137,28 @@ class Search:
                     left = (*clients[:i], edge.client, *clients[i + 1 :])
                     self._follow(index, edge, left)
         except _ViolatingMove as violating:
-            raise self._counterexample(index, violating.error, violating.move) from violating.error
+            raise self.violation(index, violating.error, violating.move) from violating.error
         if is_resting:
             self.graph.at_rest.append(index)
             known = [self._clients.things[client] for client in clients]
             try:
                 check_at_rest(self.setting, self._servers.things[server], known)
             except AssertionError as error:
-                raise self._counterexample(index, error) from error
+                raise self.violation(index, error) from error
 
     def _follow(self, index: int, edge: _Edge, clients: tuple[int, ...]) -> None:
         self.moves_made += 1
         if edge.permutation:
             clients = tuple(self._permute_client(client, edge.permutation) for client in clients)
-        target = self._arrive(index, edge.label, edge.server, clients)
+        move = self._moves.things[edge.label]
+        target = self._arrive(index, move, edge.server, clients)
         if edge.is_by_itself:
             self.graph.add(index, target, edge.label)
 
-    def _arrive(self, parent: int, via: int, server: int, clients: tuple[int, ...]) -> int:
+    def _arrive(self, parent: int, move: Move | None, server: int, clients: tuple[int, ...]) -> int:
         key = self._key(server, clients)
-        number = self._numbers.get(key)
-        if number is None:
-            number = self._numbers[key] = len(self._worlds)
-            self._worlds.append(key)
-            self._parents.append(parent)
-            self._via.append(via)
+        number = self.arrive(key, parent, move)
+        if number == len(self.graph.waits):
             self.graph.waits.append(self._look_at(number, key))
         return number
 
@@ -212,14 +174,8 @@ class Search:
                 view = self.setting.kernels.consumer_views[known.kernel]
                 item = (i, view.request.allocation_id)
                 error = always.InvariantBroken(*always.at_most_one_live_set([item], [], [item]))
-                raise self._counterexample(number, error)
+                raise self.violation(number, error)
         return waits
-
-    def _counterexample(
-        self, index: int, error: AssertionError, move: Move | None = None
-    ) -> ViolatingPath:
-        script, worlds = self._path(index)
-        return ViolatingPath((*script, move) if move else script, worlds, str(error))
 
     def _key(self, server: int, clients: tuple[int, ...]) -> int:
         """Find the number of a world, which is that of all worlds that are the same."""
@@ -424,11 +380,12 @@ class Search:
     def _check_liveness(self) -> None:
         restless = self.graph.first_that_never_rests()
         if restless is not None:
-            raise self._counterexample(restless, Violation("from here nothing ever comes to rest"))
+            raise self.violation(restless, "from here nothing ever comes to rest")
         for bit, what in enumerate(WAITS):
             for cycle in self.graph.fair_cycles(1 << bit):
-                error = Violation(f"{what}, for ever: a cycle of {len(cycle)} states")
-                raise self._counterexample(min(cycle), error)
+                raise self.violation(
+                    min(cycle), f"{what}, for ever: a cycle of {len(cycle)} states"
+                )
 
 
 def _symmetries_of(bounds: Bounds) -> list[Permutation]:

@@ -26,7 +26,8 @@ from ...lifecycle import (
     Guard,
 )
 from ...states import AllocationState, MessageState
-from ...table import Row, Table, compile_table
+from ...table import Row, Table
+from ..kit.mutants import edited
 from .allocation import NOTES, no_hand_over_is_under_way, relation_of
 from .relation import Relation
 
@@ -48,13 +49,6 @@ class Variant:
     relation: Relation
     concerns: Order | Guard | None = None
     """What it leaves out or asks for too much; None: a row leads elsewhere, or is missing."""
-
-
-def edited(table: Table, event: type[Event], state: Enum, new: Row | None) -> Table:
-    """Make a table like another one but for a row: replaced, left out, or put in."""
-    rows = [row for row in table.rows if (row.event, row.source) != (event, state)]
-    added = [new] if new is not None else []
-    return compile_table(table.name, [*rows, *added], initial=table.initial, finals=table.finals)
 
 
 def without_order(table: Table, event: type[Event], state: Enum, order: Order) -> Table:

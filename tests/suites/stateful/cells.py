@@ -9,17 +9,23 @@ from typing import Any
 
 from statemachine.events import Event
 from statemachine.table import Table
-from statemachine.testing.tables import watched
+from statemachine.testing.kit import RowKey, all_rows, row_key
+from statemachine.testing.tables import HOMES
 
 
 def cell(table: str, event: type[Event], state: Any) -> str:
     """Name a cell."""
-    return f"{table} {state.value} {event.__name__}"
+    return _named(row_key(table, event, state))
+
+
+def _named(row: RowKey) -> str:
+    table, event, state = row
+    return f"{table} {state} {event}"
 
 
 def cells_of(*tables: Table) -> set[str]:
     """Name every cell that has a row."""
-    return {cell(table.name, row.event, row.source) for table in tables for row in table.rows}
+    return set(map(_named, all_rows(*tables)))
 
 
 @contextmanager
@@ -30,7 +36,7 @@ def counted() -> Iterator[Counter[str]]:
     def count(*row: Any) -> None:
         hits[cell(*row)] += 1
 
-    with watched(count):
+    with HOMES.watched(count):
         yield hits
 
 

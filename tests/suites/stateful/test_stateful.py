@@ -22,7 +22,7 @@ from specs.invariants import InvariantBroken
 from statemachine import effects as do
 from statemachine.lifecycle import ALLOCATION, CONSUMER, NOTICE
 from statemachine.table import compile_table
-from statemachine.testing.tables import replaced
+from statemachine.testing.tables import HOMES
 from tests.campaign import stateful_campaign
 from tests.suites.stateful.adapters import LinuxNode, adapter_of, counterpart_of, machine
 from tests.suites.stateful.cells import counted, missing
@@ -189,7 +189,7 @@ def test_an_effect_that_is_left_out_is_found(
         for each in ALLOCATION.rows
     ]
     mutant = compile_table("allocation", rows, initial=ALLOCATION.initial, finals=ALLOCATION.finals)
-    with replaced(mutant), pytest.raises((AssertionError, KeyError)):
+    with HOMES.replaced(mutant), pytest.raises((AssertionError, KeyError)):
         take(kernels, PROVIDER_TOUR)
 
 
