@@ -6,6 +6,7 @@ is shrunk, and says how it is run again.
 
 from __future__ import annotations
 
+import asyncio
 import random
 
 import pytest
@@ -20,6 +21,7 @@ from transport.testing.virtual.choices import (
     sample,
     written,
 )
+from transport.testing.virtual.drivers import LoopProgram, run_drivers
 from transport.testing.virtual.world import Actor, ActorSteps, Stuck, VirtualWorld
 
 DEPTH = 1_000
@@ -129,3 +131,87 @@ def test_what_is_waited_for_and_never_comes_is_said() -> None:
     actor = world.add(Actor("a", steps()))
     with pytest.raises(Stuck, match="nothing is left"):
         world.run(lambda: actor.is_done)
+
+
+# --- A driver of another kind --------------------------------------------------------------------
+
+
+class Queued:
+    """Hears of a deadline through its queue, in which an answer may stand before it."""
+
+    loop: asyncio.AbstractEventLoop | None = None
+    is_late = False
+
+    async def main(self, world: VirtualWorld) -> None:
+        self.queue: asyncio.Queue[str] = asyncio.Queue()
+        self.loop = asyncio.get_running_loop()
+        timer = self.loop.call_later(30, self.queue.put_nowait, "too late")
+        self.is_late = await self.queue.get() == "too late"
+        timer.cancel()
+        await asyncio.sleep(0)
+        assert self.queue.empty() or self.is_late, "too late, and answered"
+
+    def answer(self) -> ActorSteps:
+        yield lambda: self.loop is not None
+        assert self.loop is not None
+        self.loop.call_soon_threadsafe(self.queue.put_nowait, "answer")
+
+
+def _run_queued(scheduler: Scheduler) -> VirtualWorld:
+    driver = Queued()
+    return run_drivers(scheduler, {"queued": driver.main}, [Actor("peer", driver.answer())])
+
+
+def test_a_driver_of_another_kind_is_run_in_every_order() -> None:
+    with pytest.raises(BrokenRun, match="too late, and answered") as caught:
+        explore(_run_queued, 2, DEPTH)
+    assert len(caught.value.script) == 1
+    (told,) = caught.value.finding.__notes__
+    assert "time passes: 30 s" in told
+    with pytest.raises(AssertionError, match="too late, and answered"):
+        _run_queued(Scheduler(caught.value.script))
+    with pytest.raises(BrokenRun):
+        sample(_run_queued, range(100))
+
+
+def test_time_passes_for_a_driver_when_nothing_else_can_happen() -> None:
+    async def sleep(world: VirtualWorld) -> None:
+        before = world.now
+        await asyncio.gather(asyncio.sleep(1e6), asyncio.sleep(2e6))
+        assert world.now == before + 2e6
+
+    world = run_drivers(Scheduler(), {"one": sleep, "other": sleep})
+    assert [line for line in world.story if "time passes" in line] == ["time passes: 1e+06 s"] * 2
+
+
+def test_a_driver_that_leaves_tasks_or_waits_for_ever_is_found() -> None:
+    async def leave(world: VirtualWorld) -> None:
+        world.left = asyncio.create_task(asyncio.sleep(1))  # type: ignore[attr-defined]
+
+    async def wait(world: VirtualWorld) -> None:
+        await asyncio.Event().wait()
+
+    with pytest.raises(AssertionError, match="tasks are left"):
+        run_drivers(Scheduler(), {"one": leave})
+    with pytest.raises(Stuck, match="nothing is left"):
+        run_drivers(Scheduler(), {"one": wait})
+
+
+def test_a_driver_may_be_cancelled() -> None:
+    world = VirtualWorld(Scheduler())
+    program = LoopProgram(world, "one")
+    ended: list[str] = []
+
+    async def wait() -> None:
+        await asyncio.Event().wait()
+
+    def cancel() -> ActorSteps:
+        yield lambda: program.task is not None
+        program.cancel()
+
+    program.run(wait, then=lambda: ended.append("one"))
+    world.add(Actor("operator", cancel()))
+    world.run(lambda: program.has_ended)
+    world.end()
+    assert ended == ["one"]
+    assert program.loop.is_closed()

@@ -8,9 +8,7 @@ run its time; what it decides must be what the model decides, and be done.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from typing import Any, Final
 
 from specs import model
@@ -28,7 +26,7 @@ from statemachine.messages import (
 
 from ...request import AsyncConsumer, Consumer, Patience
 from ...request.exchange import Exchange
-from .loop import VirtualLoop
+from .drivers import LoopProgram
 from .network import VirtualConnection
 from .program import VirtualStage
 from .rules import Broken, expect
@@ -295,8 +293,8 @@ class LoopConsumerProgram(ConsumerProgram):
         self, stage: VirtualStage, name: str, keeps: int = 0, patience: Patience | None = None
     ) -> None:
         super().__init__(stage, name, keeps, patience)
-        self.loop = VirtualLoop(stage.world, name, self)
-        self._task: asyncio.Task[None] | None = None
+        self._running = LoopProgram(stage.world, name, self)
+        self.loop = self._running.loop
         stage.world.after_step.append(self._check_step)
 
     def start_async(self, life: Callable[[AsyncConsumer], Awaitable[object]]) -> None:
@@ -306,21 +304,14 @@ class LoopConsumerProgram(ConsumerProgram):
             async with self._made(FollowedAsyncConsumer) as consumer:
                 await life(consumer)
 
-        def main() -> None:
-            self._task = self.loop.create_task(work())
-            with suppress(asyncio.CancelledError):
-                self.loop.run_until_complete(self._task)
-            left = asyncio.all_tasks(self.loop)
-            expect(not left, f"tasks are left: {left}")
-            self.loop.close()
-            self.has_ended = True
+        self._running.run(work, then=self._end)
 
-        self.stage.world.start(main, self.name, self)
+    def _end(self) -> None:
+        self.has_ended = True
 
     def cancel(self) -> None:
         """Cancel what it does."""
-        if self._task is not None and not self.has_ended:
-            self.loop.call_soon_threadsafe(self._task.cancel)
+        self._running.cancel()
 
     def _check_step(self) -> None:
         if self.has_ended or self.loop.firing is not None:
@@ -333,4 +324,4 @@ class LoopConsumerProgram(ConsumerProgram):
                 expect(first in running, f"a deadline at {first:g} is not timed: {running}")
 
     def _bury(self) -> None:
-        self.loop.abandon()
+        self._running.abandon()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ...serve import Provider, Spans, work
 from ..peer import frame_of
 from .backend import VirtualBackend
 from .choices import Scheduler
-from .loop import VirtualLoop
+from .drivers import LoopProgram
 from .network import VirtualConnection, VirtualNetwork
 from .polling import VirtualSelect
 from .rules import ProviderRules, expect
@@ -31,7 +31,7 @@ Hearing = Generator[Callable[[], bool] | None, None, Message | None]
 """Steps that end with a message, or None at the end of the connection."""
 
 
-class ProviderProgram:
+class ProviderProgram(LoopProgram):
     """
     A provider's program.
 
@@ -42,8 +42,8 @@ class ProviderProgram:
     """
 
     def __init__(self, stage: VirtualStage, limits: Limits, spans: Spans) -> None:
+        super().__init__(stage.world, "provider")
         self._stage = stage
-        self.loop = VirtualLoop(stage.world, "provider", self)
         listener = listen(stage.path)
         self.rules = ProviderRules(
             stage.world, self.loop, stage.network, stage.backend, limits, spans
@@ -55,8 +55,7 @@ class ProviderProgram:
         )
         self.rules.provider = self.provider
         self.is_ready = False
-        self.has_ended = False
-        stage.world.start(self._main, "provider", self)
+        self.run(self._main, then=self.rules.end)
 
     def stop(self) -> None:
         """Ask it to stop."""
@@ -69,15 +68,9 @@ class ProviderProgram:
         self._stage.world.urgent.append(self._bury)
         self._stage.world.urgent.append(then)
 
-    def _main(self) -> None:
+    def _main(self) -> Coroutine[Any, Any, None]:
         remembering = self.rules.remember
-        running = self.provider.run(self._note_ready, on_recovered=lambda _: remembering())
-        # Kept, because what is killed is closed by hand.
-        self._task = self.loop.create_task(running)
-        self.loop.run_until_complete(self._task)
-        self.has_ended = True
-        self.rules.end()
-        self.loop.close()
+        return self.provider.run(self._note_ready, on_recovered=lambda _: remembering())
 
     def _note_ready(self) -> None:
         self.is_ready = self._stage.world.is_choosing = True
@@ -94,8 +87,7 @@ class ProviderProgram:
         connections._listener._reserve.close()
         connections._listener._sock.close()
         self._stage.network.reset()
-        self.loop.abandon()
-        self.has_ended = True
+        self.abandon()
 
     def drop(self) -> None:
         """Leave nothing of it, when a run is over."""
