@@ -34,6 +34,7 @@ from statemachine.testing.induction.relation import (
     Relation,
     Transition,
     obligations,
+    occurrences_of,
 )
 from statemachine.testing.induction.terms import (
     FALSE,
@@ -471,6 +472,19 @@ def test_an_event_without_a_row_is_refused_or_an_obligation() -> None:
     found: tuple[Transition, ...] = made.transitions
     assert [(t.is_made, len(t.insisted)) for t in found] == [(False, 1), (True, 0), (False, 1)]
     assert [t.name for t in found][1] == "renew: LeaseRenewed in taken"
+
+
+def test_each_event_of_a_table_may_happen_and_is_refused_without_a_row() -> None:
+    made = Relation(
+        LEASE,
+        LEASES,
+        orders=LEASE_ORDERS,
+        occurrences=occurrences_of(LEASE),
+        timers=LEASE_TIMERS,
+    )
+    taken = {transition.rows for transition in made.transitions}
+    assert taken == {((row.event, row.source),) for row in LEASE.rows}
+    assert all(transition.is_made for transition in made.transitions)
 
 
 def test_rows_that_lead_to_each_other_for_ever_are_an_obligation() -> None:

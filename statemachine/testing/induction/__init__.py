@@ -10,7 +10,7 @@
 The first three know nothing of this protocol. A table of your own, with variables, what its orders
 do to them and what may happen, is proved in the same way:
 
-    relation = Relation(TABLE, VARIABLES, orders=ORDERS, occurrences=OCCURRENCES)
+    relation = Relation(TABLE, VARIABLES, orders=ORDERS, occurrences=occurrences_of(TABLE))
     proof = Prover(relation, INVARIANTS).prove()
     assert proof.is_complete, proof.refuted[0]
 """

@@ -186,6 +186,15 @@ Happening = Callable[[Execution], None]
 """Says what an order or an occurrence does."""
 
 
+def occurrences_of(table: Table) -> dict[str, Happening]:
+    """Say that each event of a table may happen at any time, and is refused where it has no row."""
+
+    def happening(event: type[Event]) -> Happening:
+        return lambda step: step.fire(event, is_refusable=True)
+
+    return {event.__name__: happening(event) for event in table.events}
+
+
 @dataclass(frozen=True)
 class Transition:
     """One case of an occurrence: when it is made, and what is so afterwards."""
