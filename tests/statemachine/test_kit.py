@@ -381,6 +381,8 @@ def test_basic_the_model_notices_every_mutant_and_invariants_do_not() -> None:
     assert beside.total == alone.total == len(list(mutants(TURNSTILE)))
     assert "drop an effect: CoinInserted in broken without GiveBack" in map(str, alone.survivors)
     assert beside.counts.total() == beside.total
+    killer = alone.killers["drop an effect: Pushed in open without Lock"]
+    assert killer == "ViolatingPath: unlocked while open does not hold"
     assert alone.counts.total() == len(alone.killers)
 
 

@@ -20,6 +20,7 @@ from ...effects import Order, order_name
 from ...events import Event
 from ...table import Row, Table, UnsoundTable, compile_table
 from .homes import TableHomes
+from .reached import ViolatingPath
 
 TableCell: TypeAlias = tuple[type[Event], Any]
 
@@ -181,5 +182,6 @@ def killer_of(
         return f"unsound: {error}"
     except Exception as error:
         # A mutant may also make the kernel fail in itself.
-        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        said = error.finding if isinstance(error, ViolatingPath) else str(error)
+        return f"{type(error).__name__}: {said.partition(chr(10))[0]}"
     return None
