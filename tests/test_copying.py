@@ -63,6 +63,7 @@ ARGUMENTS: Final[dict[str, Any]] = {
     "kind": "FdPassing",
     "line": 3,
     "move": ("connect", 1),
+    "nodes": [1],
     "number": errno.EPERM,
     "path": Path("/run/x"),
     "reason": "why",
@@ -74,7 +75,6 @@ ARGUMENTS: Final[dict[str, Any]] = {
     "subject": "allocation a",
     "text": "what",
     "whose": "ours",
-    "worlds": [1],
     "advice": "what may help",
 }
 """What the constructors take."""

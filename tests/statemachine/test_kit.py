@@ -319,7 +319,7 @@ class Generous(Turnstile):
         return () if is_pushed else super().receive(event)
 
 
-class Silent(Turnstile):
+class Taciturn(Turnstile):
     """Does what it should, and does not say so."""
 
     def receive(self, event: Any) -> tuple[Effect, ...]:
@@ -334,7 +334,7 @@ class Silent(Turnstile):
         (Hasty, "changed something"),
         (Sticking, "the kernel does not take Jammed()"),
         (Generous, "which cannot be"),
-        (Silent, "the kernel asks for [], the model for [Unlock()]"),
+        (Taciturn, "the kernel asks for [], the model for [Unlock()]"),
     ],
     ids=["whose fault", "changes", "refuses", "takes", "effects"],
 )

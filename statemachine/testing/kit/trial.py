@@ -17,7 +17,6 @@ from .reached import Reached, ViolatingPath
 from .reference import Difference, Receiver, Reference, identity_of
 
 K = TypeVar("K", bound=Receiver)
-EventScript = tuple[Event, ...]
 
 
 class Exploration:
@@ -50,12 +49,12 @@ class Exploration:
         """List the rows of tables that were never taken."""
         return sorted(all_rows(*tables) - self.rows)
 
-    def script_to(self, row: RowKey) -> EventScript:
+    def script_to(self, row: RowKey) -> tuple[Event, ...]:
         """Return a shortest script that takes a row, with its last event."""
         number, event, _ = self._first[row]
         return (*self.reached.script_of(number), event)
 
-    def tour(self) -> tuple[EventScript, ...]:
+    def tour(self) -> tuple[tuple[Event, ...], ...]:
         """Return scripts that together take every row that can be: a shortest one to each."""
         left, scripts = set(self._first), []
         # One that is longer takes more of those that others would be for.
