@@ -381,6 +381,8 @@ class LinuxWorld(World):
         self._image_root = image_root
         self._members: dict[str, list[subprocess.Popen[bytes]]] = {}
         self._entangled: dict[str, subprocess.Popen[bytes]] = {}
+        self._killed: set[str] = set()
+        """Allocations whose init was killed."""
 
     def launch(self) -> None:
         self.backend = self.program()
@@ -502,8 +504,14 @@ class LinuxWorld(World):
 
     def unblock_release(self, name: str) -> None:
         self._entangled.pop(name).wait()
+        # An init that was killed waited for that, and ends in a moment.
+        allocation = self.program_now._allocations.get(name)
+        anchor = allocation.anchor if allocation is not None else None
+        if name in self._killed and anchor is not None:
+            wait_until(lambda: not anchor.is_alive())
 
     def kill_init(self, name: str) -> None:
+        self._killed.add(name)
         os.kill(self.init_of(name), signal.SIGKILL)
 
     def init_of(self, name: str) -> int:
