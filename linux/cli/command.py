@@ -407,9 +407,15 @@ def _add_trace(verbs: Any) -> None:
     whats = trace.add_subparsers(dest="what", metavar="WHAT", required=True)
     about = (
         "Check the trace against the provider's rules. Exit code 1: prints the first line that "
-        "cannot have happened, and what could have."
+        "cannot have happened, which clauses it breaks, and what could have."
     )
     check = whats.add_parser("check", help="check that it can have happened", description=about)
+    about = (
+        "what the trace is held to: this implementation's kernel, effect for effect; the reference "
+        "model, which fits any implementation; or both, one after the other (default: kernel)"
+    )
+    judges = ("kernel", "model", "both")
+    check.add_argument("--by", choices=judges, default="kernel", help=about)
     check.add_argument("file", metavar="FILE", type=_path, help="the trace")
     about = "Print the trace as a Mermaid sequence diagram."
     show = whats.add_parser("show", help="a sequence diagram", description=about)

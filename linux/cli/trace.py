@@ -1,7 +1,9 @@
 """`nshandoff trace`: check or draw a trace that `serve --trace FILE` wrote.
 
 A trace has every event of a provider and what the provider decided. `check` feeds the events to a
-kernel and compares its decisions: it needs no provider, no root and no Linux.
+kernel and compares its decisions: it needs no provider, no root and no Linux. The trace of another
+implementation is held to the reference model instead: that is a tool for tests, which this process
+executes (execv(2)).
 """
 
 from __future__ import annotations
@@ -9,10 +11,11 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 from statemachine.effects import Effect
 from statemachine.events import ProviderInput
@@ -28,7 +31,7 @@ from transport.trace import (
     encode_line,
     read_lines,
 )
-from transport.trace.check import ImpossibleLine, Replay
+from transport.trace.check import Judge, KernelJudge, checked
 from transport.trace.diagram import sequence_diagram
 from transport.trace.records import LINE_BYTES_MAX
 
@@ -41,23 +44,41 @@ _log: Final = logging.getLogger(__name__)
 
 def check(options: argparse.Namespace) -> ExitCode:
     """
-    Check that a trace can have happened.
+    Check that a trace can have happened, by the judge that the options name.
 
     Raises:
         Failure: ENVIRONMENT, the file cannot be read.
     """
-    with _lines_of(options.file) as lines:
-        replay = Replay()
-        try:
-            replay.take_all(lines)
-        except TraceError as error:
-            print(f"{options.file}:{error.line}: {error.reason}")
-            if isinstance(error, ImpossibleLine):
-                print(*(f"  {line}" for line in error.instead), sep="\n")
-            return ExitCode.NO
-    counted = f"{replay.turns} events, {replay.starts} starts, {replay.gaps} gaps"
-    print(f"{options.file}: possible: {counted}")
-    return ExitCode.OK
+    if options.by != "kernel":
+        _execute_model_check(options.by, options.file)
+    return check_by(options.file, KernelJudge)
+
+
+def _execute_model_check(by: str, file: str) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    packages = str(Path(__file__).parents[2])
+    words = ("-I", "-X", "utf8", "-c", _BY_MODEL, packages, by, file)
+    os.execv(sys.executable, [sys.executable, *words])
+
+
+_BY_MODEL: Final = (
+    "import sys; path = sys.argv.pop(1); path in sys.path or sys.path.insert(0, path);"
+    "from linux.testing.model_check import main; raise SystemExit(main(sys.argv[1:]))"
+)
+
+
+def check_by(file: str, judge: Callable[[Limits], Judge], by: str = "") -> ExitCode:
+    """
+    Check that a trace can have happened, and print what there is to say of it.
+
+    Raises:
+        Failure: ENVIRONMENT, the file cannot be read.
+    """
+    with _lines_of(file) as lines:
+        is_possible, shown = checked(file, lines, judge, by)
+    print(*shown, sep="\n")
+    return ExitCode.OK if is_possible else ExitCode.NO
 
 
 @ended_by_sigpipe()

@@ -2,6 +2,7 @@
 
 records    reading and writing a trace
 check      whether a trace could have happened
+clauses    what of the book an impossible line breaks
 diagram    a trace as a sequence diagram
 """
 

@@ -1,16 +1,18 @@
-"""Could this have happened? A trace's events are fed to a kernel again, and its effects compared.
+"""Could this have happened? A trace's events are fed to a judge, and its effects compared.
 
-Besides what the kernel refuses, a trace must keep what `effects` obliges a driver to: to report
-what came of something it must have been asked for, and each once. And a provider that starts again
-must find what the one before it can have left: nothing else, and not less.
+The judge is our kernel, or the reference model (`transport.testing.model_judge`) for what another
+implementation wrote. Besides what it refuses, a trace must keep what `effects` obliges a driver to:
+to report what came of something it must have been asked for, and each once. And a provider that
+starts again must find what the one before it can have left: nothing else, and not less.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, Protocol, TypeAlias
 
 from statemachine import effects as do
 from statemachine import events as on
@@ -23,6 +25,7 @@ from statemachine.provider import REMEMBERED_MAX, Limits, ProviderKernel
 from statemachine.states import AllocationState, ServiceState
 
 from . import Recovered, Start, TraceEntry, TraceError, Turn, encode_effect, read_lines
+from .clauses import ORDER, ClauseIds, clauses_of_effects, clauses_of_event
 
 
 class ImpossibleLine(TraceError):
@@ -33,16 +36,66 @@ class ImpossibleLine(TraceError):
         line: Its number.
         reason: What cannot be.
         instead: Lines that say what could have been.
+        clauses: What of the book it breaks.
     """
 
-    def __init__(self, line: int, reason: str, *instead: str) -> None:
+    def __init__(self, line: int, reason: str, *instead: str, clauses: ClauseIds) -> None:
         super().__init__(line, reason)
         self.instead: Final = instead
+        self.clauses: Final = clauses
+
+
+class Objection(NamedTuple):
+    """What is wrong with what a provider did."""
+
+    reason: str
+    clauses: ClauseIds
+    """What of the book it breaks."""
+
+
+class Judge(Protocol):
+    """Knows what a provider does next: a kernel that is put the same events."""
+
+    @property
+    def service(self) -> ServiceState:
+        """The provider's own state."""
+
+    def state_of(self, allocation_id: str) -> AllocationState:
+        """Say how far an allocation has come."""
+
+    def remember(self, names: Iterable[str], /) -> None:
+        """Take over the names of what was released before the start, oldest first."""
+
+    def receive(self, event: ProviderInput, /) -> tuple[Effect, ...]:
+        """Return what a provider does now; raise `ProtocolError` where the event cannot be."""
+
+    def objection(
+        self, event: ProviderInput, found: tuple[Effect, ...], expected: tuple[Effect, ...]
+    ) -> Objection | None:
+        """Compare what a provider did with what `receive` returned."""
+
+
+class KernelJudge(ProviderKernel):
+    """Our kernel: the same effects in the same order, to the letter of each reason."""
+
+    def objection(
+        self, event: ProviderInput, found: tuple[Effect, ...], expected: tuple[Effect, ...]
+    ) -> Objection | None:
+        """Compare what a provider did with what `receive` returned."""
+        if found == expected:
+            return None
+        count = Counter(found)
+        count.subtract(Counter(expected))
+        wrong = [effect for effect, number in count.items() if number]
+        return Objection("has other effects", clauses_of_effects(wrong) or ORDER)
 
 
 class Replay:
     """
     Goes through a trace, up to the first impossible line.
+
+    Args:
+        judge: Makes the judge of a provider that has just started, from its limits.
 
     Takes time with the length of the trace, and memory only with what is alive in it. The end of
     the trace may be missing, and the end of every provider's life in it: that is a crash. Where
@@ -50,7 +103,8 @@ class Replay:
     is unknown; a trace that does not begin with a start has such a gap before it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, judge: Callable[[Limits], Judge] = KernelJudge) -> None:
+        self._judge_of: Final = judge
         self.turns = 0
         self.starts = 0
         self.gaps = 0
@@ -71,7 +125,7 @@ class Replay:
 
     def _crash(self, limits: Limits) -> None:
         self._limits = limits
-        self._kernel = ProviderKernel(limits)
+        self._judge: Judge = self._judge_of(limits)
         self._owed = _Owed()
         self._lives: dict[str, _TracedAllocation] = {}
         self._knows_all = False
@@ -82,7 +136,7 @@ class Replay:
             if self._knows_all:
                 self._left = _Left()
             if self._left is not None:
-                self._left.add(self._lives, self._kernel)
+                self._left.add(self._lives, self._judge)
             self._crash(entry.limits)
             self.starts += 1
         elif sequence != self._sequence + 1:
@@ -96,24 +150,27 @@ class Replay:
             self._turn(number, entry)
             self.turns += 1
         elif isinstance(entry, Recovered):
-            if self._kernel.service is not ServiceState.STARTING:
-                raise ImpossibleLine(number, "a recovery, but the provider is ready")
-            self._kernel.remember(entry.remembered)
+            if self._judge.service is not ServiceState.STARTING:
+                reason = "a recovery, but the provider is ready"
+                raise ImpossibleLine(number, reason, clauses=("CRASH-6",))
+            self._judge.remember(entry.remembered)
             if self._left is not None:
                 self._left.strike_off(entry.remembered)
 
     def _check_place(self, number: int, event: Event) -> None:
         """Have nothing but adoptions after a gap, and none but of what can have been left."""
         is_adoption = isinstance(event, _ADOPTIONS)
-        if is_adoption and self._kernel.service is not ServiceState.STARTING:
-            reason = f"{_name(event)}, but the provider is {self._kernel.service.value}"
-            raise ImpossibleLine(number, reason, self._allowed_for(event))
+        if is_adoption and self._judge.service is not ServiceState.STARTING:
+            reason = f"{_name(event)}, but the provider is {self._judge.service.value}"
+            clauses = clauses_of_event(event)
+            raise ImpossibleLine(number, reason, self._allowed_for(event), clauses=clauses)
         if self._left is not None:
             self._left.check(number, event)
         if self._is_after_gap and not is_adoption:
             if not isinstance(event, on.ProviderReady):
                 reason = f"lines are missing before this {_name(event)}; then there was a crash"
-                raise ImpossibleLine(number, reason, _allowed([*_ADOPTIONS, on.ProviderReady]))
+                allowed = _allowed([*_ADOPTIONS, on.ProviderReady])
+                raise ImpossibleLine(number, reason, allowed, clauses=("DAEMON-7",))
             self._is_after_gap = False
 
     def _turn(self, number: int, turn: Turn) -> None:
@@ -121,13 +178,15 @@ class Replay:
         if not self._owed.settle(event):
             raise self._not_asked_for(number, event)
         try:
-            effects = self._kernel.receive(event)
+            effects = self._judge.receive(event)
         except ProtocolError as error:
-            raise ImpossibleLine(number, str(error), self._allowed_for(event, error)) from None
-        if effects != turn.effects:
-            reason = f"{_name(event)} has other effects"
-            found, expected = _shown(turn.effects), _shown(effects)
-            raise ImpossibleLine(number, reason, f"found:    {found}", f"expected: {expected}")
+            allowed, clauses = self._allowed_for(event, error), clauses_of_event(event)
+            raise ImpossibleLine(number, str(error), allowed, clauses=clauses) from None
+        objection = self._judge.objection(event, turn.effects, effects)
+        if objection is not None:
+            reason = f"{_name(event)} {objection.reason}"
+            shown = f"found:    {_shown(turn.effects)}", f"expected: {_shown(effects)}"
+            raise ImpossibleLine(number, reason, *shown, clauses=objection.clauses)
         if isinstance(event, on.ProviderReady):
             self._knows_all, self._left = True, None
         self._keep(event)
@@ -150,27 +209,55 @@ class Replay:
             self._lives[event.allocation_id] = _TracedAllocation(event.request)
 
     def _not_asked_for(self, number: int, event: ProviderInput) -> ImpossibleLine:
-        allowed = self._allowed_for(event)
+        allowed, reason = self._allowed_for(event), f"{_name(event)} reports what was not asked for"
         try:
-            self._kernel.receive(event)
+            self._judge.receive(event)
         except ProtocolError as error:
-            return ImpossibleLine(number, str(error), allowed)
-        return ImpossibleLine(number, f"{_name(event)} reports what was not asked for", allowed)
+            reason = str(error)
+        return ImpossibleLine(number, reason, allowed, clauses=clauses_of_event(event))
 
     def _allowed_for(self, event: Event, refusal: ProtocolError | None = None) -> str:
         """Say what may happen where that stands which the event is about."""
         if not isinstance(event, on.AllocationEvent):
-            return _allowed(_AFTER[refusal.state if refusal else self._kernel.service.value])
+            return _allowed(_AFTER[refusal.state if refusal else self._judge.service.value])
         name = event.allocation_id
-        state = self._kernel.state_of(name)
+        state = self._judge.state_of(name)
         # Of what is released only the name is left, and it may begin anew.
         states = {state, _UNKNOWN} if state is AllocationState.RELEASED else {state}
         kinds = [
             _FED_AS.get(row.event, row.event) for row in ALLOCATION.rows if row.source in states
         ]
-        if self._kernel.service is not ServiceState.STARTING:
+        if self._judge.service is not ServiceState.STARTING:
             kinds = [kind for kind in kinds if kind not in _ADOPTIONS]
         return _allowed(kind for kind in kinds if self._owed.has(kind, name))
+
+
+def checked(
+    file: str, lines: Iterable[bytes], judge: Callable[[Limits], Judge], by: str = ""
+) -> tuple[bool, list[str]]:
+    """
+    Check a trace.
+
+    Args:
+        file: Its name.
+        lines: What is in it.
+        judge: Makes the judge.
+        by: What to say of the judge, if anything.
+
+    Returns:
+        Whether it can have happened, and lines to show.
+    """
+    replay = Replay(judge)
+    try:
+        replay.take_all(lines)
+    except ImpossibleLine as error:
+        clauses = f" ({', '.join(error.clauses)})"
+        first = f"{file}:{error.line}: {error.reason}{clauses}"
+        return False, [first, *(f"  {line}" for line in error.instead)]
+    except TraceError as error:
+        return False, [f"{file}:{error.line}: {error.reason}"]
+    counted = f"{replay.turns} events, {replay.starts} starts, {replay.gaps} gaps"
+    return True, [f"{file}: possible{by}: {counted}"]
 
 
 @dataclass(slots=True)
@@ -198,9 +285,9 @@ class _Left:
         self._states: dict[str, AllocationState] = {}
         self._must_be_found: set[str] = set()
 
-    def add(self, lives: dict[str, _TracedAllocation], kernel: ProviderKernel) -> None:
+    def add(self, lives: dict[str, _TracedAllocation], judge: Judge) -> None:
         """Add what a provider that is gone knew; it may have begun to find what another left."""
-        states = {name: kernel.state_of(name) for name in lives}
+        states = {name: judge.state_of(name) for name in lives}
         self._lives |= lives
         self._states |= states
         self._must_be_found |= {name for name, state in states.items() if state in _EXIST}
@@ -220,31 +307,34 @@ class _Left:
         """
         if isinstance(event, _ADOPTIONS):
             self._must_be_found.discard(event.allocation_id)
-            reason = self._objection(event)
-            if reason:
-                raise ImpossibleLine(number, f"{_name(event)}, but before the crash {reason}")
+            objection = self._objection(event)
+            if objection is not None:
+                reason = f"{_name(event)}, but before the crash {objection.reason}"
+                raise ImpossibleLine(number, reason, clauses=objection.clauses)
         elif isinstance(event, on.ProviderReady) and self._must_be_found:
             name = min(self._must_be_found)
             reason = f"ready, but {name}, which was {self._states[name].value}, was not found"
-            raise ImpossibleLine(number, reason, _allowed(_ADOPTIONS))
+            raise ImpossibleLine(number, reason, _allowed(_ADOPTIONS), clauses=_KEPT)
 
-    def _objection(self, event: on.CreatedAdopted | on.HandedOffAdopted | on.RemainsFound) -> str:
+    def _objection(
+        self, event: on.CreatedAdopted | on.HandedOffAdopted | on.RemainsFound
+    ) -> Objection | None:
         life = self._lives.pop(event.allocation_id, None)
         if life is None:
-            return "it was not there"
+            return Objection("it was not there", clauses_of_event(event))
         if event.request != life.request:
-            return f"it had another request: {life.request}"
+            return Objection(f"it had another request: {life.request}", _KEPT)
         if isinstance(event, on.RemainsFound):
-            return ""
+            return None
         state = self._states[event.allocation_id]
         if life.response is not None and event.response != life.response:
-            return f"it had another response: {life.response}"
+            return Objection(f"it had another response: {life.response}", _KEPT)
         if life.is_announced:
-            return "its end was announced"
+            return Objection("its end was announced", ("CRASH-5",))
         is_handed = isinstance(event, on.HandedOffAdopted)
         if is_handed and state in (AllocationState.REQUESTED, AllocationState.CREATED):
-            return f"it was only {state.value}"
-        return ""
+            return Objection(f"it was only {state.value}", _KEPT)
+        return None
 
 
 class _Owed:
@@ -294,6 +384,8 @@ class _Owed:
             return any(name in names for names in self._on_the_way.values())
         return asked is None or (asked, name) in self._open
 
+
+_KEPT: Final[ClauseIds] = ("CRASH-2",)
 
 _ADOPTIONS: Final = (on.CreatedAdopted, on.HandedOffAdopted, on.RemainsFound)
 
