@@ -911,6 +911,52 @@ CANARIES: Final = (
     ),
     # --- This node -----------------------------------------------------------------------------
     _bug(
+        "an anchor that its forge did not announce lives on",
+        "what survived the tests of before: a child that its parent was not told of",
+        _in(
+            "forge",
+            "linux/test_forge.py",
+            "test_anchor_that_a_dying_forge_did_not_announce_is_killed",
+            is_linux=True,
+        ),
+        "linux/forge/client.py",
+        "                    if found == token:\n",
+        "                    if False:\n",
+    ),
+    _bug(
+        "a path in /proc is believed without a second look at whose it is",
+        "what survived the tests of before: a path that can change, on the oldest kernels",
+        _in(
+            "namespaces",
+            "linux/test_namespaces.py",
+            "test_a_path_in_proc_is_believed_only_of_an_anchor_that_lives_after_it",
+            is_linux=True,
+        ),
+        "linux/namespaces.py",
+        "    if not anchor.is_alive():\n        namespace.close()\n",
+        "    if False:\n        namespace.close()\n",
+    ),
+    _bug(
+        "a system call that a signal interrupts has failed",
+        "what survived the tests of before: EINTR is an error",
+        _in(
+            "system calls",
+            "linux/test_syscalls.py",
+            "test_a_call_that_a_signal_interrupts_is_made_again",
+        ),
+        "linux/syscalls.py",
+        "            if error.errno != EINTR:\n",
+        "            if True:\n",
+    ),
+    _bug(
+        "what was done first is undone first",
+        "what survived the tests of before: the next try heals it, so that nothing is seen",
+        _linux("TestBackend::test_the_steps_are_those_of_the_contract_in_its_order"),
+        "linux/steps.py",
+        "        for step in reversed(allocation.done):\n",
+        "        for step in tuple(allocation.done):\n",
+    ),
+    _bug(
         "a cgroup that was not used yet is over",
         "populated 0 is what it begins with",
         _linux("TestBackend::test_an_unused_scope_is_not_over[linux]"),

@@ -43,6 +43,7 @@ from tests.support.forging import (
     process_state,
     wait_until,
 )
+from transport.calls import hook_syscalls
 from transport.descriptors import Descriptor, DescriptorBundle, verify_bundle
 
 __all__ = ["features", "forge"]
@@ -98,6 +99,21 @@ def test_both_ways_open_the_same_namespace(forge: Forge) -> None:
                 open_namespace(anchor, kind, OLDEST) as by_proc,
             ):
                 assert inspector.inspect(by_pidfd.fileno()) == inspector.inspect(by_proc.fileno())
+
+
+def test_a_path_in_proc_is_believed_only_of_an_anchor_that_lives_after_it(forge: Forge) -> None:
+    """Its pid may be another process's by then."""
+    with made(forge, plan((NET,))) as anchor:
+
+        def end_when_opened(function: Any, arguments: Any, keywords: Any) -> Any:
+            result = function(*arguments, **keywords)
+            if arguments[0] == "openat2(2)":
+                end(anchor)
+            return result
+
+        with hook_syscalls(end_when_opened), pytest.raises(SyscallError) as refusal:
+            open_namespace(anchor, NET, OLDEST)
+        assert refusal.value.errno == errno.ESRCH
 
 
 def test_namespace_that_was_not_made_is_the_nodes_own(forge: Forge, features: Features) -> None:

@@ -12,11 +12,13 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from linux import syscalls
 from linux.syscalls import AT_FDCWD, Ioctl, SyscallError
+from transport.calls import hook_syscalls
 from transport.descriptors import Descriptor
 
 
@@ -55,6 +57,22 @@ def test_basic_failure_names_call_errno_and_path() -> None:
         "ENOENT",
         "/nowhere",
     )
+
+
+def test_a_call_that_a_signal_interrupts_is_made_again() -> None:
+    made = 0
+
+    def interrupt_first(function: Any, arguments: Any, keywords: Any) -> Any:
+        nonlocal made
+        if arguments[0] == "inotify_init1(2)":
+            made += 1
+            if made == 1:
+                raise SyscallError(arguments[0], errno.EINTR)
+        return function(*arguments, **keywords)
+
+    with hook_syscalls(interrupt_first), syscalls.inotify_init1() as instance:
+        assert is_close_on_exec(instance)
+    assert made == 2
 
 
 def test_failure_without_path_ends_with_the_errno() -> None:
