@@ -65,6 +65,9 @@ SCOPE_PREFIX: Final = f"nsh-test-{os.getpid()}-"
 
 HOLD_TIME_S: Final = 60.0
 
+PF_EXITING: Final = 0x4
+"""Of a process that ends, in linux/sched.h."""
+
 
 OCCUPATIONS: Final = ("another owner", "a process", "a cgroup below")
 """Why a cgroup that is there already is not adopted."""
@@ -381,8 +384,6 @@ class LinuxWorld(World):
         self._image_root = image_root
         self._members: dict[str, list[subprocess.Popen[bytes]]] = {}
         self._entangled: dict[str, subprocess.Popen[bytes]] = {}
-        self._killed: set[str] = set()
-        """Allocations whose init was killed."""
 
     def launch(self) -> None:
         self.backend = self.program()
@@ -504,14 +505,13 @@ class LinuxWorld(World):
 
     def unblock_release(self, name: str) -> None:
         self._entangled.pop(name).wait()
-        # An init that was killed waited for that, and ends in a moment.
+        # An init that was killed, also by a release, waited for that, and ends in a moment.
         allocation = self.program_now._allocations.get(name)
         anchor = allocation.anchor if allocation is not None else None
-        if name in self._killed and anchor is not None:
-            wait_until(lambda: not anchor.is_alive())
+        if anchor is not None:
+            wait_until(lambda: not (anchor.is_alive() and _is_exiting(anchor.pid)))
 
     def kill_init(self, name: str) -> None:
-        self._killed.add(name)
         os.kill(self.init_of(name), signal.SIGKILL)
 
     def init_of(self, name: str) -> int:
@@ -593,6 +593,15 @@ def loop_images() -> Iterator[Path]:
     """The file behind every loop device of this machine."""
     for _, path in loop_devices():
         yield Path(path.removesuffix(" (deleted)"))
+
+
+def _is_exiting(pid: int) -> bool:
+    """Say whether a process has been killed and is not gone; proc_pid_stat(5), `flags`."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return bool(int(stat.rpartition(")")[2].split()[6]) & PF_EXITING)
 
 
 def _is_removed(cgroup: Path) -> bool:

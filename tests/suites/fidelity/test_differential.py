@@ -91,6 +91,31 @@ def test_basic_the_simulation_is_not_told_from_linux(name: str) -> None:
     assert expected - set(comparison.cells) == set()
 
 
+HANGING = (
+    Operation("create", (0, (PID, MOUNT), None)),
+    Operation("watch", (0,)),
+    Operation("block_release", (0,)),
+)
+ONCE_DIFFERENT = {
+    "a removed scope is seen": (*HANGING[:2], ("seen", 0), ("seen", 0), ("remove_scope", 0)),
+    "a killed init ends": (*HANGING, ("kill_init", 0), ("unblock_release", 0), ("restart",)),
+    "a released init ends": (*HANGING, ("release", 0), ("unblock_release", 0), ("restart",)),
+    "it ends in the next": (*HANGING, ("release", 0), ("restart",), ("unblock_release", 0)),
+}
+"""Programs of backends on which Linux was looked at too early, up to the last look."""
+
+
+@pytest.mark.parametrize("name", ONCE_DIFFERENT)
+def test_programs_that_once_differed_are_the_same_on_both(name: str) -> None:
+    calls = [
+        each if isinstance(each, Operation) else Operation(str(each[0]), each[1:])
+        for each in ONCE_DIFFERENT[name]
+    ]
+    looks = [Operation("seen", (0,)), Operation("restart"), Operation("bundle", (0,))]
+    with comparing(FAMILIES["backends"]) as comparison:
+        assert comparison.run((*calls, *looks)) is None
+
+
 SABOTAGES: list[tuple[str, object, str, Any]] = [
     ("sockets", simulated_socket, "SENDMSG_DESCRIPTORS_MAX", 300),
     ("sockets", simulated_socket.SimulatedSocket, "released", lambda self: None),
