@@ -13,7 +13,7 @@ PROGRAMS: Final = {
     "cgroups": (4_000, 2_000),
     "namespaces": (2_000, 1_000),
     "mounts": (1_500, 500),
-    "backends": (200, 50),
+    "backends": (800, 50),
 }
 """Of each family: how many programs at scale 1.0, and how many a task has."""
 

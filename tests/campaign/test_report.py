@@ -292,12 +292,18 @@ def test_the_pictures_of_the_parts_show_what_their_rows_say() -> None:
     figure = "single faults, of calls by documented errnos"
     faults = of("faults", "t", Outcome({"single faults": 7, "single faults there are": 8}))
     assert goal(figure, faults).reached == "87.50%: 7 of 8"
-    mutants = of("mutants", "t", Outcome({"code mutants": 200, "code mutants killed": 197}))
-    assert goal("code mutants killed", mutants).verdict is GoalStatus.REACHED
-    figures = {"mutants of code (recorded)": 200, "mutants of code killed (recorded)": 197}
-    recorded = goal("code mutants killed", of("mutants", "t", Outcome(figures)))
+    killed = {"mutants of code elsewhere (all)": 200, "mutants of code elsewhere killed (all)": 191}
+    mutants = of("mutants", "t", Outcome(killed))
+    assert goal("code mutants killed, elsewhere", mutants).verdict is GoalStatus.REACHED
+    assert goal("code mutants killed, in kernels", mutants).verdict is GoalStatus.NOT_MEASURED
+    kernels = {name.replace("elsewhere", "in kernels"): n for name, n in killed.items()}
+    few = goal("code mutants killed, in kernels", of("mutants", "t", Outcome(kernels)))
+    assert few.verdict is GoalStatus.NOT_REACHED
+    figures = {name.replace("all", "recorded"): n for name, n in killed.items()}
+    figures |= {name.replace("all", "sample"): n // 10 for name, n in killed.items()}
+    recorded = goal("code mutants killed, elsewhere", of("mutants", "t", Outcome(figures)))
     assert recorded.verdict is GoalStatus.NOT_MEASURED
-    assert recorded.reached.endswith("98.50%: 197 of 200")
+    assert recorded.reached == "recorded: 95.50%: 191 of 200; sample: 95.00%: 19 of 20"
     assert goal("table mutants killed", mutants).verdict is GoalStatus.NOT_MEASURED
 
 
