@@ -52,6 +52,7 @@ ARGUMENTS: Final[dict[str, Any]] = {
     "bounds": Bounds(),
     "call": "mount(2)",
     "cause": SyscallError("open(2)", errno.ENOENT, "/x"),
+    "clauses": ("LIFE-1",),
     "code": ExitCode.UNAVAILABLE,
     "error": AssertionError("x"),
     "event": "ScopeEmptied",
