@@ -26,14 +26,9 @@ from linux.testing.adversary import adversary_for
 from linux.testing.worlds import IMAGE, SCOPE_PREFIX
 from tests.campaign.outcome import Discovery, Outcome, Task
 from tests.campaign.verify_pool import PoolTask
-from tests.suites.stateful.adapters import (
-    NAMES,
-    LinuxNode,
-    adapter_of,
-    counterpart_of,
-    machine,
-)
+from tests.suites.stateful.adapters import LinuxNode, machine
 from tests.suites.stateful.cells import counted
+from tests.suites.stateful.names import ON_LINUX, PROCESSES, adapter_of, counterpart_of
 from tests.suites.stateful.tour import CONSUMER_TOUR, PROVIDER_TOUR, take
 from tests.support.isolation import find_cgroup2
 from transport.testing.machine import STEPS
@@ -42,7 +37,14 @@ CHUNKS: Final = 2
 """How many tasks there are for each adapter and machine, at scale 1."""
 
 EXAMPLES: Final = {
-    "handoffs": {"model": 180, "kernels": 240, "simulated": 90, "linux": 14},
+    "handoffs": {
+        "model": 180,
+        "kernels": 240,
+        "simulated": 90,
+        "linux": 14,
+        "process": 20,
+        "process on linux": 8,
+    },
     "adversary": {"model": 120, "kernels": 120, "simulated": 120, "linux": 100},
 }
 """How many examples a task has: about three seconds' worth of each."""
@@ -54,15 +56,16 @@ STEPS_OF: Final = {"handoffs": STEPS, "adversary": ADVERSARY_STEPS}
 def tasks(scale: float) -> list[Task]:
     """Split the campaign's share; without root there is no task for this node."""
     chunks = max(1, round(CHUNKS * scale))
-    can_do = [name for name in NAMES if name != "linux" or (not os.geteuid() and find_cgroup2())]
+    has_node = not os.geteuid() and find_cgroup2() is not None
     return [
         Task(
             f"stateful {kind} on {name} {chunk}",
-            {"adapter": name, "kind": kind, "examples": EXAMPLES[kind][name]},
+            {"adapter": name, "kind": kind, "examples": examples},
         )
         for chunk in range(chunks)
         for kind in EXAMPLES
-        for name in can_do
+        for name, examples in EXAMPLES[kind].items()
+        if has_node or name not in ON_LINUX
     ]
 
 
@@ -82,7 +85,8 @@ def run(seed: int, adapter: str, kind: str, examples: int) -> Outcome:
             suppress_health_check=list(HealthCheck),
         )
         try:
-            take(counting, TOURS[kind])
+            if adapter not in PROCESSES:  # whose rows are taken where none are counted
+                take(counting, TOURS[kind])
             run_state_machine_as_test(seeded(seed)(counting), settings=wanted)
         except Exception as error:
             arguments = {"adapter": adapter, "kind": kind, "examples": examples}
@@ -90,7 +94,8 @@ def run(seed: int, adapter: str, kind: str, examples: int) -> Outcome:
             outcome.discoveries += discoveries(error, adapter, kind, again)
     outcome.seconds = time.monotonic() - begin
     outcome.figures = {**done, "seconds": outcome.seconds}
-    outcome.cells = {adapter: dict(sorted(hits.items()))}
+    if adapter not in PROCESSES:
+        outcome.cells = {adapter: dict(sorted(hits.items()))}
     return outcome
 
 
@@ -103,7 +108,7 @@ def opened(adapter: str, kind: str) -> Iterator[type[RuleBasedStateMachine]]:
         # That a consumer turns to self-service is loud, and here it does so all the time.
         logging.disable()
         stack.callback(logging.disable, level)
-        node = stack.enter_context(_node()) if adapter == "linux" else None
+        node = stack.enter_context(_node()) if adapter in ON_LINUX else None
         if kind == "handoffs":
             yield machine(prefix, lambda: adapter_of(adapter, node))
             return

@@ -92,7 +92,9 @@ class OnKernels(_Callers):
     def __init__(self) -> None:
         super().__init__()
         self._world = SimulatedWorld()
-        self._adapter = InProcess(self._world, ProviderKernel, ConsumerKernel)
+        self._adapter = InProcess(
+            self._world, ProviderKernel, ConsumerKernel, Limits(frozenset({os.geteuid()}))
+        )
         self._own: dict[str, SimulatedNode] = {}
         self._seen = 0
         self._fresh: list[TraceEntry] = []

@@ -46,7 +46,7 @@ from statemachine.messages import (
 from tests.conftest import MakeImage
 from tests.support.forging import run_within
 from tests.support.programs import DEADLINE_S, MOUNT, NET, PID, Daemon, wait_until
-from tests.transport.test_fairness import connect_as
+from tests.support.serving import connect_as
 from transport.channel import SENDMSG_DESCRIPTORS_MAX, send_once
 from transport.framing import FRAME_BYTES_MAX, encode_frame
 from transport.request import Handoff

@@ -31,6 +31,7 @@ from statemachine.provider import Limits, ProviderKernel
 from statemachine.states import AllocationState, ServiceState
 from tests.suites.stateful.adapters import InProcess, machine
 from tests.suites.stateful.tour import PROVIDER_TOUR, take
+from transport.testing.machine import Ability
 
 PREFIX: Final = "nsh-test-m"
 UID: Final = os.geteuid()
@@ -41,6 +42,12 @@ NEWCOMER: Final[ConnectionId] = 1_000_000
 ALIVE: Final = (AllocationState.CREATED, AllocationState.HANDED_OFF)
 
 Decision: TypeAlias = tuple[Event, tuple[Effect, ...]]
+
+
+class Roomy(InProcess):
+    """A provider whose limits nothing reaches: with one caller more all is as it was."""
+
+    abilities = frozenset(Ability) - {Ability.LIMITS, Ability.USERS}
 
 
 @dataclass
@@ -80,7 +87,7 @@ class Recorder(ProviderKernel):
 
 def record() -> list[Recording]:
     Recorder.recordings.clear()
-    recorded = machine(PREFIX, lambda: InProcess(SimulatedWorld(), Recorder, ConsumerKernel))
+    recorded = machine(PREFIX, lambda: Roomy(SimulatedWorld(), Recorder, ConsumerKernel, LIMITS))
     take(recorded, PROVIDER_TOUR)
     run_state_machine_as_test(
         recorded,

@@ -10,7 +10,6 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
-from pathlib import Path
 from typing import Any, Final
 
 import pytest
@@ -30,9 +29,8 @@ from statemachine.messages import (
 )
 from statemachine.provider import Limits
 from statemachine.states import AllocationState
-from tests.support.serving import Serving
+from tests.support.serving import Serving, connect_as
 from tests.transport.test_serve import Rig, ended, is_open, limits_for_us, rig
-from transport.channel import send_once
 from transport.contract import Step
 from transport.descriptors import DescriptorBundle
 from transport.serve import Spans, peers, work
@@ -67,27 +65,6 @@ def held_up(serving: Serving) -> Iterator[None]:
         yield
     finally:
         may_go_on.set()
-
-
-def connect_as(path: Path, uid: int) -> Line:
-    """Connect as another user: a connection keeps the credentials of who made it."""
-    ours, theirs = socket.socketpair()
-    path.chmod(0o666)
-    path.parent.chmod(0o711)
-    child = os.fork()
-    if not child:
-        with suppress(BaseException):
-            os.chdir(path.parent)
-            os.setresuid(uid, uid, uid)
-            with socket.socket(socket.AF_UNIX) as sock:
-                sock.connect(path.name)
-                send_once(theirs, b"x", [sock.fileno()])
-        os._exit(0)
-    theirs.close()
-    with ours:
-        _, fds, _, _ = socket.recv_fds(ours, 1, 1)
-        os.waitpid(child, 0)
-    return Line(socket.socket(fileno=fds[0]))
 
 
 def questions(serving: Serving) -> list[int]:

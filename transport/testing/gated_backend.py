@@ -29,26 +29,32 @@ class GatedBackend:
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
-        self._held: set[StalledWork] = set()
-        self._waiting: list[StalledWork] = []
+        self._held: set[tuple[StalledWork, str]] = set()
+        self._waiting: list[tuple[StalledWork, str]] = []
         self._changed = threading.Condition()
         self._has_descriptors = True
 
-    def hold(self, work: StalledWork) -> None:
+    def hold(self, work: StalledWork, name: str = "") -> None:
+        """Hold up work on one allocation, or on all."""
         with self._changed:
-            self._held.add(work)
+            self._held.add((work, name))
 
-    def is_held(self, work: StalledWork) -> bool:
-        return work in self._held
+    def is_held(self, work: StalledWork, name: str = "") -> bool:
+        return not self._held.isdisjoint({(work, name), (work, "")})
 
-    def let_go(self, work: StalledWork) -> None:
+    def let_go(self, work: StalledWork, name: str = "") -> None:
         with self._changed:
-            self._held.discard(work)
+            self._held.discard((work, name))
             self._changed.notify_all()
 
-    def wait_held(self, work: StalledWork) -> None:
+    def wait_held(self, work: StalledWork, name: str = "") -> None:
+        """Wait until work on one allocation is held up, or on any."""
+
+        def has_arrived() -> bool:
+            return any(what is work and name in ("", whose) for what, whose in self._waiting)
+
         with self._changed:
-            arrived = self._changed.wait_for(lambda: work in self._waiting, DEADLINE_S)
+            arrived = self._changed.wait_for(has_arrived, DEADLINE_S)
         assert arrived, f"{work} does not begin"
 
     @contextmanager
@@ -61,17 +67,17 @@ class GatedBackend:
             self._has_descriptors = True
 
     def recover(self) -> Recovery:
-        self._pass(StalledWork.RECOVER)
+        self._pass(StalledWork.RECOVER, "")
         return self.backend.recover()
 
     def create_namespaces(self, request: NamespaceRequest) -> NamespaceResponse:
-        self._pass(StalledWork.CREATE)
+        self._pass(StalledWork.CREATE, request.allocation_id)
         response = self.backend.create_namespaces(request)
-        self._pass(StalledWork.REPORT)
+        self._pass(StalledWork.REPORT, request.allocation_id)
         return response
 
     def release_namespaces(self, allocation_id: str) -> None:
-        self._pass(StalledWork.RELEASE)
+        self._pass(StalledWork.RELEASE, allocation_id)
         self.backend.release_namespaces(allocation_id)
 
     def bundle_of(self, allocation_id: str) -> DescriptorBundle:
@@ -82,10 +88,10 @@ class GatedBackend:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.backend, name)
 
-    def _pass(self, work: StalledWork) -> None:
+    def _pass(self, work: StalledWork, name: str) -> None:
         with self._changed:
-            self._waiting.append(work)
+            self._waiting.append((work, name))
             self._changed.notify_all()
-            passed = self._changed.wait_for(lambda: work not in self._held, DEADLINE_S)
-            self._waiting.remove(work)
+            passed = self._changed.wait_for(lambda: not self.is_held(work, name), DEADLINE_S)
+            self._waiting.remove((work, name))
         assert passed, f"{work} was held up for ever"

@@ -23,6 +23,7 @@ from statemachine import events as on
 from statemachine.consumer import ConsumerKernel
 from statemachine.effects import Effect, Timer
 from statemachine.errors import (
+    CreationFailed,
     FdPassing,
     LocalProtocolError,
     RemoteProtocolError,
@@ -66,7 +67,8 @@ class ProviderModel:
     """
 
     def __init__(self, limits: Limits) -> None:
-        self._now = model.Provider(model.Limits(allowed_uids=limits.allowed_uids))
+        same = {name: getattr(limits, name) for name in model.Limits._fields}
+        self._now = model.Provider(model.Limits(**same))
         self._namer = ProviderKernel(limits)
 
     def receive(self, event: ProviderInput) -> Iterable[Effect]:
@@ -74,7 +76,7 @@ class ProviderModel:
         self._now, effects = model.provider_step(self._now, event)
         for name, state in self._namer.states.items():
             assert self._now.state_of(name) == state.value, (name, state)
-        return effects
+        return map(_in_words, effects)
 
     def remember(self, names: Iterable[str]) -> None:
         self._namer.remember(names)
@@ -82,6 +84,13 @@ class ProviderModel:
 
     def state_of(self, allocation_id: str) -> AllocationState:
         return AllocationState(self._now.state_of(allocation_id))
+
+
+def _in_words(effect: Effect) -> Effect:
+    """Give a reason to a refusal by the model, which says only that it is one."""
+    if isinstance(effect, do.Refuse) and effect.error == CreationFailed(""):
+        return do.Refuse(effect.connection, CreationFailed("a limit, or the request"))
+    return effect
 
 
 class ConsumerModel(ConsumerKernel):
@@ -186,29 +195,36 @@ class InProcessProvider:
     Args:
         brain: decides.
         gate: the backend, and what of its work is held up.
+        limits: who may use it, and how much of it; by default this user.
     """
 
-    def __init__(self, brain: Callable[[Limits], ProviderBrain], gate: GatedBackend) -> None:
-        self.brain = brain(Limits(frozenset({os.geteuid()})))
+    def __init__(
+        self,
+        brain: Callable[[Limits], ProviderBrain],
+        gate: GatedBackend,
+        limits: Limits | None = None,
+    ) -> None:
+        self.brain = brain(limits or Limits(frozenset({os.geteuid()})))
         self.turns: History = []
         self.timers: set[tuple[Timer, str]] = set()
         self._gate = gate
         self._backend = gate.backend
         self._numbers = count(1)
         self._pipes: dict[int, Pipe] = {}
-        self._opened: deque[int] = deque()
+        self._opened: deque[tuple[int, int]] = deque()
         self._read_closed: set[int] = set()
         self._lanes: dict[str, deque[Effect]] = {}
         self._made: dict[str, ProviderInput] = {}
         self._events: deque[ProviderInput] = deque()
         self._is_ready = False
+        self._is_dead = False
 
-    def connect(self) -> Pipe:
-        """Call it."""
+    def connect(self, uid: int | None = None) -> Pipe:
+        """Call it, as a user; by default as this one."""
         ours, theirs = pipe()
         number = next(self._numbers)
         self._pipes[number] = ours
-        self._opened.append(number)
+        self._opened.append((number, os.geteuid() if uid is None else uid))
         return theirs
 
     def work(self) -> None:
@@ -226,6 +242,7 @@ class InProcessProvider:
 
     def stop(self) -> None:
         """Die: nothing is said to any consumer, and nothing is undone."""
+        self._is_dead = True
         for end in self._pipes.values():
             end.close()
 
@@ -241,6 +258,8 @@ class InProcessProvider:
     # What there is to do.
 
     def _step(self) -> bool:
+        if self._is_dead:
+            return False
         return self._get_ready() or self._read() or self._observe() or self._do_job()
 
     def _get_ready(self) -> bool:
@@ -256,7 +275,7 @@ class InProcessProvider:
 
     def _read(self) -> bool:
         if self._opened:
-            self._feed(on.ConnectionOpened(self._opened.popleft(), os.geteuid()))
+            self._feed(on.ConnectionOpened(*self._opened.popleft()))
             return True
         for number, end in tuple(self._pipes.items()):
             if number not in self._read_closed and end.has_news:
@@ -305,11 +324,12 @@ class InProcessProvider:
                     self._feed(on.ScopeEmptied(name))
 
     def _do_job(self) -> bool:
-        if self._made and not self._gate.is_held(StalledWork.REPORT):
-            self._feed(self._made.pop(min(self._made)))
-            return True
+        for name in sorted(self._made):
+            if not self._gate.is_held(StalledWork.REPORT, name):
+                self._feed(self._made.pop(name))
+                return True
         for name, lane in self._lanes.items():
-            if name in self._made or not lane or self._gate.is_held(_WORK[type(lane[0])]):
+            if name in self._made or not lane or self._gate.is_held(_WORK[type(lane[0])], name):
                 continue
             job = lane.popleft()
             if isinstance(job, do.CreateNamespaces):
@@ -320,10 +340,10 @@ class InProcessProvider:
         return False
 
     @property
-    def held_up(self) -> set[StalledWork]:
-        """What waits behind the gate."""
-        heads = [_WORK[type(lane[0])] for lane in self._lanes.values() if lane]
-        return {StalledWork.REPORT} if self._made else set(heads)
+    def held_up(self) -> set[tuple[StalledWork, str]]:
+        """What waits behind the gate, and on which allocation."""
+        heads = {(_WORK[type(lane[0])], name) for name, lane in self._lanes.items() if lane}
+        return {(StalledWork.REPORT, name) for name in self._made} or heads
 
     # What the brain wants.
 

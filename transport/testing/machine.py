@@ -5,9 +5,10 @@ allocations, say many things at once, and write down every word.
 
 `Handoffs` is Hypothesis' half: rules, and the invariants of `specs/invariants.py` after every step.
 The model beside it knows no states: only which allocation is alive, under which request, in which
-incarnation, who holds it, and which namespaces it was handed over with. A rule leaves nothing under
-way: what takes time (a creation, a release, a provider that is not ready) is begun, disturbed and
-finished within one.
+incarnation, who holds it, and which namespaces it was handed over with; and, while messages about
+it are under way, all that it may be (`possible`). Some rules begin what takes time (a creation, a
+release, a provider that is not ready), disturb it and wait for its end. Others begin and do not
+wait: later rules run meanwhile, until all that is under way is heard, or its provider is killed.
 
 `Adapter` is the other half: the provider, and what can be done to the machine that it runs on. Only
 its socket is needed. Every further ability turns on the rules that need it. To hold a provider of
@@ -36,14 +37,21 @@ ours does, is as good (`in_process` has the bare kernels, and the model).
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from collections import Counter, deque
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    closing,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from itertools import count
 from pathlib import Path
-from typing import ClassVar, Final, Protocol
+from typing import ClassVar, Final, Literal, Protocol
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -68,10 +76,12 @@ from statemachine.messages import (
     NamespaceResponse,
     NamespaceType,
 )
+from statemachine.provider import Limits
 
 from ..descriptors import DescriptorBundle, Inspector, NamespaceIdentity
 from ..request import Consumer
 from .peer import Line, frame_of, wait_until
+from .possible import FIRST, Possible
 
 WAIT_S: Final = 10.0
 STEPS: Final = 25
@@ -83,6 +93,14 @@ SETTINGS: Final = settings(
 """Of `Handoffs.TestCase`: how fast a machine is today is no property of a provider."""
 
 LINES_MAX: Final = 3
+SPEAKERS_MAX: Final = 2
+"""Most lines of each kind that speak and are not listened to."""
+UNDER_WAY_MAX: Final = 2
+"""Most allocations that messages are under way about."""
+UNANSWERED_MAX: Final = 4
+"""Most messages under way about one allocation."""
+HOLDERS_MAX: Final = 6
+"""Most consumers of ours that hold something."""
 
 PID: Final = NamespaceType.PID
 NET: Final = NamespaceType.NET
@@ -104,7 +122,9 @@ class Ability(Enum):
     HANGS = auto()
     """Let something be in an allocation that does not die."""
     RESTART = auto()
-    """Kill the provider, and start another on the same socket and the same state."""
+    """Stop the provider, and start another on the same socket and the same state."""
+    KILL = auto()
+    """Kill the provider's process, whatever it does, and start another, as after a stop."""
     OPERATOR = auto()
     """End an allocation as an operator does, without a connection."""
     HOLD = auto()
@@ -113,6 +133,10 @@ class Ability(Enum):
     """Have the provider find no descriptors to pass."""
     TIME = auto()
     """Let a span that the provider measures run out."""
+    USERS = auto()
+    """Connect as a second user."""
+    LIMITS = auto()
+    """Say what the limits of the provider are, which are low enough to be reached."""
 
 
 class StalledWork(Enum):
@@ -170,8 +194,8 @@ class Voice(Protocol):
 class OnSocket:
     """A voice on a real connection."""
 
-    def __init__(self, path: Path) -> None:
-        self._line = Line.to(path)
+    def __init__(self, path: Path, connect: Callable[[Path], Line] = Line.to) -> None:
+        self._line = connect(path)
         self.hear = self._line.hear
         self.take = self._line.take
         self.hang_up = self._line.hang_up
@@ -194,6 +218,8 @@ class Adapter:
     """
 
     abilities: ClassVar[frozenset[Ability]] = frozenset()
+    limits: Limits = Limits()
+    """For LIMITS: what they are, none below that of `TIGHT`."""
 
     def __init__(self, path: Path, inspector: Inspector, image: str | None = None) -> None:
         self.path = path
@@ -250,7 +276,7 @@ class Adapter:
     # For RESTART.
 
     def stop(self) -> None:
-        """Kill the provider; what it has made stays."""
+        """Stop the provider; what it has made stays."""
         raise NotImplementedError
 
     def start(self) -> None:
@@ -258,6 +284,12 @@ class Adapter:
 
         If `StalledWork.RECOVER` is held: when it listens.
         """
+        raise NotImplementedError
+
+    # For KILL, with `start` as above.
+
+    def kill(self) -> None:
+        """Kill the provider with SIGKILL, in the middle of whatever; what it has made stays."""
         raise NotImplementedError
 
     # For OPERATOR.
@@ -268,16 +300,16 @@ class Adapter:
 
     # For HOLD.
 
-    def hold(self, work: StalledWork) -> None:
-        """Hold up all work of a kind from now on."""
+    def hold(self, work: StalledWork, name: str = "") -> None:
+        """Hold up all work of a kind from now on, or that on one allocation."""
         raise NotImplementedError
 
-    def wait_held(self, work: StalledWork) -> None:
-        """Wait until such work is held up."""
+    def wait_held(self, work: StalledWork, name: str = "") -> None:
+        """Wait until such work is held up, on any allocation or on one."""
         raise NotImplementedError
 
-    def let_go(self, work: StalledWork) -> None:
-        """Let it go on."""
+    def let_go(self, work: StalledWork, name: str = "") -> None:
+        """Let go on what was held up so."""
         raise NotImplementedError
 
     # For SCARCITY.
@@ -294,6 +326,12 @@ class Adapter:
 
     def expire(self, timer: Timer, name: str) -> None:
         """Let a span that is measured run out now; returns when the provider knows."""
+        raise NotImplementedError
+
+    # For USERS.
+
+    def voice_of_another(self) -> Voice:
+        """Open a connection as a second user, whom the provider serves as well."""
         raise NotImplementedError
 
     # For adapters that can look inside.
@@ -331,9 +369,26 @@ def requests_of(prefix: str, image: str | None) -> tuple[NamespaceRequest, ...]:
     )
 
 
+TIGHT: Final = Limits(
+    open_per_connection=8, open_per_uid=20, allocations_per_uid=2, connections_per_uid=28
+)
+"""The lowest limits with which whatever is not to reach them has room."""
+
+
 def another(request: NamespaceRequest) -> NamespaceRequest:
     """Ask for the same allocation in another way."""
     return NamespaceRequest(request.allocation_id, (*request.namespaces[1:], NET, MOUNT)[:2])
+
+
+class User(Enum):
+    """Who speaks."""
+
+    OURS = auto()
+    """The user who runs the machine."""
+    ANOTHER = auto()
+
+
+OwnedBy = User | Literal["one of them"] | None
 
 
 @dataclass(slots=True)
@@ -344,6 +399,8 @@ class Incarnation:
     request: NamespaceRequest
     identities: tuple[NamespaceIdentity, ...] | None = None
     """None as long as it was not handed over."""
+    owner: OwnedBy = None
+    """Whose it is: it counts for the user who asked for it first, until the provider is another."""
     processes: int = 0
     was_used: bool = False
     holders: list[Held] = field(default_factory=list)
@@ -363,10 +420,16 @@ class Incarnation:
 class Talker:
     """A consumer that speaks message by message, and keeps every word as the provider sees it."""
 
-    def __init__(self, number: int, voice: Voice) -> None:
+    def __init__(
+        self, number: int, voice: Voice, unsettled: Container[str], user: User = User.OURS
+    ) -> None:
         self.number = number
         self.voice = voice
+        self.user = user
         self.said: list[always.Spoken] = []
+        self.overheard: Counter[str] = Counter()
+        """Ends that it was told of while nothing was certain of the allocation."""
+        self._unsettled = unsettled
 
     def say(self, *messages: Message) -> None:
         """Say all of it in one breath."""
@@ -374,10 +437,14 @@ class Talker:
         self.voice.say(*messages)
 
     def hear(self) -> Message:
-        message = self.voice.hear()
-        assert message is not None, "the provider has hung up"
-        self.said.append(("sent", message))
-        return message
+        while True:
+            message = self.voice.hear()
+            assert message is not None, "the provider has hung up"
+            self.said.append(("sent", message))
+            if isinstance(message, AllocationEnded) and message.allocation_id in self._unsettled:
+                self.overheard[message.allocation_id] += 1
+            else:
+                return message
 
     def hears(self, *messages: Message) -> None:
         """Hear just these."""
@@ -396,6 +463,18 @@ class Talker:
         while heard[-1] != last:
             heard.append(self.hear())
         return heard[:-1]
+
+
+@dataclass(eq=False, slots=True)
+class Speaker:
+    """A line on which things are said and not waited for: either requests or ends."""
+
+    talker: Talker
+    is_asker: bool
+    unheard: deque[tuple[str, int]] = field(default_factory=deque)
+    """Whose answers come next: the allocation, and the number of the message."""
+    handed: Counter[tuple[str, tuple[NamespaceIdentity, ...]]] = field(default_factory=Counter)
+    """What it was handed, and has not been told the end of."""
 
 
 class Handoffs(RuleBasedStateMachine):
@@ -422,6 +501,13 @@ class Handoffs(RuleBasedStateMachine):
         self.lives: dict[str, Incarnation] = {}
         self.hand_overs: list[tuple[int, tuple[object, ...]]] = []
         self.over: set[str] = set()
+        self.possible: dict[str, Possible] = {}
+        """The allocations of which nothing is certain; they are not among `lives`."""
+        self.before_that: dict[str, Incarnation] = {}
+        """What those were when it was certain, if they were alive."""
+        self.speakers: list[Speaker] = []
+        self.stuck: dict[str, StalledWork] = {}
+        """Whose creation or release is held up until further notice."""
         self.talkers: list[Talker] = []
         self.handed: set[tuple[int, int]] = set()
         """Which talker was handed which incarnation."""
@@ -433,11 +519,18 @@ class Handoffs(RuleBasedStateMachine):
 
     @rule(pick=_pick)
     def some_consumer_asks(self, pick: int) -> None:
-        request = self.requests[pick % len(self.requests)]
+        request = self.settled[pick % len(self.settled)]
         life = self.lives.get(request.allocation_id)
-        if life is not None and life.request != request:
-            self.is_refused(request)
+        if life is None:
+            has_room = self.has_room(User.OURS)
+            if has_room is None:
+                return
+            is_granted = has_room
         else:
+            is_granted = life.request == request
+        if not is_granted:
+            self.is_refused(request)
+        elif sum(len(each.holders) for each in self.known_lives) < HOLDERS_MAX:
             self.is_obtained(request)
 
     def is_obtained(self, request: NamespaceRequest) -> None:
@@ -451,12 +544,22 @@ class Handoffs(RuleBasedStateMachine):
         request: NamespaceRequest,
         response: NamespaceResponse,
         identities: tuple[NamespaceIdentity, ...],
+        user: User = User.OURS,
     ) -> Incarnation:
         """Note what a consumer was handed; it begins an incarnation if none was alive."""
-        life = self.begins(request)
+        life = self.begins(request, user)
         if life.identities is None:
             life.identities = identities
         self.hand_overs.append((life.number, identities))
+        self.is_as_asked(request, response, identities)
+        return life
+
+    def is_as_asked(
+        self,
+        request: NamespaceRequest,
+        response: NamespaceResponse,
+        identities: tuple[NamespaceIdentity, ...],
+    ) -> None:
         own = map(self.adapter.inspector.own, request.namespaces)
         always.require(
             always.response_answers_its_request(request, response),
@@ -465,19 +568,18 @@ class Handoffs(RuleBasedStateMachine):
             ),
             always.namespaces_are_not_the_nodes_own(identities, own),
         )
-        return life
 
-    def begins(self, request: NamespaceRequest) -> Incarnation:
+    def begins(self, request: NamespaceRequest, owner: OwnedBy = User.OURS) -> Incarnation:
         """Note that an allocation is alive."""
         name = request.allocation_id
         if name not in self.lives:
-            self.lives[name] = Incarnation(next(self.numbers), request)
+            self.lives[name] = Incarnation(next(self.numbers), request, owner=owner)
             self.over.discard(name)
         return self.lives[name]
 
     def is_refused(self, request: NamespaceRequest) -> None:
-        with pytest.raises(CreationFailed):
-            self.consumer.obtain(request)
+        with pytest.raises(CreationFailed), closing(self.consumer.obtain(request)):
+            raise AssertionError(f"{request} was granted")
 
     @precondition(lambda self: self.lives)
     @rule(pick=_pick)
@@ -523,15 +625,16 @@ class Handoffs(RuleBasedStateMachine):
     # Bare lines.
 
     @precondition(lambda self: len(self.talkers) < LINES_MAX)
-    @rule()
-    def a_line_is_opened(self) -> None:
-        self.talkers.append(self.caller())
+    @rule(is_another=st.booleans())
+    def a_line_is_opened(self, is_another: bool = False) -> None:
+        can = self.can(Ability.USERS)
+        self.talkers.append(self.caller(User.ANOTHER if is_another and can else User.OURS))
 
     @precondition(lambda self: self.talkers)
     @rule(who=_pick, picks=st.lists(_pick, min_size=1, max_size=5))
     def a_line_asks_many_things_at_once(self, who: int, picks: list[int]) -> None:
         talker = self.talkers[who % len(self.talkers)]
-        messages: list[NamespaceRequest | AllocationEnded] = [*self.requests, self.never]
+        messages: list[NamespaceRequest | AllocationEnded] = [*self.settled, self.never]
         questions = [messages[pick % len(messages)] for pick in picks]
         talker.say(*questions)
         for question in questions:
@@ -542,12 +645,16 @@ class Handoffs(RuleBasedStateMachine):
 
     def is_answered(self, talker: Talker, request: NamespaceRequest) -> None:
         life = self.lives.get(request.allocation_id)
+        answer = talker.hear()
+        has_room = life is not None or self.has_room(talker.user)
         if life is not None and life.request != request:
-            talker.is_told(CreationFailed)
-        else:
-            answer = talker.hear()
-            assert isinstance(answer, NamespaceResponse), answer
+            assert isinstance(answer, CreationFailed), answer
+        elif isinstance(answer, NamespaceResponse):
+            assert has_room is not False, f"{talker.user} has more than the limit allows"
             self.is_taken(talker, request, answer)
+        else:
+            assert is_over_limit(answer), answer
+            assert has_room is not True, f"{talker.user} has less than the limit allows: {answer}"
 
     def is_taken(
         self, talker: Talker, request: NamespaceRequest, response: NamespaceResponse
@@ -556,7 +663,7 @@ class Handoffs(RuleBasedStateMachine):
         with talker.voice.take() as bundle:
             inspect = self.adapter.inspector.inspect
             identities = tuple(inspect(descriptor.fileno()) for _, descriptor in bundle)
-        life = self.is_handed_over(request, response, identities)
+        life = self.is_handed_over(request, response, identities, talker.user)
         self.handed.add((talker.number, life.number))
         life.askers.add(talker.number)
         return life
@@ -578,6 +685,8 @@ class Handoffs(RuleBasedStateMachine):
     @rule(pick=_pick)
     def a_line_is_lost_while_it_asks(self, pick: int) -> None:
         request = self.one_to_ask_for(pick)
+        if request is None:
+            return
         with self.calling() as talker:
             talker.say(request)
         self.is_obtained(request)
@@ -604,6 +713,8 @@ class Handoffs(RuleBasedStateMachine):
     @rule(pick=_pick)
     def a_line_ends_it_and_begins_anew(self, pick: int) -> None:
         life = self.one(pick)
+        if life.owner is not User.OURS and not self.has_room(User.OURS):
+            return
         with self.calling() as talker:
             talker.say(AllocationEnded(life.name), life.request)
             talker.hears(AllocationEnded(life.name))
@@ -617,7 +728,7 @@ class Handoffs(RuleBasedStateMachine):
         talker.say(self.never)
         heard = talker.hear_until(AllocationNotFound(self.never.allocation_id))
         assert set(heard) <= {AllocationEnded(life.name)}, heard
-        words = [(talker.number, life.number)] * len(heard)
+        words = [(talker.number, life.number)] * (len(heard) + talker.overheard.pop(life.name, 0))
         self.told += words
         if has_asked and not words:
             self.handed.discard((talker.number, life.number))
@@ -728,7 +839,7 @@ class Handoffs(RuleBasedStateMachine):
             asking = [first]
             with seeing if fate == "made" else nullcontext(), self.held(work):
                 first.say(request)
-                self.adapter.wait_held(work)
+                self.adapter.wait_held(work, name)
                 for other in others:
                     talker = calls.enter_context(self.calling())
                     if other == "same":
@@ -800,10 +911,12 @@ class Handoffs(RuleBasedStateMachine):
                 self.adapter.unblock_release(life.name)
             ending.is_over()
 
-    @precondition(lambda self: self.can(Ability.SCARCITY))
+    @precondition(lambda self: self.can(Ability.SCARCITY) and not self.possible)
     @rule(pick=_pick)
     def there_are_no_descriptors(self, pick: int) -> None:
         request = self.one_to_ask_for(pick)
+        if request is None:
+            return
         with self.calling() as talker:
             with self.adapter.scarcity():
                 talker.say(request)
@@ -865,15 +978,342 @@ class Handoffs(RuleBasedStateMachine):
             talker.hears(ended)
             self.has_ended(life)
 
+    @precondition(lambda self: self.can(Ability.KILL))
+    @rule()
+    def the_provider_is_killed(self) -> None:
+        self.adapter.kill()
+        self.let_go_on(StalledWork.CREATE, StalledWork.REPORT)
+        self.the_provider_is_gone()
+        self.adapter.start()
+
     def the_provider_stops(self) -> None:
         """Stop the provider: what was handed over still is; only new messages are refused."""
+        self.let_go_on(StalledWork.CREATE, StalledWork.REPORT)
         self.adapter.stop()
-        for life in self.lives.values():
+        self.the_provider_is_gone()
+
+    def the_provider_is_gone(self) -> None:
+        """Hear what it has still said, and let everyone hang up; the next one knows no users."""
+        while self.speakers:
+            speaker = self.speakers.pop()
+            self.hears_last_words(speaker)
+            self.hangs_up(speaker.talker)
+        for possible in self.possible.values():
+            possible.provider_died()
+        for life in self.known_lives:
+            life.owner = None
             for handoff in life.holders:
                 handoff.close()
             life.holders.clear()
         while self.talkers:
             self.hangs_up(self.talkers.pop())
+
+    # What is under way, and not waited for.
+
+    @rule(who=_pick, pick=_pick, is_end=st.booleans())
+    def something_is_said_and_not_waited_for(self, who: int, pick: int, is_end: bool) -> None:
+        request = self.requests[pick % len(self.requests)]
+        message = AllocationEnded(request.allocation_id) if is_end else request
+        if self.is_unsettled(request):
+            self.says_without_waiting(self.speaker(who, is_asker=not is_end), message)
+
+    @precondition(lambda self: self.heard_soon)
+    @rule(who=_pick)
+    def what_was_said_is_answered(self, who: int) -> None:
+        speakers = self.heard_soon
+        self.hears_next(speakers[who % len(speakers)])
+
+    @precondition(lambda self: self.speakers)
+    @rule(who=_pick)
+    def a_speaker_goes(self, who: int) -> None:
+        speaker = self.speakers.pop(who % len(self.speakers))
+        self.hangs_up(speaker.talker)
+
+    @precondition(
+        lambda self: self.can(Ability.HOLD) and not self.stuck and self.one_free(0) is not None
+    )
+    @rule(pick=_pick, is_made=st.booleans())
+    def a_creation_is_begun_that_takes_long(self, pick: int, is_made: bool) -> None:
+        request = self.one_free(pick)
+        if request is None or not self.is_unsettled(request):
+            return
+        work = StalledWork.REPORT if is_made else StalledWork.CREATE
+        self.stuck[request.allocation_id] = work
+        self.adapter.hold(work, request.allocation_id)
+        self.says_without_waiting(self.speaker(pick, is_asker=True), request)
+        self.adapter.wait_held(work, request.allocation_id)
+
+    @precondition(lambda self: self.can(Ability.HANGS) and not self.stuck and self.lives)
+    @rule(pick=_pick)
+    def a_release_is_begun_that_takes_long(self, pick: int) -> None:
+        life = self.one(pick)
+        if PID not in life.request.namespaces or not self.is_unsettled(life.request):
+            return
+        self.stuck[life.name] = StalledWork.RELEASE
+        self.adapter.block_release(life.name)
+        ended = AllocationEnded(life.name)
+        with self.adapter.seeing(on.ReleaseDelayed, life.name):
+            self.says_without_waiting(self.speaker(pick, is_asker=False), ended)
+
+    @precondition(lambda self: self.stuck and self.can(Ability.OPERATOR))
+    @rule()
+    def an_operator_releases_what_takes_long(self) -> None:
+        for name in self.stuck:
+            self.adapter.release(name)
+            self.possible[name].may_have_ended()
+
+    @precondition(lambda self: self.stuck)
+    @rule()
+    def what_takes_long_goes_on(self) -> None:
+        self.let_go_on(*StalledWork)
+
+    @precondition(lambda self: self.possible)
+    @rule()
+    def all_that_is_under_way_comes_to_its_end(self) -> None:
+        self.settles()
+
+    def is_unsettled(self, request: NamespaceRequest) -> bool:
+        """Leave open what becomes of an allocation from now on; say whether it may be spoken of."""
+        name = request.allocation_id
+        if name not in self.possible:
+            if len(self.possible) >= UNDER_WAY_MAX:
+                return False
+            life = self.lives.get(name)
+            # An end that is under way may make room, and a request may take it.
+            if life is None and self.has_room(User.OURS) is not True:
+                return False
+            if life is not None and life.owner is not User.OURS and not self.has_room(User.OURS):
+                return False
+            alive, identities = (life.request, life.identities) if life else (None, None)
+            self.possible[name] = Possible(name, alive, identities, was_ever=name in self.over)
+            if life is not None:
+                self.before_that[name] = self.lives.pop(name)
+            self.over.discard(name)
+        return self.possible[name].unanswered < UNANSWERED_MAX
+
+    def speaker(self, who: int, *, is_asker: bool) -> Speaker:
+        """One that says such things; who speaks already, or who has not spoken yet."""
+        known = [each for each in self.speakers if each.is_asker is is_asker]
+        if len(known) < SPEAKERS_MAX and who % (len(known) + 1) == 0:
+            self.speakers.append(Speaker(self.caller(), is_asker))
+            return self.speakers[-1]
+        return known[who % len(known)]
+
+    def says_without_waiting(
+        self, speaker: Speaker, message: NamespaceRequest | AllocationEnded
+    ) -> None:
+        name = message.allocation_id
+        speaker.unheard.append((name, self.possible[name].said(message)))
+        speaker.talker.say(message)
+
+    @property
+    def heard_soon(self) -> list[Speaker]:
+        """Those whose next answer comes whatever else happens."""
+        return [x for x in self.speakers if x.unheard and x.unheard[0][0] not in self.stuck]
+
+    def hears_next(self, speaker: Speaker) -> None:
+        """Hear the next answer; who was handed something may hear of its end before."""
+        message = speaker.talker.voice.hear()
+        assert message is not None, "the provider has hung up"
+        while self.is_push(speaker, message):
+            message = speaker.talker.voice.hear()
+            assert message is not None, "the provider has hung up"
+        self.takes_answer(speaker, message)
+
+    def hears_last_words(self, speaker: Speaker) -> None:
+        """Hear what has arrived from a provider that is gone, but for its excuses."""
+        while (message := speaker.talker.voice.hear()) is not None:
+            if isinstance(message, SocketUnavailable):
+                return
+            if not self.is_push(speaker, message):
+                self.takes_answer(speaker, message)
+
+    def is_push(self, speaker: Speaker, message: Message) -> bool:
+        """Take in the end of what a speaker was handed, if that is what it hears."""
+        if not (speaker.is_asker and isinstance(message, AllocationEnded)):
+            return False
+        mine = [each for each in speaker.handed if each[0] == message.allocation_id]
+        assert mine, f"told of the end of {message.allocation_id}, which it was not handed"
+        # Of two that it was handed the older one has ended first.
+        self.possible[mine[0][0]].told_of_the_end(mine[0][1])
+        del speaker.handed[mine[0]]
+        return True
+
+    def takes_answer(self, speaker: Speaker, answer: Message) -> None:
+        assert speaker.unheard, f"{answer}, and nothing is unanswered"
+        name, number = speaker.unheard.popleft()
+        identities = None
+        if isinstance(answer, NamespaceResponse):
+            identities = self.looks_at(speaker.talker)
+            self.is_as_asked(self.possible[name].request_of(number), answer, identities)
+            speaker.handed[name, identities] = 1
+        self.possible[name].answered(number, answer, identities)
+
+    def looks_at(self, talker: Talker) -> tuple[NamespaceIdentity, ...]:
+        """Say which namespaces came with the last message, and close them."""
+        inspect = self.adapter.inspector.inspect
+        with talker.voice.take() as bundle:
+            return tuple(inspect(descriptor.fileno()) for _, descriptor in bundle)
+
+    def let_go_on(self, *works: StalledWork) -> None:
+        """Let go on what is held up."""
+        for name, work in tuple(self.stuck.items()):
+            if work in works:
+                del self.stuck[name]
+                if work is StalledWork.RELEASE:
+                    self.adapter.unblock_release(name)
+                else:
+                    self.adapter.let_go(work, name)
+
+    def settles(self) -> None:
+        """Hear all answers; then ask what each allocation has come to."""
+        self.let_go_on(*StalledWork)
+        for speaker in self.speakers:
+            while speaker.unheard:
+                self.hears_next(speaker)
+        self.is_noticed()
+        for possible in self.possible.values():
+            possible.all_abandoned()
+        for name in sorted(self.possible):
+            self.is_settled(name, *self.is_found(self.possible[name]))
+        while self.speakers:
+            speaker = self.speakers.pop()
+            assert not speaker.handed, f"not told of the end of {list(speaker.handed)}"
+            self.hangs_up(speaker.talker)
+
+    def is_found(
+        self, possible: Possible
+    ) -> tuple[NamespaceRequest, tuple[NamespaceIdentity, ...]]:
+        """Ask for an allocation: what it has is what it had, unless that has ended."""
+        otherwise = next(r for r in self.requests if r.allocation_id == possible.name)
+        while True:
+            request = possible.request_for(otherwise)
+            with self.calling() as talker:
+                number = possible.said(request)
+                talker.voice.say(request)
+                answer = talker.voice.hear()
+                assert answer is not None, "the provider has hung up"
+                if isinstance(answer, NamespaceResponse):
+                    identities = self.looks_at(talker)
+                    self.is_as_asked(request, answer, identities)
+                    possible.answered(number, answer, identities)
+                    return request, identities
+            possible.answered(number, answer)
+
+    def is_settled(
+        self,
+        name: str,
+        request: NamespaceRequest,
+        identities: tuple[NamespaceIdentity, ...],
+    ) -> None:
+        """Note that it is certain again what an allocation is; let all hear it whom it concerns."""
+        possible = self.possible.pop(name)
+        earlier = self.before_that.pop(name, None)
+        for speaker in self.speakers:
+            self.hears_up_to_now(speaker, possible, identities)
+        if earlier is not None and possible.alive == {FIRST}:
+            life = self.lives[name] = earlier
+            life.identities = identities
+        else:
+            if earlier is not None:
+                self.lives[name] = earlier
+                self.has_ended(earlier, is_last=False)
+            life = self.begins(request, "one of them")
+            life.identities = identities
+        self.hand_overs.append((life.number, identities))
+
+    def hears_up_to_now(
+        self, speaker: Speaker, possible: Possible, alive: tuple[NamespaceIdentity, ...]
+    ) -> None:
+        """Hear the ends of all that a speaker was handed but what is alive."""
+        self.possible[possible.name] = possible
+        speaker.talker.voice.say(self.never)
+        while (message := speaker.talker.voice.hear()) != AllocationNotFound(
+            self.never.allocation_id
+        ):
+            assert message is not None, "the provider has hung up"
+            assert self.is_push(speaker, message), message
+        del self.possible[possible.name]
+        speaker.handed.pop((possible.name, alive), None)
+        missed = [each for each in speaker.handed if each[0] == possible.name]
+        assert not missed, f"not told of the end of {missed}"
+
+    # Limits.
+
+    @precondition(lambda self: self.can(Ability.LIMITS) and self.can(Ability.USERS))
+    @rule()
+    def another_user_connects_too_often(self) -> None:
+        most = self.adapter.limits.connections_per_uid
+        have = sum(talker.user is User.ANOTHER for talker in self.talkers)
+        with ExitStack() as calls:
+            for _ in range(most - have):
+                calls.enter_context(self.calling(User.ANOTHER))
+            with self.calling(User.ANOTHER) as refused:
+                self.is_closed(refused, CreationFailed)
+            self.is_noticed()
+        with self.calling(User.ANOTHER) as talker:
+            talker.say(self.never)
+            talker.hears(AllocationNotFound(self.never.allocation_id))
+
+    @precondition(
+        lambda self: self.can(Ability.LIMITS) and self.can(Ability.USERS) and self.can(Ability.HOLD)
+    )
+    @rule(pick=_pick, lines=st.integers(1, 3), is_flood=st.booleans())
+    def another_user_asks_too_much(self, pick: int, lines: int, is_flood: bool) -> None:
+        request = self.one_free(pick, User.ANOTHER)
+        if request is None or self.stuck:
+            return
+        limits = self.adapter.limits
+        most = limits.flood if is_flood else limits.open_per_connection
+        # One line is over its own limit, several only over that of their user.
+        each = most + (is_flood or lines == 1)
+        with ExitStack() as calls:
+            talkers = []
+            seeing = self.adapter.seeing(on.NamespacesCreated, request.allocation_id)
+            with seeing, self.held(StalledWork.CREATE):
+                with self.hearing_requests(request, lines * each):
+                    for _ in range(lines):
+                        talkers.append(calls.enter_context(self.calling(User.ANOTHER)))
+                        talkers[-1].voice.say(*[request] * each)
+                self.adapter.wait_held(StalledWork.CREATE, request.allocation_id)
+                if is_flood:
+                    for talker in talkers:
+                        self.is_closed(talker, FdPassing)
+            life = self.begins(request, User.ANOTHER)
+            if not is_flood:
+                granted = sum(self.count_granted(talker, request, each) for talker in talkers)
+                assert granted == min(lines * most, limits.open_per_uid), f"{granted} granted"
+        assert life.owner is User.ANOTHER
+
+    @contextmanager
+    def hearing_requests(self, request: NamespaceRequest, count: int) -> Iterator[None]:
+        """Wait, at the end of a block, until a provider that tells has read so many requests."""
+
+        def times() -> int:
+            read = (event for event, _ in self.adapter.history())
+            return sum(isinstance(x, on.RequestReceived) and x.request == request for x in read)
+
+        before = times()
+        yield
+        if self.adapter.history():
+            wait_until(lambda: times() - before >= count, f"{count} requests")
+
+    def count_granted(self, talker: Talker, request: NamespaceRequest, answers: int) -> int:
+        """Count the answers that grant a request; all others name a limit."""
+        granted = 0
+        for _ in range(answers):
+            answer = talker.voice.hear()
+            if isinstance(answer, NamespaceResponse):
+                granted += 1
+                self.is_handed_over(request, answer, self.looks_at(talker), talker.user)
+            else:
+                assert is_over_limit(answer), answer
+        return granted
+
+    def is_closed(self, talker: Talker, why: type[Message]) -> None:
+        answer = talker.voice.hear()
+        assert isinstance(answer, why), answer
+        assert talker.voice.hear() is None, "and not hung up on"
 
     # What is true.
 
@@ -900,11 +1340,16 @@ class Handoffs(RuleBasedStateMachine):
             )
         for name, life in self.lives.items():
             assert not any(handoff.wait_ended(0.0) for handoff in life.holders), name
+        for name, possible in self.possible.items():
+            earlier = self.before_that.get(name)
+            if earlier is not None and any(each.wait_ended(0.0) for each in earlier.holders):
+                assert possible.may_have_ended_first(), f"{name}: a holder was told of no end"
         self.every_descriptor_has_one_owner()
 
     def every_descriptor_has_one_owner(self) -> None:
-        """Nothing is on its way now: what is not the provider's is a consumer's, or closed."""
-        held = [handoff for life in self.lives.values() for handoff in life.holders]
+        """What is not the provider's, nor on its way with an answer, is a consumer's, or closed."""
+        held = [handoff for life in self.known_lives for handoff in life.holders]
+        on_their_way = sum(possible.unanswered for possible in self.possible.values())
         assert not any(os.get_inheritable(fd) for each in held for fd in each.bundle.filenos())
 
         def found() -> list[str]:
@@ -914,6 +1359,9 @@ class Handoffs(RuleBasedStateMachine):
             }
             present = open_namespaces(self.adapter.inspector)
             present.subtract(self.before)
+            owned = sum(owners.values(), Counter())
+            more = {x: min(present[x] - owned[x], on_their_way) for x in present}
+            owners["what is under way"] = Counter({x: n for x, n in more.items() if n > 0})
             return always.every_descriptor_has_one_owner(present, owners)
 
         # A provider closes its copies only after they have left; a simulated node keeps what they
@@ -924,11 +1372,14 @@ class Handoffs(RuleBasedStateMachine):
     def teardown(self) -> None:
         with ExitStack() as stack:
             stack.callback(self.adapter.close)
-            for talker in self.talkers:
+            for talker in (*self.talkers, *(each.talker for each in self.speakers)):
                 stack.callback(talker.voice.hang_up)
-            for life in self.lives.values():
+            for life in self.known_lives:
                 for handoff in life.holders:
                     stack.callback(handoff.close)
+            stack.callback(self.let_go_on, *StalledWork)
+            if self.possible:
+                self.settles()
             for life in tuple(self.lives.values()):
                 self.consumer.end(life.name, WAIT_S)
                 self.has_ended(life)
@@ -943,13 +1394,15 @@ class Handoffs(RuleBasedStateMachine):
     def consumer(self) -> Asker:
         return self.adapter.consumer()
 
-    def caller(self) -> Talker:
-        return Talker(next(self.numbers), self.adapter.voice())
+    def caller(self, user: User = User.OURS) -> Talker:
+        adapter = self.adapter
+        voice = adapter.voice() if user is User.OURS else adapter.voice_of_another()
+        return Talker(next(self.numbers), voice, self.possible, user)
 
     @contextmanager
-    def calling(self) -> Iterator[Talker]:
+    def calling(self, user: User = User.OURS) -> Iterator[Talker]:
         """Have a line for the length of a block."""
-        talker = self.caller()
+        talker = self.caller(user)
         try:
             yield talker
         finally:
@@ -957,7 +1410,7 @@ class Handoffs(RuleBasedStateMachine):
 
     def hangs_up(self, talker: Talker) -> None:
         talker.voice.hang_up()
-        for life in self.lives.values():
+        for life in self.known_lives:
             life.askers.discard(talker.number)
 
     def says(self, talker: Talker, message: Message) -> None:
@@ -979,17 +1432,43 @@ class Handoffs(RuleBasedStateMachine):
         names = sorted(self.lives)
         return self.lives[names[pick % len(names)]]
 
-    def one_to_ask_for(self, pick: int) -> NamespaceRequest:
-        """One of the requests that the provider must grant."""
-        lives = self.lives
-        return [
-            r for r in self.requests if lives.get(r.allocation_id, Incarnation(0, r)).request == r
-        ][pick % 3]
+    @property
+    def settled(self) -> list[NamespaceRequest]:
+        """The requests for the allocations that nothing is under way about."""
+        return [each for each in self.requests if each.allocation_id not in self.possible]
 
-    def one_free(self, pick: int) -> NamespaceRequest | None:
-        """One of the requests whose allocation is not alive."""
-        free = [each for each in self.requests if each.allocation_id not in self.lives]
-        return free[pick % len(free)] if free else None
+    @property
+    def known_lives(self) -> list[Incarnation]:
+        """Everything that was alive when that was certain last."""
+        return [*self.lives.values(), *self.before_that.values()]
+
+    def has_room(self, user: User) -> bool | None:
+        """Say whether a user may have another allocation; None if that is not certain."""
+        if not self.can(Ability.LIMITS):
+            return True
+        owners = [life.owner for life in self.lives.values()]
+        # What is under way may be there for any user.
+        at_most = sum(owner in (user, "one of them") for owner in owners) + len(self.possible)
+        if at_most < self.adapter.limits.allocations_per_uid:
+            return True
+        is_full = owners.count(user) >= self.adapter.limits.allocations_per_uid
+        return False if is_full else None
+
+    def one_to_ask_for(self, pick: int) -> NamespaceRequest | None:
+        """One of the requests that the provider must grant."""
+        lives, has_room = self.lives, self.has_room(User.OURS) is True
+        granted = [
+            r
+            for r in self.settled
+            if (lives[r.allocation_id].request == r if r.allocation_id in lives else has_room)
+        ]
+        return granted[pick % len(granted)] if granted else None
+
+    def one_free(self, pick: int, user: User = User.OURS) -> NamespaceRequest | None:
+        """One of the requests whose allocation is not alive, and which a user must be granted."""
+        free = [each for each in self.settled if each.allocation_id not in self.lives]
+        has_room = self.has_room(user) is True
+        return free[pick % len(free)] if free and has_room else None
 
     @property
     def never(self) -> AllocationEnded:
@@ -1117,6 +1596,11 @@ class _Ending:
         return self._calls.enter_context(self.machine.calling())
 
 
+def is_over_limit(answer: Message | None) -> bool:
+    """Say whether something is refused because of a limit, by its name."""
+    return isinstance(answer, CreationFailed) and "limit" in str(answer)
+
+
 IncarnationKey = tuple[str, int]
 """An allocation's name, and how often it had been created by then."""
 
@@ -1132,6 +1616,8 @@ def ends_and_releases(history: History) -> tuple[list[IncarnationKey], list[Inca
         for effect in effects:
             if isinstance(effect, do.CreateNamespaces):
                 created[effect.request.allocation_id] += 1
+            elif isinstance(event, on.RemainsFound):
+                continue  # An earlier provider had decided that, or died before anything was told.
             elif isinstance(effect, do.StartTimer) and effect.timer is Timer.RELEASE:
                 ends.append((effect.allocation_id, created[effect.allocation_id]))
     return ends, releases

@@ -6,53 +6,68 @@ All of them can do whatever the machine knows to do. What happens on the node is
 
 from __future__ import annotations
 
+import os
 import tempfile
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from linux.testing.adversary import Counterpart, OnPipes, OnSockets
 from linux.testing.worlds import IMAGE, LinuxWorld, SimulatedWorld, World
 from statemachine import events as on
-from statemachine.consumer import ConsumerKernel
 from statemachine.effects import Timer
 from statemachine.events import Event
-from statemachine.provider import Limits, ProviderKernel
+from statemachine.provider import Limits
 from statemachine.states import AllocationState
-from tests.support.serving import Serving
+from tests.support.serving import Serving, connect_as
 from transport.serve import Spans
 from transport.testing.gated_backend import GatedBackend
 from transport.testing.in_process import (
     ConsumerBrain,
-    ConsumerModel,
     InProcessProvider,
     InsideConsumer,
     InsideVoice,
     Pipe,
     ProviderBrain,
-    ProviderModel,
 )
-from transport.testing.machine import Ability, Adapter, Handoffs, History, StalledWork, Voice
+from transport.testing.machine import (
+    TIGHT,
+    Ability,
+    Adapter,
+    Handoffs,
+    History,
+    OnSocket,
+    StalledWork,
+    Voice,
+)
 from transport.testing.peer import wait_until
 
 FOREVER: Final = Spans(readiness_s=1e6, claim_s=1e6, release_s=1e6)
 """Nothing runs out unless it is told to."""
 
 
+OTHER: Final = 54_321
+"""A second user, who needs no account."""
+
+LIMITS: Final = replace(TIGHT, allowed_uids=frozenset({os.geteuid(), OTHER}))
+
+AS_ROOT: Final = frozenset({Ability.USERS})
+"""What only root can do: be another user."""
+
+
 class OnWorld(Adapter):
     """A provider over the backend of a world that is the machine's own to shake."""
 
-    abilities = frozenset(Ability)
+    limits = LIMITS
 
     def __init__(self, world: World, path: Path) -> None:
         super().__init__(path, world.inspector, IMAGE)
         self.world = world
         self.past: History = []
-        self._held: set[StalledWork] = set()
+        self._held: set[tuple[StalledWork, str]] = set()
         self.launch()
         self.serve()
 
@@ -66,8 +81,8 @@ class OnWorld(Adapter):
         """Have a program, which does not serve yet."""
         self.world.launch()
         self.gate = GatedBackend(self.world.backend)
-        for work in self._held:
-            self.gate.hold(work)
+        for work, name in self._held:
+            self.gate.hold(work, name)
 
     # What happens on the node.
 
@@ -105,13 +120,13 @@ class OnWorld(Adapter):
 
     # The hand on the backend.
 
-    def hold(self, work: StalledWork) -> None:
-        self._held.add(work)
-        self.gate.hold(work)
+    def hold(self, work: StalledWork, name: str = "") -> None:
+        self._held.add((work, name))
+        self.gate.hold(work, name)
 
-    def let_go(self, work: StalledWork) -> None:
-        self._held.discard(work)
-        self.gate.let_go(work)
+    def let_go(self, work: StalledWork, name: str = "") -> None:
+        self._held.discard((work, name))
+        self.gate.let_go(work, name)
         if work is StalledWork.RECOVER:
             self.wait_ready()
 
@@ -149,16 +164,23 @@ class OnWorld(Adapter):
 class OnSocketOfOurs(OnWorld):
     """The provider as it is, in a thread, on a socket."""
 
+    abilities = frozenset(Ability) - {Ability.KILL} - (AS_ROOT if os.geteuid() else frozenset())
+
     def __init__(self, world: World) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="nsh-")
         super().__init__(world, Path(self._folder.name) / "handoff.sock")
+
+    def voice_of_another(self) -> Voice:
+        return OnSocket(self.path, lambda path: connect_as(path, OTHER))
 
     def turns(self) -> History:
         return self.served.turns
 
     def serve(self) -> None:
-        is_held = StalledWork.RECOVER in self._held
-        serving = Serving(self.path, self.gate, spans=FOREVER, waits_ready=not is_held)
+        is_held = self.gate.is_held(StalledWork.RECOVER)
+        serving = Serving(
+            self.path, self.gate, limits=self.limits, spans=FOREVER, waits_ready=not is_held
+        )
         self.served = serving.__enter__()
 
     def wait_ready(self) -> None:
@@ -171,8 +193,8 @@ class OnSocketOfOurs(OnWorld):
     def release(self, name: str) -> None:
         self.served.ask(lambda: self.served.provider._feed(on.ReleaseRequested(name)))
 
-    def wait_held(self, work: StalledWork) -> None:
-        self.gate.wait_held(work)
+    def wait_held(self, work: StalledWork, name: str = "") -> None:
+        self.gate.wait_held(work, name)
 
     def is_running(self, timer: Timer, name: str) -> bool:
         timers = self.served.provider._timers
@@ -200,31 +222,41 @@ class InProcess(OnWorld):
         world: of memory, because here nothing is waited for.
         provider: decides for the provider.
         consumer: decides for each consumer.
+        limits: of the provider.
     """
+
+    abilities = frozenset(Ability)
 
     def __init__(
         self,
         world: SimulatedWorld,
         provider: Callable[[Limits], ProviderBrain],
         consumer: ConsumerBrain,
+        limits: Limits = LIMITS,
     ) -> None:
         self._provider = provider
         self._consumer = consumer
+        self.limits = limits
         super().__init__(world, Path("nowhere"))
 
     def turns(self) -> History:
         return self.inside.turns
 
     def serve(self) -> None:
-        self.inside = InProcessProvider(self._provider, self.gate)
+        self.inside = InProcessProvider(self._provider, self.gate, self.limits)
         self.inside.work()
 
     def stop(self) -> None:
         self.past += self.inside.turns
         self.inside.stop()
 
+    kill = stop
+
     def voice(self) -> Voice:
         return InsideVoice(self._connect(), self._work)
+
+    def voice_of_another(self) -> Voice:
+        return InsideVoice(self.inside.connect(OTHER), self._work)
 
     def consumer(self) -> InsideConsumer:
         return InsideConsumer(self._consumer, self.inspector, self._connect, self._work)
@@ -244,9 +276,10 @@ class InProcess(OnWorld):
     def wait_ready(self) -> None:
         self._work()
 
-    def wait_held(self, work: StalledWork) -> None:
+    def wait_held(self, work: StalledWork, name: str = "") -> None:
         self._work()
-        assert work in self.inside.held_up, f"{work} does not begin"
+        found = [whose for what, whose in self.inside.held_up if what is work]
+        assert name in found or (found and not name), f"{work} does not begin"
 
     def release(self, name: str) -> None:
         self.inside.release(name)
@@ -279,38 +312,6 @@ class LinuxNode:
         """Have a world in a directory of its own."""
         folder = Path(tempfile.mkdtemp(dir=self.directory))
         return LinuxWorld(folder, self.cgroup2, self.image_root)
-
-
-NAMES: Final = ("model", "kernels", "simulated", "linux")
-"""Our adapters; the last two are the provider on a real socket, over one backend or the other."""
-
-
-def adapter_of(name: str, node: LinuxNode | None) -> Adapter:
-    """Open one of our adapters; the last needs a node."""
-    match name:
-        case "model":
-            return InProcess(SimulatedWorld(), ProviderModel, ConsumerModel)
-        case "kernels":
-            return InProcess(SimulatedWorld(), ProviderKernel, ConsumerKernel)
-        case "simulated":
-            return OnSocketOfOurs(SimulatedWorld())
-        case _:
-            assert node is not None
-            return OnSocketOfOurs(node.world())
-
-
-def counterpart_of(name: str, prefix: str, node: LinuxNode | None) -> Counterpart:
-    """Have what a consumer is connected with, on the same."""
-    match name:
-        case "model":
-            return OnPipes(prefix, ConsumerModel)
-        case "kernels":
-            return OnPipes(prefix, ConsumerKernel)
-        case "simulated":
-            return OnSockets(SimulatedWorld(), prefix)
-        case _:
-            assert node is not None
-            return OnSockets(node.world(), prefix)
 
 
 def machine(prefix: str, make: Callable[[], Adapter]) -> type[Handoffs]:

@@ -8,7 +8,9 @@ sockets over this one, and take every row of the tables on each.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,34 +18,52 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
+from linux.simulated import SimulatedBackend
 from linux.testing.adversary import STEPS as ADVERSARY_STEPS
 from linux.testing.adversary import AdversarialProvider, adversary_for
+from linux.testing.worlds import SimulatedWorld
 from specs.invariants import InvariantBroken
 from statemachine import effects as do
+from statemachine import events as on
+from statemachine.consumer import ConsumerKernel
 from statemachine.lifecycle import ALLOCATION, CONSUMER, NOTICE
+from statemachine.provider import Limits, ProviderKernel
+from statemachine.states import AllocationState
 from statemachine.table import compile_table
 from statemachine.testing.tables import HOMES
 from tests.campaign import stateful_campaign
-from tests.suites.stateful.adapters import LinuxNode, adapter_of, counterpart_of, machine
+from tests.suites.stateful.adapters import InProcess, LinuxNode, machine
 from tests.suites.stateful.cells import counted, missing
-from tests.suites.stateful.tour import CONSUMER_TOUR, PROVIDER_TOUR, take
+from tests.suites.stateful.names import (
+    NAMES,
+    ON_LINUX,
+    PROCESSES,
+    SHARES,
+    adapter_of,
+    counterpart_of,
+)
+from tests.suites.stateful.processes import OnProcessOfOurs
+from tests.suites.stateful.tour import CONSUMER_TOUR, PROVIDER_TOUR, C, RuleCall, take
+from transport.contract import Recovery
 from transport.descriptors import DescriptorBundle
 from transport.testing.gated_backend import GatedBackend
 from transport.testing.in_process import Pipe
-from transport.testing.machine import STEPS, Handoffs
+from transport.testing.machine import STEPS, Adapter, Handoffs
+from transport.testing.possible import Inexplicable
 
-SHARES: Final = {"model": 0.5, "kernels": 0.5, "simulated": 0.2, "linux": 0.05}
-"""How much of the profile's examples each adapter gets: a step costs what it costs there."""
 
-ADAPTERS: Final = [
-    pytest.param(name, marks=[pytest.mark.needs_root] if name == "linux" else []) for name in SHARES
-]
+def parameter(name: str) -> Any:
+    return pytest.param(name, marks=[pytest.mark.needs_root] if name in ON_LINUX else [])
+
+
+ADAPTERS: Final = [parameter(name) for name in NAMES]
+"""Those that have every ability but to be killed, and can be looked into."""
 
 
 @pytest.fixture
 def node(request: pytest.FixtureRequest, tmp_path: Path, allocation_id: str) -> LinuxNode | None:
     """What the adapter of this node needs; the others need nothing."""
-    if request.getfixturevalue("name") != "linux":
+    if request.getfixturevalue("name") not in ON_LINUX:
         return None
     found = (request.getfixturevalue(name) for name in ("cgroup2", "image_root"))
     return LinuxNode(tmp_path, *found)
@@ -68,7 +88,7 @@ def examples(share: float, steps: int) -> settings:
     return settings(max_examples=most, stateful_step_count=steps)
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", [*ADAPTERS, *map(parameter, PROCESSES)])
 def test_a_provider_keeps_its_promises(name: str, handoffs: type[Handoffs]) -> None:
     run_state_machine_as_test(handoffs, settings=examples(SHARES[name], STEPS))
 
@@ -191,6 +211,88 @@ def test_an_effect_that_is_left_out_is_found(
     mutant = compile_table("allocation", rows, initial=ALLOCATION.initial, finals=ALLOCATION.finals)
     with HOMES.replaced(mutant), pytest.raises((AssertionError, KeyError)):
         take(kernels, PROVIDER_TOUR)
+
+
+SAID: Final = ("something_is_said_and_not_waited_for", {"who": 0, "pick": C, "is_end": False})
+ANSWERED: Final = ("what_was_said_is_answered", {"who": 0})
+KILLED: Final = ("the_provider_is_killed", {})
+SETTLED: Final = ("all_that_is_under_way_comes_to_its_end", {})
+TOO_MUCH: Final = "another_user_asks_too_much"
+
+
+@pytest.mark.parametrize(
+    ("limit", "steps"),
+    [
+        ("allocations_per_uid", [("some_consumer_asks", {"pick": n}) for n in (0, 2, C)]),
+        ("connections_per_uid", [("another_user_connects_too_often", {})]),
+        ("open_per_connection", [(TOO_MUCH, {"pick": 0, "lines": 1, "is_flood": False})]),
+        ("open_per_connection", [(TOO_MUCH, {"pick": 0, "lines": 1, "is_flood": True})]),
+        ("open_per_uid", [(TOO_MUCH, {"pick": 0, "lines": 3, "is_flood": False})]),
+    ],
+)
+def test_a_limit_that_is_one_too_high_is_found(
+    allocation_id: str, limit: str, steps: list[RuleCall]
+) -> None:
+    def brain(limits: Limits) -> ProviderKernel:
+        return ProviderKernel(replace(limits, **{limit: getattr(limits, limit) + 1}))
+
+    def adapter(make: Callable[[Limits], ProviderKernel]) -> Adapter:
+        return InProcess(SimulatedWorld(), make, ConsumerKernel)
+
+    take(machine(allocation_id, lambda: adapter(ProviderKernel)), tuple(steps))
+    with pytest.raises(AssertionError):
+        take(machine(allocation_id, lambda: adapter(brain)), tuple(steps))
+
+
+@pytest.mark.parametrize("name", ["kernels", "process"])
+def test_what_was_told_before_a_kill_and_is_not_true_after_it_is_found(
+    name: str, allocation_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = machine(allocation_id, lambda: adapter_of(name, None))
+    steps = (SAID, ANSWERED, KILLED, SETTLED)
+    take(made, steps)
+    recover = SimulatedBackend.recover
+
+    def forgetting(self: SimulatedBackend) -> Recovery:
+        found = recover(self)
+        for adoption in found.adoptions:
+            self.release_namespaces(adoption.request.allocation_id)
+        return Recovery()
+
+    monkeypatch.setattr(SimulatedBackend, "recover", forgetting)
+    with pytest.raises(Inexplicable, match="explains NamespaceResponse"):
+        take(made, steps)
+
+
+def test_an_end_under_way_that_is_confirmed_and_does_not_happen_is_found(
+    kernels: type[Handoffs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = next(r for r in ALLOCATION.rows if (r.event, r.source) == _END_OF_WHAT_IS_HELD)
+    rows = [replace(r, target=r.source, effects=(do.ConfirmEnd,)) if r is row else r for r in ROWS]
+    mutant = compile_table("allocation", rows, initial=ALLOCATION.initial, finals=ALLOCATION.finals)
+    end = ("something_is_said_and_not_waited_for", {"who": 0, "pick": C, "is_end": True})
+    steps = (SAID, ANSWERED, end, ("what_was_said_is_answered", {"who": 1}), SETTLED)
+    take(kernels, steps)
+    with replaced(mutant), pytest.raises(Inexplicable):
+        take(kernels, steps)
+
+
+ROWS: Final = ALLOCATION.rows
+_END_OF_WHAT_IS_HELD: Final = (on.EndReceived, AllocationState.HANDED_OFF)
+
+
+def test_a_provider_is_killed_in_the_middle_of_a_creation(allocation_id: str) -> None:
+    adapters: list[OnProcessOfOurs] = []
+
+    def adapter() -> Adapter:
+        adapters.append(OnProcessOfOurs(SimulatedWorld()))
+        return adapters[-1]
+
+    begun = ("a_creation_is_begun_that_takes_long", {"pick": C, "is_made": False})
+    take(machine(allocation_id, adapter), (begun, KILLED, SETTLED))
+    assert adapters[0].statuses[0] == signal.SIGKILL
+    created = [e for e, _ in adapters[0].past if isinstance(e, on.NamespacesCreated)]
+    assert len(created) == 1, "the creation that was held up when it was killed went on"
 
 
 # --- As a part of a campaign -------------------------------------------------------------------
