@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
-from tests.campaign.canaries_tree import CanaryResult, Change, run_changed
+from tests.campaign.canaries_tree import DEADLINE_S, CanaryResult, Change, run_changed
 from tests.campaign.guards import GUARD, SWEPT, TESTED
 
 
@@ -32,13 +32,16 @@ class Layer:
     is_linux: bool = False
     """Whether it makes real namespaces, cgroups or mounts."""
 
-    def run(self, changes: tuple[Change, ...] = (), seed: int = 0) -> CanaryResult:
+    def run(
+        self, changes: tuple[Change, ...] = (), seed: int = 0, deadline_s: float = DEADLINE_S
+    ) -> CanaryResult:
         """Run it on a copy of the tree where the source reads otherwise."""
         changed: dict[str, str] = {}
         for change in changes:
             changed[change.path] = change.applied(changed.get(change.path))
         arguments = (*self.arguments, seed) if self.is_seeded else self.arguments
-        return run_changed(changed, f"tests.campaign.canaries_layers:{self.function}", *arguments)
+        call = f"tests.campaign.canaries_layers:{self.function}"
+        return run_changed(changed, call, *arguments, deadline_s=deadline_s)
 
 
 @dataclass(frozen=True)

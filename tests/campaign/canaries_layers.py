@@ -35,6 +35,12 @@ def explorer(space: str) -> LayerCheck:
     return lambda: Explorer(bounds).explore()
 
 
+def explorers() -> LayerCheck:
+    """Look at every world of each of these spaces."""
+    checks = [explorer(space) for space in _spaces()]
+    return lambda: [check() for check in checks]
+
+
 def _spaces() -> Mapping[str, Bounds]:
     from statemachine.testing.explore import Bounds, only
 
@@ -57,6 +63,12 @@ def model(table: str, names: str) -> LayerCheck:
     if table == "consumer":
         return lockstep.explore_consumer
     return lambda: lockstep.walk_provider(1, names, WALK_STEPS)
+
+
+def models() -> LayerCheck:
+    """Lead both kernels beside the reference model."""
+    checks = [model("consumer", ""), model("allocation", "ab")]
+    return lambda: [check() for check in checks]
 
 
 # --- At random ---------------------------------------------------------------------------------
@@ -83,15 +95,48 @@ def stateful(seed: int) -> LayerCheck:
     return lambda: run_state_machine_as_test(seeded, settings=settings)
 
 
+def machines(kind: str) -> LayerCheck:
+    """Do what CI does with a stateful machine, on every adapter; but look for no shortest way."""
+    import hypothesis
+    from hypothesis.stateful import run_state_machine_as_test
+
+    _hurry()
+    from tests.campaign.stateful_campaign import EXAMPLES, STEPS_OF, TOURS, opened
+    from tests.suites.stateful.names import PROCESSES, SHARES
+    from tests.suites.stateful.tour import take
+
+    ci = hypothesis.settings.get_profile("ci")
+    generate = [hypothesis.Phase.generate]
+
+    def run() -> None:
+        for name in EXAMPLES[kind]:
+            with opened(name, kind) as machine:
+                if name not in PROCESSES:
+                    take(machine, TOURS[kind])
+                settings = hypothesis.settings(
+                    ci,
+                    max_examples=round(ci.max_examples * SHARES[name]),
+                    stateful_step_count=STEPS_OF[kind],
+                    phases=generate,
+                )
+                run_state_machine_as_test(machine, settings=settings)
+
+    return run
+
+
+def _hurry() -> None:
+    """Do not wait as long for what a bug keeps from coming true as for what a node may delay."""
+    os.environ["CI"] = "true"
+    os.environ["NSHANDOFF_DEADLINE_S"] = "6"
+
+
 # --- Tests by name -----------------------------------------------------------------------------
 
 
 def tests(*selected: str) -> LayerCheck:
     """Run some tests, until the first that fails."""
     arguments = [f"tests/{name}" for name in selected]
-    os.environ["CI"] = "true"
-    # What a bug keeps from coming true is not waited for as long as what a busy node may delay.
-    os.environ["NSHANDOFF_DEADLINE_S"] = "6"
+    _hurry()
     return lambda: _run_pytest(arguments)
 
 

@@ -13,6 +13,7 @@ from specs._build.sequence import NotDrawable, sequence
 from specs._build.svg import arrow_heads
 from statemachine.lifecycle import TABLES
 from statemachine.table import Table
+from tests.campaign.report_catches import by_bug, by_layer
 from tests.campaign.report_charts import Bar, Dots, bars, dots, heat_map, stacks
 from tests.campaign.report_goals import (
     ADAPTERS,
@@ -252,6 +253,10 @@ _TITLES: Final = {
         "Canaries: seeded bugs",
         "Each was put into the sources on purpose; the layer that should catch it has to.",
     ),
+    "catches": (
+        "Which layer catches which planted bug",
+        "Every layer, as CI runs it, is shown every bug. What no other catches is what it is for.",
+    ),
     "differential": (
         "The simulation against Linux",
         "Random programs, run on both; what each step gives is compared.",
@@ -342,8 +347,15 @@ def _kill_times(part: Part) -> Iterable[str]:
         )
 
 
+def _catches(part: Part) -> Iterable[str]:
+    if part.rows:
+        yield _table(by_layer(part.rows), "Planted bugs that each layer catches")
+        yield _table(by_bug(part.rows), "Who catches what")
+
+
 _PICTURES: Final = {
     "canaries": _kill_times,
+    "catches": _catches,
     "differential": _differential,
     "explore": _explore,
     "faults": _faults,

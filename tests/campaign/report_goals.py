@@ -9,6 +9,7 @@ A figure is looked for where its part shows it, and one that is not there was no
                   rows: call, outcomes ("served x 3, refused x 5")
     differential  figures: programs, of each family; those over whole backends
     canaries      figures: canaries, survived              rows: canary, layer, seconds
+    catches       rows: bug, layer, caught
     mutants       figures: mutants of tables; of code, in kernels and elsewhere, tried and killed
     rates         figures: events through the kernel, trace events checked, CPU seconds of each
 """
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
+from tests.campaign.report_catches import idle, uncaught
 from tests.campaign.report_summary import LEGAL, LIVES, OWED, Part, Summary, number_in
 
 RATES_A_SECOND: Final = {"events through the kernel": 100_000.0, "trace events checked": 50_000.0}
@@ -37,6 +39,9 @@ CODE_MUTANTS_SHARES: Final = {"in kernels": 0.98, "elsewhere": 0.95}
 KILL_TIMES_S: Final = {"explorer": 1.0, "stateful": 10.0}
 """How long the layer that should catch a canary may take."""
 CANARIES: Final = 100
+STATEFUL: Final = "stateful machine"
+STATEFUL_SHARE: Final = 0.25
+"""Of the planted bugs, most of which are in consumers, tables, codecs and forges."""
 
 ADAPTERS: Final = ("model", "kernels", "simulated", "linux")
 """Those of ours, which are to hit every cell."""
@@ -81,6 +86,7 @@ def goals_of(summary: Summary) -> list[Goal]:
         _at_least(faults, "pairs of faults", ("pair",), PAIRS),
         *_programs(summary.parts.get("differential", Part("differential"))),
         *_canaries(summary.parts.get("canaries", Part("canaries"))),
+        *_catches(summary.parts.get("catches", Part("catches"))),
         _killed(mutants, "table mutants killed", ("table",), 1.0),
         *_code_mutants(mutants),
     ]
@@ -258,6 +264,21 @@ def _canaries(canaries: Part) -> Iterator[Goal]:
     survivors = figure(canaries, "survived")
     is_reached = None if survivors is None else survivors == 0
     yield _judge("canaries that survive", "0", f"{survivors or 0:g}", is_reached, is_promise=True)
+
+
+def _catches(catches: Part) -> Iterator[Goal]:
+    rows = catches.rows
+    caught = sum(row["layer"] == STATEFUL and row["caught"] == "yes" for row in rows)
+    shown = sum(row["layer"] == STATEFUL for row in rows)
+    said = f"{caught} of {shown}"
+    is_reached = caught >= shown * STATEFUL_SHARE if shown else None
+    goal = f"≥ {STATEFUL_SHARE:.0%}"
+    yield _judge("planted bugs that the stateful machine catches", goal, said, is_reached)
+    without, none = idle(rows), uncaught(rows)
+    name = "layers that catch nothing which another does not"
+    yield _judge(name, "0", ", ".join(without) or "0", not without if rows else None)
+    name = "planted bugs that no layer catches"
+    yield _judge(name, "0", ", ".join(none) or "0", not none if rows else None)
 
 
 def goal_of_layer(row: Mapping[str, str]) -> float | None:
