@@ -37,7 +37,7 @@ def by_layer(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
                 "catches": f"{len(caught)} of {shown}",
                 "rate": f"{len(caught) / shown:.0%}",
                 "alone": f"{len(alone)}",
-                "what only it catches": "; ".join(alone) or NOTHING,
+                "what only it catches": "; ".join(alone) or (NOTHING if caught else "nothing"),
             }
         )
     return lines
