@@ -4,9 +4,9 @@ The part `canaries` asks whether the layer that is there for a bug sees it. Here
 shown every bug, so that it can be said of each what it is there for: how many it catches, and which
 of them no other does. A layer that finds something where nothing is wrong is a finding itself.
 
-At scale 1 the table is whole: hours of computing, which go on where they were interrupted. At a
-smaller scale it has fewer bugs, evenly chosen, and the layers only that do not take minutes; that
-these find nothing where nothing is wrong, the tests have shown by then.
+From scale 20 on the table is whole: hours of computing, which go on where they were interrupted. At
+a smaller scale it has fewer bugs, evenly chosen, and the layers only that do not take minutes; that
+these find nothing where nothing is wrong, the tests have shown by then. Below scale 1 it is empty.
 """
 
 from __future__ import annotations
@@ -51,14 +51,17 @@ BUGS: Final = tuple(
     if not any(change.path.startswith(_ELSEWHERE) for change in canary.changes)
 )
 
+WHOLE: Final = 20.0
+"""The scale from which on every layer is shown every bug."""
+
 NO_BUG: Final = ""
 """In the place of a bug's name: the source as it is."""
 
 
 def tasks(scale: float) -> list[Task]:
     """Each layer on the source as it is, and on each of the bugs that there is time for."""
-    is_whole = scale >= 1.0
-    bugs = [bug.name for bug in BUGS[:: 1 if is_whole else round(3 / scale**2)]]
+    is_whole = scale >= WHOLE
+    bugs = [bug.name for bug in BUGS[:: 1 if is_whole else round(WHOLE / scale)]] * (scale >= 1)
     return [
         Task(f"{layer.name}: {bug or 'no bug'}", {"layer": layer.name, "bug": bug})
         for bug in ([NO_BUG, *bugs] if is_whole else bugs)

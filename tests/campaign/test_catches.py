@@ -50,10 +50,11 @@ def test_goals_name_an_idle_layer_and_a_bug_that_no_layer_catches() -> None:
 
 
 def test_the_whole_table_has_every_layer_on_every_bug_and_a_small_one_takes_no_slow_layer() -> None:
-    whole, small = catches_campaign.tasks(1.0), catches_campaign.tasks(0.25)
+    whole, small = catches_campaign.tasks(20.0), catches_campaign.tasks(1.0)
     assert len(whole) == len({t.name for t in whole}) == len(LAYERS) * (len(BUGS) + 1)
-    assert 0 < len(small) <= 40
+    assert 0 < len(small) <= 80
     assert not [task for task in small if task.arguments["layer"] in SLOW]
+    assert catches_campaign.tasks(0.25) == []
 
 
 def test_what_no_table_can_be_imported_with_counts_for_no_layer() -> None:

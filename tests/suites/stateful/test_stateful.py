@@ -273,7 +273,7 @@ def test_an_end_under_way_that_is_confirmed_and_does_not_happen_is_found(
     end = ("something_is_said_and_not_waited_for", {"who": 0, "pick": C, "is_end": True})
     steps = (SAID, ANSWERED, end, ("what_was_said_is_answered", {"who": 1}), SETTLED)
     take(kernels, steps)
-    with replaced(mutant), pytest.raises(Inexplicable):
+    with HOMES.replaced(mutant), pytest.raises(Inexplicable):
         take(kernels, steps)
 
 
