@@ -28,7 +28,7 @@ from transport.contract import CREATION, Backend, Recovery, Sighting, Step
 from transport.descriptors import DescriptorBundle, Inspector, NamespaceIdentity
 from transport.testing.peer import DEADLINE_S, wait_until
 
-from ..anchor import find_anchors
+from ..anchor import Anchor, find_anchors
 from ..backend import LinuxBackend, NodeSettings
 from ..cgroups import STATE_ATTRIBUTE, WORKLOAD_SLICE, Scope, anchor_path, read_attribute
 from ..features import OLDEST, Features
@@ -509,7 +509,7 @@ class LinuxWorld(World):
         allocation = self.program_now._allocations.get(name)
         anchor = allocation.anchor if allocation is not None else None
         if anchor is not None:
-            wait_until(lambda: not (anchor.is_alive() and _is_exiting(anchor.pid)))
+            wait_until(lambda: not _is_exiting(anchor))
 
     def kill_init(self, name: str) -> None:
         os.kill(self.init_of(name), signal.SIGKILL)
@@ -595,13 +595,15 @@ def loop_images() -> Iterator[Path]:
         yield Path(path.removesuffix(" (deleted)"))
 
 
-def _is_exiting(pid: int) -> bool:
-    """Say whether a process has been killed and is not gone; proc_pid_stat(5), `flags`."""
+def _is_exiting(anchor: Anchor) -> bool:
+    """Say whether an init has been killed and has not ended; proc_pid_stat(5), `flags`."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        stat = Path(f"/proc/{anchor.pid}/stat").read_text()
+        return anchor.is_alive() and bool(int(stat.rpartition(")")[2].split()[6]) & PF_EXITING)
     except (FileNotFoundError, ProcessLookupError):
         return False
-    return bool(int(stat.rpartition(")")[2].split()[6]) & PF_EXITING)
+    except ValueError:
+        return False  # its provider has closed it since, because it has ended
 
 
 def _is_removed(cgroup: Path) -> bool:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import os
 import pickle
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -180,6 +182,9 @@ def _run(serve: Callable[[int], object], write_end: int) -> NoReturn:
     status = 1
     try:
         gc.freeze()  # what it has from its parent is closed below, and not to be closed again
+        # These would be written to by their numbers, which other files have later.
+        logging.disable()
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
         for number in map(int, os.listdir("/proc/self/fd")):
             if number > 2 and number != write_end:
                 with suppress(OSError):
