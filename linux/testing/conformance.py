@@ -35,7 +35,8 @@ from transport.channel import receive_once
 from transport.codec import encode_message
 from transport.descriptors import close_all
 from transport.framing import FRAME_BYTES_MAX, HEADER_BYTES, encode_frame
-from transport.testing.machine import SETTINGS, Adapter, Handoffs
+from transport.testing.adapter import Adapter
+from transport.testing.machine import SETTINGS, Handoffs
 from transport.testing.peer import DEADLINE_S, Line, frame_of
 
 from ..features import Features

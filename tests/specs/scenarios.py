@@ -42,7 +42,7 @@ from transport.channel import Channel
 from transport.request import Fallback
 from transport.request.blocking import perform
 from transport.request.exchange import Exchange
-from transport.testing.machine import StalledWork
+from transport.testing.adapter import StalledWork
 
 FOLDER: Final = Path(__file__).resolve().parents[2] / "specs" / "scenarios"
 SCENARIOS: Final = tuple(sorted(FOLDER.glob("[0-9][0-9]-*.md")))

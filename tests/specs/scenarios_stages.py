@@ -33,8 +33,8 @@ from transport.contract import SelfService
 from transport.descriptors import DescriptorBundle, Inspector
 from transport.request.blocking import perform
 from transport.request.exchange import Exchange
+from transport.testing.adapter import StalledWork
 from transport.testing.in_process import put_through
-from transport.testing.machine import StalledWork
 from transport.testing.peer import wait_until
 from transport.trace import Recovered, Start, TraceEntry, Turn, decode_line
 

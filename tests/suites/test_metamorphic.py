@@ -31,7 +31,7 @@ from statemachine.provider import Limits, ProviderKernel
 from statemachine.states import AllocationState, ServiceState
 from tests.suites.stateful.adapters import InProcess, machine
 from tests.suites.stateful.tour import PROVIDER_TOUR, take
-from transport.testing.machine import Ability
+from transport.testing.adapter import Ability
 
 PREFIX: Final = "nsh-test-m"
 UID: Final = os.geteuid()

@@ -12,7 +12,7 @@ from statemachine.messages import NamespaceRequest, NamespaceResponse
 
 from ..contract import Backend, Recovery
 from ..descriptors import DescriptorBundle
-from .machine import StalledWork
+from .adapter import StalledWork
 from .peer import DEADLINE_S
 
 

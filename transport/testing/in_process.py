@@ -40,8 +40,8 @@ from ..request.exchange import Exchange, Patience
 from ..serve import event_of_adoption
 from ..serve.watch import OBSERVED_STATES
 from ..serve.work import try_to_create, try_to_release
+from .adapter import History, StalledWork
 from .gated_backend import GatedBackend
-from .machine import History, StalledWork
 
 RETRIES_AT_ONCE: Final = 3
 """How often a release is tried again before that counts as time passing: dying takes two tries."""

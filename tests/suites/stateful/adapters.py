@@ -24,6 +24,7 @@ from statemachine.provider import Limits
 from statemachine.states import AllocationState
 from tests.support.serving import Serving, connect_as
 from transport.serve import Spans
+from transport.testing.adapter import Ability, Adapter, History, OnSocket, StalledWork, Voice
 from transport.testing.gated_backend import GatedBackend
 from transport.testing.in_process import (
     ConsumerBrain,
@@ -33,16 +34,7 @@ from transport.testing.in_process import (
     Pipe,
     ProviderBrain,
 )
-from transport.testing.machine import (
-    TIGHT,
-    Ability,
-    Adapter,
-    Handoffs,
-    History,
-    OnSocket,
-    StalledWork,
-    Voice,
-)
+from transport.testing.machine import TIGHT, Handoffs
 from transport.testing.peer import wait_until
 
 FOREVER: Final = Spans(readiness_s=1e6, claim_s=1e6, release_s=1e6)

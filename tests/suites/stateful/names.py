@@ -10,8 +10,8 @@ from statemachine.consumer import ConsumerKernel
 from statemachine.provider import ProviderKernel
 from tests.suites.stateful.adapters import InProcess, LinuxNode, OnSocketOfOurs
 from tests.suites.stateful.processes import OnLinuxProcess, OnProcessOfOurs
+from transport.testing.adapter import Adapter
 from transport.testing.in_process import ConsumerModel, ProviderModel
-from transport.testing.machine import Adapter
 
 NAMES: Final = ("model", "kernels", "simulated", "linux")
 """Our adapters; the last two are the provider on a real socket, over one backend or the other."""

@@ -32,8 +32,8 @@ from transport.contract import Backend, Step
 from transport.descriptors import Descriptor, DescriptorBundle
 from transport.endpoint import listen
 from transport.serve import Provider
+from transport.testing.adapter import Ability, History, StalledWork
 from transport.testing.gated_backend import GatedBackend
-from transport.testing.machine import Ability, History, StalledWork
 from transport.testing.peer import DEADLINE_S, wait_until
 
 _REPLY_BYTES_MAX: Final = 1 << 17

@@ -46,9 +46,10 @@ from tests.suites.stateful.processes import OnProcessOfOurs
 from tests.suites.stateful.tour import CONSUMER_TOUR, PROVIDER_TOUR, C, RuleCall, take
 from transport.contract import Recovery
 from transport.descriptors import DescriptorBundle
+from transport.testing.adapter import Adapter
 from transport.testing.gated_backend import GatedBackend
 from transport.testing.in_process import Pipe
-from transport.testing.machine import STEPS, Adapter, Handoffs
+from transport.testing.machine import STEPS, Handoffs
 from transport.testing.possible import Inexplicable
 
 
