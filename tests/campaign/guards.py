@@ -117,7 +117,7 @@ SWEPT: Final[tuple[tuple[str, tuple[str, ...], Change], ...]] = (
     ),
     (
         "the number is the same process's",
-        ("linux", "recovered", "number reused"),
+        ("linux", "recovered", "number reused", "anchor._open_process"),
         Change(
             _ANCHOR,
             "if _is_other(anchor, identity, features) or not anchor.is_alive():",
@@ -126,7 +126,7 @@ SWEPT: Final[tuple[tuple[str, tuple[str, ...], Change], ...]] = (
     ),
     (
         "the anchors' cgroup is read again",
-        ("linux", "recovered", "number reused"),
+        ("linux", "recovered", "number reused", "anchor._open_process"),
         Change(_ANCHOR, "if anchor.pid in members and anchor.is_alive()", "if anchor.is_alive()"),
     ),
 )

@@ -39,6 +39,7 @@ from statemachine.states import AllocationState
 from tests.support.census import kill_all
 from tests.support.forging import new_token, pids_with_token
 from tests.support.scarcity import descriptors_left
+from tests.support.spared import is_spared
 from transport.calls import hook_syscalls
 from transport.contract import Sighting
 from transport.testing.peer import wait_until
@@ -539,7 +540,7 @@ def test_what_a_consumer_has_made_ends_though_its_forge_is_killed_with_it(
         # By itself: the namespaces, and with them the image.
         wait_until(lambda: served.anchors == [])
         wait_until(lambda: not any(image.is_relative_to(image_root) for image in loop_images()))
-        assert served.job.poll() is None
+        assert is_spared(served.job)
         settle(tmp_path, cgroup2, image_root, allocation_id)
         assert served.job.wait(10) == -signal.SIGKILL
     assert not (cgroup2 / WORKLOAD_SLICE / f"{allocation_id}.scope").exists()

@@ -39,6 +39,7 @@ from linux.syscalls import pidfd_open
 from linux.testing.hostile import IDS
 from tests.support.census import kill_all
 from tests.support.forging import process_state
+from tests.support.spared import is_spared
 from transport.calls import hook_syscalls
 from transport.descriptors import Descriptor
 from transport.testing.peer import DEADLINE_S, wait_until
@@ -200,7 +201,7 @@ def test_a_scope_of_another_owner_is_named_and_left_alone(root: Path) -> None:
         mine.kill()
         assert mine.is_gone()
         assert mine.remove()
-        assert process.poll() is None
+        assert is_spared(process)
     assert theirs.owner() == OTHER_TOKEN
 
 
@@ -296,7 +297,7 @@ def test_a_process_that_enters_during_the_adoption_keeps_its_scope(
         with pytest.raises(ScopeError, match=r"EEXIST.*processes are in it"):
             Scope.create(root, "alloc", OWNER)
         assert OWNER_ATTRIBUTE not in os.listxattr(theirs)
-        assert process.poll() is None
+        assert is_spared(process)
         process.kill()
 
 
@@ -329,7 +330,7 @@ def test_a_scope_that_has_lost_its_token_is_still_its_makers_to_remove(root: Pat
         assert not scope.remove()
         with pytest.raises(ScopeError, match="it has no owner"):
             scope.kill()
-        assert process.poll() is None
+        assert is_spared(process)
     wait_until(lambda: not scope.is_populated())
     assert scope.remove()
     assert not scope.path.exists()
@@ -387,7 +388,7 @@ def test_a_used_scope_without_an_owner_is_never_touched(
         with pytest.raises(ScopeError, match=r"EPERM.*it has no owner"):
             found.kill()
         assert not found.remove()
-        assert process.poll() is None
+        assert is_spared(process)
         assert place.is_dir()
 
 
@@ -635,7 +636,7 @@ def test_a_process_that_only_passes_through_while_a_scope_is_killed_lives(
         with running(scope.path), hook_syscalls(pass_through):
             scope.kill()
         assert entered
-        assert passing.poll() is None
+        assert is_spared(passing)
     finally:
         passing.kill()
         passing.wait()

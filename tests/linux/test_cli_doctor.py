@@ -25,6 +25,7 @@ from tests.support.programs import (
     nshandoff,
     wait_until,
 )
+from tests.support.spared import is_spared
 
 pytestmark = pytest.mark.needs_root
 
@@ -98,7 +99,7 @@ def test_leftovers_of_a_lost_state_directory_are_released_once_they_are_dead(
     for name in (idle, busy):
         assert found[name]["verdict"] == "UNKNOWN"
         assert found[name]["advice"].endswith(f"--state-dir {daemon.state_dir}: it adopts it")
-    assert job.poll() is None
+    assert is_spared(job)
 
     job.kill()
     job.wait()
@@ -172,7 +173,7 @@ def test_a_damaged_journal_is_set_aside_and_its_jobs_adopted(
     daemon.start()
     assert daemon.states() == {allocation_id: "handed_off"}  # as its scope says
     assert examined(daemon.state_dir)[0] == ExitCode.OK
-    assert job.poll() is None
+    assert is_spared(job)
     job.kill()
     job.wait()
     daemon.wait_until_none_is_alive()

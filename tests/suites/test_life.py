@@ -49,6 +49,7 @@ from statemachine.states import AllocationState
 from statemachine.testing.strategies import ORDERS
 from tests.support.forging import ALL
 from tests.support.serving import Serving
+from tests.support.spared import is_spared
 from transport.codec import decode_message, encode_message
 from transport.framing import encode_frame
 from transport.request import Consumer, Handoff
@@ -730,5 +731,5 @@ def test_what_was_released_is_still_known_after_a_restart(
 def test_a_process_survives_the_provider(life: LiveNode, allocation_id: str) -> None:
     process = life.spawn(life.obtain(allocation_id), "sleep", "infinity")
     life.drop()
-    assert process.poll() is None
+    assert is_spared(process)
     life.restart()

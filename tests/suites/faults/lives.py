@@ -33,7 +33,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from linux.anchor import token_of
+from linux.anchor import Anchor, find_anchors, token_of
 from linux.backend import SELF_SERVICE_SLICE, LinuxBackend
 from linux.cgroups import DEFAULT_PLACE, WORKLOAD_SLICE
 from linux.cli.ready_socket import ReadySocket
@@ -336,12 +336,20 @@ class FaultSetup(ABC):
             if is_starved and self._is_starved:
                 self.starve()
 
-    async def restart(self) -> None:
+    def remember_anchors(self, name: str) -> None:  # noqa: B027 - there are none on a simulated node
+        """Know the anchors of a life while no program does."""
+
+    def forget_anchors(self) -> None:  # noqa: B027 - there are none on a simulated node
+        """Know them no more."""
+
+    async def restart(self, name: str) -> None:
         """
-        Stop the program, and start another on the machine as it is.
+        Stop the program, and start another on the machine as it is, on which the life is.
 
         If that may not start, as strangers do what they do, another one may when they have gone.
         """
+        with self.unseen():
+            self.remember_anchors(name)
         await self.stop()
         try:
             await self._start_again()
@@ -471,6 +479,7 @@ class FaultSetup(ABC):
                 self.calm()
                 self.feed()
                 self.raw_peers.clear()
+                self.forget_anchors()
                 forge_passed, forge_fired = self.passed_in_forge()
                 self.plan_forge(())
             told = Told(outcome, [*injector.passed, *forge_passed], [*injector.fired, *forge_fired])
@@ -766,6 +775,8 @@ class LinuxStage(FaultSetup):
         self._log_path.touch()
         self._lives = itertools.count(1)
         self._life = 0
+        self._remembered: list[Anchor] = []
+        """Anchors of the present life, from the end of a program until the end of the life."""
         self.plan_forge(())
         world = LinuxWorld(directory, cgroup2, image_root, has_pool=has_pool)
         super().__init__(directory, world, SETTLING_S)
@@ -804,12 +815,24 @@ class LinuxStage(FaultSetup):
         return [self._cgroup2 / scope, self._cgroup2 / SELF_SERVICE_SLICE / scope]
 
     def anchors_of(self, name: str) -> list[tuple[int, str]]:
-        return [
+        known = [
             (allocation.anchor.pid, allocation.anchor.token)
             for backend in (self.world.program_now, self._own)
             for each, allocation in backend._allocations.items()
             if each == name and allocation.anchor is not None
         ]
+        return known or [(anchor.pid, anchor.token) for anchor in self._remembered]
+
+    def remember_anchors(self, name: str) -> None:
+        tokens = [token for _, token in self.anchors_of(name)]
+        found = find_anchors(self.world.anchors_cgroup)
+        self._remembered = [found.pop(token) for token in tokens if token in found]
+        for anchor in found.values():
+            anchor.close()
+
+    def forget_anchors(self) -> None:
+        while self._remembered:
+            self._remembered.pop().close()
 
     def service(self) -> SelfService:
         return self._own
@@ -838,6 +861,9 @@ class LinuxStage(FaultSetup):
                         with suppress(ValueError):  # it is being closed, and was dead before
                             allocation.anchor.kill()
                             assert not allocation.anchor.is_alive(DYING_MS)
+            for anchor in self._remembered:
+                anchor.kill()
+                assert not anchor.is_alive(DYING_MS)
 
     def tidy_own(self) -> None:
         self._own.tidy()
@@ -1007,7 +1033,7 @@ async def recovered(stage: FaultSetup, name: str) -> str:
             await ready.open()
         said.remove()
         ready.close()
-        await stage.restart()
+        await stage.restart(name)
         async with await stage.consumer().obtain(request_) as other:
             is_same = one.is_degraded or other.is_degraded or one.identities == other.identities
             may_have_ended = any(fault.kind in ENDING for fault in stage.injector.fired)
