@@ -26,7 +26,8 @@ from typing import Any, Final, NoReturn
 from linux.simulated import SimulatedCrash
 from linux.testing.worlds import LinuxWorld, SimulatedWorld, World
 from statemachine import events as on
-from tests.suites.stateful.adapters import AS_ROOT, FOREVER, OnSocketOfOurs
+from statemachine.provider import Limits
+from tests.suites.stateful.adapters import AS_ROOT, FOREVER, LIMITS, OnSocketOfOurs
 from transport.channel import receive_once, send_once
 from transport.contract import Backend, Step
 from transport.descriptors import Descriptor, DescriptorBundle
@@ -38,8 +39,11 @@ from transport.testing.peer import DEADLINE_S, wait_until
 
 _REPLY_BYTES_MAX: Final = 1 << 17
 
-_BEYOND: Final = frozenset({Ability.OPERATOR, Ability.TIME})
-"""What only who is in the provider's process can do to it."""
+_BEYOND: Final = frozenset({Ability.OPERATOR, Ability.TIME, Ability.LIMITS})
+"""
+What only who is in the provider's process can do to it; limits are met exactly only if it is known
+what the provider has noticed by now.
+"""
 
 
 class NodeHost:
@@ -199,6 +203,7 @@ class OnProcessOfOurs(OnSocketOfOurs):
     """The provider as it is, in a process of its own, over a simulated node."""
 
     abilities = frozenset(Ability) - _BEYOND - (AS_ROOT if os.geteuid() else frozenset())
+    limits = Limits(allowed_uids=LIMITS.allowed_uids)
     host: NodeHost | None = None
 
     def __init__(self, world: World) -> None:
@@ -297,9 +302,7 @@ _TURNING_POINTS: Final = (
 class OnLinuxProcess(OnProcessOfOurs):
     """The provider as it is, in a process of its own, over this node."""
 
-    abilities = frozenset(
-        {Ability.PROCESSES, Ability.RESTART, Ability.KILL, Ability.USERS, Ability.LIMITS}
-    )
+    abilities = frozenset({Ability.PROCESSES, Ability.RESTART, Ability.KILL, Ability.USERS})
 
     def __init__(self, world: LinuxWorld) -> None:
         # What of the world asks a backend asks one that is closed: what is on the node.
