@@ -39,6 +39,9 @@ from transport.testing.peer import DEADLINE_S, wait_until
 
 _REPLY_BYTES_MAX: Final = 1 << 17
 
+SO_ACCEPTCON: Final = "00010000"
+"""In /proc/net/unix: it listens."""
+
 _BEYOND: Final = frozenset({Ability.OPERATOR, Ability.TIME, Ability.LIMITS})
 """
 What only who is in the provider's process can do to it; limits are met exactly only if it is known
@@ -229,7 +232,7 @@ class OnProcessOfOurs(OnSocketOfOurs):
 
     def serve(self) -> None:
         self.process = ForkedProvider(self._serve)
-        wait_until(lambda: self.path.is_socket(), "the socket")
+        wait_until(partial(_listens, self.path), "the socket")
         if not self.gate.is_held(StalledWork.RECOVER):
             self.wait_ready()
 
@@ -287,6 +290,12 @@ class OnProcessOfOurs(OnSocketOfOurs):
             if self.host is not None:
                 stack.callback(self.host.join)
             stack.callback(self._end, signal.SIGTERM)
+
+
+def _listens(path: Path) -> bool:
+    """Say whether a socket takes connections, which it does some time after it is bound."""
+    lines = Path("/proc/net/unix").read_text().splitlines()
+    return any(line.endswith(f" {path}") and line.split()[3] == SO_ACCEPTCON for line in lines)
 
 
 _TURNING_POINTS: Final = (
