@@ -40,6 +40,7 @@ from tests.suites.faults.lives import (
     NotTolerated,
     SimulatedStage,
     anchors_alive,
+    described,
 )
 from transport import calls
 from transport.endpoint import listen
@@ -595,7 +596,7 @@ class Kills:
         self._stage.hurry.passed_s += HOLD_TIME_S
         for _ in range(int(PATIENCE_S / POLL_S)):
             self._stage.tidy_own()
-            left = [*map(str, anchors_alive()), *world.scopes(), *world.mounted()]
+            left = [*map(described, anchors_alive()), *world.scopes(), *world.mounted()]
             if not left:
                 return
             await asyncio.sleep(POLL_S)

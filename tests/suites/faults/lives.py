@@ -900,6 +900,15 @@ def anchors_alive(prefix: str = "") -> list[int]:
     return found
 
 
+def described(anchor: int) -> str:
+    """Say of an anchor what helps to find out why it is there: its cgroup, parent and token."""
+    with suppress(OSError):
+        where = Path(f"/proc/{anchor}/cgroup").read_text().splitlines()[-1]
+        parent = Path(f"/proc/{anchor}/stat").read_text().rpartition(")")[2].split()[1]
+        return f"anchor {anchor} in {where}, of {parent}, with the token {token_of(anchor)}"
+    return f"anchor {anchor}, which is going"
+
+
 # --- The lives --------------------------------------------------------------------------------
 
 Workload = Callable[[FaultSetup, str], Awaitable[str]]
