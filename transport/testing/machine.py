@@ -236,8 +236,8 @@ class Handoffs(RuleBasedStateMachine):
 
     overlaps: ClassVar[bool] = False
     """
-    Whether rules begin work and leave it under way. Not by default: what a limit may refuse then is
-    not told in all orders yet, so that a long campaign takes some refusals for inexplicable.
+    Whether rules leave work under way and go up to limits. Not by default: what a limit may refuse
+    is not told in all orders yet, so that a long campaign takes some refusals for inexplicable.
     """
 
     def open_adapter(self) -> Adapter:
@@ -1000,7 +1000,9 @@ class Handoffs(RuleBasedStateMachine):
 
     # Limits.
 
-    @precondition(lambda self: self.can(Ability.LIMITS) and self.can(Ability.USERS))
+    @precondition(
+        lambda self: self.overlaps and self.can(Ability.LIMITS) and self.can(Ability.USERS)
+    )
     @rule()
     def another_user_connects_too_often(self) -> None:
         most = self.adapter.limits.connections_per_uid
@@ -1016,7 +1018,12 @@ class Handoffs(RuleBasedStateMachine):
             talker.hears(AllocationNotFound(self.never.allocation_id))
 
     @precondition(
-        lambda self: self.can(Ability.LIMITS) and self.can(Ability.USERS) and self.can(Ability.HOLD)
+        lambda self: (
+            self.overlaps
+            and self.can(Ability.LIMITS)
+            and self.can(Ability.USERS)
+            and self.can(Ability.HOLD)
+        )
     )
     @rule(pick=_pick, lines=st.integers(1, 3), is_flood=st.booleans())
     def another_user_asks_too_much(self, pick: int, lines: int, is_flood: bool) -> None:
