@@ -342,8 +342,11 @@ class InProcessProvider:
     @property
     def held_up(self) -> set[tuple[StalledWork, str]]:
         """What waits behind the gate, and on which allocation."""
-        heads = {(_WORK[type(lane[0])], name) for name, lane in self._lanes.items() if lane}
-        return {(StalledWork.REPORT, name) for name in self._made} or heads
+        begun = {(StalledWork.REPORT, name) for name in self._made}
+        lanes = self._lanes.items()
+        return begun | {
+            (_WORK[type(lane[0])], name) for name, lane in lanes if lane and name not in self._made
+        }
 
     # What the brain wants.
 
