@@ -48,7 +48,7 @@ from contextlib import (
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from itertools import count
-from typing import ClassVar, Final, Literal
+from typing import Final, Literal
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -233,12 +233,6 @@ class Handoffs(RuleBasedStateMachine):
 
     prefix = ""
     """The prefix of every id, which shows whose the allocations are."""
-
-    overlaps: ClassVar[bool] = False
-    """
-    Whether rules leave work under way and go up to limits. Not by default: what a limit may refuse
-    is not told in all orders yet, so that a long campaign takes some refusals for inexplicable.
-    """
 
     def open_adapter(self) -> Adapter:
         """Get the provider; called once for each run, and closed by the machine."""
@@ -762,7 +756,6 @@ class Handoffs(RuleBasedStateMachine):
 
     # What is under way, and not waited for.
 
-    @precondition(lambda self: self.overlaps)
     @rule(who=_pick, pick=_pick, is_end=st.booleans())
     def something_is_said_and_not_waited_for(self, who: int, pick: int, is_end: bool) -> None:
         request = self.requests[pick % len(self.requests)]
@@ -783,12 +776,7 @@ class Handoffs(RuleBasedStateMachine):
         self.hangs_up(speaker.talker)
 
     @precondition(
-        lambda self: (
-            self.overlaps
-            and self.can(Ability.HOLD)
-            and not self.stuck
-            and self.one_free(0) is not None
-        )
+        lambda self: self.can(Ability.HOLD) and not self.stuck and self.one_free(0) is not None
     )
     @rule(pick=_pick, is_made=st.booleans())
     def a_creation_is_begun_that_takes_long(self, pick: int, is_made: bool) -> None:
@@ -801,9 +789,7 @@ class Handoffs(RuleBasedStateMachine):
         self.says_without_waiting(self.speaker(pick, is_asker=True), request)
         self.adapter.wait_held(work, request.allocation_id)
 
-    @precondition(
-        lambda self: self.overlaps and self.can(Ability.HANGS) and not self.stuck and self.lives
-    )
+    @precondition(lambda self: self.can(Ability.HANGS) and not self.stuck and self.lives)
     @rule(pick=_pick)
     def a_release_is_begun_that_takes_long(self, pick: int) -> None:
         life = self.one(pick)
@@ -1000,9 +986,7 @@ class Handoffs(RuleBasedStateMachine):
 
     # Limits.
 
-    @precondition(
-        lambda self: self.overlaps and self.can(Ability.LIMITS) and self.can(Ability.USERS)
-    )
+    @precondition(lambda self: self.can(Ability.LIMITS) and self.can(Ability.USERS))
     @rule()
     def another_user_connects_too_often(self) -> None:
         most = self.adapter.limits.connections_per_uid
@@ -1018,12 +1002,7 @@ class Handoffs(RuleBasedStateMachine):
             talker.hears(AllocationNotFound(self.never.allocation_id))
 
     @precondition(
-        lambda self: (
-            self.overlaps
-            and self.can(Ability.LIMITS)
-            and self.can(Ability.USERS)
-            and self.can(Ability.HOLD)
-        )
+        lambda self: self.can(Ability.LIMITS) and self.can(Ability.USERS) and self.can(Ability.HOLD)
     )
     @rule(pick=_pick, lines=st.integers(1, 3), is_flood=st.booleans())
     def another_user_asks_too_much(self, pick: int, lines: int, is_flood: bool) -> None:
