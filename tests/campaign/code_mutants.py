@@ -185,23 +185,17 @@ def count(module: str, share: int = 1, seed: int = 0, most: int | None = None) -
         "tests": tests_of(module),
         "mutants": [[mutant.line, changed, str(mutant)] for mutant, changed in tried],
     }
-    results = Path(f"{_scratch()}.json")
-    results.write_text(json.dumps(plan), encoding="utf-8")
-    try:
+    with tempfile.TemporaryDirectory(prefix="nsh-mutants-") as directory:
+        results = Path(directory, "results.json")
+        results.write_text(json.dumps(plan), encoding="utf-8")
         call = "tests.campaign.code_mutants_run:prepare"
         ran = run_changed({module: source}, call, str(results), deadline_s=BATCH_S)
         said = json.loads(results.read_text(encoding="utf-8"))
-        if "mutants" in said:
-            raise RuntimeError(
-                f"{module}: nothing could be tried: {ran.finding}\n{ran.account[-2000:]}"
-            )
-    finally:
-        results.unlink()
+    if "mutants" in said:
+        raise RuntimeError(
+            f"{module}: nothing could be tried: {ran.finding}\n{ran.account[-2000:]}"
+        )
     return {"mutants": len(every), "tried": len(tried), **said}
-
-
-def _scratch() -> str:
-    return tempfile.mktemp(prefix="nsh-mutants-")
 
 
 def digest_of(module: str) -> str:
