@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import tomllib
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.campaign import code_mutants, mutants_campaign
+from tests.campaign.canaries_tree import ROOT
 from tests.campaign.code_mutants_run import _chosen, _in_fork, _put
 
 SOURCE = """\
@@ -98,3 +100,8 @@ def test_what_is_recorded_says_when_and_of_what() -> None:
     recorded = [row["what is changed"] for row in outcome.rows]
     assert len(recorded) == len(entries)
     assert all("recorded, 20" in what for what in recorded)
+
+
+def test_mutmut_finds_what_it_looks_for_when_it_is_imported() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert settings["tool"]["mutmut"]["source_paths"] == list(code_mutants.PACKAGES)
